@@ -1,0 +1,71 @@
+"""``contentfilter``: one command, its sub-commands loaded only when they are called.
+
+Exit statuses: 0 done; 1 the answer is no (a check failed, nothing found); 2 wrong usage;
+70 internal error; 78 configuration error (sysexits).
+"""
+
+import importlib
+from typing import Any
+
+import click
+
+from contentfilter import __version__
+
+# name -> (module, attribute, one line of help). The help stands here so that --help imports nothing.
+COMMANDS: dict[str, tuple[str, str, str]] = {
+    "serve": ("contentfilter.cli.serve", "serve", "Run the daemon: supervisor and workers."),
+    "check": ("contentfilter.cli.check", "check", "Validate everything that serve would read."),
+    "showctl": ("contentfilter.cli.showctl", "showctl", "Print H-Sphere's parameters in qmail-showctl's form."),
+    "explain": ("contentfilter.cli.explain", "explain", "Say what would happen to a message, and why."),
+    "clients": ("contentfilter.cli.clients", "clients", "List and change the recipient tables."),
+    "hook": ("contentfilter.cli.hook", "hook", "Install the hook in a qmail, remove it, show its state."),
+}
+
+
+class Lazy(click.Group):
+    """A group that imports a sub-command's module only when it runs."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module, attribute, _ = COMMANDS[name]
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, _, text) in COMMANDS.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS:
+            import difflib
+
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            ctx.fail(f"no such command {args[0]!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        return super().resolve_command(ctx, args)
+
+
+@click.command(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--config",
+    "config_path",
+    metavar="FILE",
+    default="/etc/contentfilter/contentfilter.toml",
+    show_default=True,
+    help="The settings. A missing default file means the built-in defaults.",
+)
+@click.version_option(__version__, prog_name="contentfilter")
+@click.pass_context
+def cli(ctx: click.Context, config_path: str) -> None:
+    """Content filter for qmail: looks at each message before qmail-queue does."""
+    ctx.obj = config_path
+
+
+def main() -> Any:
+    """Entry point of the installed command."""
+    return cli(prog_name="contentfilter")

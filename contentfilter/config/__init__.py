@@ -1,0 +1,1 @@
+"""The TOML settings and qmail's control files."""

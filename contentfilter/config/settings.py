@@ -1,0 +1,113 @@
+"""What ``contentfilter.toml`` may say: every section, key, default and range.
+
+The defaults here are the ones that ``etc/contentfilter.toml`` shows; a test compares the two.
+Times are seconds, sizes are bytes. Nothing in this file reads a file or opens a socket.
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+Seconds = Annotated[float, Meta(gt=0, le=86400)]
+Size = Annotated[int, Meta(ge=0)]
+Count = Annotated[int, Meta(ge=1, le=100_000)]
+VirusAction = Literal["reject", "remove", "mark"]
+SpamAction = Literal["mark", "reject", "remove"]
+FaultAction = Literal["defer", "pass"]
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of all sections: immutable, and an unknown key is an error."""
+
+
+class Listen(Section, frozen=True):
+    socket: str = "/run/contentfilter/queue.sock"
+    mode: Annotated[str, Meta(pattern="^0[0-7]{3}$")] = "0666"  # whoever may run qmail-inject must reach it
+    backlog: Count = 1024
+
+
+class Service(Section, frozen=True):
+    workers: Annotated[int, Meta(ge=0, le=1024)] = 0  # 0: one per core
+    budget: Seconds = 240.0  # for one message, all steps together
+    max_in_flight: Count = 256  # messages at once in one worker; more wait in the listen queue
+    drain: Seconds = 60.0  # after SIGTERM, for messages under way
+    heartbeat: Seconds = 1.0
+    stuck_after: Seconds = 30.0  # a worker silent for so long is replaced
+    state: str = "/var/lib/contentfilter"
+    run: str = "/run/contentfilter"
+    control: str = "/var/qmail/control"  # qmail's control directory
+
+
+class OriginRules(Section, frozen=True):
+    smtp_users: tuple[str, ...] = ("qmaild", "vpopmail")  # names or uids whose environment is believed
+    bounce_users: tuple[str, ...] = ("qmails",)
+    auth_variables: tuple[str, ...] = ("SMTPAUTHUSER", "SMTP_AUTH_USER", "AUTHUSER", "AUTHENTICATED=1")
+
+
+class Tables(Section, frozen=True):
+    extension: Annotated[str, Meta(max_length=1)] = ""  # "-": user-ext@domain is also looked up as user@domain
+    recipients: Literal["split", "strictest"] = "split"
+    refresh: Seconds = 30.0  # how often the table files are looked at for a change
+
+
+class Signatures(Section, frozen=True):
+    mode: Literal["mime", "compatible"] = "mime"
+    action: VirusAction = "reject"
+    thread_above: Size = 262_144  # larger messages are scanned off the event loop
+
+
+class Clamd(Section, frozen=True):
+    backends: tuple[str, ...] = ("unix:/run/clamav/clamd.ctl",)
+    concurrency: Count = 8  # scans at once per backend and worker
+    connect_timeout: Seconds = 5.0
+    timeout: Seconds = 120.0
+    max_size: Size = 26_214_400  # clamd's MaxFileSize: above it clamd's OK means nothing
+    action: VirusAction = "reject"
+
+
+class Spamd(Section, frozen=True):
+    backends: tuple[str, ...] = ("tcp:127.0.0.1:783",)
+    connect_timeout: Seconds = 5.0
+    timeout: Seconds = 120.0
+    max_size: Size = 268_435_456  # safety cap where samsgsize sets none
+    user: Literal["recipient", "none"] = "recipient"  # the User: header
+    compress: bool = False
+    action: SpamAction = "mark"
+    reject_score: float = 0.0  # at or above it spam is refused whatever the action; 0: never
+    subject_tag: str = ""  # e.g. "[SPAM] "; empty leaves the subject alone
+    rewrite: Literal["headers", "full"] = "headers"  # HEADERS, or PROCESS with report_safe
+
+
+class Failure(Section, frozen=True):
+    """What a scanner's fault does to the message: defer it, or pass it marked unchecked."""
+
+    clamd: FaultAction = "defer"
+    spamd: FaultAction = "pass"
+    signatures: FaultAction = "defer"
+    too_big: FaultAction = "pass"  # above a scanner's own limit
+
+
+class Headers(Section, frozen=True):
+    trace: bool = True  # X-ContentFilter on everything that passes
+    scanned: bool = True  # X-Virus-Scanned, X-Virus-Status
+
+
+class Log(Section, frozen=True):
+    format: Literal["json", "logfmt"] = "json"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Settings(Section, frozen=True):
+    """The whole file. One table per section."""
+
+    listen: Listen = msgspec.field(default_factory=Listen)
+    service: Service = msgspec.field(default_factory=Service)
+    origin: OriginRules = msgspec.field(default_factory=OriginRules)
+    tables: Tables = msgspec.field(default_factory=Tables)
+    signatures: Signatures = msgspec.field(default_factory=Signatures)
+    clamd: Clamd = msgspec.field(default_factory=Clamd)
+    spamd: Spamd = msgspec.field(default_factory=Spamd)
+    failure: Failure = msgspec.field(default_factory=Failure)
+    headers: Headers = msgspec.field(default_factory=Headers)
+    log: Log = msgspec.field(default_factory=Log)

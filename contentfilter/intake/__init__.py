@@ -1,0 +1,1 @@
+"""Where a message comes in: the listening socket, its peer, its descriptors."""

@@ -1,0 +1,1 @@
+"""Being operated: systemd, log lines."""

@@ -1,0 +1,1 @@
+"""Those who look at a message."""

@@ -1,0 +1,1 @@
+"""Where recipient rows come from, and the snapshot that the workers map."""

@@ -1,0 +1,1 @@
+"""What goes back: reply text, headers, quarantine."""

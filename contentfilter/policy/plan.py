@@ -1,0 +1,187 @@
+"""Who wants what, and what is skipped: tables, H-Sphere's switches and the origin become a ScanPlan.
+
+Recipients that are treated alike for the same reasons are one group, so a message with 100,000
+recipients costs one decision per distinct table row. Facts: domain-spec 2.2 and 2.3.
+
+The order of the rules, for each of the two checks:
+
+1. skipcachk / skipsachk: 1 skips for authenticated clients, 2 for those and for relays;
+2. clamglobal / spamglobal: everybody is checked, whatever the tables say;
+3. the most specific row of the table; an exempting row means no;
+4. no row: no check.
+
+The virus check is chksignature and chkloadertype (where switched on) and clamd; the spam check is spamd.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from contentfilter.config.settings import Settings
+from contentfilter.model import Envelope, Origin, OriginKind, Scanner, Want, readable
+
+
+@dataclass(frozen=True, slots=True)
+class Switches:
+    """H-Sphere's parameters as far as they decide who is checked. Sizes in bytes; 0: no limit."""
+
+    clamglobal: bool = False
+    spamglobal: bool = False
+    skipcachk: int = 0
+    skipsachk: int = 0
+    samsgsize: int = 0
+    chksignature: bool = False
+    chkloadertype: bool = False
+    databytes: int = 0
+    maxrecipients: int = 0
+    xoriginatingip: bool = True
+    xenveloptoheader: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The table row that decided for a recipient: its key as written, without the ``!``."""
+
+    key: bytes
+    exempt: bool
+
+
+Lookup = Callable[[bytes], tuple[Row | None, Row | None]]
+"""recipient -> (row of clamavclients, row of spamdclients)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Treatment:
+    """What one recipient gets, and the rule that said so."""
+
+    virus: bool
+    spam: bool
+    virus_rule: str
+    spam_rule: str
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Whether a scanner is asked, and why (not)."""
+
+    scanner: Scanner
+    run: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ScanPlan:
+    """The whole plan for one message. ``groups`` pairs a treatment with indices into the recipients."""
+
+    groups: tuple[tuple[Treatment, tuple[int, ...]], ...]
+    steps: tuple[Step, ...]
+    spam_user: bytes = b""
+    want: Want = Want.CHECK
+    limit: str = ""  # databytes or maxrecipients, when one of them is exceeded
+
+    def runs(self, scanner: Scanner) -> bool:
+        """Whether ``scanner`` is to be asked."""
+        return any(step.run for step in self.steps if step.scanner is scanner)
+
+
+_SMTP = (OriginKind.STRANGER, OriginKind.RELAY, OriginKind.AUTHENTICATED)
+_SKIPPED_FROM = {
+    0: frozenset[OriginKind](),
+    1: frozenset((OriginKind.AUTHENTICATED,)),
+    2: frozenset((OriginKind.AUTHENTICATED, OriginKind.RELAY)),
+}
+
+
+def _check(
+    table: str, everybody: str, skip: str, level: int, globally: bool, kind: OriginKind
+) -> tuple[bool, str] | None:
+    """The rules that hold for all recipients alike; None where the table decides."""
+    if kind in _SKIPPED_FROM[level]:
+        return False, f"{skip}={level}, client is {kind.value}"
+    if globally:
+        return True, everybody
+    return None
+
+
+def _by_row(table: str, row: Row | None) -> tuple[bool, str]:
+    if row is None:
+        return False, f"no row in {table}"
+    if row.exempt:
+        return False, f"exempt by !{readable(row.key)} in {table}"
+    return True, f"{readable(row.key)} in {table}"
+
+
+def group(
+    recipients: Iterable[bytes], origin: Origin, switches: Switches, lookup: Lookup
+) -> dict[Treatment, list[int]]:
+    """Sort recipients into groups of equal treatment. One look-up each, none where no table can matter."""
+    virus = _check("clamavclients", "clamglobal", "skipcachk", switches.skipcachk, switches.clamglobal, origin.kind)
+    spam = _check("spamdclients", "spamglobal", "skipsachk", switches.skipsachk, switches.spamglobal, origin.kind)
+    groups: dict[Treatment, list[int]] = {}
+    if virus is not None and spam is not None:
+        groups[Treatment(virus[0], spam[0], virus[1], spam[1])] = list(range(len(tuple(recipients))))
+        return groups
+    by_rows: dict[tuple[Row | None, Row | None], list[int]] = {}
+    for index, recipient in enumerate(recipients):
+        rows = lookup(recipient)
+        members = by_rows.get(rows)
+        if members is None:
+            virus_now = virus or _by_row("clamavclients", rows[0])
+            spam_now = spam or _by_row("spamdclients", rows[1])
+            treatment = Treatment(virus_now[0], spam_now[0], virus_now[1], spam_now[1])
+            members = by_rows[rows] = groups.setdefault(treatment, [])
+        members.append(index)
+    return groups
+
+
+def make_plan(
+    envelope: Envelope, size: int, origin: Origin, settings: Settings, switches: Switches, lookup: Lookup
+) -> ScanPlan:
+    """Decide what is done with a message of ``size`` bytes, before anybody looks at it."""
+    limit = ""
+    if origin.kind in _SMTP:
+        if switches.databytes and size > switches.databytes:
+            limit = f"databytes={switches.databytes}"
+        elif switches.maxrecipients and len(envelope.recipients) > switches.maxrecipients:
+            limit = f"maxrecipients={switches.maxrecipients}"
+    found = group(envelope.recipients, origin, switches, lookup)
+    groups = tuple((treatment, tuple(members)) for treatment, members in found.items())
+    if limit:
+        return ScanPlan(groups, tuple(Step(scanner, False, limit) for scanner in Scanner), limit=limit)
+
+    virus = next((t.virus_rule for t in found if t.virus), "")
+    spam = next((t.spam_rule for t in found if t.spam), "")
+    no_virus = next(iter({t.virus_rule for t in found}), "no recipients") if len(found) == 1 else "nobody wants it"
+    no_spam = next(iter({t.spam_rule for t in found}), "no recipients") if len(found) == 1 else "nobody wants it"
+    cap = switches.samsgsize or settings.spamd.max_size
+    if spam and size > cap:
+        name = "samsgsize" if switches.samsgsize else "[spamd] max_size"
+        spam, no_spam = "", f"size {size} > {name}={cap}"
+    elif spam and size == 0:
+        spam, no_spam = "", "empty message"
+    steps = (
+        _step(Scanner.SIGNATURES, virus, no_virus, switches.chksignature, "chksignature=0"),
+        _step(Scanner.LOADERTYPES, virus, no_virus, switches.chkloadertype, "chkloadertype=0"),
+        _step(Scanner.CLAMD, virus, no_virus, bool(settings.clamd.backends), "[clamd] backends is empty"),
+        _step(Scanner.SPAMD, spam, no_spam, bool(settings.spamd.backends), "[spamd] backends is empty"),
+    )
+    return ScanPlan(groups, steps, _spam_user(envelope, groups, settings), _want(settings))
+
+
+def _step(scanner: Scanner, wanted: str, unwanted: str, on: bool, off: str) -> Step:
+    if not wanted:
+        return Step(scanner, False, unwanted)
+    return Step(scanner, True, wanted) if on else Step(scanner, False, off)
+
+
+def _spam_user(envelope: Envelope, groups: tuple[tuple[Treatment, tuple[int, ...]], ...], settings: Settings) -> bytes:
+    """The one recipient whose preferences apply, lower-cased; empty where several would (domain-spec 2.5)."""
+    if settings.spamd.user == "none":
+        return b""
+    wanting = [index for treatment, members in groups if treatment.spam for index in members[:2]]
+    return envelope.recipients[wanting[0]].lower() if len(wanting) == 1 else b""
+
+
+def _want(settings: Settings) -> Want:
+    if settings.spamd.action != "mark":
+        return Want.CHECK
+    return Want.PROCESS if settings.spamd.rewrite == "full" else Want.HEADERS

@@ -1,0 +1,23 @@
+"""All that is known about one message once it is decided: what reply, journal and explain are made of."""
+
+from dataclasses import dataclass
+
+from contentfilter.config.settings import Settings
+from contentfilter.model import Envelope, Message, Origin, ScanOutcome
+from contentfilter.policy.decide import Decision
+from contentfilter.policy.plan import ScanPlan, Switches
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One message from intake to decision."""
+
+    incident: str
+    origin: Origin
+    envelope: Envelope
+    message: Message
+    settings: Settings
+    switches: Switches
+    plan: ScanPlan
+    outcomes: tuple[ScanOutcome, ...]
+    decision: Decision

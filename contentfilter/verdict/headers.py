@@ -1,0 +1,77 @@
+"""The header lines that a delivery gets, and what changes in the ones that were there.
+
+The result is ``prepend`` and ``skip``: the delivered message is ``prepend`` followed by the original
+from byte ``skip`` on. As long as nothing that exists must change, ``skip`` is 0 and every byte of the
+original stays. Two things make the header block be rewritten: a subject tag on spam, and forged copies
+of our own headers, which are renamed. The body is never touched here.
+"""
+
+import re
+from collections.abc import Iterable
+
+from contentfilter.model import BytesLike
+
+HEADER_LIMIT = 1 << 20
+"""Bytes at the start of a message in which the header block is looked for."""
+
+_END = re.compile(rb"\A\r?\n|\n\r?\n")
+_OURS = re.compile(rb"^X-(ContentFilter|Virus-|Spam-)[!-9;-~]*(?=[ \t]*:)", re.IGNORECASE | re.MULTILINE)
+_SUBJECT = re.compile(rb"^(Subject[ \t]*:)([^\n]*(?:\n[ \t][^\n]*)*)", re.IGNORECASE | re.MULTILINE)
+_FIELD = re.compile(rb"^([!-9;-~]+)[ \t]*:[^\n]*(?:\n[ \t][^\n]*)*\n?", re.MULTILINE)
+
+
+def header_block(data: BytesLike) -> bytes:
+    """The header of a message: everything before the empty line, with the last field's line end.
+
+    A message that begins with an empty line has none. Where no empty line comes within HEADER_LIMIT,
+    the block ends at the last whole line inside it.
+    """
+    head = bytes(data[:HEADER_LIMIT])
+    end = _END.search(head)
+    if end is not None:
+        return head[: end.start() + 1] if end.start() or head[:1] not in b"\r\n" else b""
+    if len(head) < HEADER_LIMIT:
+        return head
+    return head[: head.rfind(b"\n") + 1]
+
+
+def spam_lines(block: bytes) -> bytes:
+    """SpamAssassin's own fields (X-Spam-…) out of the header block that its HEADERS command returned."""
+    text = block.replace(b"\r\n", b"\n")
+    fields = (m.group(0) for m in _FIELD.finditer(text) if m.group(1)[:7].lower() == b"x-spam-")
+    return b"".join(field if field.endswith(b"\n") else field + b"\n" for field in fields)
+
+
+def compose(
+    original: BytesLike, lines: Iterable[bytes], claimed: frozenset[bytes], subject_tag: bytes = b""
+) -> tuple[bytes, int]:
+    """``lines`` (each with its line end) in front of ``original``, forged copies of our fields renamed.
+
+    ``claimed`` says which families of fields speak for us in this delivery (b"contentfilter",
+    b"virus-", b"spam-"): only those are renamed, to ``X-Received-X-…``. ``subject_tag`` is put in
+    front of the subject unless it is there already; a missing Subject is added.
+    Returns (prepend, skip).
+    """
+
+    def rename(field: re.Match[bytes]) -> bytes:
+        return b"X-Received-" + field.group(0) if field.group(1).lower() in claimed else field.group(0)
+
+    ours = b"".join(lines)
+    block = header_block(original)
+    renamed = _OURS.sub(rename, block)
+    if subject_tag:
+        renamed = _tagged(renamed, subject_tag)
+    if renamed == block:
+        return ours, 0
+    return ours + renamed, len(block)
+
+
+def _tagged(block: bytes, tag: bytes) -> bytes:
+    found = _SUBJECT.search(block)
+    if found is None:
+        gap = b"" if not block or block.endswith(b"\n") else b"\n"
+        return block + gap + b"Subject: " + tag.rstrip() + b"\n"
+    value = found.group(2).lstrip(b" \t")
+    if value.startswith(tag.rstrip()):
+        return block
+    return block[: found.start(2)] + b" " + tag.rstrip() + b" " + value + block[found.end(2) :]

@@ -8,7 +8,7 @@ daemon never queues a message by itself.
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from contentfilter.config.settings import Settings
 from contentfilter.deadline import Deadline
@@ -107,7 +107,8 @@ class Pipeline:
             spent = time.monotonic() - started
             return ScanOutcome(scanner, ScanStatus.UNCHECKED, "", error.detail, error.cause, error.backend, spent)
         except TimeoutError:
-            return ScanOutcome(scanner, ScanStatus.UNCHECKED, "", "out of time", Cause.TIMEOUT, "", deadline.left())
+            spent = time.monotonic() - started
+            return ScanOutcome(scanner, ScanStatus.UNCHECKED, "", "out of time", Cause.TIMEOUT, "", spent)
 
     async def _signatures(self, message: Message, plan: ScanPlan, deadline: Deadline) -> ScanOutcome:
         return await self._scan_text(Scanner.SIGNATURES, self.scanners.signatures, message, deadline)
@@ -141,29 +142,16 @@ class Pipeline:
 
     async def _kept(self, case: Case, deadline: Deadline) -> Case:
         """Keep what some recipients do not get. Where that fails, everything is deferred: nothing is lost."""
-        facts = {
-            **fields(make_record(case, 0, 0.0)),
-            "envelope": {
-                "sender": case.envelope.sender.hex(),
-                "recipients": [r.hex() for r in case.envelope.recipients],
-            },
+        envelope = {"sender": case.envelope.sender.hex(), "recipients": [r.hex() for r in case.envelope.recipients]}
+        facts = fields(make_record(case, 0, 0.0)) | {
+            "envelope_hex": envelope,  # bytes as received: the printable fields may have lost some
             "withheld_from": list(case.decision.quarantined),
         }
         try:
             await self.quarantine.keep(case.incident, case.message, facts, deadline)
         except (OSError, TimeoutError) as error:
             failed = Decision(Action.DEFER, Reason.NONE, f"quarantine: {error or 'out of time'}")
-            return Case(
-                case.incident,
-                case.origin,
-                case.envelope,
-                case.message,
-                case.settings,
-                case.switches,
-                case.plan,
-                case.outcomes,
-                failed,
-            )
+            return replace(case, decision=failed)
         return case
 
 

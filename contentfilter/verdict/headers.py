@@ -26,13 +26,11 @@ def header_block(data: BytesLike) -> bytes:
     A message that begins with an empty line has none. Where no empty line comes within HEADER_LIMIT,
     the block ends at the last whole line inside it.
     """
-    head = bytes(data[:HEADER_LIMIT])
-    end = _END.search(head)
+    end = _END.search(data, 0, HEADER_LIMIT)
     if end is not None:
-        return head[: end.start() + 1] if end.start() or head[:1] not in b"\r\n" else b""
-    if len(head) < HEADER_LIMIT:
-        return head
-    return head[: head.rfind(b"\n") + 1]
+        return bytes(data[: end.start() + 1]) if end.start() or data[:1] not in (b"\r", b"\n") else b""
+    head = bytes(data[:HEADER_LIMIT])
+    return head if len(head) < HEADER_LIMIT else head[: head.rfind(b"\n") + 1]
 
 
 def spam_lines(block: bytes) -> bytes:

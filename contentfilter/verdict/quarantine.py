@@ -71,8 +71,12 @@ class Quarantine:
         return name
 
     def _below(self, *names: str) -> Path:
-        folder = self.directory.joinpath(*names)
+        """The folder of that name; each new level is private, whatever the umask."""
+        folder = self.directory
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in names:
+            folder /= name
+            folder.mkdir(mode=0o700, exist_ok=True)
         return folder
 
 

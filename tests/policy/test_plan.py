@@ -1,0 +1,145 @@
+"""Who is checked: H-Sphere's switches, the tables and the origin (domain-spec 2.2, 2.3)."""
+
+import itertools
+
+import pytest
+
+from contentfilter.config.settings import Settings, Spamd
+from contentfilter.model import Envelope, Origin, OriginKind, Scanner, Want
+from contentfilter.policy.plan import Row, Switches, make_plan
+
+ROW = Row(b"@protected.example", exempt=False)
+EXEMPT = Row(b"boss@protected.example", exempt=True)
+
+
+def lookup(recipient):
+    if recipient.startswith(b"boss@"):
+        return EXEMPT, EXEMPT
+    if recipient.endswith(b"@protected.example"):
+        return ROW, ROW
+    return None, None
+
+
+def plan_for(kind=OriginKind.STRANGER, to=(b"a@protected.example",), size=1000, settings=None, **switches):
+    origin = Origin(kind, uid=1)
+    return make_plan(Envelope(b"s@x", to), size, origin, settings or Settings(), Switches(**switches), lookup)
+
+
+def wants(plan):
+    return [(t.virus, t.spam) for t, _ in plan.groups]
+
+
+AUTH, RELAY = OriginKind.AUTHENTICATED, OriginKind.RELAY
+
+
+@pytest.mark.parametrize(
+    ("level", "kind"), list(itertools.product((0, 1, 2), OriginKind)), ids=lambda v: getattr(v, "value", str(v))
+)
+def test_skip_levels_are_hspheres(level, kind):
+    skipped = {0: set(), 1: {AUTH}, 2: {AUTH, RELAY}}[level]
+    assert wants(plan_for(kind, skipcachk=level)) == [(kind not in skipped, True)]
+    assert wants(plan_for(kind, skipsachk=level)) == [(True, kind not in skipped)]
+
+
+def test_no_row_means_no_check():
+    plan = plan_for(to=(b"u@elsewhere.example",))
+    assert wants(plan) == [(False, False)]
+    assert [step.run for step in plan.steps] == [False] * 4
+    assert "no row in clamavclients" in plan.steps[0].reason
+
+
+def test_exempting_row_means_no_check_and_names_itself():
+    plan = plan_for(to=(b"boss@protected.example",))
+    assert wants(plan) == [(False, False)]
+    assert "!boss@protected.example" in plan.groups[0][0].virus_rule
+
+
+@pytest.mark.parametrize("to", [b"u@elsewhere.example", b"boss@protected.example"])
+def test_global_switches_check_everybody_whatever_the_tables_say(to):
+    assert wants(plan_for(to=(to,), clamglobal=True)) == [(True, False)]
+    assert wants(plan_for(to=(to,), spamglobal=True)) == [(False, True)]
+    assert wants(plan_for(to=(to,), clamglobal=True, spamglobal=True)) == [(True, True)]
+
+
+def test_skip_beats_global():
+    assert wants(plan_for(AUTH, clamglobal=True, spamglobal=True, skipcachk=1, skipsachk=2)) == [(False, False)]
+
+
+def test_tables_are_not_asked_where_they_cannot_matter():
+    def fail(recipient):
+        raise AssertionError(recipient)
+
+    switches = Switches(clamglobal=True, spamglobal=True)
+    envelope = Envelope(b"", (b"a@x", b"b@x"))
+    plan = make_plan(envelope, 1, Origin(OriginKind.LOCAL, 1), Settings(), switches, fail)
+    assert plan.groups[0][1] == (0, 1)
+
+
+def test_equal_recipients_are_one_group_with_their_indices():
+    to = (b"a@protected.example", b"u@elsewhere.example", b"b@protected.example", b"boss@protected.example")
+    groups = {t.virus_rule: members for t, members in plan_for(to=to).groups}
+    assert sorted(groups.values()) == [(0, 2), (1,), (3,)]
+
+
+@pytest.mark.parametrize(("size", "asked"), [(999, True), (1000, True), (1001, False)])
+def test_samsgsize_skips_only_what_is_larger(size, asked):
+    plan = plan_for(size=size, samsgsize=1000)
+    assert plan.runs(Scanner.SPAMD) is asked
+    assert plan.runs(Scanner.CLAMD)
+    if not asked:
+        assert "samsgsize=1000" in plan.steps[3].reason
+
+
+def test_without_samsgsize_the_safety_cap_holds():
+    settings = Settings(spamd=Spamd(max_size=500))
+    assert not plan_for(size=501, settings=settings).runs(Scanner.SPAMD)
+    assert plan_for(size=501, settings=settings, samsgsize=600).runs(Scanner.SPAMD)
+
+
+def test_an_empty_message_never_goes_to_spamd():
+    plan = plan_for(size=0)
+    assert not plan.runs(Scanner.SPAMD)
+    assert plan.steps[3].reason == "empty message"
+
+
+@pytest.mark.parametrize(("chksignature", "chkloadertype"), list(itertools.product((False, True), repeat=2)))
+def test_signature_scanners_need_their_switch_and_a_virus_check(chksignature, chkloadertype):
+    plan = plan_for(chksignature=chksignature, chkloadertype=chkloadertype)
+    assert (plan.runs(Scanner.SIGNATURES), plan.runs(Scanner.LOADERTYPES)) == (chksignature, chkloadertype)
+    nobody = plan_for(to=(b"u@elsewhere.example",), chksignature=True, chkloadertype=True)
+    assert not nobody.runs(Scanner.SIGNATURES)
+    assert not nobody.runs(Scanner.LOADERTYPES)
+
+
+@pytest.mark.parametrize("kind", OriginKind, ids=lambda k: k.value)
+def test_size_and_recipient_limits_hold_for_smtp_only(kind):
+    smtp = kind in (OriginKind.STRANGER, RELAY, AUTH)
+    assert bool(plan_for(kind, size=11, databytes=10).limit) is smtp
+    assert bool(plan_for(kind, to=(b"a@x", b"b@x"), maxrecipients=1).limit) is smtp
+    assert plan_for(kind, size=10, databytes=10).limit == ""
+
+
+def test_the_user_header_needs_a_single_recipient_who_wants_it():
+    one = (b"Anna@Protected.example".replace(b"Protected", b"protected"), b"u@elsewhere.example")
+    assert plan_for(to=one).spam_user == b"anna@protected.example"
+    assert plan_for(to=(b"a@protected.example", b"b@protected.example")).spam_user == b""
+    assert plan_for(settings=Settings(spamd=Spamd(user="none"))).spam_user == b""
+
+
+@pytest.mark.parametrize(
+    ("action", "rewrite", "want"),
+    [
+        ("mark", "headers", Want.HEADERS),
+        ("mark", "full", Want.PROCESS),
+        ("reject", "headers", Want.CHECK),
+        ("remove", "full", Want.CHECK),
+    ],
+)
+def test_spamd_is_asked_for_no_more_than_is_used(action, rewrite, want):
+    assert plan_for(settings=Settings(spamd=Spamd(action=action, rewrite=rewrite))).want is want
+
+
+def test_no_recipients_is_a_legal_plan():
+    plan = plan_for(to=())
+    assert plan.groups == ()
+    assert not any(step.run for step in plan.steps)

@@ -57,7 +57,10 @@ def test_the_body_is_never_touched(body, eol):
 
 
 def test_forged_copies_of_our_fields_are_renamed_and_only_those():
-    message = b"X-ContentFilter: me\nX-Virus-Status: Clean\nX-SPAM-Flag : NO\n folded\nX-Virusfree: y\nTo: a\n\nX-Spam-Flag: body\n"
+    message = (
+        b"X-ContentFilter: me\nX-Virus-Status: Clean\nX-SPAM-Flag : NO\n folded\nX-Virusfree: y\nTo: a\n"
+        b"\nX-Spam-Flag: body\n"
+    )
     result = delivered(message, compose(message, LINES, ALL))
     assert result == LINES[0] + (
         b"X-Received-X-ContentFilter: me\nX-Received-X-Virus-Status: Clean\nX-Received-X-SPAM-Flag : NO\n folded\n"
@@ -94,7 +97,8 @@ def test_subject_tag(message, expected):
 
 def test_only_spamassassins_fields_are_taken_from_its_answer():
     block = (
-        b"Received: from x\r\nX-Spam-Checker-Version: SpamAssassin\r\nX-Spam-Status: Yes, score=9\r\n\ttests=A,\r\n\tB\r\n"
+        b"Received: from x\r\nX-Spam-Checker-Version: SpamAssassin\r\n"
+        b"X-Spam-Status: Yes, score=9\r\n\ttests=A,\r\n\tB\r\n"
         b"Subject: evil\r\nX-Spam-Level: ***\r\n"
     )
     assert spam_lines(block) == (

@@ -1,0 +1,90 @@
+"""The story of a decision, step by step, in words that an administrator can act on.
+
+The same story for ``explain`` (what would happen) and for the journal (what happened).
+"""
+
+from dataclasses import dataclass
+
+from contentfilter.model import Envelope, Origin, OriginKind, Scanner, ScanOutcome, ScanStatus, readable
+from contentfilter.policy.decide import Action, Decision
+from contentfilter.policy.plan import ScanPlan, Treatment
+
+SHOWN = 20
+"""Recipients named per line; the rest is counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One step: the stage it belongs to, and what happened there."""
+
+    stage: str
+    text: str
+
+
+_ORIGINS = {
+    OriginKind.STRANGER: "a stranger over SMTP: no login, no relay right",
+    OriginKind.RELAY: "an SMTP client that may relay (RELAYCLIENT is set)",
+    OriginKind.AUTHENTICATED: "an authenticated SMTP client",
+    OriginKind.LOCAL: "a local user: environment marks do not count",
+    OriginKind.BOUNCE: "qmail-send itself: never refused",
+}
+_ACTIONS = {
+    Action.QUEUE: "the message goes to the real qmail-queue",
+    Action.REJECT: "the message is refused for good",
+    Action.DEFER: "the client is asked to try again later",
+    Action.DROP: "the message is accepted and not delivered",
+}
+
+
+def story(
+    envelope: Envelope, origin: Origin, size: int, plan: ScanPlan, outcomes: tuple[ScanOutcome, ...], decision: Decision
+) -> tuple[Line, ...]:
+    """All steps in the order in which they were taken."""
+    lines = [
+        Line("message", f"{size} bytes from <{readable(envelope.sender)}>, {len(envelope.recipients)} recipient(s)"),
+        Line("origin", f"{origin.kind.value}: {_ORIGINS[origin.kind]} (uid {origin.uid})"),
+    ]
+    for treatment, members in plan.groups:
+        lines.append(Line("recipients", f"{_names(envelope, members)}: {_treatment(treatment)}"))
+    if plan.limit:
+        lines.append(Line("limit", f"exceeds {plan.limit}"))
+    said = {outcome.scanner: outcome for outcome in outcomes}
+    for step in plan.steps:
+        outcome = said.get(step.scanner)
+        if outcome is not None:
+            lines.append(Line(step.scanner.value, f"{_outcome(outcome)} (asked: {step.reason})"))
+        elif step.run:
+            lines.append(Line(step.scanner.value, "not asked: the decision was certain before"))
+        else:
+            lines.append(Line(step.scanner.value, f"not asked: {step.reason}"))
+    lines.append(Line("decision", f"{decision.action.value}: {_ACTIONS[decision.action]}; rule: {decision.rule}"))
+    for delivery in decision.deliveries:
+        how = f"virus={delivery.virus.value}; spam={delivery.spam.value}"
+        lines.append(Line("deliver", f"to {_names(envelope, delivery.recipients)} with {how}"))
+    if decision.quarantined:
+        lines.append(Line("quarantine", f"kept in place of delivery to {_names(envelope, decision.quarantined)}"))
+    return tuple(lines)
+
+
+def _names(envelope: Envelope, members: tuple[int, ...]) -> str:
+    named = ", ".join(readable(envelope.recipients[i]) for i in members[:SHOWN])
+    more = len(members) - SHOWN
+    return (named or "nobody") + (f" and {more} more" if more > 0 else "")
+
+
+def _treatment(treatment: Treatment) -> str:
+    virus = f"virus check {'yes' if treatment.virus else 'no'} ({treatment.virus_rule})"
+    return f"{virus}, spam check {'yes' if treatment.spam else 'no'} ({treatment.spam_rule})"
+
+
+def _outcome(outcome: ScanOutcome) -> str:
+    took = f"{outcome.seconds * 1000:.1f} ms"
+    if outcome.scanner is Scanner.SPAMD and outcome.score is not None:
+        took = f"{outcome.score:g} of {outcome.threshold or 0.0:g} points, {took}"
+    if outcome.status is ScanStatus.FOUND:
+        what = " ".join(part for part in (outcome.name, f"({outcome.detail})" if outcome.detail else "") if part)
+        return f"found {what}, {took}".replace("found , ", "found, ")
+    if outcome.status is ScanStatus.UNCHECKED:
+        cause = outcome.cause.value if outcome.cause else "fault"
+        return f"unchecked, {cause}: {outcome.detail}, {took}"
+    return f"{outcome.status.value}{f' ({outcome.detail})' if outcome.detail else ''}, {took}"

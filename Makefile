@@ -1,0 +1,88 @@
+# contentfilter: everything that a clone needs, each as one command. `make` alone lists them.
+#
+# On Debian, as root, missing packages are installed; otherwise you are told which (tools/prepare.sh).
+# Python lives in .venv, made with the first python3 of 3.11 or later; PYTHON=... chooses another.
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+C_SOURCES := $(wildcard queue_hook/*.c)
+C_HEADERS := $(wildcard queue_hook/*.h)
+
+# What the wheel is made of. Directories count too: their time changes when a file goes away.
+WHEEL := meson.build README.md $(shell find contentfilter queue_hook etc -name '__pycache__*' -prune -o -print)
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+
+demo: ## set everything up, then watch real messages go through hook, daemon and scanners
+	@tools/prepare.sh packages demo
+	@$(MAKE) --no-print-directory .venv/installed
+	@$(BIN)/python bench/demo.py
+
+test: ## set everything up, then check the style and run the tests
+	@tools/prepare.sh packages test
+	@$(MAKE) --no-print-directory lint
+	@$(BIN)/pytest -n auto -q
+
+bench: ## set everything up, then measure: messages per second, latency, CPU per message
+	@tools/prepare.sh packages bench
+	@$(MAKE) --no-print-directory .venv/installed
+	@$(BIN)/python bench/run.py
+
+setup: ## Debian packages, and .venv with contentfilter and the tools of its tests
+	@tools/prepare.sh packages setup
+	@$(MAKE) --no-print-directory .venv/testing
+
+lint: .venv/testing build/hook/warnings ## the style alone: ruff, mypy, and the hook's warnings
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/ruff format --check --quiet
+	@$(BIN)/mypy --no-error-summary
+
+hook: $(addprefix build/hook/contentfilter-queue.,musl glibc sanitized) ## the hook alone, in build/hook: with musl, glibc, sanitizers
+
+wheel: .venv/installed ## the installable file, in dist
+	@$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/*.whl
+
+clean: ## remove everything that these commands made
+	rm -rf .venv build dist bench/out .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find contentfilter tests bench -name __pycache__ -prune -exec rm -rf {} +
+
+# Stamps. The environment, then the package in it, then the tools of the tests.
+
+.venv/bin/python:
+	@python=$$(tools/prepare.sh python) && echo "making .venv with $$($$python --version)" && \
+	$$python -m venv --clear .venv
+
+.venv/build-tools: pyproject.toml | .venv/bin/python
+	@$(PIP) install 'meson-python>=0.17' ninja
+	@touch $@
+
+.venv/installed: .venv/build-tools $(WHEEL)
+	@echo "installing contentfilter into .venv"
+	@$(PIP) install --no-build-isolation .
+	@touch $@
+
+.venv/testing: .venv/installed
+	@echo "installing the tools of the tests"
+	@$(PIP) install 'contentfilter[test]'
+	@touch $@
+
+# The hook. Warnings are errors here and nowhere else: a user's newer compiler may know new ones.
+
+STRICT := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wshadow -Wformat=2 -Wstrict-prototypes -Werror
+HOOK := build/hook/contentfilter-queue
+
+$(HOOK).musl: COMPILE = musl-gcc -O2 -static
+$(HOOK).glibc: COMPILE = gcc -O2 -static
+$(HOOK).sanitized: COMPILE = gcc -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
+$(HOOK).%: $(C_SOURCES) $(C_HEADERS) Makefile
+	@mkdir -p build/hook
+	$(COMPILE) $(STRICT) -o $@ $(C_SOURCES)
+
+build/hook/warnings: $(C_SOURCES) $(C_HEADERS) Makefile
+	@mkdir -p build/hook
+	@gcc -fsyntax-only $(STRICT) $(C_SOURCES)
+	@touch $@
+
+.PHONY: help demo test bench setup lint hook wheel clean

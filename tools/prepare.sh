@@ -1,0 +1,95 @@
+#!/bin/sh
+# What the Makefile needs from the system, in one place.
+#
+#   tools/prepare.sh packages PURPOSE   see to the Debian packages for setup, demo, bench or test:
+#                                       root installs what is missing, anybody else is told the command
+#   tools/prepare.sh python             print the interpreter to make .venv with (3.11 or later, with venv)
+#
+# PYTHON in the environment chooses the interpreter. Nothing here starts a service.
+set -eu
+PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin # an ordinary user's PATH often lacks clamd's and spamd's directory
+
+# package, what proves that it is there (a command or a file), the purposes that need it
+needs() {
+    cat <<'END'
+gcc            gcc                                  setup demo bench test
+libc6-dev      /usr/include/stdio.h                 setup demo bench test
+musl-tools     musl-gcc                             setup demo bench test
+clamav-daemon  clamd                                demo bench test
+spamd          spamd                                demo bench test
+mailfront      smtpfront-qmail                      test
+END
+}
+
+# A virtual environment needs pip's bundled wheel, which Debian splits off into python3-venv.
+usable() {
+    "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
+}
+
+python() {
+    for candidate in ${PYTHON:-python3 /usr/bin/python3 python3.13 python3.12 python3.11}; do
+        if usable "$candidate"; then
+            echo "$candidate"
+            return
+        fi
+    done
+    return 1
+}
+
+missing() { # PURPOSE -> names of packages, one line
+    python >/dev/null || printf 'python3-venv '
+    needs | while read -r package proof purposes; do
+        case " $purposes " in *" $1 "*) ;; *) continue ;; esac
+        command -v "$proof" >/dev/null || [ -e "$proof" ] || printf '%s ' "$package"
+    done
+}
+
+# Debian starts a daemon as soon as it is installed, unless this file says no. It says so only
+# while this script lives, so a copy that a kill leaves behind does no harm.
+policy=/usr/sbin/policy-rc.d
+hold_services() {
+    [ -e "$policy" ] && return
+    trap 'rm -f "$policy"' EXIT
+    trap 'exit 1' HUP INT TERM
+    printf '#!/bin/sh\n# left by tools/prepare.sh; safe to delete\n[ -d /proc/%s ] && exit 101\nexit 0\n' $$ >"$policy"
+    chmod 755 "$policy"
+}
+
+install() {
+    export DEBIAN_FRONTEND=noninteractive
+    echo "installing Debian packages: $*"
+    hold_services
+    # The lists may be absent (a fresh container) or older than the archive (404 on download).
+    apt-get -qq --simulate install --no-install-recommends "$@" >/dev/null 2>&1 || apt-get -qq update
+    apt-get -qq -y install --no-install-recommends "$@" ||
+        { apt-get -qq update && apt-get -qq -y install --no-install-recommends "$@"; }
+}
+
+packages() { # PURPOSE
+    absent=$(missing "$1")
+    [ -z "$absent" ] && return
+    if command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+        # shellcheck disable=SC2086  # a list of words
+        install $absent >&2
+        absent=$(missing "$1")
+        [ -z "$absent" ] && return
+        echo "still missing after the installation: $absent" >&2
+    else
+        echo "missing packages: $absent" >&2
+        echo "install them as root:" >&2
+        echo "  apt-get install --no-install-recommends $absent" >&2
+    fi
+    case $absent in
+    python3-venv*) echo "(a python3 of 3.11 or later with its venv module; PYTHON=/path/to/python3 chooses one)" >&2 ;;
+    esac
+    exit 1
+}
+
+case ${1:-} in
+packages) packages "${2:-setup}" ;;
+python) python ;;
+*)
+    sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0" >&2
+    exit 2
+    ;;
+esac

@@ -1,0 +1,176 @@
+"""Asks clamd about a message. Nothing but its explicit OK is clean.
+
+On a Unix socket the message's descriptor itself is passed (FILDES: no copy); on TCP, and where
+FILDES is refused, the mapped bytes are streamed (INSTREAM). Never SCAN: a clamd that is stopped
+while it scans a path answers OK. Faults are :class:`BackendError`, and so is "not scanned to the
+end" (cause TOO_BIG): such a message is unchecked, not clean.
+"""
+
+import asyncio
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Callable
+
+import clamd as clamd_package
+
+from contentfilter.config import settings
+from contentfilter.deadline import Deadline
+from contentfilter.errors import BackendError, Cause, RemoteProtocolError
+from contentfilter.model import Message, Scanner, ScanOutcome, ScanStatus
+from contentfilter.scanners.backends import Pool
+from contentfilter.scanners.stream import Address, Limits, converse
+from contentfilter.wire import clamd
+from contentfilter.wire.buffer import printable
+
+
+class ClamdScanner:
+    """clamd behind a pool of backends. ``config`` is the [clamd] section."""
+
+    def __init__(self, config: settings.Clamd, *, clock: Callable[[], float] = time.monotonic) -> None:
+        addresses = tuple(Address.parse(text) for text in config.backends)
+        self.pool = Pool("clamd", addresses, config.concurrency, clock)
+        self._limits = Limits(config.connect_timeout, config.timeout)
+        self._max_size = config.max_size
+        self._no_fildes: set[Address] = set()  # where FILDES was refused
+        self._probes = {address: Probe(address) for address in addresses}
+
+    async def scan(self, message: Message, deadline: Deadline) -> ScanOutcome:
+        """CLEAN or FOUND. Raises BackendError when there is no verdict."""
+        if 0 < self._max_size < message.size:
+            # clamd answers OK above its own limit, without a look.
+            raise BackendError(Cause.TOO_BIG, "clamd", f"{message.size} bytes, max_size is {self._max_size}")
+        started = time.monotonic()
+
+        async def ask(address: Address) -> tuple[Address, clamd.Clean | clamd.Found]:
+            return address, await self._ask(address, message, deadline)
+
+        address, answer = await self.pool.run(ask, deadline)
+        found = isinstance(answer, clamd.Found)
+        return ScanOutcome(
+            Scanner.CLAMD,
+            ScanStatus.FOUND if found else ScanStatus.CLEAN,
+            name=answer.name if isinstance(answer, clamd.Found) else "",
+            backend=str(address),
+            seconds=time.monotonic() - started,
+        )
+
+    async def version(self, deadline: Deadline) -> clamd.Version:
+        """The version of whichever backend is next. Raises BackendError."""
+        return await self.pool.run(lambda address: self._version(address, deadline), deadline)
+
+    async def probe(self, address: Address, deadline: Deadline) -> clamd.Version:
+        """Is this one backend well, and how old is its database? Raises BackendError.
+
+        Stands apart from the pool: a probe neither waits for scans nor takes a scan's place.
+        """
+        if address.path:
+            return await self._probes[address].ask(deadline)
+        return await self._version(address, deadline)
+
+    async def _version(self, address: Address, deadline: Deadline) -> clamd.Version:
+        commands = iter([(clamd.command("VERSION"),)])
+        version, _ = await converse(address, commands, clamd.version_reader(), self._limits, deadline)
+        return version
+
+    async def _ask(self, address: Address, message: Message, deadline: Deadline) -> clamd.Clean | clamd.Found:
+        answer: clamd.ScanAnswer | None = None
+        if address.path and address not in self._no_fildes and _passable(message.fd):
+            answer = await self._fildes(address, message.fd, deadline)
+        if answer is None:
+            answer = await self._instream(address, message, deadline)
+        if isinstance(answer, clamd.Failed):
+            raise BackendError(answer.cause, str(address), answer.text)
+        if isinstance(answer, clamd.Found) and clamd.signature_class(answer.name) is clamd.SignatureClass.LIMITS:
+            raise BackendError(Cause.TOO_BIG, str(address), answer.name)
+        return answer
+
+    async def _fildes(self, address: Address, fd: int, deadline: Deadline) -> clamd.ScanAnswer | None:
+        """None where clamd does not take descriptors; that is remembered until it goes down."""
+        try:
+            answer, _ = await converse(
+                address, iter([(clamd.fildes(),)]), clamd.scan_reader(), self._limits, deadline, descriptor=fd
+            )
+        except BackendError as error:
+            if error.cause is Cause.DOWN:
+                self._no_fildes.discard(address)
+            raise
+        if isinstance(answer, clamd.Failed) and answer.refused:
+            self._no_fildes.add(address)
+            return None
+        return answer
+
+    async def _instream(self, address: Address, message: Message, deadline: Deadline) -> clamd.ScanAnswer:
+        with memoryview(message.data) as view:
+            batches = clamd.instream(view)
+            try:
+                answer, complete = await converse(address, batches, clamd.scan_reader(), self._limits, deadline)
+            except BackendError as error:
+                if error.cause is Cause.DOWN:
+                    self._no_fildes.discard(address)  # it may come back with another configuration
+                raise
+            finally:
+                batches.close()
+        if isinstance(answer, clamd.Clean) and not complete:
+            raise BackendError(Cause.BAD_REPLY, str(address), "OK before it had the whole message")
+        return answer
+
+
+def _passable(fd: int) -> bool:
+    """clamd answers OK to a descriptor that it cannot read, so only a readable one is passed."""
+    if fd < 0:
+        return False
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    return flags & os.O_ACCMODE != os.O_WRONLY and not flags & os.O_PATH
+
+
+class Probe:
+    """Health, version and database age of one clamd on a Unix socket, by the ``clamd`` package.
+
+    The package connects before it sets its time-out, so a full listen queue can hold it for ever. It
+    therefore runs in a thread of its own that nobody joins; while one hangs, no second is started.
+    """
+
+    def __init__(self, address: Address) -> None:
+        self._address = address
+        self._thread: threading.Thread | None = None
+
+    async def ask(self, deadline: Deadline) -> clamd.Version:
+        """Raises BackendError."""
+        backend = str(self._address)
+        if self._thread is not None and self._thread.is_alive():
+            raise BackendError(Cause.TIMEOUT, backend, "the previous probe still hangs")
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[str] = loop.create_future()
+        client = clamd_package.ClamdUnixSocket(self._address.path, timeout=max(deadline.left(), 0.001))
+
+        def settle(text: str, error: Exception | None) -> None:
+            if not answer.done():
+                if error is None:
+                    answer.set_result(text)
+                else:
+                    answer.set_exception(error)
+
+        def work() -> None:
+            text, problem = "", None
+            try:
+                text = client.version()
+            except Exception as error:  # whatever it is, it belongs to the one who asked
+                problem = error
+            try:
+                loop.call_soon_threadsafe(settle, text, problem)
+            except RuntimeError:
+                pass  # the loop is closed: nobody asks any more
+
+        self._thread = threading.Thread(target=work, name=f"probe {backend}", daemon=True)
+        self._thread.start()
+        try:
+            async with deadline.timeout():
+                return clamd.parse_version((await answer).encode("ascii", "replace"))
+        except TimeoutError:
+            raise BackendError(Cause.TIMEOUT, backend, "no answer to the probe in time") from None
+        except RemoteProtocolError as error:
+            raise BackendError(Cause.BAD_REPLY, backend, str(error)) from error
+        except (clamd_package.ClamdError, OSError, ValueError) as error:
+            raise BackendError(Cause.DOWN, backend, printable(str(error).encode())) from error

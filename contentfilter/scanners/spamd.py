@@ -1,0 +1,96 @@
+"""Asks spamd about a message: the verdict, and where wanted the rewritten headers or message.
+
+A rewritten body counts only when all of it arrived. spamd scores an empty message like spam, so
+it is never asked about one. Faults are :class:`BackendError`.
+"""
+
+import asyncio
+import time
+import zlib
+from collections.abc import Callable
+
+from contentfilter.config import settings
+from contentfilter.deadline import Deadline
+from contentfilter.errors import BackendError, Cause
+from contentfilter.model import Message, Scanner, ScanOutcome, ScanStatus, Want
+from contentfilter.scanners.backends import Pool
+from contentfilter.scanners.stream import Address, Limits, converse
+from contentfilter.wire import spamd
+
+GROWTH = 1_048_576  # bytes that spamd's report may add to a message
+COMPRESS_STEP = 262_144  # bytes deflated before the event loop gets its turn
+
+
+class SpamdScanner:
+    """spamd behind a pool of backends. ``config`` is the [spamd] section, ``children`` H-Sphere's spamdchildren.
+
+    spamd has no queue but its listen backlog, so each backend gets at most ``children`` questions at once.
+    """
+
+    def __init__(self, config: settings.Spamd, children: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+        addresses = tuple(Address.parse(text) for text in config.backends)
+        self.pool = Pool("spamd", addresses, max(1, children), clock)
+        self._limits = Limits(config.connect_timeout, config.timeout)
+        self._compress = config.compress
+
+    async def scan(
+        self, message: Message, deadline: Deadline, *, user: bytes = b"", want: Want = Want.CHECK
+    ) -> ScanOutcome:
+        """CLEAN or FOUND with score and threshold; SKIPPED for an empty message.
+
+        ``rewritten`` holds the header block (HEADERS) or the whole message (PROCESS). A ``user``
+        that cannot stand in a header is left out: spamd then uses its defaults. Raises BackendError.
+        """
+        if not message.size:
+            return ScanOutcome(Scanner.SPAMD, ScanStatus.SKIPPED, detail="empty message")
+        started = time.monotonic()
+        user = user if spamd.usable_user(user) else b""
+        body = await self._body(message, deadline)
+        try:
+            head = spamd.request(want.value, len(body), user=user, compress=self._compress)
+            max_body = 2 * message.size + GROWTH  # line ends may double
+
+            async def ask(address: Address) -> tuple[Address, spamd.Response]:
+                return address, await self._ask(
+                    address, head, body, spamd.ResponseReader(want.value, max_body), deadline
+                )
+
+            address, response = await self.pool.run(ask, deadline)
+        finally:
+            body.release()
+        return ScanOutcome(
+            Scanner.SPAMD,
+            ScanStatus.FOUND if response.spam else ScanStatus.CLEAN,
+            backend=str(address),
+            seconds=time.monotonic() - started,
+            score=response.score,
+            threshold=response.threshold,
+            rewritten=b"" if want is Want.CHECK else response.body,
+        )
+
+    async def _ask(
+        self, address: Address, head: bytes, body: memoryview, reader: spamd.ResponseReader, deadline: Deadline
+    ) -> spamd.Response:
+        batches = iter([(head, body)])
+        response, complete = await converse(address, batches, reader, self._limits, deadline, half_close=True)
+        if response.code:
+            raise BackendError(spamd.cause(response.code), str(address), f"{response.code} {response.text}")
+        if not complete:
+            raise BackendError(Cause.BAD_REPLY, str(address), "a verdict before it had the whole message")
+        return response
+
+    async def _body(self, message: Message, deadline: Deadline) -> memoryview:
+        """What follows the head. Compressing is our own work, in steps that leave others their turn."""
+        view = memoryview(message.data)
+        if not self._compress:
+            return view
+        with view:
+            deflate = zlib.compressobj(1)
+            parts = []
+            for start in range(0, len(view), COMPRESS_STEP):
+                if deadline.expired():
+                    raise BackendError(Cause.TIMEOUT, "spamd", "no time left while compressing")
+                with view[start : start + COMPRESS_STEP] as step:
+                    parts.append(deflate.compress(step))
+                await asyncio.sleep(0)
+        return memoryview(b"".join((*parts, deflate.flush())))

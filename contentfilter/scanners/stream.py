@@ -1,0 +1,270 @@
+"""One question to one daemon over a fresh stream socket, and every way in which it goes wrong.
+
+:func:`converse` connects, writes, reads and closes, all before the deadline, and raises nothing but
+:class:`BackendError`. Writing and reading go on together: a peer that answers early, or stops
+taking what we send, cannot hold us. No task is started and no byte of the message is copied.
+"""
+
+import asyncio
+import errno
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from contentfilter.deadline import Deadline
+from contentfilter.errors import BackendError, Cause, RemoteProtocolError
+
+T = TypeVar("T", covariant=True)
+R = TypeVar("R")
+Batch = tuple[bytes | memoryview, ...]  # buffers for one sendmsg
+
+RECEIVE = 65_536  # bytes asked for at once
+QUANTUM = 1_048_576  # bytes written before the event loop gets its turn
+FIRST_PAUSE, LONGEST_PAUSE = 0.002, 0.1  # seconds between tries while a listen queue is full
+
+# Errors that say "not now" and nothing about the peer's health; most of them are our own limits.
+_BUSY = frozenset(
+    {errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS, errno.EADDRNOTAVAIL}
+)
+_HANG_UP = (BrokenPipeError, ConnectionResetError)
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a daemon listens: a Unix socket's ``path``, or ``host`` and ``port``."""
+
+    path: str = ""
+    host: str = ""
+    port: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> "Address":
+        """``unix:/path``, ``tcp:host:port`` or ``tcp:[v6]:port``; anything else is a ValueError that says why."""
+        kind, _, rest = text.partition(":")
+        if kind == "unix":
+            if not rest.startswith("/") or "\0" in rest or len(rest.encode()) > 107:
+                raise ValueError(f"{text!r}: unix: needs an absolute path of at most 107 bytes")
+            return cls(path=rest)
+        if kind != "tcp":
+            raise ValueError(f"{text!r}: a backend is unix:/path or tcp:host:port")
+        host, _, port = rest.rpartition(":")
+        if host.startswith("[") and host.endswith("]"):
+            host = host[1:-1]
+        elif ":" in host:
+            raise ValueError(f"{text!r}: an IPv6 address stands in brackets, tcp:[::1]:783")
+        if not host or not host.isascii() or not host.isprintable() or " " in host:
+            raise ValueError(f"{text!r}: tcp: needs a host, tcp:host:port")
+        if not (port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65_536):
+            raise ValueError(f"{text!r}: the port is a number from 1 to 65535")
+        return cls(host=host, port=int(port))
+
+    def __str__(self) -> str:
+        if self.path:
+            return f"unix:{self.path}"
+        return f"tcp:[{self.host}]:{self.port}" if ":" in self.host else f"tcp:{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Seconds for each step of a conversation; the message's deadline ends it earlier."""
+
+    connect: float
+    answer: float
+
+
+class ClosedError(BackendError):
+    """The peer took the connection and closed it without a byte: overload, a restart, a killed child."""
+
+
+class Reader(Protocol[T]):
+    """A codec's side of the conversation (wire/clamd, wire/spamd)."""
+
+    def feed(self, data: bytes) -> T | None: ...
+
+    def end(self) -> T: ...
+
+
+async def converse(
+    address: Address,
+    batches: Iterator[Batch],
+    reader: Reader[R],
+    limits: Limits,
+    deadline: Deadline,
+    *,
+    descriptor: int = -1,
+    half_close: bool = False,
+) -> tuple[R, bool]:
+    """Ask one question: (answer, whether all of ``batches`` was taken before it came).
+
+    ``descriptor`` travels with the first batch (Unix sockets only). ``half_close`` ends our
+    direction after the last byte. Raises BackendError only.
+    """
+    sock: socket.socket | None = None
+    step = "connect"
+    try:
+        sock = await _connect(address, limits, deadline)
+        step = "answer"
+        async with deadline.within(limits.answer).timeout():
+            return await _exchange(sock, batches, reader, descriptor, half_close)
+    except TimeoutError:
+        raise BackendError(Cause.TIMEOUT, str(address), f"no {step} in time") from None
+    except RemoteProtocolError as error:
+        raise BackendError(Cause.BAD_REPLY, str(address), str(error)) from error
+    except EOFError:
+        raise ClosedError(Cause.DOWN, str(address), "closed without an answer") from None
+    except OSError as error:
+        cause = Cause.BUSY if error.errno in _BUSY else Cause.DOWN
+        raise BackendError(cause, str(address), f"{step}: {error.strerror or error}") from error
+    except UnicodeError as error:
+        raise BackendError(Cause.DOWN, str(address), "not a host name") from error
+    finally:
+        if sock is not None:
+            sock.close()
+
+
+async def _connect(address: Address, limits: Limits, deadline: Deadline) -> socket.socket:
+    if address.path:
+        return await _connect_unix(address.path, deadline.within(limits.answer))
+    loop = asyncio.get_running_loop()
+    async with deadline.within(limits.connect).timeout():
+        last = OSError(f"no address for {address.host}")
+        for family, where in await _resolve(address):
+            sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            try:
+                # Small last pieces must not wait for the peer's delayed acknowledgement.
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                await loop.sock_connect(sock, where)
+            except OSError as error:
+                sock.close()
+                last = error
+            except BaseException:
+                sock.close()
+                raise
+            else:
+                return sock
+        raise last
+
+
+async def _resolve(address: Address) -> list[tuple[int, Any]]:
+    """(family, socket address) of each of the host's addresses; a numeric one costs no look-up."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            socket.inet_pton(family, address.host)
+        except OSError:
+            continue
+        return [(family, (address.host, address.port))]
+    found = await asyncio.get_running_loop().getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    return [(family, where) for family, _, _, _, where in found]
+
+
+async def _connect_unix(path: str, deadline: Deadline) -> socket.socket:
+    """EAGAIN means that the listen queue is full: wait, do not call the peer down.
+
+    asyncio's own sock_connect takes EAGAIN for "under way" and would return an unconnected socket.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    pause = FIRST_PAUSE
+    try:
+        while True:
+            try:
+                sock.connect(path)
+            except BlockingIOError:
+                if deadline.expired():
+                    raise
+            else:
+                return sock
+            await asyncio.sleep(min(pause, deadline.left()))
+            pause = min(2 * pause, LONGEST_PAUSE)
+    except BaseException:
+        sock.close()
+        raise
+
+
+async def _exchange(
+    sock: socket.socket, batches: Iterator[Batch], reader: Reader[R], descriptor: int, half_close: bool
+) -> tuple[R, bool]:
+    """Write and read until the reader has its event. EOFError: closed without a byte."""
+    loop = asyncio.get_running_loop()
+    pending: list[bytes | memoryview] = []  # what is left of the batch being written
+    writing, complete, heard = True, False, False
+    try:
+        while True:
+            if writing:
+                try:
+                    if descriptor >= 0:
+                        pending.extend(next(batches))
+                        _drop(pending, socket.send_fds(sock, pending, [descriptor]))
+                        descriptor = -1
+                    complete = _flush(sock, batches, pending)
+                    writing = not complete
+                    if complete and half_close:
+                        sock.shutdown(socket.SHUT_WR)
+                except _HANG_UP:
+                    writing = False  # an answer may still be there to be read
+                except OSError as error:
+                    if error.errno != errno.ENOTCONN:  # shutdown on what the peer has reset
+                        raise
+            try:
+                data = await (_receive_or_writable(loop, sock) if writing else loop.sock_recv(sock, RECEIVE))
+            except ConnectionResetError:
+                data = b""
+            if data is None:
+                continue
+            if not data:
+                if not heard:
+                    raise EOFError
+                return reader.end(), complete
+            heard = True
+            event = reader.feed(data)
+            if event is not None:
+                return event, complete
+    finally:
+        pending.clear()  # an exception keeps this frame alive, and the views would keep the message mapped
+
+
+def _flush(sock: socket.socket, batches: Iterator[Batch], pending: list[bytes | memoryview]) -> bool:
+    """Write what the socket takes now, at most a QUANTUM; True when everything is out."""
+    left = QUANTUM
+    while left > 0:
+        if not pending:
+            pending.extend(next(batches, ()))
+            if not pending:
+                return True
+        try:
+            sent = sock.sendmsg(pending)
+        except BlockingIOError:
+            return False
+        _drop(pending, sent)
+        left -= sent
+    return False
+
+
+def _drop(pending: list[bytes | memoryview], sent: int) -> None:
+    """Take the first ``sent`` bytes out of ``pending``."""
+    while pending and sent >= len(pending[0]):
+        sent -= len(pending.pop(0))
+    if sent:
+        pending[0] = memoryview(pending[0])[sent:]
+
+
+async def _receive_or_writable(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> bytes | None:
+    """What has arrived (b"" at the end of input), or None as soon as more can be written."""
+    ready: asyncio.Future[None] = loop.create_future()
+
+    def wake() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
+    fd = sock.fileno()
+    loop.add_reader(fd, wake)
+    loop.add_writer(fd, wake)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(fd)
+        loop.remove_writer(fd)
+    try:
+        return sock.recv(RECEIVE)
+    except BlockingIOError:
+        return None

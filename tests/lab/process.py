@@ -1,0 +1,114 @@
+"""Starts a real daemon for tests, the demo and the benchmark, waits until it answers, and ends it for sure."""
+
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+
+class MissingProgramError(Exception):
+    """A program of a Debian package that is not installed."""
+
+
+class NotStartedError(Exception):
+    """The daemon ended, or did not answer in time; the text ends with its log."""
+
+
+def find_program(name: str, package: str) -> str:
+    """Full path of ``name``; also looks where daemons live. Raises MissingProgramError naming ``package``."""
+    found = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
+    if found is None:
+        raise MissingProgramError(f"{name} is not installed: apt-get install {package}")
+    return found
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that was free a moment ago."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def user_who_reaches(directory: Path, *names: str) -> str | None:
+    """As root: the first user of ``names`` that exists and may walk to ``directory``. Otherwise None: stay who we are."""
+    if os.geteuid() or not all(parent.stat().st_mode & 0o001 for parent in directory.resolve().parents):
+        return None
+    for name in names:
+        try:
+            pwd.getpwnam(name)
+        except KeyError:
+            continue
+        return name
+    return None
+
+
+class Daemon:
+    """A child process in the foreground: its pid, its log, and the ways to end it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.log = directory / "log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "not started"
+        return self._process.pid
+
+    def launch(self, command: Sequence[str], answers: Callable[[], bool], seconds: float = 30.0) -> None:
+        """Start ``command`` and wait until ``answers`` is true. Raises NotStartedError."""
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                command, cwd=self.directory, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        end = time.monotonic() + seconds
+        while not answers():
+            if self._process.poll() is not None or time.monotonic() > end:
+                self.kill()
+                raise NotStartedError(f"{command[0]}: no answer\n{self.log.read_text(errors='replace')[-2000:]}")
+            time.sleep(0.02)
+
+    def signal(self, number: int) -> None:
+        """To the daemon itself, e.g. SIGSTOP and SIGCONT."""
+        os.kill(self.pid, number)
+
+    def stop(self, seconds: float = 10.0) -> None:
+        """Ask it to end, insist after ``seconds``."""
+        if self._process is None:
+            return
+        self._process.send_signal(signal.SIGCONT)
+        self._process.terminate()
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pass
+        self.kill()
+
+    def kill(self) -> None:
+        """End it and its children at once. Safe to call twice."""
+        if self._process is None:
+            return
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)  # it leads a session of its own
+        except ProcessLookupError:
+            pass
+        self._process.wait()
+        self._process = None
+
+
+def ask(address: str | tuple[str, int], question: bytes, seconds: float = 5.0) -> bytes:
+    """First bytes of the answer, or b"" when there is none."""
+    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as sock:
+        sock.settimeout(seconds)
+        try:
+            sock.connect(address)
+            sock.sendall(question)
+            return sock.recv(4096)
+        except OSError:
+            return b""

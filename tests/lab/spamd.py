@@ -1,0 +1,85 @@
+"""A real spamd with Debian's rules and plug-ins, no network tests, on a Unix socket and on TCP.
+
+Preferences of a user are files (:meth:`Spamd.prefer`), so the ``User:`` header can be seen at work.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Self
+
+from lab.process import Daemon, ask, find_program, free_port, user_who_reaches
+
+GTUBE = b"".join((b"XJS*C4JDBQADN1.NSBN3*2IDNEN*", b"GTUBE-STANDARD-ANTI-UBE-TEST-EMAIL", b"*C.34X"))
+PLUGINS = Path("/etc/spamassassin")
+
+
+class Spamd(Daemon):
+    """``with Spamd(directory) as spamd:`` then ``spamd.socket``, ``spamd.tcp``, ``spamd.pid``.
+
+    ``extra``: lines for local.cf. ``directory`` is made where it is missing; its path must be short
+    enough for a Unix socket. As root its children run as nobody where the directory lets them.
+    """
+
+    def __init__(self, directory: Path, *extra: str, children: int = 2) -> None:
+        super().__init__(directory)
+        self._extra = extra
+        self._children = children
+        self._user: str | None = None
+        self._users = directory / "users"
+        self.socket = str(directory / "spamd.sock")
+        self.tcp = ("127.0.0.1", free_port())
+
+    @property
+    def backend(self) -> str:
+        return f"unix:{self.socket}"
+
+    @property
+    def tcp_backend(self) -> str:
+        return f"tcp:{self.tcp[0]}:{self.tcp[1]}"
+
+    def prefer(self, user: str, *lines: str) -> None:
+        """Write the preferences of ``user``; they count from the next message on."""
+        home = self._users / user
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "user_prefs").write_text("\n".join((*lines, "")))
+        if self._user is not None:
+            shutil.chown(home, self._user)
+
+    def start(self) -> Self:
+        program = find_program("spamd", "spamd")
+        site, home = self.directory / "site", self.directory / "home"
+        for path in (site, home, self._users):
+            path.mkdir(parents=True, exist_ok=True)
+        for plugins in PLUGINS.glob("*.pre"):
+            shutil.copy(plugins, site)
+        local = ("use_bayes 0", "report_safe 0", "dns_available no", *self._extra)
+        (site / "local.cf").write_text("\n".join((*local, "")))
+        self._user = user_who_reaches(self.directory, "nobody")
+        command = [
+            program,
+            "--local",
+            "--nouser-config",
+            f"--virtual-config-dir={self._users}/%u",
+            f"--siteconfigpath={site}",
+            f"--helper-home-dir={home}",
+            f"--max-children={self._children}",
+            f"--min-children={self._children}",
+            f"--socketpath={self.socket}",
+            "--socketmode=0666",
+            f"--listen={self.tcp[0]}:{self.tcp[1]}",
+            "--syslog=stderr",
+            f"--pidfile={self.directory / 'pid'}",
+        ]
+        if self._user is not None:
+            command.append(f"--username={self._user}")
+            for path in (home, self._users):
+                shutil.chown(path, self._user)
+        ping = b"PING SPAMC/1.5\r\n\r\n"
+        self.launch(command, lambda: b" PONG" in ask(self.socket, ping) and b" PONG" in ask(self.tcp, ping))
+        return self
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()

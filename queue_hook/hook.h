@@ -1,0 +1,116 @@
+/* What the parts of contentfilter-queue share. The order of work stands in main.c. */
+#ifndef HOOK_H
+#define HOOK_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#include "status.h"
+
+#ifndef CONTENTFILTER_VERSION
+#define CONTENTFILTER_VERSION "0.1.0"
+#endif
+
+enum {
+  CHUNK = 65536,         /* read at once; what is no larger is also kept in memory */
+  ADDRESS_MAX = 1002,    /* qmail-queue's limit */
+  SUBMISSIONS_MAX = 128, /* each is one process and two pipes */
+  TEXT_MAX = 250,
+  NAMES_MAX = 64, /* `environ` lines */
+};
+
+/* util.c */
+int64_t now_ms(void);                             /* monotonic clock */
+int left_ms(int64_t end);                         /* until then, 0 when past; fit for poll() */
+size_t read_by(int fd, char *to, size_t room, int64_t end); /* 0 at the end of file; leaves on error */
+void say(const char *first, ...);                 /* one line on stderr; the arguments end with NULL */
+void say_nothing(void);                           /* stderr belongs to the dialect from now on */
+char *put_number(char *to, uint64_t number);           /* decimal, ended with NUL; returns its end */
+char *put_bytes(char *to, uint64_t number, int bytes); /* little-endian */
+_Noreturn void leave(enum status status);
+enum status status_of(int error, enum status otherwise); /* errno -> ST_MEMORY or `otherwise` */
+
+/* conf.c */
+enum dialect { AUTO, STOCK, NOTQMAIL, SAGREDO, SIMSCAN, INDIMAIL, SQMAIL };
+
+struct conf {
+  const char *socket, *queue, *spool;
+  enum dialect dialect;
+  bool accept_unavailable;
+  int64_t budget_ms;
+  uint64_t memory;
+  const char *names[NAMES_MAX + 1]; /* further variables that the daemon may see */
+};
+
+void conf_load(struct conf *conf);
+void conf_print(const struct conf *conf);
+
+/* store.c: a message or an envelope, in a memfd or, above conf.memory, in an unnamed file */
+struct store {
+  int fd;
+  bool on_disk;
+  uint64_t size; /* all bytes */
+  size_t fill;   /* bytes in `bytes` that are not in the file yet */
+  char *bytes;   /* CHUNK bytes; everything, while size <= CHUNK */
+};
+
+void store_init(struct store *store, char *bytes);
+void store_drain(struct store *store, int from, int64_t end, const struct conf *conf); /* to end of file */
+char *store_room(struct store *store, size_t *room, const struct conf *conf); /* where the next bytes go */
+void store_took(struct store *store, size_t size);                            /* so many were put there */
+void store_finish(struct store *store, const struct conf *conf); /* all is in the file; a memfd is sealed */
+/* A descriptor from which `head` and then the store's bytes from `skip` on can be read once. */
+int store_source(const char *head, size_t size, const struct store *tail, uint64_t skip, const struct conf *conf);
+
+/* envelope.c */
+struct grammar {
+  enum { SENDER, BETWEEN, INSIDE, QUIET, AFTER_QUIET, COMPLETE } at;
+  unsigned length; /* of the address under way */
+};
+
+enum status envelope_feed(struct grammar *grammar, const char *bytes, size_t size, size_t *used);
+void envelope_drain(struct store *store, int from, int64_t end, const struct conf *conf);
+bool envelope_valid(const char *bytes, size_t size);
+
+/* ask.c */
+enum action { QUEUE = 1, REJECT, DEFER, DROP };
+enum reason { NO_REASON, VIRUS, SPAM, BANNED, TOO_BIG };
+
+struct submission {
+  const char *prepend, *envelope; /* envelope NULL: as received */
+  size_t prepend_size, envelope_size;
+  uint64_t skip;
+};
+
+struct answer {
+  enum action action;
+  enum reason reason;
+  const char *text;
+  size_t text_size;
+  unsigned count;
+  struct submission submissions[SUBMISSIONS_MAX];
+  int connection;
+};
+
+/* False when the budget ended without a usable answer. */
+bool ask(const struct conf *conf, const struct store *message, const struct store *envelope, int64_t end,
+         struct answer *answer);
+bool answer_parse(const char *packet, size_t size, int body, uint64_t message_size, struct answer *answer);
+
+/* submit.c: the real qmail-queue */
+void check_pass(void);               /* leaves when this message has been here before */
+void check_queue(struct conf *conf); /* picks the default program; leaves when it is this one */
+_Noreturn void start_queue(const struct conf *conf, int message, int envelope); /* in this process */
+_Noreturn void submit_one(const struct conf *conf, const struct store *message, const struct store *envelope,
+                          const struct submission *submission);
+
+/* commit.c: several qmail-queues, all or nothing */
+enum status submit_all(const struct conf *conf, const struct store *message, const struct store *envelope,
+                       const struct answer *answer, int64_t end);
+
+/* dialect.c */
+enum status refuse(const struct conf *conf, bool permanent, enum reason reason, const char *text, size_t size);
+
+#endif

@@ -1,0 +1,67 @@
+/* contentfilter-queue stands where qmail-queue stood. It takes a message (fd 0) and an envelope (fd 1), asks
+ * the daemon what should happen, and then becomes the real qmail-queue or leaves with a status.
+ *
+ * Nothing is acknowledged before the real qmail-queue has exited 0; a caller that goes away (an envelope
+ * without its final NUL) is noticed before anyone is asked; every fault is a temporary status. */
+#include <fcntl.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "hook.h"
+
+enum { READING_MS = 86400000 }; /* as qmail-queue's alarm: below the 36 hours after which qmail cleans up */
+
+static char message_bytes[CHUNK], envelope_bytes[CHUNK];
+
+/* Descriptors 0 to 2 must be taken: what we open ourselves may not land there. */
+static void take_low_descriptors(void)
+{
+  if (fcntl(0, F_GETFD) == -1 || fcntl(1, F_GETFD) == -1) leave(ST_READ);
+  if (fcntl(2, F_GETFD) == -1 && open("/dev/null", O_WRONLY) != 2) leave(ST_MEMORY);
+}
+
+static void answer_arguments(const char *argument, struct conf *conf)
+{
+  static const char version[] = "contentfilter-queue " CONTENTFILTER_VERSION " protocol 1\n";
+  if (!strcmp(argument, "--version")) leave(write(1, version, sizeof version - 1) < 0 ? ST_WRITE : ST_OK);
+  if (!strcmp(argument, "--check")) {
+    conf_load(conf);
+    conf_print(conf);
+    leave(ST_OK);
+  }
+}
+
+int main(int count, char **arguments)
+{
+  static struct answer answer;
+  static const char unchecked[] = "X-ContentFilter: unavailable; virus=unchecked; spam=unchecked\n";
+  const struct submission unscanned = {.prepend = unchecked, .prepend_size = sizeof unchecked - 1};
+  struct store message, envelope;
+  struct conf conf;
+
+  take_low_descriptors();
+  if (count > 1) answer_arguments(arguments[1], &conf); /* qmail gives none */
+  conf_load(&conf);
+  check_pass();
+  check_queue(&conf);
+
+  int64_t reading = now_ms() + READING_MS;
+  store_init(&message, message_bytes);
+  store_init(&envelope, envelope_bytes);
+  store_drain(&message, 0, reading, &conf);
+  int64_t end = now_ms() + conf.budget_ms;
+  envelope_drain(&envelope, 1, reading, &conf);
+  store_finish(&message, &conf);
+  store_finish(&envelope, &conf);
+
+  if (!ask(&conf, &message, &envelope, end, &answer)) {
+    static const char text[] = "content filter not available, try again later (#4.3.0)";
+    if (conf.accept_unavailable) submit_one(&conf, &message, &envelope, &unscanned);
+    leave(refuse(&conf, false, NO_REASON, text, sizeof text - 1));
+  }
+  if (answer.action == DROP) leave(ST_OK);
+  if (answer.action != QUEUE)
+    leave(refuse(&conf, answer.action == REJECT, answer.reason, answer.text, answer.text_size));
+  if (answer.count == 1) submit_one(&conf, &message, &envelope, answer.submissions);
+  leave(submit_all(&conf, &message, &envelope, &answer, end));
+}

@@ -1,0 +1,142 @@
+/* Where a message or an envelope lies while it is looked at: a memfd, or, when larger than conf.memory, an
+ * unnamed file. Nothing is left behind however this program ends. Offsets are always given explicitly:
+ * the daemon and clamd share the open file and move its position as they like. */
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/sendfile.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "hook.h"
+
+static int open_unnamed(const struct conf *conf)
+{
+  int fd = open(conf->spool, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+  if (fd < 0) {
+    int error = errno;
+    say("no unnamed file in ", conf->spool, ": ", strerror(error), "; set `spool` in queue.conf", NULL);
+    leave(status_of(error, ST_WRITE));
+  }
+  return fd;
+}
+
+/* A kernel without memfd costs speed, not mail. */
+static int open_for(uint64_t size, const struct conf *conf, bool *on_disk)
+{
+  if (size <= conf->memory) {
+    int fd = memfd_create("contentfilter", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (fd >= 0) return fd;
+    if (errno != ENOSYS) leave(status_of(errno, ST_WRITE));
+  }
+  *on_disk = true;
+  return open_unnamed(conf);
+}
+
+static void write_all(int fd, const char *from, size_t size)
+{
+  while (size) {
+    ssize_t wrote = write(fd, from, size);
+    if (wrote < 0 && errno == EINTR) continue;
+    if (wrote <= 0) leave(status_of(errno, ST_WRITE));
+    from += wrote;
+    size -= (size_t)wrote;
+  }
+}
+
+static void copy_all(int to, int from, off_t offset, uint64_t size)
+{
+  while (size) {
+    ssize_t sent = sendfile(to, from, &offset, size < INT32_MAX / 2 ? (size_t)size : INT32_MAX / 2);
+    if (sent < 0 && errno == EINTR) continue;
+    if (sent <= 0) leave(status_of(errno, ST_WRITE));
+    size -= (uint64_t)sent;
+  }
+}
+
+void store_init(struct store *store, char *bytes)
+{
+  *store = (struct store){.fd = -1, .bytes = bytes};
+}
+
+static void flush(struct store *store, const struct conf *conf)
+{
+  if (store->fd < 0) {
+    store->fd = open_for(store->size, conf, &store->on_disk);
+  } else if (!store->on_disk && store->size > conf->memory) {
+    int disk = open_unnamed(conf);
+    copy_all(disk, store->fd, 0, store->size - store->fill);
+    close(store->fd);
+    store->fd = disk;
+    store->on_disk = true;
+  }
+  write_all(store->fd, store->bytes, store->fill);
+  store->fill = 0;
+}
+
+char *store_room(struct store *store, size_t *room, const struct conf *conf)
+{
+  if (store->fill == CHUNK) flush(store, conf);
+  *room = CHUNK - store->fill;
+  return store->bytes + store->fill;
+}
+
+void store_took(struct store *store, size_t size)
+{
+  store->fill += size;
+  store->size += size;
+}
+
+void store_drain(struct store *store, int from, int64_t end, const struct conf *conf)
+{
+  for (;;) {
+    size_t room;
+    char *to = store_room(store, &room, conf);
+    size_t got = read_by(from, to, room, end);
+    if (!got) return;
+    store_took(store, got);
+  }
+}
+
+void store_finish(struct store *store, const struct conf *conf)
+{
+  if (store->fill || store->fd < 0) flush(store, conf);
+  if (!store->on_disk && fcntl(store->fd, F_ADD_SEALS, F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL))
+    leave(ST_BUG);
+}
+
+/* What fits goes through a pipe that is full before its reader starts: cheaper than a second file. */
+static int filled_pipe(const char *head, size_t head_size, const char *tail, size_t tail_size)
+{
+  struct iovec parts[2] = {{(char *)(uintptr_t)head, head_size}, {(char *)(uintptr_t)tail, tail_size}};
+  size_t size = head_size + tail_size;
+  int ends[2];
+  if (pipe2(ends, O_CLOEXEC)) leave(status_of(errno, ST_WRITE));
+  /* Users with many pipes get smaller ones; one page is the least. */
+  if (size > 4096 && fcntl(ends[1], F_GETPIPE_SZ) < (int)size) {
+    close(ends[0]);
+    close(ends[1]);
+    return -1;
+  }
+  if (size && writev(ends[1], parts, 2) != (ssize_t)size) leave(ST_WRITE);
+  close(ends[1]);
+  return ends[0];
+}
+
+int store_source(const char *head, size_t size, const struct store *tail, uint64_t skip, const struct conf *conf)
+{
+  uint64_t rest = tail ? tail->size - skip : 0;
+  bool in_memory = !tail || tail->size <= CHUNK;
+  bool on_disk = false;
+  int fd;
+  if (in_memory && size + rest <= CHUNK) {
+    fd = filled_pipe(head, size, tail ? tail->bytes + skip : NULL, (size_t)rest);
+    if (fd >= 0) return fd;
+  }
+  fd = open_for(size + rest, conf, &on_disk);
+  write_all(fd, head, size);
+  if (rest) copy_all(fd, tail->fd, (off_t)skip, rest);
+  if (lseek(fd, 0, SEEK_CUR) != (off_t)(size + rest) || lseek(fd, 0, SEEK_SET)) leave(ST_WRITE);
+  return fd;
+}

@@ -4,7 +4,7 @@
 # Python lives in .venv, made with the first python3 of 3.11 or later; PYTHON=... chooses another.
 
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip --disable-pip-version-check --quiet  # meson is in .venv
 C_SOURCES := $(wildcard queue_hook/*.c)
 C_HEADERS := $(wildcard queue_hook/*.h)
 

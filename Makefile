@@ -4,7 +4,8 @@
 # Python lives in .venv, made with the first python3 of 3.11 or later; PYTHON=... chooses another.
 
 BIN := .venv/bin
-PIP := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip --disable-pip-version-check --quiet  # meson is in .venv
+# meson, which pip calls to build the wheel, is in .venv too.
+PIP := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip --disable-pip-version-check --quiet
 C_SOURCES := $(wildcard queue_hook/*.c)
 C_HEADERS := $(wildcard queue_hook/*.h)
 

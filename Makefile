@@ -17,22 +17,22 @@ help: ## show this list
 
 demo: ## set everything up, then watch real messages go through hook, daemon and scanners
 	@tools/prepare.sh packages demo
-	@$(MAKE) --no-print-directory .venv/installed
+	@$(MAKE) --silent .venv/installed
 	@$(BIN)/python bench/demo.py
 
 test: ## set everything up, then check the style and run the tests
 	@tools/prepare.sh packages test
-	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --silent lint
 	@$(BIN)/pytest -n auto -q
 
 bench: ## set everything up, then measure: messages per second, latency, CPU per message
 	@tools/prepare.sh packages bench
-	@$(MAKE) --no-print-directory .venv/installed
+	@$(MAKE) --silent .venv/installed
 	@$(BIN)/python bench/run.py
 
 setup: ## Debian packages, and .venv with contentfilter and the tools of its tests
 	@tools/prepare.sh packages setup
-	@$(MAKE) --no-print-directory .venv/testing
+	@$(MAKE) --silent .venv/testing
 
 lint: .venv/testing build/hook/warnings ## the style alone: ruff, mypy, and the hook's warnings
 	@$(BIN)/ruff check --quiet

@@ -59,7 +59,10 @@ class Message:
     def close(self) -> None:
         """Unmap and close. Safe to call twice."""
         if isinstance(self.data, mmap.mmap):
-            self.data.close()
+            try:
+                self.data.close()
+            except BufferError:
+                pass  # a thread of a cancelled scan still reads; it is unmapped when that lets go
         self.data = b""
         if self.fd >= 0:
             os.close(self.fd)

@@ -1,1 +1,1 @@
-"""Where a message comes in: the listening socket, its peer, its descriptors."""
+"""Messages come in: the listening socket, descriptors, origin."""

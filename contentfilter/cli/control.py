@@ -1,0 +1,68 @@
+"""``contentfilter status`` and ``contentfilter reload``: questions to the running daemon.
+
+They read the settings only to learn where its control socket is.
+"""
+
+import json
+import sys
+
+import click
+import msgspec
+
+from contentfilter.config.load import load_settings
+from contentfilter.errors import ConfigError
+from contentfilter.service import bus
+
+WAIT = 5.0  # seconds
+RELOAD_WAIT = 60.0
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="The whole answer as JSON.")
+@click.pass_obj
+def status(config_path: str, as_json: bool) -> None:
+    """Say what the daemon does right now."""
+    reply = _ask(config_path, bus.AskStatus(), WAIT)
+    assert isinstance(reply, bus.Status)  # noqa: S101 - the daemon answers this question with nothing else
+    if as_json:
+        click.echo(json.dumps(msgspec.to_builtins(reply)))
+        return
+    click.echo(f"{reply.state}, configuration {reply.generation}, up {reply.uptime:.0f} s, {reply.socket}")
+    for worker in sorted(reply.workers, key=lambda w: (w.slot, w.pid)):
+        click.echo(
+            f"worker {worker.slot} pid {worker.pid} {worker.state}, configuration {worker.generation}, "
+            f"{worker.open} in flight, {worker.counters.get('answered', 0)} answered, "
+            f"last heard {worker.silent:.1f} s ago"
+        )
+    for problem in reply.problems:
+        click.echo(f"not in force: {problem}")
+
+
+@click.command()
+@click.option("--restart", is_flag=True, help="Also replace every worker, each new one before its old one goes.")
+@click.option("--json", "as_json", is_flag=True, help="The answer as JSON.")
+@click.pass_obj
+def reload(config_path: str, restart: bool, as_json: bool) -> None:
+    """Read the configuration again. A bad one changes nothing."""
+    reply = _ask(config_path, bus.AskReload(restart), RELOAD_WAIT)
+    assert isinstance(reply, bus.Done)  # noqa: S101 - see above
+    if as_json:
+        click.echo(json.dumps(msgspec.to_builtins(reply)))
+    else:
+        for problem in reply.problems:
+            click.echo(problem, err=True)
+        click.echo(f"configuration {reply.generation} is in force" + ("" if reply.ok else "; the new one was refused"))
+    sys.exit(0 if reply.ok else 1)
+
+
+def _ask(config_path: str, question: bus.Question, seconds: float) -> bus.Reply:
+    try:
+        run = load_settings(config_path).service.run
+    except ConfigError as error:
+        click.echo(f"contentfilter: {error}", err=True)
+        sys.exit(78)
+    reply = bus.ask(run, question, seconds)
+    if reply is None:
+        click.echo(f"contentfilter: no daemon answers at {run}/control.sock", err=True)
+        sys.exit(1)
+    return reply

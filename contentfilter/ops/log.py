@@ -1,0 +1,139 @@
+"""Log lines: events with fixed names and fields, one line each, JSON or logfmt, to one descriptor.
+
+A line is written with a single write(2) and is at most PIPE_BUF long, so the lines of several
+workers on one pipe never mix. Nothing here is global: whoever starts a process makes its logger.
+"""
+
+import logging
+import os
+from collections.abc import Mapping, MutableMapping
+from typing import Any, Literal
+
+import msgspec
+import structlog
+
+LINE_LIMIT = 4096  # PIPE_BUF: up to here a write to a pipe is atomic
+LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+
+Logger = structlog.typing.FilteringBoundLogger
+EventDict = MutableMapping[str, Any]
+
+# Every event name that the daemon uses, with its meaning. A test compares this table with the source.
+EVENTS: Mapping[str, str] = {
+    "intake.accept-failed": "accept(2) failed, mostly for want of descriptors; accepting pauses",
+    "intake.garbage": "a packet or descriptors that no hook sends; the connection was closed",
+    "intake.bad-message": "a sound request with descriptors that cannot serve as a message; deferred",
+    "intake.client-gone": "the hook closed its connection before the answer; the handling was cancelled",
+    "intake.answer-failed": "the answer could not be sent; the hook will offer the message again",
+    "intake.internal-error": "a defect: the handling raised; the message was deferred",
+    "mail.report": "what the hook's several submissions came to",
+    "origin.unknown-user": "a configured user name does not exist; it was left out",
+    "service.start": "the supervisor has its sockets and starts workers",
+    "service.ready": "every worker accepts messages",
+    "service.refused": "the daemon cannot start",
+    "service.problem": "one problem in the configuration, with file and line",
+    "service.reload": "a new configuration generation was sent to the workers",
+    "service.reload-failed": "a bad configuration; the old one stays in force",
+    "service.restart-needed": "a changed setting takes effect only after a restart of the daemon",
+    "service.drain": "no new messages; those under way are finished",
+    "service.stop": "the supervisor ends",
+    "bus.malformed": "a frame on the bus that could not be decoded; dropped",
+    "worker.start": "a worker process was started",
+    "worker.ready": "a worker accepts messages",
+    "worker.died": "a worker ended without being asked to",
+    "worker.stuck": "a worker gave no heartbeat for too long and was killed",
+    "worker.reload": "a worker runs a new configuration generation",
+    "worker.reload-failed": "a worker could not build what the supervisor had checked; the old one stays",
+    "worker.drain": "a worker stopped accepting and finishes its messages",
+    "worker.orphaned": "the supervisor is gone; the worker drains and ends",
+    "worker.stop": "a worker ends",
+    "python.log": "a record of the standard library's logging, mostly from a library",
+}
+
+
+class LineWriter:
+    """What structlog calls last: one finished line, one write."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def msg(self, line: bytes) -> None:
+        try:
+            os.write(self._fd, line)
+        except OSError:
+            pass  # a log that is gone must not stop mail
+
+    debug = info = warning = warn = error = critical = exception = log = msg
+
+
+def make_logger(style: Literal["json", "logfmt"], level: str, fd: int = 2, **fields: Any) -> Logger:
+    """A logger that writes to ``fd`` with ``fields`` bound to every line."""
+    render = _json if style == "json" else _logfmt
+    logger: Logger = structlog.wrap_logger(
+        LineWriter(fd),
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
+            structlog.processors.format_exc_info,
+            lambda _logger, _method, event: bounded(event, render),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
+        cache_logger_on_first_use=True,
+    )
+    return logger.bind(**fields)
+
+
+def bounded(event: EventDict, render: Any) -> bytes:
+    """The line for ``event``; long values lose their middle until it fits."""
+    line: bytes = render(event)
+    while len(line) > LINE_LIMIT:
+        longest = max(event, key=lambda key: len(str(event[key])))
+        text = str(event[longest])
+        if len(text) < 64:  # very many fields: give up on completeness, keep the frame
+            event = {key: event[key] for key in ("time", "level", "event", "id") if key in event}
+            event["cut"] = True
+            return _json(event)[:LINE_LIMIT]
+        keep = len(text) // 4
+        event[longest] = f"{text[:keep]} … {text[-keep:]}"
+        line = render(event)
+    return line
+
+
+def _json(event: EventDict) -> bytes:
+    line = msgspec.json.encode(event, enc_hook=_plain)
+    return line + b"\n"
+
+
+def _logfmt(event: EventDict) -> bytes:
+    words = []
+    for key, value in event.items():
+        text = value if isinstance(value, str) else msgspec.json.encode(value, enc_hook=_plain).decode()
+        if not text or any(c in text for c in ' ="\\') or not text.isprintable():
+            text = msgspec.json.encode(text).decode()
+        words.append(f"{key}={text}")
+    return " ".join(words).encode("utf-8", "backslashreplace") + b"\n"
+
+
+def _plain(value: Any) -> Any:
+    return value.decode("ascii", "backslashreplace") if isinstance(value, bytes) else str(value)
+
+
+class Forward(logging.Handler):
+    """Brings asyncio's and the libraries' own log records into our lines."""
+
+    def __init__(self, log: Logger) -> None:
+        super().__init__(logging.WARNING)
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._log.log(
+                record.levelno, "python.log", logger=record.name, text=record.getMessage(), exc_info=record.exc_info
+            )
+        except Exception:
+            self.handleError(record)
+
+
+def adopt_standard_logging(log: Logger) -> None:
+    """Route the standard library's logging into ``log``. For a process's main function only."""
+    logging.basicConfig(handlers=[Forward(log)], level=logging.WARNING, force=True)

@@ -1,0 +1,357 @@
+"""The supervisor: opens the sockets, keeps the workers going, carries configuration to them.
+
+One process with one event loop; no message ever passes through it. SIGTERM drains, a second signal ends
+at once, SIGHUP reads the configuration again. A bad one changes nothing and every problem
+is logged. Workers that start get the newest generation with them, the others over the bus,
+again and again until their heartbeat says that they have it.
+"""
+
+import asyncio
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import zmq
+
+from contentfilter import __version__
+from contentfilter.config.settings import Settings
+from contentfilter.deadline import Deadline
+from contentfilter.errors import ConfigError, Problem, RemoteProtocolError
+from contentfilter.intake.connection import Rarely
+from contentfilter.intake.listener import OwnSocket, SocketError, hold_lock, inherited_socket, open_socket
+from contentfilter.intake.origin import resolve
+from contentfilter.ops.log import Logger, adopt_standard_logging, make_logger
+from contentfilter.ops.systemd import Notifier, listen_fds, watchdog_interval
+from contentfilter.service import bus
+from contentfilter.service.pool import Pool
+from contentfilter.service.process import Process, memory_file
+from contentfilter.service.worker import command_line
+
+SOCKET_NAME = "queue"  # FileDescriptorName= in the socket unit; a single unnamed socket will do too
+DRAIN_GRACE = 5.0  # seconds on top of service.drain before workers are killed
+RELOAD_WAIT = 10.0  # seconds to wait for all workers to take a new configuration
+REPEAT = 2.0  # seconds before a configuration is sent again to a worker that lacks it
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A configuration that may go live."""
+
+    settings: Settings
+    blob: bytes  # all that a worker needs; only the application knows what is in it
+    problems: tuple[Problem, ...] = ()  # bad lines that were left out
+
+
+class Source(Protocol):
+    """Where configurations come from. Both methods raise ConfigError."""
+
+    async def load(self) -> Loaded:
+        """Read everything anew."""
+
+    async def refresh(self) -> Loaded | None:
+        """Look at the tables only; None when nothing changed."""
+
+
+class Supervisor:
+    """The daemon's first process. :meth:`run` returns the exit status."""
+
+    def __init__(self, source: Source, app: str, environ: MutableMapping[str, str]) -> None:
+        self._source = source
+        self._app = app  # "module:function", what a worker builds its application with
+        self._environ = environ
+        self._generation = 0
+        self._state = "starting"
+        self._problems: tuple[str, ...] = ()
+        self._last_sent = 0.0
+        self._began = time.monotonic()
+        self._stop = asyncio.Event()
+        self._at_once = asyncio.Event()
+        self._moved = asyncio.Event()  # a worker got ready, took a generation, or ended
+        self._reload_wanted = asyncio.Event()
+        self._reloading = asyncio.Lock()
+        self._bad_frames = Rarely(10.0)
+
+    async def run(self) -> int:
+        """Raises ConfigError or SocketError when the daemon cannot start."""
+        pid = os.getpid()
+        passed = listen_fds(self._environ, pid)
+        self._watchdog = watchdog_interval(self._environ, pid)
+        self._notify = Notifier.from_environment(self._environ)
+        self._loaded = await self._source.load()
+        settings = self._loaded.settings
+        self._log: Logger = make_logger(settings.log.format, settings.log.level, worker="supervisor", pid=pid)
+        adopt_standard_logging(self._log)
+        self._tell(self._loaded)
+        lock = hold_lock(f"{settings.service.run}/contentfilter.lock")
+        own: OwnSocket | None = None
+        try:
+            own, self._listener = self._listen(passed)
+            return await self._serve(own)
+        finally:
+            if own is not None:
+                own.close()
+            os.close(lock)
+            self._notify.close()
+
+    def _listen(self, passed: list[tuple[str, int]]) -> tuple[OwnSocket | None, socket.socket]:
+        """The socket that systemd passed, else one of our own."""
+        if passed:
+            by_name = [fd for name, fd in passed if name == SOCKET_NAME]
+            if not by_name and len(passed) > 1:
+                raise SocketError(f"none of the {len(passed)} sockets passed is named {SOCKET_NAME!r}")
+            return None, inherited_socket((by_name or [passed[0][1]])[0])
+        listen = self._loaded.settings.listen
+        own = open_socket(listen.socket, int(listen.mode, 8), listen.backlog)
+        return own, own.socket
+
+    async def _serve(self, own: OwnSocket | None) -> int:
+        settings = self._loaded.settings
+        self._lifeline, self._lifeline_held = os.pipe2(os.O_CLOEXEC)
+        self._bus = bus.SupervisorBus(settings.service.run)
+        self._pool = Pool(self._spawn, self._log, self._moved.set)
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self._signalled)
+        loop.add_signal_handler(signal.SIGINT, self._signalled)
+        loop.add_signal_handler(signal.SIGHUP, self._reload_wanted.set)
+        self._generation = 1
+        self._log.info("service.start", version=__version__, socket=settings.listen.socket, activated=own is None)
+        try:
+            self._pool.resize(worker_count(settings))
+            async with asyncio.TaskGroup() as group:
+                background = [
+                    group.create_task(work)
+                    for work in (
+                        self._hear(),
+                        self._answer(),
+                        self._check(),
+                        self._say_ready(),
+                        self._reload_on_demand(),
+                        self._watch_tables(),
+                        self._keep_watchdog(),
+                    )
+                ]
+                await self._stop.wait()
+                await self._drain(own)
+                for task in background:
+                    task.cancel()
+        finally:
+            self._pool.kill()
+            self._bus.close()
+            os.close(self._lifeline)
+            os.close(self._lifeline_held)
+        self._log.info("service.stop")
+        return 0
+
+    def _spawn(self, slot: int, ended: Callable[[Process], None]) -> Process:
+        runtime = memory_file("configuration", self._loaded.blob)
+        try:
+            fds = {"listen": self._listener.fileno(), "lifeline": self._lifeline, "runtime": runtime}
+            words = command_line(self._app, self._loaded.settings, slot, self._generation, fds)
+            return Process(slot, words, tuple(fds.values()), ended)
+        finally:
+            os.close(runtime)
+
+    # The end
+
+    def _signalled(self) -> None:
+        if self._stop.is_set():
+            self._at_once.set()
+        self._stop.set()
+
+    async def _drain(self, own: OwnSocket | None) -> None:
+        self._state = "draining"
+        self._notify.stopping()
+        self._log.info("service.drain")
+        if own is not None:
+            own.close()  # hooks find nobody and try again until the next daemon is there
+        limit = Deadline.after(self._loaded.settings.service.drain + DRAIN_GRACE)
+        hurry = asyncio.create_task(self._at_once.wait())
+        hurry.add_done_callback(lambda done: None if done.cancelled() else self._pool.kill())
+        await self._pool.drain(limit)
+        hurry.cancel()
+
+    # Configuration
+
+    def _tell(self, loaded: Loaded) -> None:
+        for problem in loaded.problems:
+            self._log.warning("service.problem", path=problem.path, line=problem.line, text=problem.text)
+        for name in resolve(loaded.settings.origin)[1]:
+            self._log.warning("origin.unknown-user", name=name)
+
+    async def reload(self, *, restart: bool = False) -> tuple[str, ...]:
+        """Read everything again. Returns the problems that kept the old configuration in force."""
+        async with self._reloading:
+            self._notify.reloading()
+            try:
+                loaded = await self._source.load()
+            except ConfigError as error:
+                self._failed(error)
+            else:
+                self._problems = ()
+                self._tell(loaded)
+                await self._take(loaded)
+                if restart:
+                    self._pool.replace_all()
+                await self._taken(Deadline.after(RELOAD_WAIT))
+            self._notify.ready(self._summary())
+            return self._problems
+
+    def _failed(self, error: ConfigError) -> None:
+        texts = tuple(str(problem) for problem in error.problems)
+        if texts != self._problems:  # the same trouble again and again is told once
+            for problem in error.problems:
+                self._log.error("service.problem", path=problem.path, line=problem.line, text=problem.text)
+        self._log.error("service.reload-failed", problems=len(texts), generation=self._generation)
+        self._problems = texts
+
+    async def _take(self, loaded: Loaded) -> None:
+        old, self._loaded = self._loaded.settings, loaded
+        new = loaded.settings
+        for name, was, now in (("listen", old.listen, new.listen), ("service.run", old.service.run, new.service.run)):
+            if was != now:
+                self._log.warning("service.restart-needed", setting=name)
+        self._generation += 1
+        self._log.info("service.reload", generation=self._generation, bytes=len(loaded.blob))
+        await self._send_configuration()
+        self._pool.resize(worker_count(new))
+
+    async def _send_configuration(self) -> None:
+        self._last_sent = time.monotonic()
+        try:
+            await self._bus.command(bus.Configure(self._generation, self._loaded.blob))
+        except zmq.Again:
+            pass  # their heartbeats will ask for it again
+
+    async def _taken(self, deadline: Deadline) -> None:
+        """Wait until every worker has, or has refused, the newest generation."""
+        try:
+            async with deadline.timeout():
+                while any(self._lacks(p.beat) for p in self._pool.processes if not p.retiring):
+                    self._moved.clear()
+                    await self._moved.wait()
+        except TimeoutError:
+            pass
+
+    def _lacks(self, beat: bus.Heartbeat | None) -> bool:
+        return beat is None or max(beat.generation, beat.refused) < self._generation
+
+    async def _reload_on_demand(self) -> None:
+        while True:
+            await self._reload_wanted.wait()
+            self._reload_wanted.clear()
+            await self.reload()
+
+    async def _watch_tables(self) -> None:
+        while True:
+            await asyncio.sleep(self._loaded.settings.tables.refresh)
+            async with self._reloading:
+                try:
+                    loaded = await self._source.refresh()
+                except ConfigError as error:
+                    self._failed(error)
+                    continue
+                if loaded is not None:
+                    self._problems = ()
+                    self._tell(loaded)
+                    await self._take(loaded)
+
+    # What runs besides
+
+    async def _hear(self) -> None:
+        while True:
+            try:
+                report = await self._bus.report()
+            except RemoteProtocolError as error:
+                self._malformed("reports", error)
+                continue
+            if isinstance(report, bus.Happened):
+                for event in report.events:
+                    await self._publish(event)
+                continue
+            process = self._pool.heard(report)
+            if process is None:
+                continue
+            self._moved.set()
+            if self._lacks(report) and not process.retiring and time.monotonic() > self._last_sent + REPEAT:
+                await self._send_configuration()
+
+    async def _publish(self, event: bus.Event) -> None:
+        try:
+            await self._bus.publish(event)
+        except zmq.Again:
+            pass  # a slow reader of the feed loses events
+
+    async def _answer(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            while True:
+                try:
+                    asker, question = await self._bus.question()
+                except RemoteProtocolError as error:
+                    self._malformed("control", error)
+                    continue
+                if isinstance(question, bus.AskReload):
+                    group.create_task(self._reload_for(asker, question))
+                elif isinstance(question, bus.AskStatus):
+                    await self._reply(asker, self.status())
+                else:
+                    await self._reply(asker, bus.Done(True, self._generation))
+
+    async def _reload_for(self, asker: bytes, question: bus.AskReload) -> None:
+        problems = await self.reload(restart=question.restart)
+        await self._reply(asker, bus.Done(not problems, self._generation, problems))
+
+    async def _reply(self, asker: bytes, reply: bus.Reply) -> None:
+        try:
+            await self._bus.answer(asker, reply)
+        except zmq.ZMQError:
+            pass  # the asker is gone
+
+    def _malformed(self, where: str, error: RemoteProtocolError) -> None:
+        if (held := self._bad_frames.allow()) is not None:
+            self._log.warning("bus.malformed", where=where, why=str(error), not_logged=held)
+
+    async def _check(self) -> None:
+        while True:
+            service = self._loaded.settings.service
+            self._pool.check(service.stuck_after)
+            await asyncio.sleep(min(service.heartbeat, service.stuck_after / 4))
+
+    async def _say_ready(self) -> None:
+        while not self._pool.full():
+            self._moved.clear()
+            await self._moved.wait()
+        self._state = "ready"
+        self._log.info("service.ready", workers=len(self._pool.processes))
+        self._notify.ready(self._summary())
+
+    async def _keep_watchdog(self) -> None:
+        """A sign of life to systemd, but only while mail can be accepted."""
+        while self._watchdog:
+            if self._state != "ready" or self._pool.alive(self._loaded.settings.service.stuck_after):
+                self._notify.alive()
+            await asyncio.sleep(self._watchdog)
+
+    def _summary(self) -> str:
+        return f"{worker_count(self._loaded.settings)} workers, configuration {self._generation}"
+
+    def status(self) -> bus.Status:
+        return bus.Status(
+            version=__version__,
+            pid=os.getpid(),
+            state=self._state,
+            generation=self._generation,
+            uptime=round(time.monotonic() - self._began, 3),
+            socket=self._loaded.settings.listen.socket,
+            restarts=self._pool.restarts,
+            malformed=self._bus.malformed,
+            problems=self._problems,
+            workers=tuple(process.describe() for process in self._pool.processes),
+        )
+
+
+def worker_count(settings: Settings) -> int:
+    return settings.service.workers or len(os.sched_getaffinity(0))

@@ -1,0 +1,258 @@
+"""A worker process: one event loop that accepts hooks, hands their messages to the application, and
+tells the supervisor that it lives.
+
+Started by exec with the listening socket, the lifeline and the configuration as inherited
+descriptors. The heartbeat comes from the event loop itself, so a stuck loop falls silent. It drains on
+SIGTERM and when the lifeline closes, which means that the supervisor is gone; a second signal ends it at once.
+"""
+
+import argparse
+import asyncio
+import gc
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from contentfilter.config.settings import Settings
+from contentfilter.deadline import Deadline
+from contentfilter.errors import RemoteProtocolError
+from contentfilter.intake.connection import Job, Terms
+from contentfilter.intake.listener import Listener, inherited_socket
+from contentfilter.intake.message import Spool
+from contentfilter.intake.origin import resolve
+from contentfilter.ops.log import Logger, adopt_standard_logging, make_logger
+from contentfilter.service.bus import BATCH_DELAY, Busy, Event, Heartbeat, WorkerBus
+from contentfilter.wire import hook
+
+SHOWN = 8  # messages in flight that a heartbeat tells about
+ABORT_WAIT = 2.0  # seconds for cancelled handlings to end
+
+
+class Application(Protocol):
+    """What is done with messages under one configuration."""
+
+    settings: Settings
+
+    async def handle(self, job: Job) -> hook.Answer: ...
+
+    async def close(self) -> None:
+        """Called once, when the last message under this configuration is answered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What an application may use of its worker."""
+
+    log: Logger
+    emit: Callable[[Event], None]  # to the supervisor and the event feed; never waits
+
+
+Build = Callable[[bytes, Surroundings], Awaitable[Application]]
+"""The configuration blob becomes an application. Raises anything when it cannot."""
+
+
+class Serving:
+    """An application with a count of what it is working on, so that it is closed when it is idle."""
+
+    def __init__(self, application: Application, generation: int) -> None:
+        self.application = application
+        self.generation = generation
+        self._running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def handle(self, job: Job) -> hook.Answer:
+        self._running += 1
+        self._idle.clear()
+        try:
+            return await self.application.handle(job)
+        finally:
+            self._running -= 1
+            if not self._running:
+                self._idle.set()
+
+    async def retire(self) -> None:
+        await self._idle.wait()
+        await self.application.close()
+
+    def terms(self) -> Terms:
+        settings = self.application.settings
+        origin, _ = resolve(settings.origin)  # the supervisor has told about unknown names
+        return Terms(
+            self, origin, Spool(settings.service.state), settings.service.budget, settings.service.max_in_flight
+        )
+
+
+class Worker:
+    """The life of the process, from configuration to the last answer."""
+
+    def __init__(self, options: argparse.Namespace, build: Build, log: Logger) -> None:
+        self._options = options
+        self._build = build
+        self._log = log
+        self._stop = asyncio.Event()
+        self._at_once = asyncio.Event()
+        self._refused = 0
+        self._flush: asyncio.TimerHandle | None = None
+
+    async def run(self) -> None:
+        self._loop = loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled)
+        loop.add_reader(self._options.lifeline, self._orphaned)
+        self._bus = WorkerBus(self._options.run, os.getpid())
+        blob = read_all(self._options.runtime)
+        self._serving = await self._built(self._options.generation, blob)
+        self._listener = Listener(inherited_socket(self._options.listen), self._serving.terms(), self._log)
+        gc.collect()
+        gc.freeze()  # modules and configuration are for good; collections need not visit them
+        self._listener.start()
+        try:
+            async with asyncio.TaskGroup() as group:
+                background = [group.create_task(self._beat()), group.create_task(self._obey(group))]
+                await self._stop.wait()
+                await self._drain()
+                for task in background:
+                    task.cancel()
+            await self._serving.application.close()
+        finally:
+            self._bus.close()
+        self._log.info("worker.stop")
+
+    async def _built(self, generation: int, blob: bytes) -> Serving:
+        application = await self._build(blob, Surroundings(self._log, self._emit))
+        return Serving(application, generation)
+
+    def _emit(self, event: Event) -> None:
+        if self._bus.add(event):
+            self._bus.flush()
+        elif self._flush is None:
+            self._flush = self._loop.call_later(BATCH_DELAY, self._flush_events)
+
+    def _flush_events(self) -> None:
+        self._flush = None
+        self._bus.flush()
+
+    # The end
+
+    def _signalled(self) -> None:
+        if self._stop.is_set():
+            self._at_once.set()
+        self._stop.set()
+
+    def _orphaned(self) -> None:
+        self._loop.remove_reader(self._options.lifeline)
+        self._log.warning("worker.orphaned")
+        self._stop.set()
+
+    async def _drain(self) -> None:
+        """Finish what is under way, within the limit; drop the rest, which the hooks offer again."""
+        listener, settings = self._listener, self._serving.application.settings
+        listener.stop()
+        self._log.info("worker.drain", open=len(listener.connections))
+        hurry = asyncio.ensure_future(self._at_once.wait())
+        done = asyncio.ensure_future(listener.drained(Deadline.after(settings.service.drain)))
+        await asyncio.wait({hurry, done}, return_when=asyncio.FIRST_COMPLETED)
+        for future in (hurry, done):
+            future.cancel()
+        await listener.abort("shutdown", Deadline.after(ABORT_WAIT))
+
+    # What runs besides
+
+    async def _beat(self) -> None:
+        late = 0.0
+        while True:
+            self._bus.send(self._heartbeat(late))
+            interval = self._serving.application.settings.service.heartbeat
+            due = self._loop.time() + interval
+            await asyncio.sleep(interval)
+            late = self._loop.time() - due
+
+    def _heartbeat(self, lag: float) -> Heartbeat:
+        now = self._loop.time()
+        connections = self._listener.connections
+        oldest = sorted(connections, key=lambda c: c.began)[:SHOWN]
+        return Heartbeat(
+            pid=os.getpid(),
+            generation=self._serving.generation,
+            refused=self._refused,
+            lag=max(0.0, lag),
+            in_flight=tuple(Busy(c.incident, c.stage, now - c.began) for c in oldest),
+            open=len(connections),
+            counters=asdict(self._listener.counters) | {"events_lost": self._bus.lost},
+        )
+
+    async def _obey(self, group: asyncio.TaskGroup) -> None:
+        while True:
+            try:
+                command = await self._bus.command()
+            except RemoteProtocolError as error:
+                self._log.warning("bus.malformed", why=str(error))
+                continue
+            if command.generation > max(self._serving.generation, self._refused):
+                await self._configure(command.generation, command.blob, group)
+
+    async def _configure(self, generation: int, blob: bytes, group: asyncio.TaskGroup) -> None:
+        try:
+            serving = await self._built(generation, blob)
+            terms = serving.terms()
+        except Exception:  # whatever is wrong with it, the old configuration goes on
+            self._refused = generation
+            self._log.exception("worker.reload-failed", generation=generation)
+        else:
+            old, self._serving = self._serving, serving
+            self._listener.change(terms)
+            group.create_task(old.retire())
+            self._log.info("worker.reload", generation=generation)
+        self._bus.send(self._heartbeat(0.0))
+
+
+def read_all(fd: int) -> bytes:
+    """The whole of an inherited file, which is then closed."""
+    with os.fdopen(fd, "rb") as file:
+        file.seek(0)
+        return file.read()
+
+
+def load_build(name: str) -> Build:
+    """``package.module:function`` as the supervisor was told to use."""
+    module, _, attribute = name.partition(":")
+    build: Build = getattr(importlib.import_module(module), attribute)
+    return build
+
+
+def command_line(app: str, settings: Settings, slot: int, generation: int, fds: dict[str, int]) -> list[str]:
+    """How the supervisor starts a worker. ``-P``: never import from the current directory."""
+    words = [sys.executable, "-P", "-m", "contentfilter.service.worker"]
+    options: dict[str, Any] = {
+        "app": app,
+        "run": settings.service.run,
+        "log": settings.log.format,
+        "level": settings.log.level,
+        "slot": slot,
+        "generation": generation,
+        **fds,
+    }
+    return words + [f"--{name}={value}" for name, value in options.items()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="contentfilter worker", description="Started by contentfilter serve only.")
+    for name in ("app", "run", "log", "level"):
+        parser.add_argument(f"--{name}", required=True)
+    for name in ("slot", "generation", "listen", "lifeline", "runtime"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    options = parser.parse_args()
+    for fd in (options.listen, options.lifeline, options.runtime):
+        os.set_inheritable(fd, False)
+    log = make_logger(options.log, options.level, worker=options.slot, pid=os.getpid())
+    adopt_standard_logging(log)
+    asyncio.run(Worker(options, load_build(options.app), log).run())
+
+
+if __name__ == "__main__":
+    main()

@@ -61,10 +61,10 @@ def answer(case: Case) -> hook.Answer:
     """The whole answer. One submission that carries all recipients goes with the envelope as received."""
     decision = case.decision
     if decision.action is not Action.QUEUE:
-        text = text_for(decision, case.incident).encode("ascii")
+        text = text_for(decision, case.incident)
         return hook.Answer(_ACTIONS[decision.action], _REASONS[decision.reason], text, ())
     submissions = tuple(_submission(case, delivery) for delivery in decision.deliveries)
-    return hook.Answer(hook.Action.QUEUE, hook.Reason.NONE, b"", submissions)
+    return hook.Answer(hook.Action.QUEUE, hook.Reason.NONE, "", submissions)
 
 
 def _submission(case: Case, delivery: Delivery) -> hook.Submission:

@@ -1,0 +1,188 @@
+"""What the SMTP client reads and what each recipient's copy gets in front."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from contentfilter.config.settings import Clamd, Headers, Settings, Spamd
+from contentfilter.errors import Cause
+from contentfilter.model import Envelope, Message, Origin, OriginKind, Scanner, ScanOutcome, ScanStatus, Want
+from contentfilter.policy.decide import decide
+from contentfilter.policy.plan import ScanPlan, Step, Switches, Treatment
+from contentfilter.verdict.case import Case
+from contentfilter.verdict.reply import answer
+from contentfilter.wire import envelope as envelope_format
+from contentfilter.wire import hook
+
+ID = "0123456789abcdef"
+MAIL = b"Subject: hi\nX-Virus-Status: Clean (forged)\n\nbody\n"
+STEPS = tuple(Step(scanner, run=True, reason="asked") for scanner in Scanner)
+CLEAN = tuple(ScanOutcome(s, ScanStatus.CLEAN) for s in (Scanner.SIGNATURES, Scanner.CLAMD))
+
+
+def reply(
+    outcomes=(),
+    wants=((True, True),),
+    *,
+    settings=None,
+    switches=None,
+    kind=OriginKind.STRANGER,
+    data=MAIL,
+    want=Want.HEADERS,
+    limit="",
+    remote=b"192.0.2.1",
+):
+    settings = settings or Settings()
+    plan = ScanPlan(
+        tuple((Treatment(v, s, f"v{i}", f"s{i}"), (i,)) for i, (v, s) in enumerate(wants)),
+        STEPS,
+        want=want,
+        limit=limit,
+    )
+    decision = decide(plan, outcomes, kind, len(wants), settings)
+    to = tuple(b"u%d@example.org" % i for i in range(len(wants)))
+    case = Case(
+        ID,
+        Origin(kind, 1, remote_ip=remote),
+        Envelope(b"s@example.net", to),
+        Message(-1, len(data), data),
+        settings,
+        switches or Switches(),
+        plan,
+        tuple(outcomes),
+        decision,
+    )
+    return answer(case)
+
+
+def found(scanner, name="Eicar-Test-Signature", **more):
+    return ScanOutcome(scanner, ScanStatus.FOUND, name, **more)
+
+
+def test_virus_text_names_the_virus_the_incident_and_the_code():
+    a = reply((found(Scanner.CLAMD),))
+    assert (a.action, a.reason) == (hook.Action.REJECT, hook.Reason.VIRUS)
+    assert a.text == f"message contains a virus: Eicar-Test-Signature [{ID}] (#5.7.1)"
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "options", "part"),
+    [
+        ((found(Scanner.SIGNATURES, "TVqQAAMAA"),), {}, "carries a Windows program: TVqQAAMAA"),
+        (
+            (found(Scanner.SPAMD, score=15.5, threshold=5.0),),
+            {"settings": Settings(spamd=Spamd(action="reject"))},
+            "looks like spam (15.5 / 5)",
+        ),
+        ((ScanOutcome(Scanner.CLAMD, ScanStatus.UNCHECKED, cause=Cause.TIMEOUT),), {}, "virus check not possible now"),
+        ((), {"limit": "databytes=5"}, "exceeds the size limit"),
+        ((), {"limit": "maxrecipients=5"}, "too many recipients"),
+    ],
+)
+def test_every_refusal_says_why(outcomes, options, part):
+    text = reply(outcomes, **options).text
+    assert part in text
+    assert f"[{ID}]" in text
+
+
+@given(st.text(max_size=400))
+def test_no_name_can_forge_a_reply_line(name):
+    text = reply((found(Scanner.CLAMD, name),)).text
+    assert len(text) <= 250
+    assert all(32 <= ord(c) < 127 for c in text)
+    assert text.endswith(f"[{ID}] (#5.7.1)")
+
+
+def only(a):
+    assert a.action is hook.Action.QUEUE
+    assert len(a.submissions) == 1
+    return a.submissions[0]
+
+
+def test_unprotected_mail_only_gets_lines_in_front():
+    s = only(reply(wants=((False, False),)))
+    assert s == hook.Submission(
+        b"X-ContentFilter: %b; virus=skipped; spam=skipped\nX-Originating-IP: [192.0.2.1]\n" % ID.encode(), 0, None
+    )
+
+
+def test_a_clean_mail_says_who_looked_and_loses_forged_claims():
+    s = only(reply(CLEAN, wants=((True, False),)))
+    assert s.prepend + MAIL[s.skip :] == (
+        b"X-ContentFilter: %b; virus=clean; spam=skipped\n"
+        b"X-Virus-Scanned: contentfilter (signatures, clamd)\nX-Virus-Status: Clean\nX-Originating-IP: [192.0.2.1]\n"
+        b"Subject: hi\nX-Received-X-Virus-Status: Clean (forged)\n\nbody\n" % ID.encode()
+    )
+
+
+def test_unchecked_is_said_and_is_not_clean():
+    unchecked = (ScanOutcome(Scanner.CLAMD, ScanStatus.UNCHECKED, cause=Cause.TOO_BIG),)
+    s = only(reply(unchecked, wants=((True, False),)))
+    assert b"virus=unchecked" in s.prepend
+    assert b"X-Virus-Status: Clean\n" not in s.prepend
+
+
+@pytest.mark.parametrize("kind", OriginKind, ids=lambda k: k.value)
+def test_originating_ip_is_for_smtp_mail_and_its_switch(kind):
+    smtp = kind in (OriginKind.STRANGER, OriginKind.RELAY, OriginKind.AUTHENTICATED)
+    assert (b"X-Originating-IP: [192.0.2.1]\n" in only(reply(kind=kind)).prepend) is smtp
+    assert b"X-Originating-IP" not in only(reply(kind=kind, switches=Switches(xoriginatingip=False))).prepend
+
+
+def test_envelope_to_only_where_one_recipient_travels_alone():
+    on = Switches(xenveloptoheader=True)
+    assert b"X-Envelope-To: u0@example.org\n" in only(reply(switches=on)).prepend
+    assert b"X-Envelope-To" not in only(reply(wants=((False, False), (False, False)), switches=on)).prepend
+
+
+def test_spam_is_marked_with_spamassassins_lines_and_the_tag():
+    block = b"X-Spam-Flag: YES\r\nX-Spam-Status: Yes\r\nSubject: hi\r\n\r\n"
+    spam = (found(Scanner.SPAMD, score=9.0, threshold=5.0, rewritten=block),)
+    s = only(reply(spam, wants=((False, True),), settings=Settings(spamd=Spamd(subject_tag="[SPAM] "))))
+    result = s.prepend + MAIL[s.skip :]
+    assert b"X-Spam-Flag: YES\nX-Spam-Status: Yes\n" in result
+    assert b"Subject: [SPAM] hi\n" in result
+    assert result.endswith(b"\n\nbody\n")
+
+
+def test_those_who_did_not_ask_get_their_bytes_and_no_foreign_verdict():
+    spam = (found(Scanner.SPAMD, score=9.0, threshold=5.0, rewritten=b"X-Spam-Flag: YES\n\n"),)
+    a = reply(spam, wants=((False, True), (False, False)))
+    marked, plain = a.submissions
+    assert envelope_format.parse(marked.envelope).recipients == (b"u0@example.org",)
+    assert envelope_format.parse(plain.envelope).recipients == (b"u1@example.org",)
+    assert b"X-Spam" in marked.prepend
+    assert b"X-Spam" not in plain.prepend
+    assert plain.skip == 0
+
+
+def test_full_rewrite_takes_spamds_message_for_spam_only():
+    rewritten = b"Subject: *****SPAM***** hi\nX-Spam-Flag: YES\n\nattached\n"
+    settings = Settings(spamd=Spamd(rewrite="full"))
+    spam = (found(Scanner.SPAMD, score=9.0, threshold=5.0, rewritten=rewritten),)
+    s = only(reply(spam, wants=((False, True),), settings=settings, want=Want.PROCESS))
+    assert s.skip == len(MAIL)
+    assert s.prepend.endswith(rewritten)
+    ham = (ScanOutcome(Scanner.SPAMD, ScanStatus.CLEAN, score=1.0, threshold=5.0, rewritten=MAIL),)
+    s = only(reply(ham, wants=((False, True),), settings=settings, want=Want.PROCESS))
+    assert (s.prepend + MAIL[s.skip :]).endswith(b"\n\nbody\n")
+    assert s.skip == 0
+
+
+def test_marked_virus_is_delivered_with_its_name():
+    s = only(reply((found(Scanner.CLAMD),), wants=((True, False),), settings=Settings(clamd=Clamd(action="mark"))))
+    assert b"virus=found" in s.prepend
+    assert b"X-Virus-Status: Infected (Eicar-Test-Signature)\n" in s.prepend
+
+
+def test_headers_can_be_switched_off():
+    off = Settings(headers=Headers(trace=False, scanned=False))
+    s = only(reply(CLEAN, wants=((True, False),), settings=off, switches=Switches(xoriginatingip=False)))
+    assert s.prepend.startswith(b"Subject")  # only the forged claim is renamed
+
+
+@given(st.binary(max_size=2000))
+def test_what_is_queued_is_our_lines_and_the_original_bytes(data):
+    s = only(reply(wants=((False, False),), data=b"Subject: x\n\n" + data))
+    assert s.skip == 0
+    assert all(line.startswith(b"X-") for line in s.prepend.splitlines())

@@ -1,0 +1,186 @@
+"""Who may import whom, and that importing does nothing: read from the syntax trees, nothing is run."""
+
+import ast
+import builtins
+import graphlib
+import sys
+from collections.abc import Iterator
+
+from style.tree import Module, modules
+
+# Lowest first. A module imports from its own layer and from those below, never from above.
+LAYERS = (
+    ("", "errors", "deadline", "config.settings"),
+    ("model",),
+    ("wire",),
+    ("policy",),
+    ("config", "ops", "tables", "scanners", "verdict"),
+    ("pipeline",),
+    ("intake", "service"),
+    ("app",),
+    ("cli", "__main__"),
+)
+
+# All that formats and decisions may use of the standard library: nothing here can wait, read or tell the time.
+# Add a module if it computes only.
+PURE = {
+    "base64", "binascii", "bisect", "collections", "collections.abc", "dataclasses", "datetime", "enum", "functools",
+    "heapq", "ipaddress", "itertools", "math", "operator", "re", "string", "struct", "typing", "unicodedata", "zlib",
+}  # fmt: skip
+PURE_OURS = ("errors", "model", "config.settings", "wire", "policy")
+
+# Calls of these while a module is being imported would open, start or register something.
+ACTIVE = {
+    "aiofiles", "aiomysql", "asyncio", "clamd", "io", "logging", "mmap", "multiprocessing", "open", "os", "print",
+    "prometheus_client", "random", "select", "selectors", "signal", "socket", "structlog", "subprocess", "sys",
+    "tempfile", "threading", "time", "zmq",
+}  # fmt: skip
+
+COMPUTES = {"socket.CMSG_SPACE", "socket.CMSG_LEN"}  # the exceptions: arithmetic, whatever module it lives in
+
+
+def imports(module: Module) -> Iterator[tuple[ast.stmt, str]]:
+    """Each import with the full name of the module that it brings in, wherever in the file it stands."""
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module.at(node)}: relative import"
+            assert node.module is not None
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield node, inner if inner.removeprefix("contentfilter.") in modules() else node.module
+
+
+def ours(name: str) -> str | None:
+    """The name without the package's, or None for somebody else's module."""
+    if name == "contentfilter":
+        return ""
+    return name.removeprefix("contentfilter.") if name.startswith("contentfilter.") else None
+
+
+def within(name: str, group: str) -> bool:
+    return name == group or (bool(group) and name.startswith(group + "."))
+
+
+def layer(name: str) -> int:
+    """The index of the layer with the longest entry that covers ``name``; -1 when none does."""
+    covering = [(len(group), i) for i, groups in enumerate(LAYERS) for group in groups if within(name, group)]
+    return max(covering, default=(0, -1))[1]
+
+
+def test_every_module_belongs_to_a_layer() -> None:
+    assert [name for name in modules() if layer(name) < 0] == []
+
+
+def test_arrows_point_one_way() -> None:
+    wrong = [
+        f"{module.at(node)}: {module.name} must not know {target}"
+        for module in modules().values()
+        for node, name in imports(module)
+        if (target := ours(name)) is not None and layer(target) > layer(module.name)
+    ]
+    assert wrong == []
+
+
+def test_no_module_imports_itself_by_a_detour() -> None:
+    graph = {
+        module.name: {target for _, name in imports(module) if (target := ours(name)) in modules() and target}
+        for module in modules().values()
+    }
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
+
+
+def test_formats_and_decisions_do_no_io() -> None:
+    wrong = []
+    for module in modules().values():
+        if not any(within(module.name, group) for group in ("wire", "policy")):
+            continue
+        for node, name in imports(module):
+            target = ours(name)
+            pure = name in PURE if target is None else any(within(target, group) for group in PURE_OURS)
+            if not pure:
+                wrong.append(f"{module.at(node)}: {name}")
+        wrong += [
+            f"{module.at(node)}: {node.func.id}()"
+            for node in ast.walk(module.tree)
+            if isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in {"open", "print", "input"}
+        ]
+    assert wrong == []
+
+
+def run_at_import(tree: ast.Module) -> Iterator[ast.AST]:
+    """What runs when the module is imported: all but the bodies of functions and the main block."""
+    todo: list[ast.AST] = list(tree.body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test):
+            continue
+        yield node
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            todo += [*node.decorator_list, *node.args.defaults, *(d for d in node.args.kw_defaults if d)]
+        elif not isinstance(node, ast.Lambda):
+            todo += ast.iter_child_nodes(node)
+
+
+def root_of(call: ast.Call) -> str:
+    """``a`` of ``a.b.c(…)``; empty for anything else that is called."""
+    node: ast.expr = call.func
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def sources(module: Module) -> dict[str, str]:
+    """Each name that an import binds, with the outermost module that it comes from."""
+    found = {}
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Import):
+            found |= {(alias.asname or alias.name).partition(".")[0]: alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {alias.asname or alias.name: node.module or "" for alias in node.names}
+    return {name: source.partition(".")[0] for name, source in found.items()}
+
+
+def test_importing_has_no_side_effects() -> None:
+    wrong = []
+    for module in modules().values():
+        source = sources(module)
+        for node in run_at_import(module.tree):
+            if isinstance(node, ast.Call):
+                root, called = root_of(node), ast.unparse(node.func)
+                if source.get(root, root) in ACTIVE and called not in COMPUTES:
+                    wrong.append(f"{module.at(node)}: {called}() runs at import")
+            elif isinstance(node, ast.With | ast.AsyncWith | ast.For | ast.While | ast.Await):
+                wrong.append(f"{module.at(node)}: a block that runs at import")
+        wrong += [
+            f"{module.at(node)}: a bare call runs at import"
+            for node in module.tree.body
+            if isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant)
+        ]
+    assert wrong == []
+
+
+def test_no_function_rebinds_a_global() -> None:
+    wrong = [
+        module.at(node)
+        for module in modules().values()
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.Global)
+    ]
+    assert wrong == []
+
+
+def test_the_lists_name_real_modules() -> None:
+    known = sys.stdlib_module_names
+    assert {name for name in PURE if name.partition(".")[0] not in known} == set()
+    outside = {"aiofiles", "aiomysql", "clamd", "prometheus_client", "structlog", "zmq"}
+    assert {name for name in ACTIVE - outside if name not in known and not hasattr(builtins, name)} == set()
+    assert not PURE & ACTIVE
+
+
+def test_every_file_says_what_it_promises() -> None:
+    assert [module.name for module in modules().values() if not ast.get_docstring(module.tree)] == []

@@ -1,0 +1,81 @@
+"""The strict stand-in for qmail-queue (standin.c): built once, and what it recorded."""
+
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from contentfilter.model import Envelope
+from contentfilter.wire import envelope
+
+SOURCE = Path(__file__).with_name("standin.c")
+
+
+def build(directory: Path) -> Path:
+    """Compile the stand-in into ``directory``, unless it is there. Safe for several test workers at once."""
+    program = directory / "standin"
+    if not program.exists():
+        unfinished = directory / f"standin.{os.getpid()}"
+        subprocess.run(["cc", "-std=c11", "-D_GNU_SOURCE", "-O2", "-o", unfinished, SOURCE], check=True)
+        unfinished.replace(program)
+    return program
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """One complete submission: what qmail-queue would have put into the queue, and how it was started."""
+
+    pid: int
+    ppid: int
+    uid: int
+    message: bytes
+    envelope_bytes: bytes
+    arguments: tuple[str, ...]
+    environ: dict[str, str]
+    descriptors: dict[int, str]  # open when it started: number -> what it is
+
+    @property
+    def envelope(self) -> Envelope:
+        return envelope.parse(self.envelope_bytes)
+
+
+class Standin:
+    """The program and the directory where it records."""
+
+    def __init__(self, program: Path, directory: Path) -> None:
+        self.program = program
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        directory.chmod(0o1777)
+
+    def environ(self, **knobs: str) -> dict[str, str]:
+        """Variables that make it record; ``knobs`` are the fault knobs without their prefix (``exit="53"``)."""
+        return {"STANDIN_DIR": str(self.directory)} | {f"STANDIN_{k.upper()}": v for k, v in knobs.items()}
+
+    def queued(self) -> list[Queued]:
+        """All complete submissions, in the order of their process ids."""
+        messages = sorted(self.directory.glob("*.msg"), key=lambda path: int(path.stem))
+        return [self._read(path) for path in messages]
+
+    def leftovers(self) -> list[str]:
+        """Files of submissions that were begun and not finished."""
+        return sorted(path.name for path in self.directory.glob("*.tmp"))
+
+    def stalled(self) -> list[int]:
+        """Processes that stand still because of the knob STALL."""
+        return [int(path.stem) for path in self.directory.glob("*.stalled")]
+
+    def _read(self, message: Path) -> Queued:
+        lines = message.with_suffix(".info").read_bytes().decode(errors="surrogateescape").split("\0")
+        parts = [line.partition(" ")[::2] for line in lines if line]
+        numbers = {key: int(value) for key, value in parts if key in ("pid", "ppid", "uid")}
+        variables = [value.partition("=")[::2] for key, value in parts if key == "env"]
+        opened = [value.partition(" ")[::2] for key, value in parts if key == "fd"]
+        return Queued(
+            **numbers,
+            message=message.read_bytes(),
+            envelope_bytes=message.with_suffix(".env").read_bytes(),
+            arguments=tuple(value for key, value in parts if key == "arg"),
+            environ=dict(variables),
+            descriptors={int(number): target for number, target in opened},
+        )

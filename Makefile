@@ -71,7 +71,7 @@ clean: ## remove everything that these commands made
 
 # The hook. Warnings are errors here and nowhere else: a user's newer compiler may know new ones.
 
-STRICT := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wshadow -Wformat=2 -Wstrict-prototypes -Werror
+STRICT := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wshadow -Wconversion -Wformat=2 -Wstrict-prototypes -Werror
 HOOK := build/hook/contentfilter-queue
 
 $(HOOK).musl: COMPILE = musl-gcc -O2 -static

@@ -75,7 +75,7 @@ def make_logger(style: Literal["json", "logfmt"], level: str, fd: int = 2, **fie
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
             structlog.processors.format_exc_info,
-            lambda _logger, _method, event: bounded(event, render),
+            lambda _logger, _method, event: bounded(_in_order(event), render),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
         cache_logger_on_first_use=True,
@@ -97,6 +97,11 @@ def bounded(event: EventDict, render: Any) -> bytes:
         event[longest] = f"{text[:keep]} … {text[-keep:]}"
         line = render(event)
     return line
+
+
+def _in_order(event: EventDict) -> EventDict:
+    """When, how bad and what come first: people read these lines too."""
+    return {"time": event.pop("time"), "level": event.pop("level"), "event": event.pop("event"), **event}
 
 
 def _json(event: EventDict) -> bytes:

@@ -83,7 +83,7 @@ class Supervisor:
         self._notify = Notifier.from_environment(self._environ)
         self._loaded = await self._source.load()
         settings = self._loaded.settings
-        self._log: Logger = make_logger(settings.log.format, settings.log.level, worker="supervisor", pid=pid)
+        self._log: Logger = make_logger(settings.log.format, settings.log.level, pid=pid)
         adopt_standard_logging(self._log)
         self._tell(self._loaded)
         lock = hold_lock(f"{settings.service.run}/contentfilter.lock")

@@ -216,9 +216,10 @@ static enum status after_commit(const struct all *all)
   char text[400], *to = text;
   enum status status = ST_OK;
   for (unsigned i = 0; i < all->count; i++) {
-    int result = all->parts[i].committed ? all->parts[i].result : ST_BUG;
+    int result = all->parts[i].result;
+    if (!result && !all->parts[i].committed) result = ST_BUG;
     if (!result) continue;
-    if (!status) status = result < ST_MEMORY ? ST_DEFER : meaning(result);
+    if (!status) status = result > 0 && result < ST_MEMORY ? ST_DEFER : meaning(result);
     if (to - text > 340) continue;
     to = stpcpy(put_number(stpcpy(to, to > text ? ", " : ""), i + 1), result < 0 ? " by signal " : " with status ");
     to = put_number(to, (uint64_t)(result < 0 ? -result : result));

@@ -173,7 +173,7 @@ def _read_all(fd: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Raw:
-    """A packet as it is, with any descriptors; ``body`` is put into a sealed memfd that goes along."""
+    """A packet as it is. ``fds`` go along and are closed then; ``body`` goes along in a sealed memfd."""
 
     packet: bytes
     body: bytes | None = None
@@ -293,7 +293,7 @@ class FakeDaemon:
         if reply.body is not None:
             fds.append(sealed(reply.body))
         socket.send_fds(connection, [reply.packet], fds)
-        for fd in fds[len(reply.fds) :]:
+        for fd in fds:
             os.close(fd)
         packet = connection.recv(65536)
         if packet:

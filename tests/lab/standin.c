@@ -4,27 +4,25 @@
  * STANDIN_DIR      where to record PID.msg, PID.env and PID.info; not set: read everything, record nothing
  * STANDIN_FSYNC    set: fsync message and envelope, as the real one does
  * The knobs for faults act at one point, and only for messages that contain a text:
- * STANDIN_AT       message (has been read) | envelope (all but the final NUL was read) | end (all was read)
+ * STANDIN_AT       message (has been read) | envelope (its first byte was read) | end (all was read)
  * STANDIN_WHEN     a text in the first 64 KiB of the message; not set: every message
  * STANDIN_EXIT     leave with this status
  * STANDIN_SIGNAL   die by this signal
  * STANDIN_STALL    set: create DIR/PID.stalled and wait to be killed, at most a minute */
 #include <dirent.h>
-#include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <unistd.h>
 
 enum { ADDRESS = 1003, ROOM = 65536 };
 
 static const char *dir;
 static char head[ROOM], bytes[ROOM], envelope_bytes[ROOM];
-static size_t head_size, have, used;
+static size_t head_size, have, used, first_read = ROOM;
 
 static void path_of(char path[512], const char *end)
 {
@@ -105,7 +103,8 @@ static void read_message(void)
 static char next(void)
 {
   if (used == have) {
-    ssize_t got = read(1, envelope_bytes, sizeof envelope_bytes);
+    ssize_t got = read(1, envelope_bytes, first_read);
+    first_read = sizeof envelope_bytes;
     if (got <= 0) leave(54);
     have = (size_t)got;
     used = 0;
@@ -120,6 +119,7 @@ static void read_envelope(void)
   int fd = record(".env.tmp");
   for (char letter = 'F';; letter = 'T') {
     char first = next();
+    if (letter == 'F') fault("envelope");
     kept[size++] = first;
     if (letter == 'T' && !first) break;
     if (first != letter) leave(91);
@@ -138,8 +138,6 @@ static void read_envelope(void)
       keep(fd, kept, size);
       size = 0;
     }
-    int unread = 0;
-    if (used == have && !ioctl(1, FIONREAD, &unread) && !unread) fault("envelope");
   }
   keep(fd, kept, size);
   finish(fd);
@@ -184,6 +182,7 @@ static void publish(void)
 int main(int count, char **arguments)
 {
   dir = getenv("STANDIN_DIR");
+  if (getenv("STANDIN_AT")) first_read = 1;
   write_info(count, arguments);
   read_message();
   fault("message");

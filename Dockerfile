@@ -12,7 +12,7 @@ COPY . /src
 RUN python3 -m venv /opt/contentfilter && /opt/contentfilter/bin/pip install --no-cache-dir /src
 
 FROM base AS test
-RUN apt-get update && apt-get install -y --no-install-recommends git make
+RUN apt-get update && apt-get install -y --no-install-recommends make
 COPY . /src
 WORKDIR /src
 RUN make test

@@ -128,6 +128,7 @@ class Pool:
         future: asyncio.Future[Backend] = asyncio.get_running_loop().create_future()
         entry = (future, avoid)
         self._waiting.append(entry)
+        self._hand_out()  # those before us may all wait for another backend than we
         try:
             async with deadline.timeout():
                 return await future
@@ -153,8 +154,11 @@ class Pool:
         return backend
 
     def _release(self, backend: Backend) -> None:
-        """Give a place back, and hand free places to those who wait, first come first served."""
         backend.outstanding -= 1
+        self._hand_out()
+
+    def _hand_out(self) -> None:
+        """Give free places to those who wait, first come first served."""
         for entry in list(self._waiting):
             future, avoid = entry
             if not future.done():  # done: cancelled, and about to take itself away

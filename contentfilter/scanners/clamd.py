@@ -11,6 +11,7 @@ import fcntl
 import os
 import threading
 import time
+import traceback
 from collections.abc import Callable
 
 import clamd as clamd_package
@@ -142,24 +143,21 @@ class Probe:
         if self._thread is not None and self._thread.is_alive():
             raise BackendError(Cause.TIMEOUT, backend, "the previous probe still hangs")
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[str] = loop.create_future()
-        client = clamd_package.ClamdUnixSocket(self._address.path, timeout=max(deadline.left(), 0.001))
+        answer: asyncio.Future[tuple[str, str]] = loop.create_future()
+        patience = max(deadline.left(), 0.001)
 
-        def settle(text: str, error: Exception | None) -> None:
+        def settle(result: tuple[str, str]) -> None:
             if not answer.done():
-                if error is None:
-                    answer.set_result(text)
-                else:
-                    answer.set_exception(error)
+                answer.set_result(result)
 
         def work() -> None:
-            text, problem = "", None
             try:
-                text = client.version()
-            except Exception as error:  # whatever it is, it belongs to the one who asked
-                problem = error
+                result = (clamd_package.ClamdUnixSocket(self._address.path, timeout=patience).version(), "")
+            except Exception as error:
+                result = ("", str(error) or type(error).__name__)
+                traceback.clear_frames(error.__traceback__)  # a cycle in there would keep the socket open
             try:
-                loop.call_soon_threadsafe(settle, text, problem)
+                loop.call_soon_threadsafe(settle, result)
             except RuntimeError:
                 pass  # the loop is closed: nobody asks any more
 
@@ -167,10 +165,11 @@ class Probe:
         self._thread.start()
         try:
             async with deadline.timeout():
-                return clamd.parse_version((await answer).encode("ascii", "replace"))
+                version, problem = await answer
+            if problem:
+                raise BackendError(Cause.DOWN, backend, printable(problem.encode("ascii", "replace")))
+            return clamd.parse_version(version.encode("ascii", "replace"))
         except TimeoutError:
             raise BackendError(Cause.TIMEOUT, backend, "no answer to the probe in time") from None
         except RemoteProtocolError as error:
             raise BackendError(Cause.BAD_REPLY, backend, str(error)) from error
-        except (clamd_package.ClamdError, OSError, ValueError) as error:
-            raise BackendError(Cause.DOWN, backend, printable(str(error).encode())) from error

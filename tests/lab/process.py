@@ -35,7 +35,7 @@ def free_port() -> int:
 
 
 def user_who_reaches(directory: Path, *names: str) -> str | None:
-    """As root: the first user of ``names`` that exists and may walk to ``directory``. Otherwise None: stay who we are."""
+    """As root, the first of ``names`` that exists, if others may walk to ``directory``. None: stay who we are."""
     if os.geteuid() or not all(parent.stat().st_mode & 0o001 for parent in directory.resolve().parents):
         return None
     for name in names:
@@ -102,13 +102,16 @@ class Daemon:
 
 
 def ask(address: str | tuple[str, int], question: bytes, seconds: float = 5.0) -> bytes:
-    """First bytes of the answer, or b"" when there is none."""
+    """The whole answer to the end of input, or b"" when there is none."""
     family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as sock:
         sock.settimeout(seconds)
         try:
             sock.connect(address)
             sock.sendall(question)
-            return sock.recv(4096)
+            answer = b""
+            while more := sock.recv(4096):
+                answer += more
         except OSError:
             return b""
+        return answer

@@ -1,0 +1,33 @@
+"""Fixtures that several directories share: the real daemons, started once per test process."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from lab.clamd import Clamd
+from lab.spamd import Spamd
+
+
+@pytest.fixture(scope="session")
+def lab_directory() -> Iterator[Path]:
+    """Where daemons under other users live: pytest's own directories are closed to them, and too long for sockets."""
+    directory = Path(tempfile.mkdtemp(prefix="cf-"))
+    directory.chmod(0o711)
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def clamd(lab_directory: Path) -> Iterator[Clamd]:
+    """A real clamd with the lab's signatures. Do not stop it: take a Clamd of your own for that."""
+    with Clamd(lab_directory / "clamd") as clamd:
+        yield clamd
+
+
+@pytest.fixture(scope="session")
+def spamd(lab_directory: Path) -> Iterator[Spamd]:
+    """A real spamd with two children. Do not stop it: take a Spamd of your own for that."""
+    with Spamd(lab_directory / "spamd") as spamd:
+        yield spamd

@@ -11,6 +11,8 @@ import asyncio
 import gc
 import importlib
 import os
+import select
+import selectors
 import signal
 import sys
 from collections.abc import Awaitable, Callable
@@ -211,6 +213,22 @@ class Worker:
         self._bus.send(self._heartbeat(0.0))
 
 
+class Exclusive(selectors.EpollSelector):
+    """Wakes one idle worker per connection instead of all: EPOLLEXCLUSIVE, epoll_ctl(2), for the listening socket."""
+
+    def __init__(self, listener: int) -> None:
+        super().__init__()
+        self._listener = listener
+
+    def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        key = super().register(fileobj, events, data)
+        if key.fd == self._listener:
+            epoll: select.epoll = self._selector  # type: ignore[attr-defined]
+            epoll.unregister(key.fd)
+            epoll.register(key.fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+        return key
+
+
 def read_all(fd: int) -> bytes:
     """The whole of an inherited file, which is then closed."""
     with os.fdopen(fd, "rb") as file:
@@ -251,7 +269,9 @@ def main() -> None:
         os.set_inheritable(fd, False)
     log = make_logger(options.log, options.level, worker=options.slot, pid=os.getpid())
     adopt_standard_logging(log)
-    asyncio.run(Worker(options, load_build(options.app), log).run())
+    selector = Exclusive(options.listen)
+    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector)) as runner:
+        runner.run(Worker(options, load_build(options.app), log).run())
 
 
 if __name__ == "__main__":

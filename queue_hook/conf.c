@@ -103,8 +103,9 @@ void conf_load(struct conf *conf)
   if (fd < 0 && errno == ENOENT) return;
   ssize_t size = fd < 0 ? -1 : read(fd, text, sizeof text);
   if (size < 0) {
-    say(path, ": ", strerror(errno), "; make it readable for all who send mail", NULL);
-    leave(ST_CONF);
+    int error = errno;
+    say(path, ": ", strerror(error), "; everyone who sends mail must be able to read it", NULL);
+    leave(status_of(error, ST_CONF));
   }
   close(fd);
   if (size > FILE_MAX) wrong(path, 0, "the file", "at most 16384 bytes");

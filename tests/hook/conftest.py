@@ -24,6 +24,12 @@ def sanitized_hook(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def impatient_hook(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Waits 0.3 s for split submissions where the real one waits 30."""
+    return hook.build(shared(tmp_path_factory), "impatient")
+
+
+@pytest.fixture(scope="session")
 def standin_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return standin.build(shared(tmp_path_factory))
 

@@ -6,6 +6,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from lab.hook import CLOSE, SILENT, FakeDaemon, HookLab, Offer, Raw, Reply, accepted, until
@@ -177,7 +178,7 @@ def test_a_full_listen_queue_means_wait(lab: HookLab) -> None:
         if client.connect_ex(str(lab.socket)):
             break
     hook = lab.start()
-    until(lambda: "poll" in open(f"/proc/{hook.pid}/wchan").read(), "waits")
+    until(lambda: "poll" in Path(f"/proc/{hook.pid}/wchan").read_text(), "waits")
     listener.close()
     for client in waiting:
         client.close()

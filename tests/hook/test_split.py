@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from lab.hook import HookLab, HookProcess, split, until
@@ -154,3 +155,26 @@ def test_a_hundred_thousand_recipients_in_two_parts(both: HookLab) -> None:
     assert both.run().status == 0
     assert time.monotonic() - started < 10
     assert {q.envelope_bytes for q in both.standin.queued()} == set(halves)
+
+
+@pytest.mark.parametrize("point", ["message", "envelope"])
+def test_the_deadline_ends_a_part_that_stands_still(lab: HookLab, impatient_hook: Path, point: str) -> None:
+    daemon = lab.daemon(split(*parts(3)))
+    knobs = {"at": point, "when": "X-Part: 1", "stall": "1"}
+    result = lab.run(b"x" * 100_000, program=impatient_hook, budget=1, knobs=knobs)
+    daemon.wait(reports=1)
+    assert result.status == 52
+    assert lab.standin.queued() == []
+    assert daemon.reports == [Report((Result(54, False), Result(-9, False), Result(54, False)))]
+
+
+def test_the_deadline_after_the_commit_asks_for_a_retry(lab: HookLab, impatient_hook: Path) -> None:
+    daemon = lab.daemon(split(*parts(2)))
+    knobs = {"at": "end", "when": "X-Part: 1", "stall": "1"}
+    result = lab.run(program=impatient_hook, budget=1, knobs=knobs)
+    daemon.wait(reports=1)
+    assert result.status == 52
+    assert b"not queued: 2 with status 52" in result.stderr
+    assert daemon.reports == [Report((Result(0, True), Result(52, True)))]
+    for pid in lab.standin.stalled():
+        os.kill(pid, signal.SIGKILL)

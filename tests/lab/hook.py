@@ -25,9 +25,10 @@ COMPILERS = {
     "musl": ["musl-gcc", *STRICT, "-static"],
     "gcc": ["gcc", *STRICT, "-static"],
     "clang": ["clang", *STRICT],
+    "impatient": ["gcc", *STRICT, "-DGRACE_MS=300", "-DABORT_MS=300"],
     "sanitize": ["gcc", *STRICT, "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
 }
-Variant = Literal["musl", "gcc", "clang", "sanitize"]
+Variant = Literal["musl", "gcc", "clang", "impatient", "sanitize"]
 Kind = Literal["closed", "pipe", "read end", "full pipe", "socket", "file"]
 FINAL = 30.0  # seconds after which a test that waits has failed
 

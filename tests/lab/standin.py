@@ -16,7 +16,8 @@ def build(directory: Path) -> Path:
     program = directory / "standin"
     if not program.exists():
         unfinished = directory / f"standin.{os.getpid()}"
-        subprocess.run(["cc", "-std=c11", "-D_GNU_SOURCE", "-O2", "-o", unfinished, SOURCE], check=True)
+        compiler = ["cc", "-std=c11", "-D_GNU_SOURCE", "-O2", "-static"]
+        subprocess.run([*compiler, "-o", unfinished, SOURCE], check=True)
         unfinished.replace(program)
     return program
 

@@ -21,6 +21,7 @@ class Problem:
     path: str
     line: int  # 1-based; 0 where no line applies (a missing file)
     text: str
+    warning: bool = False  # it works, but perhaps not as meant
 
     def __str__(self) -> str:
         where = f"{self.path}:{self.line}" if self.line else self.path
@@ -82,3 +83,7 @@ class BackendError(ContentFilterError):
         self.cause = cause
         self.backend = backend
         self.detail = detail
+
+
+class QuarantineError(ContentFilterError):
+    """An entry of the quarantine that is not there, is damaged, or could not be released."""

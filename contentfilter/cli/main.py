@@ -18,7 +18,9 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "showctl": ("contentfilter.cli.showctl", "showctl", "Print H-Sphere's parameters in qmail-showctl's form."),
     "explain": ("contentfilter.cli.explain", "explain", "Say what would happen to a message, and why."),
     "clients": ("contentfilter.cli.clients", "clients", "List and change the recipient tables."),
+    "quarantine": ("contentfilter.cli.quarantine", "quarantine", "Look at, release and remove what was kept."),
     "hook": ("contentfilter.cli.hook", "hook", "Install the hook in a qmail, remove it, show its state."),
+    "migrate": ("contentfilter.cli.migrate", "migrate", "Turn the controls of H-Sphere or simscan into ours."),
 }
 
 

@@ -93,6 +93,12 @@ class Headers(Section, frozen=True):
     scanned: bool = True  # X-Virus-Scanned, X-Virus-Status
 
 
+class Quarantine(Section, frozen=True):
+    quota: Size = 1_073_741_824  # for all that is kept; 0: no limit
+    retention: Annotated[float, Meta(gt=0, le=3650)] = 30.0  # days
+    protect: Annotated[float, Meta(ge=0, le=3650)] = 1.0  # days; what is younger never makes room: new mail is deferred
+
+
 class Log(Section, frozen=True):
     format: Literal["json", "logfmt"] = "json"
     level: Literal["debug", "info", "warning", "error"] = "info"
@@ -110,4 +116,5 @@ class Settings(Section, frozen=True):
     spamd: Spamd = msgspec.field(default_factory=Spamd)
     failure: Failure = msgspec.field(default_factory=Failure)
     headers: Headers = msgspec.field(default_factory=Headers)
+    quarantine: Quarantine = msgspec.field(default_factory=Quarantine)
     log: Log = msgspec.field(default_factory=Log)

@@ -1,0 +1,93 @@
+"""What ``contentfilter quarantine`` prints: rows and stories for people, JSON for programs.
+
+Everything that a sender wrote is printable ASCII here, except the raw message where it is asked for.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Iterable
+from datetime import datetime
+
+import click
+
+from contentfilter.model import readable
+from contentfilter.verdict.entry import Entry, plain
+
+SHOWN = 20
+"""Recipients named in ``show``; all of them are in ``--json``."""
+
+
+def progress(chosen: list[Entry], verb: str) -> Iterable[Entry]:
+    from rich.progress import track
+
+    return track(chosen, description=verb)
+
+
+def print_entries(entries: list[Entry], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps([plain(entry) for entry in entries]))
+        return
+    rows = [_row(entry) for entry in entries]
+    if not sys.stdout.isatty():
+        for row in rows:
+            click.echo("\t".join(row))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("Incident", "Kept", "From", "Withheld from", "Rule", "Bytes", "State", box=None)
+    for row in rows:
+        table.add_row(*map(Text, row))  # Text: nothing that a sender wrote is markup
+    Console().print(table)
+
+
+def _row(entry: Entry) -> tuple[str, ...]:
+    withheld = entry.withheld
+    to = readable(withheld[0]) if withheld else "-"
+    more = f" +{len(withheld) - 1}" if len(withheld) > 1 else ""
+    rule = entry.damaged or entry.rule or "-"
+    state = "damaged" if entry.damaged else "released" if entry.released else "kept"
+    sender = readable(entry.sender) or "<>"
+    return entry.incident, _when(entry.time), sender, to + more, rule, str(entry.size), state
+
+
+def story(entry: Entry) -> list[tuple[str, str]]:
+    lines = [
+        ("incident", entry.incident),
+        ("kept", _when(entry.time)),
+        ("from", f"<{readable(entry.sender)}>"),
+        ("to", _named(entry.recipients)),
+        ("withheld", _named(entry.withheld)),
+        ("origin", " ".join(filter(None, (entry.origin, entry.remote, entry.user)))),
+        ("message", f"{entry.size} bytes, sha256 {entry.sha256}"),
+        ("message-id", entry.message_id),
+        ("subject", entry.subject),
+        ("rule", entry.rule),
+        ("damaged", entry.damaged),
+    ]
+    for scan in entry.scans:
+        words = (scan.scanner, scan.status, scan.name, scan.cause, scan.detail, scan.backend, f"{scan.ms:g} ms")
+        lines.append(("scan", " ".join(filter(None, words))))
+    lines += [("version", f"{name} {version}") for name, version in entry.versions.items()]
+    for done in entry.released:
+        more = f" and {len(done.to) - SHOWN} more" if len(done.to) > SHOWN else ""
+        lines.append(("released", f"{_when(done.time)} by {done.by} to {', '.join(done.to[:SHOWN])}{more}"))
+    return [(name, value) for name, value in lines if value]
+
+
+def _named(addresses: tuple[bytes, ...]) -> str:
+    more = len(addresses) - SHOWN
+    return ", ".join(map(readable, addresses[:SHOWN])) + (f" and {more} more" if more > 0 else "")
+
+
+def _when(moment: float) -> str:
+    return datetime.fromtimestamp(moment).astimezone().isoformat(timespec="seconds")
+
+
+def print_message(data: bytes) -> None:
+    """Exact bytes into a file or pipe; on a terminal nothing that could drive it."""
+    if sys.stdout.isatty():
+        data = re.sub(rb"[^\n\t -~]", b"?", data)
+    click.get_binary_stream("stdout").write(data)

@@ -1,0 +1,39 @@
+"""The lists that hold when the control directory has no badsignatures or badloadertypes of its own.
+
+Each row is a pattern in base64 letters and what it stands for. ``etc/control/badsignatures`` and
+``etc/control/badloadertypes`` show the same rows; a test compares them. Nine letters fix the first
+54 bits of an attachment; five letters fix 30 bits anywhere in it.
+"""
+
+SIGNATURES: tuple[tuple[str, str], ...] = (
+    ("TVqQAAMAA", "Windows program, the usual linker header"),
+    ("TVpQAAIAA", "Windows program, Borland linker"),
+    ("TVpAALQAc", "DOS program, 16 bit or packed"),
+    ("TVpyAXkAX", "DOS program, last page of 0x172 bytes"),
+    ("TVrmAU4AA", "DOS program, last page of 0x1e6 bytes"),
+    ("TVrhARwAk", "DOS program, last page of 0x1e1 bytes"),
+    ("TVoFAQUAA", "DOS program, last page of 0x105 bytes"),
+    ("TVoAAAQAA", "program of four whole pages"),
+    ("TVoIARMAA", "DOS program, last page of 0x108 bytes"),
+    ("TVouARsAA", "DOS program, last page of 0x12e bytes"),
+    ("TVrQAT8AA", "DOS program, last page of 0x1d0 bytes"),
+    ("TVoAAAEAA", "program of one whole page, as in PIF files"),
+    ("VFZxUUFBT", "Windows program in base64 twice"),
+    ("VkZaeFVVR", "Windows program in base64 three times"),
+    ("ZGltIGZpb", "script that begins with dim fil, as Bagle sent it"),
+    ("TVoAACQAA", "program of 36 whole pages"),
+    ("TVoAAD8AA", "program of 63 whole pages"),
+)
+
+# A name such as KERNEL32.dll starts at any of three places in a group of four letters, so one name
+# needs three rows, and each way of writing dll its own.
+LOADERTYPES: tuple[tuple[str, str], ...] = (
+    ("MzIuZ", "32.d, the 3 first in its group"),
+    ("MzIuR", "32.D, the 3 first in its group"),
+    ("MyLmR", "32.d, the 3 second in its group"),
+    ("MyLkR", "32.D, the 3 second in its group"),
+    ("Mi5kb", "32.dl, the 3 third in its group"),
+    ("Mi5kT", "32.dL, the 3 third in its group"),
+    ("Mi5ET", "32.DL, the 3 third in its group"),
+    ("Mi5Eb", "32.Dl, the 3 third in its group"),
+)

@@ -1,0 +1,289 @@
+"""chksignature and chkloadertype: is something in this message a program?
+
+Two modes. ``mime`` (the default) reads each leaf of the message in every way that some mail reader would, decodes it,
+up to three layers of base64, and compares the first bits with the list of signatures; a loader type counts only in
+decoded content that begins as a program. ``compatible`` is Warlord's line by line scan.
+
+The scan is a plain function of the message: no I/O, linear time, memory independent of the size. Work that a hostile
+message can multiply (content inside content, searches through whole programs) is paid from a budget
+of ``BUDGET`` times the size.
+"""
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import ahocorasick_rs
+
+from contentfilter.model import BytesLike, Scanner, readable
+from contentfilter.scanners import compatible, mime, mime_decode
+from contentfilter.scanners.mime import As, Leaf, Marks, Text
+from contentfilter.scanners.signature_rules import (
+    LETTERS,
+    LIBRARY,
+    Fragment,
+    Rule,
+    Rules,
+    Signature,
+    default_loadertypes,
+    default_signatures,
+    parse_loadertypes,
+    parse_signatures,
+)
+
+__all__ = [
+    "Engine",
+    "Finding",
+    "Rule",
+    "Rules",
+    "default_loadertypes",
+    "default_signatures",
+    "parse_loadertypes",
+    "parse_signatures",
+]
+
+HEAD = 64  # decoded bytes that decide what content is: a DOS header
+LAYERS = 4  # encodings around each other: base64 three times, and one more
+DOCUMENT = 2 * 1024 * 1024  # decoded text that is walked at once
+START = 4  # decoding windows that are walked in any case: a header and the first bytes after it
+BUDGET = 8
+SMALL = 65_536
+LONGEST_NAME = 64
+
+_BASE64, _QUOTED, _COMPOSITE = int(As.BASE64), int(As.QUOTED), int(As.COMPOSITE)
+_RUN, _UUENCODE = int(As.RUN), int(As.UUENCODE)
+_FIELD = re.compile(rb"[!-9;-~]++[ \t]*+:|--")
+_NAME = re.compile(rb"[A-Za-z0-9_.-]*\Z")
+_NO_LETTERS = bytes(set(range(256)) - set(LETTERS.encode()))
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The first thing found; it decides."""
+
+    scanner: Scanner  # SIGNATURES or LOADERTYPES
+    rule: str  # the pattern of the list
+    description: str  # printable
+    part: str  # where, for people: "part 2.1, base64, line 57"
+    layers: int  # encodings that were undone to see it
+
+
+class Engine:
+    """The scan for one configuration: compiled once, used for every message, by any thread.
+
+    ``signatures`` and ``loadertypes`` are None where the switch is off.
+    """
+
+    __slots__ = (
+        "_rules",
+        "_warlord",
+        "firsts",
+        "fragments",
+        "marks",
+        "names",
+        "overlapping",
+        "prefixes",
+        "raw",
+        "signatures",
+    )
+
+    def __init__(
+        self, signatures: Rules | None, loadertypes: Rules | None, mode: Literal["mime", "compatible"] = "mime"
+    ) -> None:
+        first = signatures.rules if signatures else ()
+        second = loadertypes.rules if loadertypes else ()
+        self._rules = first + second
+        self._warlord = None
+        if mode == "compatible":
+            self._warlord = (
+                compatible.cut(tuple(rule.pattern for rule in first), compatible.SIGNATURE_LETTERS),
+                compatible.cut(tuple(rule.pattern for rule in second), compatible.LOADER_LETTERS),
+            )
+        self.signatures = tuple(Signature.compile(rule) for rule in first)
+        self.prefixes = tuple(signature.prefix for signature in self.signatures)
+        self.raw = (b"MZ", *(signature.prefix for signature in self.signatures if not signature.text))
+        self.firsts = (b"=", *{prefix[:1] for prefix in self.raw})  # of a program in quoted-printable
+        self.fragments = tuple(fragment for rule in second for fragment in Fragment.compile(rule))
+        needles = {fragment.whole for fragment in self.fragments if not fragment.library}
+        self.overlapping = bool(needles)
+        if any(fragment.library for fragment in self.fragments):
+            needles |= {b"32." + bytes(end) for end in itertools.product(b"dD", b"lL", b"lL")}
+        self.names = ahocorasick_rs.BytesAhoCorasick(sorted(needles))
+        starts = {rule.pattern[:3].partition("*")[0].encode() for rule in first} | {b"TV"}
+        self.marks = Marks(tuple(sorted(start for start in starts if len(start) > 1)))
+
+    def scan(self, data: BytesLike) -> Finding | None:
+        """The first finding, or None. Synchronous; raises on no content; keeps no reference to ``data``."""
+        if not self._rules:
+            return None
+        with memoryview(data) as view:
+            size = view.nbytes
+            text = bytes(view) if size <= SMALL else view.cast("B")
+            if self._warlord:
+                return self._compatible(compatible.scan(text, *self._warlord))
+            return _Scan(self, size).document(text, 0)
+
+    def _compatible(self, hit: compatible.Hit | None) -> Finding | None:
+        if hit is None:
+            return None
+        pattern = hit.pattern.decode("ascii")
+        rule = next(rule for rule in self._rules if rule.pattern.startswith(pattern))
+        scanner = Scanner.LOADERTYPES if hit.loader else Scanner.SIGNATURES
+        return Finding(scanner, rule.pattern, rule.description, f"line {hit.line}", 0)
+
+
+class _Scan:
+    """One message: what is left of the budget, and the way down to the content that is looked at."""
+
+    __slots__ = ("_budget", "_engine", "_trail")
+
+    def __init__(self, engine: Engine, size: int) -> None:
+        self._engine = engine
+        self._budget = BUDGET * size + DOCUMENT
+        self._trail: list[tuple[Text, Leaf, str]] = []
+
+    def document(self, data: Text, layers: int) -> Finding | None:
+        """A message, or decoded text: all of its leaves."""
+        for leaf in mime.leaves(data, self._engine.marks):
+            finding = self._leaf(data, leaf, layers)
+            if finding is not None:
+                return finding
+        return None
+
+    def _leaf(self, data: Text, leaf: Leaf, layers: int) -> Finding | None:
+        """A leaf, read in each way that its first bytes and its header allow."""
+        start, end, kind, _, _ = leaf
+        engine = self._engine
+        head = bytes(data[start : min(end, start + mime_decode.FIRST)])
+        readings: list[tuple[str, Iterator[bytes]]] = []
+        if kind & (_BASE64 | _RUN):
+            readings.append(("base64", mime_decode.base64(data, start, end)))
+            if b"=" in head.rstrip(_NO_LETTERS):
+                readings.append(("base64", mime_decode.base64(data, start, end, joined=True)))
+        else:
+            run = mime.BASE64_RUN.match(head)
+            if run is not None and run.end() >= mime.RUN:
+                run = mime.BASE64_RUN.match(data, start, end)
+                readings.append(("base64", mime_decode.base64(data, start, run.end() if run else end)))
+        if kind & _QUOTED or head.startswith(engine.firsts):
+            readings.append(("quoted-printable", mime_decode.quoted(data, start, end)))
+        if kind & _UUENCODE:
+            readings.append(("uuencode", mime_decode.uuencode(data, start, end)))
+        if head.startswith(engine.raw):
+            readings.append(("8bit", mime_decode.raw(data, start, end)))
+        for encoding, windows in readings:
+            self._trail.append((data, leaf, encoding))
+            finding = self._content(windows, encoding, layers, composite=bool(kind & _COMPOSITE))
+            if finding is not None:
+                return finding
+            self._trail.pop()
+        return None
+
+    def _content(self, windows: Iterator[bytes], encoding: str, layers: int, *, composite: bool) -> Finding | None:
+        """Decoded content: is it a program, and if it is text, is there a program in it?"""
+        first = next(windows, b"")
+        while len(first) < HEAD:
+            more = next(windows, None)
+            if more is None:
+                break
+            first += more
+        engine, head = self._engine, first[:HEAD]
+        binary = encoding in ("base64", "uuencode")
+        if head.startswith(engine.prefixes):
+            for signature in engine.signatures:
+                if signature.matches(head) and (not signature.text or (binary and _meant(signature, first))):
+                    return self._found(Scanner.SIGNATURES, signature.rule, signature.rule.description)
+        if head.startswith(b"MZ") and b"\0" in head:  # text never has a NUL, a DOS header always
+            return self._program(first, windows) if engine.fragments else None
+        if layers + 1 >= LAYERS or encoding == "8bit":
+            return None
+        run = mime.BASE64_RUN.match(first)
+        text = binary and b"\0" not in head and not head.startswith(b"%PDF-")
+        if composite or text or _FIELD.match(first) or (run is not None and run.end() >= mime.RUN):
+            return self._documents(first, windows, layers + 1)
+        return None
+
+    def _documents(self, first: bytes, windows: Iterator[bytes], layers: int) -> Finding | None:
+        """Walk decoded text, a bounded piece at a time; each piece begins with the end of the one before."""
+        pieces, marked, walked = [first], False, False
+        size = len(first)
+        self._budget -= size
+        for window in windows:
+            if self._budget <= 0:
+                return None
+            self._budget -= len(window)
+            marked = marked or self._engine.marks.any(pieces[-1], window)
+            pieces.append(window)
+            size += len(window)
+            if size < DOCUMENT:
+                continue
+            if marked or not walked:
+                finding = self.document(b"".join(pieces if marked else pieces[:START]), layers)
+                if finding is not None:
+                    return finding
+            pieces = pieces[-START:]
+            marked = any(map(self._engine.marks.any, (b"", *pieces), pieces))
+            size = sum(map(len, pieces))
+            walked = True
+        return self.document(b"".join(pieces if marked or walked else pieces[:START]), layers)
+
+    def _program(self, first: bytes, windows: Iterator[bytes]) -> Finding | None:
+        """Look for a loader's name in a whole program."""
+        before = b""
+        for piece in itertools.chain((first,), windows):
+            if self._budget <= 0:
+                return None
+            self._budget -= len(piece)
+            seam = before + piece[:LONGEST_NAME]  # a name may lie across two windows
+            for block in (seam, piece) if before else (piece,):
+                for _, start, end in self._engine.names.find_matches_as_indexes(block, self._engine.overlapping):
+                    rule = self._rule(block, start, end)
+                    if rule is not None:
+                        name = _name(block, start, end)
+                        return self._found(Scanner.LOADERTYPES, rule, f"program that names {name}")
+            before = seam[-LONGEST_NAME:]
+        return None
+
+    def _rule(self, block: bytes, start: int, end: int) -> Rule | None:
+        """The rule that stands at this place, or, for a library's name, the one that is nearest to its spelling."""
+        found = block[start:end]
+        nearest = None
+        for fragment in self._engine.fragments:
+            if fragment.library and found.lower() == LIBRARY:
+                if fragment.whole in found:
+                    return fragment.rule
+                nearest = nearest or fragment.rule
+            elif fragment.whole == found and fragment.matches(block, start):
+                return fragment.rule
+        return nearest
+
+    def _found(self, scanner: Scanner, rule: Rule, description: str) -> Finding:
+        places = []
+        for data, leaf, encoding in self._trail:
+            name = "part " + ".".join(map(str, leaf.path)) if leaf.path else "body"
+            undeclared = "" if leaf.declared else ", undeclared"
+            places.append(f"{name}{undeclared}, {encoding}, line {_line(data, leaf.start)}")
+        layers = sum(encoding != "8bit" for _, _, encoding in self._trail)
+        return Finding(scanner, rule.pattern, description, " > ".join(places), layers)
+
+
+def _meant(signature: Signature, first: bytes) -> bool:
+    """Whether text that begins as a signature's bytes does is meant so: if these are base64, base64 must follow."""
+    if not signature.base64:
+        return True
+    run = mime.BASE64_RUN.match(first)
+    return run is not None and run.end() >= min(mime.RUN, len(first))
+
+
+def _name(block: bytes, start: int, end: int) -> str:
+    """The name around a match, for people."""
+    before = block[max(0, start - LONGEST_NAME // 2) : start]
+    stem = _NAME.search(before)
+    return readable((stem[0] if stem else b"") + block[start:end])
+
+
+def _line(data: Text, at: int) -> int:
+    """1-based."""
+    return 1 + sum(bytes(data[base : min(at, base + SMALL)]).count(b"\n") for base in range(0, at, SMALL))

@@ -62,7 +62,7 @@ class Daemon:
 
     def launch(self, command: Sequence[str], answers: Callable[[], bool], seconds: float = 30.0) -> None:
         """Start ``command`` and wait until ``answers`` is true. Raises NotStartedError."""
-        with self.log.open("ab") as log:
+        with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 command, cwd=self.directory, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )

@@ -19,6 +19,8 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "explain": ("contentfilter.cli.explain", "explain", "Say what would happen to a message, and why."),
     "clients": ("contentfilter.cli.clients", "clients", "List and change the recipient tables."),
     "quarantine": ("contentfilter.cli.quarantine", "quarantine", "Look at, release and remove what was kept."),
+    "status": ("contentfilter.cli.control", "status", "Say what the daemon does right now."),
+    "reload": ("contentfilter.cli.control", "reload", "Make the daemon read its configuration again."),
     "hook": ("contentfilter.cli.hook", "hook", "Install the hook in a qmail, remove it, show its state."),
     "migrate": ("contentfilter.cli.migrate", "migrate", "Turn the controls of H-Sphere or simscan into ours."),
 }

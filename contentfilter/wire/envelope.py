@@ -42,9 +42,9 @@ def parse(data: bytes | memoryview) -> Envelope:
 def _fault(records: list[bytes], *, complete: bool) -> EnvelopeError:
     """The first thing wrong, in the order in which qmail-queue would meet it."""
     for index, record in enumerate(records):
-        if not record:  # the input ended where a letter belongs
+        if not record and index == len(records) - 1:  # the input ended where a letter belongs
             break
-        if record[0] not in (b"TQ" if index else b"F"):
+        if not record or record[0] not in (b"TQ" if index else b"F"):
             return EnvelopeError(f"envelope record {index} starts with a wrong letter", WRONG_LETTER)
         if len(record) - 1 > ADDRESS_MAX:
             return EnvelopeError(f"address of {len(record) - 1} bytes in envelope record {index}", TOO_LONG)

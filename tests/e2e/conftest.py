@@ -28,7 +28,7 @@ def system(lab_directory: Path, clamd: Clamd, spamd: Spamd) -> Iterator[System]:
         yield system
 
 
-@pytest.fixture()
+@pytest.fixture
 def make_system(lab_directory: Path) -> Iterator[Callable[..., System]]:
     """``make_system(controls=…, settings=…, clamd=…)``: a running system of this test's own."""
     with ExitStack() as stack:

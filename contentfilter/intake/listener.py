@@ -151,6 +151,8 @@ class Listener:
 
     def stop(self) -> None:
         """Accept no more and let go of the listening socket. Connections go on."""
+        if self._accepting:
+            self._accept()  # one may have woken us and, with EPOLLEXCLUSIVE, nobody else
         self._stopped = True
         self._suspend()
         if self._pause is not None:

@@ -4,6 +4,7 @@ A line is written with a single write(2) and is at most PIPE_BUF long, so the li
 workers on one pipe never mix. Nothing here is global: whoever starts a process makes its logger.
 """
 
+import json
 import logging
 import os
 from collections.abc import Mapping, MutableMapping
@@ -30,7 +31,6 @@ EVENTS: Mapping[str, str] = {
     "origin.unknown-user": "a configured user name does not exist; it was left out",
     "service.start": "the supervisor has its sockets and starts workers",
     "service.ready": "every worker accepts messages",
-    "service.refused": "the daemon cannot start",
     "service.problem": "one problem in the configuration, with file and line",
     "service.reload": "a new configuration generation was sent to the workers",
     "service.reload-failed": "a bad configuration; the old one stays in force",
@@ -105,22 +105,20 @@ def _in_order(event: EventDict) -> EventDict:
 
 
 def _json(event: EventDict) -> bytes:
-    line = msgspec.json.encode(event, enc_hook=_plain)
-    return line + b"\n"
+    try:
+        return msgspec.json.encode(event, enc_hook=str) + b"\n"
+    except UnicodeEncodeError:  # a name from the file system that is not UTF-8
+        return json.dumps(event, default=str).encode("ascii") + b"\n"
 
 
 def _logfmt(event: EventDict) -> bytes:
     words = []
     for key, value in event.items():
-        text = value if isinstance(value, str) else msgspec.json.encode(value, enc_hook=_plain).decode()
+        text = value if isinstance(value, str) else json.dumps(value, default=str)
         if not text or any(c in text for c in ' ="\\') or not text.isprintable():
-            text = msgspec.json.encode(text).decode()
+            text = json.dumps(text, ensure_ascii=False)
         words.append(f"{key}={text}")
     return " ".join(words).encode("utf-8", "backslashreplace") + b"\n"
-
-
-def _plain(value: Any) -> Any:
-    return value.decode("ascii", "backslashreplace") if isinstance(value, bytes) else str(value)
 
 
 class Forward(logging.Handler):

@@ -35,6 +35,14 @@ def toml(settings: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _zombie(pid: str) -> bool:
+    """Ended, but not reaped yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
 class Daemon:
     """Started by :meth:`start` or ``with``; stopped and checked for tracebacks at the end.
 
@@ -102,18 +110,22 @@ class Daemon:
         path = self.directory / "notify.sock"
         path.unlink(missing_ok=True)
         self._notify.bind(str(path))
-        environ = {**os.environ, "NOTIFY_SOCKET": str(path), **self._environ}
-        environ["PYTHONPATH"] = os.pathsep.join(p for p in (environ.get("PYTHONPATH", ""), str(ROOT)) if p)
-        if self._watchdog:
-            environ["WATCHDOG_USEC"] = str(int(self._watchdog * 1_000_000))
-        command = self._command or (sys.executable, "-P", "-m", "contentfilter", "--config")
-        words = [*command, str(self.config)] + ([] if self._command else ["serve", *self._options])
+        words, environ = self.command()
         self._process = self._activate(words, environ) if self._activated else self._popen(words, environ)
         self._reader = threading.Thread(target=self._read, args=(self._process,), daemon=True)
         self._reader.start()
         if wait:
             self.wait_notified("READY", "1")
         return self
+
+    def command(self) -> tuple[list[str], dict[str, str]]:
+        """What :meth:`start` runs, and its environment."""
+        environ = {**os.environ, "NOTIFY_SOCKET": str(self.directory / "notify.sock"), **self._environ}
+        environ["PYTHONPATH"] = os.pathsep.join(p for p in (environ.get("PYTHONPATH", ""), str(ROOT)) if p)
+        if self._watchdog:
+            environ["WATCHDOG_USEC"] = str(int(self._watchdog * 1_000_000))
+        command = self._command or (sys.executable, "-P", "-m", "contentfilter", "--config")
+        return [*command, str(self.config)] + ([] if self._command else ["serve", *self._options]), environ
 
     def _popen(self, words: list[str], environ: dict[str, str], **more: Any) -> subprocess.Popen[bytes]:
         return subprocess.Popen(words, env=environ, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, **more)
@@ -149,7 +161,7 @@ class Daemon:
     def workers(self) -> list[int]:
         """The pids of the supervisor's children."""
         text = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
-        return [int(word) for word in text.split()]
+        return [int(word) for word in text.split() if not _zombie(word)]
 
     def reload(self) -> None:
         """SIGHUP. Wait for what it brings with :meth:`wait_for`."""
@@ -209,11 +221,22 @@ class Daemon:
                     self._reader.join(5)
                     raise RuntimeError(f"exited with {self._process.returncode}:\n{self._tail()}")
                 continue
-            words = dict(line.split("=", 1) for line in self._notify.recv(65536).decode().split("\n"))
-            self.notifications.append(words)
+            words = self._notification()
             if name in words and value in (None, words[name]):
                 return words
         raise TimeoutError(f"no {name} from the daemon; the log:\n{self._tail()}")
+
+    def notified_now(self) -> list[dict[str, str]]:
+        """The datagrams that have arrived and were not read yet."""
+        found = []
+        while select.select([self._notify], [], [], 0)[0]:
+            found.append(self._notification())
+        return found
+
+    def _notification(self) -> dict[str, str]:
+        words = dict(line.split("=", 1) for line in self._notify.recv(65536).decode().split("\n"))
+        self.notifications.append(words)
+        return words
 
     def _tail(self) -> str:
         return "\n".join(json.dumps(line) for line in self._lines[-40:])
@@ -226,7 +249,7 @@ class Daemon:
         try:
             return self.start()
         except BaseException:
-            self._clean()
+            self.clean()
             raise
 
     def __exit__(
@@ -237,9 +260,10 @@ class Daemon:
             if kind is None and not self._tracebacks_allowed and (found := self.tracebacks()):
                 raise AssertionError(f"traceback in the log: {found}")
         finally:
-            self._clean()
+            self.clean()
 
-    def _clean(self) -> None:
+    def clean(self) -> None:
+        """End what still runs and remove the directory; ``with`` does this."""
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
             self._process.wait()

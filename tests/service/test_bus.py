@@ -1,0 +1,136 @@
+"""The pool's inside: malformed frames are counted and dropped, questions are answered, events are fed out."""
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import zmq
+from hypothesis import given
+from hypothesis import strategies as st
+from lab.daemon import WAIT, Daemon
+from lab.offer import Offer, offer
+
+from contentfilter.errors import RemoteProtocolError
+from contentfilter.service import bus
+from contentfilter.wire import hook
+
+Make = Callable[..., Daemon]
+
+BEAT = bus.Heartbeat(1, 2, 0, 0.5, (bus.Busy("ab", "handling", 1.5),), 1, {"accepted": 3})
+FRAMES = [
+    (BEAT, bus.REPORTS),
+    (bus.Happened(1, [bus.Event("mail.done", {"id": "ab", "ms": 1.5})]), bus.REPORTS),
+    (bus.Configure(7, b"\0blob"), bus.COMMANDS),
+    (bus.Ping(), bus.QUESTIONS),
+    (bus.AskReload(True), bus.QUESTIONS),
+    (bus.Done(False, 3, ("a: b",)), bus.REPLIES),
+]
+
+
+@pytest.mark.parametrize(("frame", "decoder"), FRAMES)
+def test_a_frame_survives_the_way(frame: bus.Frame, decoder: msgspec.msgpack.Decoder[bus.Frame]) -> None:
+    assert bus.decode(bus.encode(frame), decoder) == frame
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        bus.VERSION,
+        b"\x02" + bus.encode(BEAT)[1:],
+        bus.encode(BEAT)[:-1],
+        bus.encode(BEAT) + b"x",
+        bus.encode(bus.Ping()),
+        bus.VERSION + msgspec.msgpack.encode({"type": "Heartbeat"}),
+        bus.VERSION + msgspec.msgpack.encode(["Heartbeat", "pid", 1]),
+    ],
+)
+def test_a_malformed_frame_is_an_error_of_its_own_kind(data: bytes) -> None:
+    with pytest.raises(RemoteProtocolError):
+        bus.decode(data, bus.REPORTS)
+
+
+@given(st.binary(max_size=200))
+def test_noise_never_does_anything_else(noise: bytes) -> None:
+    for _, decoder in FRAMES:
+        try:
+            bus.decode(bus.VERSION + noise, decoder)
+        except RemoteProtocolError:
+            pass
+
+
+@pytest.fixture
+def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
+    made = zmq.Context()
+    yield made
+    made.destroy(linger=1000)
+
+
+def status(running: Daemon) -> bus.Status:
+    reply = bus.ask(str(running.directory), bus.AskStatus(), WAIT)
+    assert isinstance(reply, bus.Status)
+    return reply
+
+
+@pytest.mark.parametrize("where", ["reports", "control"])
+def test_noise_on_the_bus_is_counted_and_disturbs_nobody(where: str, daemon: Make, context: zmq.Context) -> None:
+    with daemon() as running:
+        kind = zmq.PUSH if where == "reports" else zmq.DEALER
+        each = context.socket(kind)
+        each.connect(bus.addresses(str(running.directory))[where])
+        each.send(b"garbage")
+        each.send_multipart([b"one", b"two", b"three", b"four"])
+        each.send(bus.encode(bus.Heartbeat(999_999, 1, 0, 0.0, (), 0, {})) if where == "reports" else b"")
+        line = running.wait_for("bus.malformed")[0]
+        assert line["where"] == where
+        seen = status(running).malformed
+        while seen < 2:
+            seen = status(running).malformed
+        assert offer(running.socket).action is hook.Action.QUEUE
+        assert {w.pid for w in status(running).workers} == set(running.workers())
+
+
+def test_the_status_tells_what_each_worker_does(daemon: Make, gate: Any) -> None:
+    with daemon({"service": {"workers": 1, "heartbeat": 0.05}}) as running, Offer(running.socket) as held:
+        held.send(gate.message)
+        pid = gate.wait()
+        now = status(running)
+        while not now.workers[0].in_flight:
+            now = status(running)
+        worker = now.workers[0]
+        assert (now.state, now.generation, now.restarts, worker.pid) == ("ready", 1, 0, pid)
+        assert worker.in_flight[0].stage == "handling"
+        gate.open()
+        assert held.answer()
+
+
+def test_nobody_home_is_told_in_time(tmp_path: Path) -> None:
+    assert bus.ask(str(tmp_path), bus.Ping(), 0.1) is None
+
+
+def test_every_message_is_an_event_for_subscribers(daemon: Make, context: zmq.Context) -> None:
+    with daemon({"service": {"workers": 1}}) as running:
+        feed = context.socket(zmq.SUB)
+        feed.subscribe(b"mail.")
+        feed.setsockopt(zmq.RCVTIMEO, int(WAIT * 1000))
+        feed.connect(bus.addresses(str(running.directory))["events"])
+        feed.poll(50)  # a subscription takes a moment; the first offers may pass unseen
+        while not feed.poll(100):
+            assert offer(running.socket)
+        topic, frame = feed.recv_multipart()
+        event = msgspec.msgpack.decode(frame[1:], type=bus.Event)
+        assert (topic, event.name) == (b"mail.done", "mail.done")
+        assert len(event.fields["id"]) == 16
+
+
+def test_the_bus_is_closed_to_other_users(daemon: Make) -> None:
+    with daemon() as running:
+        modes = {
+            name: stat.S_IMODE(os.stat(address.removeprefix("ipc://")).st_mode)
+            for name, address in bus.addresses(str(running.directory)).items()
+        }
+    assert modes == {"reports": 0o600, "commands": 0o600, "control": 0o660, "events": 0o660}

@@ -43,6 +43,7 @@ class Row:
 
     key: bytes
     exempt: bool
+    options: bytes = b""  # the row's own actions and scores, ``name=value`` with blanks between; none are known yet
 
 
 Lookup = Callable[[bytes], tuple[Row | None, Row | None]]

@@ -1,0 +1,113 @@
+"""The text files of the recipient tables: reading them for a snapshot, and changing them for the command line.
+
+Reading never takes half a file for a whole one: a file that changes while it is read is read again. A file
+that is not there is an empty table; one that cannot be read is an error, because empty would mean unprotected.
+Changes keep comments, order, owner and mode; they are all-or-nothing and wait for each other.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+import aiofiles
+
+from contentfilter.errors import ConfigError, Problem
+from contentfilter.tables.rows import TABLES, Rows, Source, parse_table
+
+MAX_SIZE = 256 << 20  # bytes of one table file
+_TRIES = 5  # a file that changes under each of these reads is given up
+_NAMES = (*TABLES, "envnoathost", "me")
+T = TypeVar("T")
+
+
+def sources(control: str) -> tuple[Source, ...]:
+    """The present state of all files that tables are made of. Compare with that of a snapshot's header."""
+    return tuple(_source(os.path.join(control, name)) for name in _NAMES)
+
+
+async def load_tables(control: str) -> tuple[Rows, tuple[Problem, ...]]:
+    """Both tables from the control directory ``control``, and the lines that were left out or look odd.
+
+    A million rows take about a second, off the event loop. Raises ConfigError where a file cannot be read.
+    """
+    clamav, spamd, envnoathost, me = [await read_file(os.path.join(control, name), MAX_SIZE) for name in _NAMES]
+    (clamav_rows, problems), (spamd_rows, more) = await asyncio.to_thread(
+        lambda: (parse_table(clamav[0], clamav[1].path), parse_table(spamd[0], spamd[1].path))
+    )
+    domain = first_line(envnoathost[0]) or first_line(me[0])
+    files = (clamav[1], spamd[1], envnoathost[1], me[1])
+    return Rows(clamav_rows, spamd_rows, domain.lower(), files), (*problems, *more)
+
+
+async def read_file(path: str, limit: int) -> tuple[bytes, Source]:
+    """The whole file, and the state it was in; ``b""`` and size -1 where there is none.
+
+    Raises ConfigError for a file that cannot be read, is not a regular file, or has more than ``limit`` bytes.
+    """
+    for _ in range(_TRIES):
+        try:
+            # Not blocking: nobody may make us wait for the other end of a named pipe.
+            async with aiofiles.open(path, "rb", opener=_open_nonblocking) as file:
+                before = os.fstat(file.fileno())
+                if not stat.S_ISREG(before.st_mode):
+                    raise ConfigError((Problem(path, 0, "not a regular file"),))
+                if before.st_size > limit:
+                    raise ConfigError((Problem(path, 0, f"{before.st_size} bytes; the limit is {limit}"),))
+                data = await file.read(limit + 1)
+                after = os.fstat(file.fileno())
+        except FileNotFoundError:
+            return b"", Source(path)
+        except OSError as e:
+            raise ConfigError((Problem(path, 0, f"cannot read it: {e.strerror}"),)) from e
+        if len(data) == before.st_size and _state(path, before) == _state(path, after):
+            return data, _state(path, after)
+    raise ConfigError((Problem(path, 0, "it keeps changing while it is read"),))
+
+
+def first_line(data: bytes) -> bytes:
+    """The value of a one-line control file, as qmail reads it."""
+    return data.partition(b"\n")[0].rstrip(b" \t")
+
+
+def _open_nonblocking(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+def _state(path: str, status: os.stat_result) -> Source:
+    return Source(path, status.st_mtime_ns, status.st_size, status.st_ino)
+
+
+def _source(path: str) -> Source:
+    try:
+        return _state(path, os.stat(path))
+    except OSError:
+        return Source(path)
+
+
+def replace_file(path: str, parts: Iterable[bytes], mode: int, owner: tuple[int, int] | None = None) -> None:
+    """Write beside ``path``, sync, rename, sync the directory: after a crash the old or the new file is there."""
+    directory = os.path.dirname(path) or "."
+    fd, temporary = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.", dir=directory)
+    try:
+        with open(fd, "wb") as file:
+            file.writelines(parts)
+            if owner is not None and owner != (os.geteuid(), os.getegid()):
+                os.fchown(fd, *owner)
+            os.fchmod(fd, mode)
+            file.flush()
+            os.fsync(fd)
+        os.rename(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

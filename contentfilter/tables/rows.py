@@ -1,0 +1,165 @@
+"""Rows of the recipient tables, and the text they are written in.
+
+One row per line: ``[!]key [name=value ...]``; ``#`` starts a comment, at the start of a line or after white space.
+Keys: :mod:`contentfilter.policy.addresses`. A line that cannot be a row is reported and left out. Where a key
+stands twice the last line counts, and that is reported too. A million rows take about a second.
+"""
+
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import msgspec
+
+
+from contentfilter.errors import Problem
+from contentfilter.model import readable
+from contentfilter.policy.addresses import EXEMPT, PLAIN_KEYS, parse_key
+
+TABLES = ("clamavclients", "spamdclients")
+MAX_PROBLEMS = 100  # per file; what is beyond is counted
+OPTIONS: frozenset[bytes] = frozenset()
+"""Names that may stand after a key. None yet: actions and scores per row come with the SQL source."""
+
+Table = dict[bytes, bytes]
+"""Canonical key -> ``b""`` (check), ``b"!"`` (exempt), or the options as written."""
+
+
+class Source(msgspec.Struct, frozen=True):
+    """State of a file that rows came from. Two equal ones mean that it need not be read again."""
+
+    path: str
+    mtime_ns: int = 0
+    size: int = -1  # -1: there is no such file
+    inode: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Everything that a snapshot is made of."""
+
+    clamav: Mapping[bytes, bytes] = field(default_factory=dict)
+    spamd: Mapping[bytes, bytes] = field(default_factory=dict)
+    default_domain: bytes = b""  # what a recipient without domain gets for the look-up
+    sources: tuple[Source, ...] = ()
+
+
+class Report:
+    """Collects problems of one file and stops at :data:`MAX_PROBLEMS`."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._found: list[Problem] = []
+        self._more = 0
+
+    def add(self, line: int, text: str, *, warning: bool = False) -> None:
+        """Note one; beyond the limit it is only counted."""
+        if len(self._found) < MAX_PROBLEMS:
+            self._found.append(Problem(self._path, line, text, warning))
+        else:
+            self._more += 1
+
+    def problems(self) -> tuple[Problem, ...]:
+        """All of them, and one more where some were only counted."""
+        more = (Problem(self._path, 0, f"{self._more} more problems are not listed"),) if self._more else ()
+        return (*self._found, *more)
+
+
+def parse_table(text: bytes, path: str) -> tuple[Table, tuple[Problem, ...]]:
+    """The rows of ``text`` in the order of their lines, and what is wrong with it. ``path`` is for the problems."""
+    report = Report(path)
+    if text.startswith(b"\xef\xbb\xbf"):
+        text = text[3:]
+        report.add(1, "starts with a UTF-8 byte order mark, which is left out", warning=True)
+    if b"\r\n" in text:
+        line = text.count(b"\n", 0, text.find(b"\r\n")) + 1
+        report.add(line, "lines end in CR LF; the CR is left out", warning=True)
+        text = text.replace(b"\r\n", b"\n")
+    text += b"" if text.endswith(b"\n") else b"\n"
+    folded = text.lower()
+    keys: list[bytes] = []
+    lines = array("L")  # of each key
+    values: dict[int, bytes] = {}  # of the keys whose value is not empty, by index
+    at, number = 0, 1
+    while at < len(text):
+        end = _end_of_plain(folded, at)
+        if end > at:
+            run = folded[at : end - 1].split(b"\n")
+            keys += run
+            lines.extend(range(number, number + len(run)))
+            number += len(run)
+        else:
+            end = text.index(b"\n", at) + 1
+            row = _parse_row(text[at : end - 1], number, report)
+            if row is not None:
+                if row[1]:
+                    values[len(keys)] = row[1]
+                keys.append(row[0])
+                lines.append(number)
+            number += 1
+        at = end
+    table = dict.fromkeys(keys, b"")
+    if len(table) < len(keys):
+        _report_repeated(keys, lines, values, report)
+        table.update((key, values.get(index, b"")) for index, key in enumerate(keys))
+    else:
+        table.update((keys[index], value) for index, value in values.items())
+    return table, report.problems()
+
+
+def _end_of_plain(folded: bytes, at: int) -> int:
+    match = PLAIN_KEYS.match(folded, at)
+    return match.end() if match else at
+
+
+def _report_repeated(keys: list[bytes], lines: "array[int]", values: dict[int, bytes], report: Report) -> None:
+    last: dict[bytes, int] = {}
+    for index, key in enumerate(keys):
+        before = last.get(key)
+        last[key] = index
+        if before is not None:
+            how = "as in" if values.get(before) == values.get(index) else "unlike in"
+            what = f"{_short(key)} again, {how} line {lines[before]}; the later line counts"
+            report.add(lines[index], what, warning=True)
+
+
+def _parse_row(line: bytes, number: int, report: Report) -> tuple[bytes, bytes] | None:
+    """Key and value of one line; None for a comment, an empty line and one that was reported."""
+    words = line.split()
+    if not words or words[0].startswith(b"#"):
+        return None
+    if line[:1] in b" \t":
+        report.add(number, "starts with a blank, which is left out", warning=True)
+    comment = next((at for at, word in enumerate(words) if word.startswith(b"#")), len(words))
+    exempt = words[0].startswith(EXEMPT)
+    if words[0] == EXEMPT:
+        report.add(number, "a blank after !; write !key. The line is skipped")
+        return None
+    key, wrong = parse_key(words[0].removeprefix(EXEMPT))
+    if wrong:
+        report.add(number, f"{_short(words[0])}: {wrong}. The line is skipped")
+        return None
+    if b"." not in key and key.startswith(b"@") and b"@" not in words[0]:
+        report.add(number, f"{_short(words[0])} means the domain {readable(key)}, not a mailbox", warning=True)
+    options = [word for word in words[1:comment] if _is_option(word, number, report)]
+    if any(b"=" not in word for word in words[1:comment]):
+        report.add(
+            number, "after a key only name=value, or a comment that starts with #, may stand. The line is skipped"
+        )
+        return None
+    if exempt:
+        return key, EXEMPT
+    return key, b" ".join(options)
+
+
+def _is_option(word: bytes, number: int, report: Report) -> bool:
+    name, equals, _ = word.partition(b"=")
+    if not equals or name in OPTIONS:
+        return bool(equals)
+    report.add(number, f"unknown option {_short(name)}; the row is in force without it")
+    return False
+
+
+def _short(data: bytes) -> str:
+    text = readable(data[:60])
+    return repr(text if len(data) <= 60 else text + "...")

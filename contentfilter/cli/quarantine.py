@@ -57,28 +57,27 @@ class _Group(click.Group):
             ctx.exit(1)
 
 
-class Moment(click.ParamType):
+def _moment(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
     """``30m``, ``2h``, ``3d`` ago, or a date and time (ISO 8601, local where no zone is given)."""
-
-    name = "when"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if ago := re.fullmatch(r"([0-9]{1,9})([smhdw])", str(value), re.ASCII):
-            return time.time() - int(ago[1]) * _UNITS[ago[2]]
-        try:
-            return datetime.fromisoformat(str(value)).timestamp()
-        except (ValueError, OverflowError):
-            self.fail(f"{value!r} is neither an age (30m, 2h, 3d) nor a date (2026-08-01, 2026-08-01T09:00)", param)
+    if value is None:
+        return None
+    if ago := re.fullmatch(r"([0-9]{1,9})([smhdw])", value, re.ASCII):
+        return time.time() - int(ago[1]) * _UNITS[ago[2]]
+    try:
+        return datetime.fromisoformat(value).timestamp()
+    except (ValueError, OverflowError):
+        wanted = "an age (30m, 2h, 3d) nor a date (2026-08-01, 2026-08-01T09:00)"
+        raise click.BadParameter(f"{value!r} is neither {wanted}", ctx, param) from None
 
 
 _FILTERS = (
-    click.option("--sender", metavar="PATTERN", default="", help="Part of the sender; * and ? for whole patterns."),
-    click.option("--recipient", metavar="PATTERN", default="", help="Part of a recipient's address."),
-    click.option("--signature", metavar="NAME", default="", help="The name that hit, whole or with * and ?."),
-    click.option("--message-id", metavar="PATTERN", default="", help="Part of the Message-ID."),
-    click.option("--subject", metavar="PATTERN", default="", help="Part of the subject."),
-    click.option("--since", type=Moment(), default=0.0, help="Kept since: 30m, 2h, 3d or a date."),
-    click.option("--until", type=Moment(), default=float("inf"), help="Kept before."),
+    click.option("--sender", metavar="PATTERN", help="Part of the sender; * and ? for whole patterns."),
+    click.option("--recipient", metavar="PATTERN", help="Part of a recipient's address."),
+    click.option("--signature", metavar="NAME", help="The name that hit, whole or with * and ?."),
+    click.option("--message-id", metavar="PATTERN", help="Part of the Message-ID."),
+    click.option("--subject", metavar="PATTERN", help="Part of the subject."),
+    click.option("--since", metavar="WHEN", callback=_moment, help="Kept since: 30m, 2h, 3d or a date."),
+    click.option("--until", metavar="WHEN", callback=_moment, help="Kept before."),
 )
 _json = click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
 _yes = click.option("--yes", is_flag=True, help="Do not ask.")
@@ -91,7 +90,9 @@ def _filters(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def with_search(*args: Any, **options: Any) -> None:
         names = ("sender", "recipient", "signature", "message_id", "subject", "since", "until")
-        command(*args, search=Search(**{name: options.pop(name) for name in names}), **options)
+        asked = {name: options.pop(name) for name in names}
+        search = Search(**{name: value for name, value in asked.items() if value is not None})
+        command(*args, search=search, **options)
 
     return functools.reduce(lambda decorated, option: option(decorated), reversed(_FILTERS), with_search)
 

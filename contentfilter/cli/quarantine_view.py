@@ -90,4 +90,4 @@ def print_message(data: bytes) -> None:
     """Exact bytes into a file or pipe; on a terminal nothing that could drive it."""
     if sys.stdout.isatty():
         data = re.sub(rb"[^\n\t -~]", b"?", data)
-    click.get_binary_stream("stdout").write(data)
+    click.echo(data, nl=False)

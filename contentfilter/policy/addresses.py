@@ -1,9 +1,9 @@
 """Table keys and the order in which they apply to a recipient. Pure: bytes in, bytes out.
 
 A canonical key is one of ``user@domain``, ``@domain``, ``.domain`` (sub-domains at any depth, not the domain
-itself) and ``*``. A–Z are folded, nothing else is. For one recipient the first of these that stands in a table decides,
-whether it protects or exempts: the address; the address with its extension cut off, a piece at a time; ``@domain``; the
-``.parents`` from the nearest on; ``*``.
+itself) and ``*``. A to Z are folded, nothing else is. For one recipient the first of these that stands in a
+table decides, whether it protects or exempts: the address; the address with its extension cut off, a piece at
+a time; ``@domain``; the ``.parents`` from the nearest on; ``*``.
 
 A recipient without a domain is looked up with the one that qmail-send will add (control/envnoathost, else
 control/me); where that is not known only ``*`` can apply.

@@ -7,11 +7,10 @@ Changes keep comments, order, owner and mode; they are all-or-nothing and wait f
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from typing import TypeVar
 
 import aiofiles
@@ -58,7 +57,7 @@ async def read_file(path: str, limit: int) -> tuple[bytes, Source]:
                     raise ConfigError((Problem(path, 0, "not a regular file"),))
                 if before.st_size > limit:
                     raise ConfigError((Problem(path, 0, f"{before.st_size} bytes; the limit is {limit}"),))
-                data = await file.read(limit + 1)
+                data = await file.read(before.st_size + 1)
                 after = os.fstat(file.fileno())
         except FileNotFoundError:
             return b"", Source(path)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-
 from contentfilter.errors import Problem
 from contentfilter.model import readable
 from contentfilter.policy.addresses import EXEMPT, PLAIN_KEYS, parse_key

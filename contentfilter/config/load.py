@@ -1,0 +1,265 @@
+"""``contentfilter.toml`` read into :class:`Settings`: strictly, and with every problem at once, each at its line.
+
+A missing file at the default place means the built-in defaults; anywhere else it is an error. What can only be
+seen from several values together (a heartbeat slower than the patience for it) is a problem too.
+"""
+
+import difflib
+import math
+import re
+import tomllib
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+from msgspec import inspect
+
+from contentfilter.config.settings import Settings
+from contentfilter.errors import ConfigError, Problem
+from contentfilter.scanners.stream import Address
+
+DEFAULT_PATH = "/etc/contentfilter/contentfilter.toml"
+MAX_SIZE = 1 << 20
+MAX_SOCKET_PATH = 107  # sockaddr_un holds 108 bytes with the NUL
+SMTP_PATIENCE = 300.0  # seconds that clients wait in practice after the final dot, RFC 5321 4.5.3.2.6 says 600
+
+Where = dict[tuple[str, ...], int]
+"""Path of a section or key -> its line."""
+
+
+def load_settings(path: str, *, must_exist: bool | None = None) -> Settings:
+    """The settings of the file. Raises ConfigError with all problems that forbid to use it.
+
+    ``must_exist``: None lets only the default file be missing.
+    """
+    settings, problems = read_settings(path, must_exist=must_exist)
+    errors = tuple(problem for problem in problems if not problem.warning)
+    if errors:
+        raise ConfigError(errors)
+    return settings
+
+
+def read_settings(path: str, *, must_exist: bool | None = None) -> tuple[Settings, tuple[Problem, ...]]:
+    """As :func:`load_settings`, but returns all problems, warnings too; what was wrong has its default."""
+    if must_exist is None:
+        must_exist = path != DEFAULT_PATH
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_SIZE + 1)
+    except FileNotFoundError:
+        return Settings(), (Problem(path, 0, "there is no such file"),) if must_exist else ()
+    except OSError as e:
+        return Settings(), (Problem(path, 0, f"cannot read it: {e.strerror}"),)
+    if len(data) > MAX_SIZE:
+        return Settings(), (Problem(path, 0, f"more than {MAX_SIZE} bytes"),)
+    try:
+        text = data.decode("utf-8")
+        document = tomllib.loads(text)
+    except UnicodeDecodeError as e:
+        return Settings(), (Problem(path, data.count(b"\n", 0, e.start) + 1, "not UTF-8"),)
+    except (tomllib.TOMLDecodeError, RecursionError) as e:
+        return Settings(), (_syntax_error(path, text, str(e)),)
+    reader = _Reader(path, _lines(text))
+    settings = reader.settings(document)
+    reader.cross_check(settings)
+    return settings, tuple(sorted(reader.problems, key=lambda problem: problem.line))
+
+
+def _syntax_error(path: str, text: str, said: str) -> Problem:
+    place = re.search(r" \(at (?:line (\d+), column (\d+)|end of document)\)$", said)
+    if place is None:
+        return Problem(path, 0, f"not TOML: {said}")
+    line = int(place[1] or text.rstrip("\n").count("\n") + 1)
+    column = f", column {place[2]}" if place[2] else ", at the end of the file"
+    return Problem(path, line, f"not TOML: {said[: place.start()]}{column}")
+
+
+class _Reader:
+    """Turns the parsed document into Settings and collects what is wrong with it."""
+
+    def __init__(self, path: str, where: Where) -> None:
+        self.problems: list[Problem] = []
+        self._path = path
+        self._where = where
+
+    def _note(self, key: tuple[str, ...], text: str, *, warning: bool = False) -> None:
+        line = next((self._where[key[:n]] for n in range(len(key), 0, -1) if key[:n] in self._where), 0)
+        self.problems.append(Problem(self._path, line, text, warning))
+
+    def settings(self, document: dict[str, Any]) -> Settings:
+        sections = {}
+        known = {field.name: field.type for field in msgspec.structs.fields(Settings)}
+        for name, values in document.items():
+            if name not in known:
+                kind = "section" if isinstance(values, dict) else "key"
+                owners = [f"[{s}]" for s, t in known.items() if name in t.__struct_fields__]
+                hint = f"; it belongs into {' or '.join(owners)}" if owners else _did_you_mean(name, known)
+                self._note((name,), f"unknown {kind} {name!r}{hint}")
+            elif not isinstance(values, dict):
+                self._note((name,), f"{name!r} is a section; write [{name}] on a line of its own")
+            else:
+                sections[name] = known[name](**self._section(name, known[name], values))
+        return Settings(**sections)
+
+    def _section(self, section: str, struct: type[msgspec.Struct], values: dict[str, Any]) -> dict[str, Any]:
+        """The values that are right; the others are noted."""
+        good = {}
+        known = {field.name: field.type for field in msgspec.structs.fields(struct)}
+        for key, value in values.items():
+            if key not in known:
+                self._note((section, key), f"unknown key {key!r} in [{section}]{_did_you_mean(key, known)}")
+                continue
+            try:
+                good[key] = msgspec.convert(value, known[key])
+                wrong = isinstance(value, float) and not math.isfinite(value)
+            except msgspec.ValidationError:
+                wrong = True
+            if wrong:
+                expected = _in_words(inspect.type_info(known[key]))
+                self._note((section, key), f"[{section}] {key}: expected {expected}, got {_shown(value)}")
+                good.pop(key, None)
+        return good
+
+    def cross_check(self, settings: Settings) -> None:
+        """What only shows when values are seen together, or is not a matter of types."""
+        service = settings.service
+        if service.heartbeat * 2 > service.stuck_after:
+            self._note(
+                ("service", "stuck_after"),
+                f"[service] stuck_after: {service.stuck_after:g} s is less than two heartbeats of "
+                f"{service.heartbeat:g} s; healthy workers would be replaced",
+            )
+        if service.budget > SMTP_PATIENCE:
+            text = f"[service] budget: {service.budget:g} s; many SMTP clients give up after {SMTP_PATIENCE:g} s"
+            self._note(("service", "budget"), text, warning=True)
+        for name, scanner in (("clamd", settings.clamd), ("spamd", settings.spamd)):
+            if scanner.connect_timeout > scanner.timeout:
+                text = f"[{name}] connect_timeout: longer than the whole time-out of {scanner.timeout:g} s"
+                self._note((name, "connect_timeout"), text, warning=True)
+            if scanner.timeout >= service.budget:
+                text = f"[{name}] timeout: [service] budget ends everything after {service.budget:g} s"
+                self._note((name, "timeout"), text, warning=True)
+            self._backends(name, scanner.backends)
+        for section, key, path in (
+            ("listen", "socket", settings.listen.socket),
+            ("service", "run", f"{service.run}/control.sock"),
+            ("service", "state", service.state),
+            ("service", "control", service.control),
+        ):
+            self._absolute(section, key, path, socket=section == "listen" or key == "run")
+        extension = settings.tables.extension
+        if not re.fullmatch(r"[!#-/=?^_{-~]?", extension) or extension == ".":
+            text = f'[tables] extension: {extension!r} cannot separate an extension; usual are "-" and "+"'
+            self._note(("tables", "extension"), text)
+        tag = settings.spamd.subject_tag
+        if not (tag.isascii() and tag.isprintable() and len(tag) <= 100) and tag:
+            self._note(("spamd", "subject_tag"), "[spamd] subject_tag: printable ASCII, at most 100 characters")
+
+    def _backends(self, section: str, backends: tuple[str, ...]) -> None:
+        for backend in backends:
+            try:
+                Address.parse(backend)
+            except ValueError as e:
+                self._note((section, "backends"), f"[{section}] backends: {e}")
+        if len(set(backends)) < len(backends):
+            self._note((section, "backends"), f"[{section}] backends: one stands here twice", warning=True)
+
+    def _absolute(self, section: str, key: str, path: str, *, socket: bool) -> None:
+        if not path.startswith("/") or "\0" in path:
+            self._note((section, key), f"[{section}] {key}: expected an absolute path, got {_shown(path)}")
+        elif socket and len(path.encode()) > MAX_SOCKET_PATH:
+            text = f"[{section}] {key}: {path} has {len(path.encode())} bytes; a socket's path has at most"
+            self._note((section, key), f"{text} {MAX_SOCKET_PATH}")
+
+
+def _did_you_mean(name: str, known: dict[str, Any]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+
+
+def _in_words(kind: inspect.Type) -> str:
+    """What values a field takes."""
+    match kind:
+        case inspect.BoolType():
+            return "true or false"
+        case inspect.IntType():
+            return "a whole number" + _range(kind)
+        case inspect.FloatType():
+            return "a number" + _range(kind)
+        case inspect.LiteralType():
+            return "one of " + ", ".join(f'"{value}"' for value in kind.values)
+        case inspect.VarTupleType():
+            return f"a list of {_in_words(kind.item_type).removeprefix('a ')}s"
+        case inspect.StrType(pattern="^0[0-7]{3}$"):
+            return 'a file mode as a string, such as "0660"'
+        case inspect.StrType(max_length=int(most)):
+            return f"a string of at most {most} character" + ("" if most == 1 else "s")
+    return "a string"
+
+
+def _range(kind: inspect.IntType | inspect.FloatType) -> str:
+    low = kind.ge if kind.ge is not None else kind.gt
+    high = kind.le if kind.le is not None else kind.lt
+    words = []
+    if low is not None:
+        words.append(f"{'>' if kind.ge is None else '>='} {low:g}")
+    if high is not None:
+        words.append(f"{'<' if kind.le is None else '<='} {high:g}")
+    return " " + " and ".join(words) if words else ""
+
+
+def _shown(value: object) -> str:
+    """A value of the file, for a message."""
+    text = repr(value)
+    match value:
+        case bool():
+            return str(value).lower()
+        case str():
+            text = 'a string "' + value.encode("unicode_escape").decode("ascii") + '"'
+        case list():
+            text = "a list " + text
+        case dict():
+            return "a section"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+_HEADER = re.compile(r"[ \t]*\[\[?([^\[\]\n]*)\]\]?")
+_KEY = re.compile(
+    r"[ \t]*((?:[\w-]+|\"[^\"\n]*\"|'[^'\n]*')(?:[ \t]*\.[ \t]*(?:[\w-]+|\"[^\"\n]*\"|'[^'\n]*'))*)[ \t]*="
+)
+_PART = re.compile(r"[\w-]+|\"[^\"]*\"|'[^']*'")
+_TOKEN = re.compile(
+    r'#[^\n]*|"""(?:\\.|[^\\])*?"{3,5}|\'\'\'.*?\'{3,5}|"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'|[\[\]{}\n]|[^#"\'\[\]{}\n]+',
+    re.DOTALL,
+)
+
+
+def _lines(text: str) -> Where:
+    """The line of each section and key. The text is known to be TOML, so this need not be strict."""
+    where: Where = {}
+    section: tuple[str, ...] = ()
+    for start, line in _statements(text):
+        if header := _HEADER.match(text, start):
+            section = _parts(header[1])
+            where.setdefault(section, line)
+        elif key := _KEY.match(text, start):
+            path = (*section, *_parts(key[1]))
+            for n in range(len(section) + 1, len(path) + 1):
+                where.setdefault(path[:n], line)
+    return where
+
+
+def _parts(dotted: str) -> tuple[str, ...]:
+    return tuple(part.strip("\"'") for part in _PART.findall(dotted))
+
+
+def _statements(text: str) -> Iterator[tuple[int, int]]:
+    """Offset and line of each statement: strings and brackets hold several lines together."""
+    start, line, depth, begun = 0, 1, 0, 1
+    for token in _TOKEN.finditer(text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
+        line += token[0].count("\n")
+        if token[0] == "\n" and depth == 0:
+            yield start, begun
+            start, begun = token.end(), line
+    yield start, begun

@@ -1,6 +1,8 @@
 /* Asking the daemon: one packet with two descriptors there, one packet back (docs/hook-protocol.md). The
  * daemon is believed only as far as its answer makes sense. Everything else counts as no answer, and the same
  * descriptors are offered again until the budget ends: that is how a restart of the daemon goes unnoticed. */
+#include "hook.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
@@ -10,8 +12,6 @@
 #include <sys/stat.h>
 #include <sys/un.h>
 #include <unistd.h>
-
-#include "hook.h"
 
 enum {
   VERSION = 1,

@@ -3,6 +3,8 @@
  * everything: qmail-queue takes an envelope without its end as the sign to clean up and leave (54).
  *
  * The envelope pipes are one page long, so "writable" means "empty": the child has read all it was given. */
+#include "hook.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
@@ -13,8 +15,6 @@
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
-
-#include "hook.h"
 
 #ifndef GRACE_MS /* the tests are less patient */
 #define GRACE_MS 30000
@@ -218,19 +218,22 @@ static void report(const struct all *all, int connection)
 /* After the commit a failure cannot be undone. The caller is told to try again: twice is better than never. */
 static enum status after_commit(const struct all *all)
 {
-  char text[400], *to = text;
+  char text[400], done[24], of[24], *to = text;
   enum status status = ST_OK;
+  unsigned queued = 0;
   for (unsigned i = 0; i < all->count; i++) {
     int result = all->parts[i].result;
     if (!result && !all->parts[i].committed) result = ST_BUG;
+    queued += !result;
     if (!result) continue;
     if (!status) status = result > 0 && result < ST_MEMORY ? ST_DEFER : meaning(result);
     if (to - text > 340) continue;
     to = stpcpy(put_number(stpcpy(to, to > text ? ", " : ""), i + 1), result < 0 ? " by signal " : " with status ");
     to = put_number(to, (uint64_t)(result < 0 ? -result : result));
   }
-  *to = 0;
-  if (status) say("of the message's parts these were not queued: ", text, "; the others were; it will come again", NULL);
+  put_number(done, queued);
+  put_number(of, all->count);
+  if (status) say(done, " of ", of, " parts are queued, not queued: ", text, "; the whole will come again", NULL);
   return status;
 }
 

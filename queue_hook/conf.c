@@ -1,13 +1,13 @@
 /* queue.conf: lines of `name value`; `#` starts a comment line. A file that is not right is a temporary failure
  * with its line on stderr: mail waits, and nobody guesses what was meant. */
+#include "hook.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/auxv.h>
 #include <unistd.h>
-
-#include "hook.h"
 
 enum { FILE_MAX = 16384 };
 

@@ -2,6 +2,8 @@
  * text, each from its own descriptor and for its own status. In other builds the same descriptor may be
  * a TLS control pipe, a socket, or closed; so the text is written only into a pipe, only if it cannot block,
  * and else the plain status has to do. */
+#include "hook.h"
+
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
@@ -9,8 +11,6 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
-
-#include "hook.h"
 
 static bool writable_pipe(int fd)
 {

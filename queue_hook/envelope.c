@@ -3,9 +3,9 @@
  *
  * SPAMCONTROL and s/qmail may add a record Q ("no base64 seen"). Callers are seen to end it with its own NUL
  * or only with the final one; so after an empty Q the end of the file is as good as the final NUL. */
-#include <string.h>
-
 #include "hook.h"
+
+#include <string.h>
 
 enum status envelope_feed(struct grammar *grammar, const char *bytes, size_t size, size_t *used)
 {

@@ -2,6 +2,10 @@
 #ifndef HOOK_H
 #define HOOK_H
 
+#ifndef _GNU_SOURCE /* memfd_create, splice, pipe2: included first, so that a plain `cc *.c` works too */
+#define _GNU_SOURCE
+#endif
+
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>

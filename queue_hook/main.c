@@ -3,11 +3,11 @@
  *
  * Nothing is acknowledged before the real qmail-queue has exited 0; a caller that goes away (an envelope
  * without its final NUL) is noticed before anyone is asked; every fault is a temporary status. */
+#include "hook.h"
+
 #include <fcntl.h>
 #include <string.h>
 #include <unistd.h>
-
-#include "hook.h"
 
 enum { READING_MS = 86400000 }; /* as qmail-queue's alarm: below the 36 hours after which qmail cleans up */
 

@@ -1,6 +1,8 @@
 /* Where a message or an envelope lies while it is looked at: a memfd, or, when larger than conf.memory, an
  * unnamed file. Nothing is left behind however this program ends. Offsets are always given explicitly:
  * the daemon and clamd share the open file and move its position as they like. */
+#include "hook.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <string.h>
@@ -8,8 +10,6 @@
 #include <sys/sendfile.h>
 #include <sys/uio.h>
 #include <unistd.h>
-
-#include "hook.h"
 
 static int open_unnamed(const struct conf *conf)
 {

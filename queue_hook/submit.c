@@ -1,12 +1,12 @@
 /* Becoming the real qmail-queue: the same process, so that "qp PID" in the caller's reply is right, and the
  * same user, so that its Received line is. */
+#include "hook.h"
+
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
-
-#include "hook.h"
 
 /* PID.COUNT of the last pass. The real qmail-queue starts nothing, so mail never inherits this; a wrapper in
  * its place that leads back here does, as the same process or as its child. A wrapper that sends other

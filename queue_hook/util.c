@@ -1,4 +1,6 @@
 /* Clock, reading with an end, and the one line on stderr. */
+#include "hook.h"
+
 #include <errno.h>
 #include <poll.h>
 #include <signal.h>
@@ -6,8 +8,6 @@
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
-
-#include "hook.h"
 
 static bool quiet;
 

@@ -355,8 +355,9 @@ class HookLab:
         """Write queue.conf; the socket and the stand-in are given, the rest are the built-in defaults."""
         values = {"socket": self.socket, "queue": self.standin.program, "budget": 20} | settings
         path = self.directory / "queue.conf"
-        path.write_text("".join(f"{name} {value}\n" for name, value in values.items()))
-        return path
+        unfinished = path.with_suffix(".new")  # other hooks may be reading it
+        unfinished.write_text("".join(f"{name} {value}\n" for name, value in values.items()))
+        return unfinished.replace(path)
 
     def start(
         self,

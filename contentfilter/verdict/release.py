@@ -28,7 +28,6 @@ from contentfilter.deadline import Deadline
 from contentfilter.errors import ContentFilterError, QuarantineError
 from contentfilter.model import BytesLike, readable
 from contentfilter.verdict.entry import Entry, Release
-from contentfilter.verdict.headers import header_block
 from contentfilter.verdict.quarantine import Quarantine
 from contentfilter.wire import envelope as envelope_format
 
@@ -36,9 +35,13 @@ KEY_FILE = "release.key"
 LIFETIME = 7 * 86_400.0
 """Seconds for which a token holds: as long as qmail-send keeps trying (queuelifetime)."""
 
+TOKEN_WITHIN = 1 << 16
+"""Bytes at the start of a message in which the line is looked for: room for the lines of a hundred hops."""
+
 _NAME = b"X-ContentFilter-Released:"
 _SECRET_SIZE = 32
 _PIECE = 1 << 20
+_EMPTY_LINE = re.compile(rb"^\r?\n", re.MULTILINE)
 _TOKEN = re.compile(
     rb"(X-ContentFilter-Released: ([A-Za-z0-9_-]{1,64}); by=[A-Za-z0-9._@-]{1,32}; expires=([0-9]{1,12}); "
     rb"sha256=([0-9a-f]{64})); mac=([0-9a-f]{64})\n"
@@ -108,11 +111,14 @@ def sign(secret: bytes, incident: str, by: str, expires: int, sha256: str) -> by
 def released(data: BytesLike, secret: bytes, now: float) -> str | None:
     """The incident from which ``data`` was released; None where it was not, or where a byte was changed since.
 
-    Only the first line of that name counts; lines of other names may stand above it.
+    Only the first line of that name counts, in the header and within TOKEN_WITHIN; lines of other names
+    may stand above it. Microseconds where there is none.
     """
-    block = header_block(data)
-    start = 0 if block.startswith(_NAME) else block.find(b"\n" + _NAME) + 1
-    token = _TOKEN.match(block, start)
+    head = bytes(data[:TOKEN_WITHIN])
+    start = 0 if head.startswith(_NAME) else head.find(b"\n" + _NAME) + 1
+    if _EMPTY_LINE.search(head, 0, start):
+        return None
+    token = _TOKEN.match(head, start)
     if token is None or int(token[3]) < now:
         return None
     if not hmac.compare_digest(_mac(secret, token[1]), token[5]):

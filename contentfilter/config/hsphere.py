@@ -11,11 +11,13 @@ from collections.abc import Collection, Iterator, Mapping
 
 from contentfilter.config.migration import (
     CONTROL,
+    NAMES,
     Kind,
     Migration,
     NewFile,
     Report,
     TableRow,
+    name_files,
     numbered,
     options_file,
     queue_file,
@@ -43,7 +45,7 @@ PARAMETERS: dict[str, tuple[str, str, str]] = {
     "skipsachk": (_SKIP, "0, 1 or 2", _WHO),
     "samsgsize": (_NUMBER, "bytes", ""),
     "sanetcheck": (_SWITCH, "0 or 1", _NETWORK),
-    "spamdchildren": (_NUMBER, "a number", _CHILDREN),
+    "spamdchildren": (r"[0-9]{1,4}", "a number below 10000", _CHILDREN),
     "chksignature": (_SWITCH, "0 or 1", _BETTER),
     "chkloadertype": (_SWITCH, "0 or 1", _BETTER),
     "xoriginatingip": (_SWITCH, "0 or 1", ""),
@@ -65,13 +67,13 @@ doublebouncesubject bouncemessage doublebouncemessage strictbounce temperror bou
 sms maxbouncebytes
 """
 QMAIL = frozenset(_QMAIL.split())  # H-Sphere's other parameters: qmail-smtpd's, qmail-send's and so on (6.2 to 6.5)
-READS = ("options", *TABLES, *(old for names, _ in LISTS.values() for old in names), *PARAMETERS)
+READS = ("options", *TABLES, *(old for names, _ in LISTS.values() for old in names), *PARAMETERS, *NAMES)
 
 
 def migrate(old: Mapping[str, bytes], others: Collection[str] = ()) -> Migration:
     """Turn the files in ``old`` (name → content) into ours; ``others`` are names that were not read."""
     report = Report()
-    if not any(name in old for name in READS):
+    if not old.keys() - set(NAMES):
         report.add(Kind.CHECK, "options", 0, "not here", "none of H-Sphere's controls; give qmail's control directory")
         return Migration((), report.differences())
     options = _options(old, report)
@@ -92,6 +94,7 @@ def migrate(old: Mapping[str, bytes], others: Collection[str] = ()) -> Migration
         found = [(n, old[n]) for n in names if n in old]
         if found:
             files.append(_list(name, found, letters, report))
+    files += name_files(old, report)
     _general(others, report)
     return Migration(tuple(files), report.differences())
 

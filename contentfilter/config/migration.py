@@ -150,6 +150,23 @@ def options_file(origin: str, options: Mapping[str, str]) -> NewFile:
     return NewFile("control/options", (head + body).encode("ascii"), f"goes to {CONTROL}/options")
 
 
+NAMES = ("me", "envnoathost")
+"""qmail's controls that the tables need: the domain of a recipient that has none."""
+
+
+def name_files(old: Mapping[str, bytes], report: Report) -> Iterator[NewFile]:
+    """Copies of :data:`NAMES`, since our controls have a directory of their own."""
+    for name in NAMES:
+        if name not in old:
+            continue
+        first = old[name].partition(b"\n")[0].rstrip(b" \t\r")
+        if _PRINTABLE.fullmatch(first):
+            report.add(Kind.SAME, name, 1, first, f"copied to control/{name}: the domain of recipients without one")
+            yield NewFile(f"control/{name}", first + b"\n", f"goes to {CONTROL}/{name}")
+        else:
+            report.add(Kind.CHECK, name, 1, first, "not a host name in printable ASCII; left out")
+
+
 def settings_file(origin: str, settings: Mapping[str, Mapping[str, Value]]) -> NewFile:
     """``contentfilter.toml`` with the sections and keys that differ from the defaults."""
     text = f"# Written by contentfilter migrate from {origin}. What is not here has its default.\n"

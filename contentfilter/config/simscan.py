@@ -10,12 +10,14 @@ from collections.abc import Collection, Iterator, Mapping
 
 from contentfilter.config.migration import (
     CONTROL,
+    NAMES,
     Kind,
     Migration,
     NewFile,
     Report,
     TableRow,
     Value,
+    name_files,
     options_file,
     queue_file,
     settings_file,
@@ -25,7 +27,7 @@ from contentfilter.config.migration import (
 from contentfilter.config.simscan_rows import Row, Rules, effective, read_endings, read_rows
 from contentfilter.model import readable
 
-READS = ("simcontrol", "simcontrol.cdb", "ssattach", "simsizelimit", "simversions", "simversions.cdb")
+READS = ("simcontrol", "simcontrol.cdb", "ssattach", "simsizelimit", "simversions", "simversions.cdb", *NAMES)
 _HITS = 10.0  # ./configure --enable-spam-hits without a number
 _SIZE = 250_000  # simscan's limit for spamd where none is given
 
@@ -66,7 +68,7 @@ def migrate(old: Mapping[str, bytes], others: Collection[str] = ()) -> Migration
     if any(rules.spam for rules in whole.values()):
         settings["spamd"] = spamd
     files += [settings_file("simscan", settings), queue_file("simscan", _queue(rows, default, report))]
-    files += _attachments(rows, whole, report)
+    files += [*_attachments(rows, whole, report), *name_files(old, report)]
     _general(rows, whole, report)
     if others:
         report.add(Kind.LEFT, ".", 0, f"{len(others)} other files", "qmail's own controls; nothing is read from them")

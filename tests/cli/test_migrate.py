@@ -1,5 +1,6 @@
 """``contentfilter migrate`` on written directories: statuses, files, and what it refuses to do."""
 
+import asyncio
 import json
 import os
 from pathlib import Path
@@ -9,6 +10,10 @@ from click.testing import CliRunner, Result
 
 from contentfilter.cli import migrate as module
 from contentfilter.cli.main import cli
+from contentfilter.config.controls import read_controls
+from contentfilter.config.load import load_settings
+from contentfilter.config.migration import CONTROL
+from contentfilter.tables.files import load_tables
 
 
 def run(*arguments: object) -> Result:
@@ -34,8 +39,10 @@ def hsphere(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["simscan", "hsphere"])
-def test_all_carried_over_is_status_0_and_writes_what_it_lists(name: str, tmp_path: Path, request: object) -> None:
-    old = request.getfixturevalue(name)  # type: ignore[attr-defined]
+def test_all_carried_over_is_status_0_and_writes_what_it_lists(
+    name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    old = request.getfixturevalue(name)
     result = run(name, old, "--output", tmp_path / "new", "--json")
     assert result.exit_code == 0, result.output
     listed = {file["path"]: file["bytes"] for file in json.loads(result.stdout)["files"]}
@@ -44,6 +51,36 @@ def test_all_carried_over_is_status_0_and_writes_what_it_lists(name: str, tmp_pa
     }
     assert listed == written
     assert {"contentfilter.toml", "queue.conf", "control/options", "control/clamavclients"} <= set(written)
+
+
+@pytest.mark.parametrize("name", ["simscan", "hsphere"])
+def test_what_is_written_is_what_the_daemon_reads(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    old, new = request.getfixturevalue(name), tmp_path / "new"
+    (old / "me").write_text("mail.example.com \n")
+    if name == "hsphere":
+        (old / "clamavclients").write_text("Joe@Example.com\n!ann@example.com\n")
+        (old / "options").write_text(
+            "skipsachk 2\nspamglobal 1\nsamsgsize 1000\nspamdchildren 20\nsysfacility LOG_LOCAL3\n"
+        )
+        (old / "badsignatures").write_text("TVqQAAMAA\n")
+    run(name, old, "--output", new)
+    settings = load_settings(str(new / "contentfilter.toml"))
+    controls, problems = asyncio.run(read_controls(str(new / "control")))
+    tables, more = asyncio.run(load_tables(str(new / "control")))
+    assert (problems, more) == ((), ())
+    assert settings.service.control == CONTROL
+    assert tables.default_domain == b"mail.example.com"
+    taken = {key: value for key, value in controls.values.items() if controls.places[key]}
+    if name == "hsphere":
+        assert taken == {
+            "skipsachk": 2, "spamglobal": True, "samsgsize": 1000, "spamdchildren": 20, "sysfacility": "LOG_LOCAL3",
+        }  # fmt: skip
+        assert dict(tables.clamav) == {b"joe@example.com": b"", b"ann@example.com": b"!"}
+        assert b"TVqQAAMAA" in (controls.badsignatures or b"")
+    else:
+        assert taken == {"skipsachk": 2, "samsgsize": 249_999}
+        assert dict(tables.clamav) == dict(tables.spamd) == {b"*": b""}
+        assert settings.spamd.reject_score == 9.5
 
 
 def test_what_needs_a_person_is_status_1_and_stands_first(simscan: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from contentfilter.config.controls import PARAMETERS as READ_BY_DAEMON
 from contentfilter.config.hsphere import LISTS, PARAMETERS, QMAIL, READS, migrate
 from contentfilter.config.migration import CONTROL, Difference, Kind, Migration
 from contentfilter.config.settings import Settings
@@ -85,6 +86,10 @@ def test_what_belongs_to_qmail_is_left_alone_and_asks_nobody() -> None:
     assert not done.needs_a_person
 
 
+def test_the_parameters_are_those_that_the_daemon_reads() -> None:
+    assert set(PARAMETERS) == {parameter.name for parameter in READ_BY_DAEMON}
+
+
 def test_no_parameter_is_both_ours_and_qmails() -> None:
     assert not QMAIL & set(READS)
 
@@ -113,7 +118,8 @@ def test_keys_of_the_tables(old: bytes, new: bytes) -> None:
 
 @pytest.mark.parametrize(
     "key", [b"jo?@example.com", b"[Jj]oe@example.com", b"j*@example.com", b"b\xfc@example.com", b"a b@example.com",
-            b"joe@", b"a@b@c", b"@.example.com", b"a\0@example.com", b"a@exa..mple", b"\\*@example.com", b"!", b"! "]
+            b"joe@", b"a@b@c", b"@.example.com", b"a\0@example.com", b"a@exa..mple", b"\\*@example.com", b"!", b"! ",
+            b"!!a@example.com", b"!#a@example.com"]
 )  # fmt: skip
 def test_a_key_that_our_tables_cannot_hold_is_left_out_and_named(key: bytes) -> None:
     done = migrate({"spamdclients": b"# c\n" + key + b"\nz@example.com\n"})
@@ -167,7 +173,7 @@ def test_signature_lists_are_cut_as_before_and_readable_for_our_scanners() -> No
 
 
 def test_a_directory_without_hsphere_gives_no_files() -> None:
-    done = migrate({}, ("rcpthosts",))
+    done = migrate({"me": b"mail.example.com\n"}, ("rcpthosts",))
     assert done.files == ()
     assert done.needs_a_person
 

@@ -172,6 +172,11 @@ def test_only_endings_that_all_forbid_are_in_force_for_clamd() -> None:
     assert any(d.kind is Kind.CHECK and d.subject == "attach" for d in done.differences)
 
 
+def test_endings_of_one_domain_are_not_in_force_for_all() -> None:
+    done = control(b"a.example:clam=yes,attach=.exe")
+    assert b"\n#ContentFilter.Attachment.exe:" in content(done, "clamd/contentfilter-attachments.cdb")
+
+
 def test_forbidden_attachments_without_virus_check_are_left_to_a_person() -> None:
     assert any("without a virus check" in d.text for d in at(control(b":spam=yes,attach=.exe"), 1))
 
@@ -184,7 +189,7 @@ def test_without_simcontrol_ssattach_holds_for_all() -> None:
 
 
 def test_a_directory_without_simscan_gives_no_files() -> None:
-    done = migrate({}, ("rcpthosts",))
+    done = migrate({"me": b"mail.example.com\n"}, ("rcpthosts",))
     assert done.files == ()
     assert done.needs_a_person
 
@@ -212,6 +217,13 @@ def test_rows_that_were_never_compiled_are_noticed() -> None:
 @pytest.mark.parametrize("cut", [0, 7, 2047, 2049, 2060])
 def test_a_damaged_cdb_is_refused(cut: int) -> None:
     done = migrate({"simcontrol": b":clam=yes\n", "simcontrol.cdb": cdb((b"", b"clam=yes"))[:cut]})
+    assert at(done, 0, "simcontrol.cdb")[0].subject == "damaged"
+
+
+def test_a_cdb_record_that_claims_too_much_is_refused() -> None:
+    whole = bytearray(cdb((b"", b"clam=yes")))
+    struct.pack_into("<I", whole, 2052, 9000)
+    done = migrate({"simcontrol": b":clam=yes\n", "simcontrol.cdb": bytes(whole)})
     assert at(done, 0, "simcontrol.cdb")[0].subject == "damaged"
 
 

@@ -10,6 +10,10 @@ from typing import Any
 import click
 
 from contentfilter import __version__
+from contentfilter.errors import ConfigError
+
+EX_CONFIG = 78
+DEFAULT_CONFIG = "/etc/contentfilter/contentfilter.toml"
 
 # name -> (module, attribute, one line of help). The help stands here so that --help imports nothing.
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -39,6 +43,15 @@ class Lazy(click.Group):
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the sub-command; configuration errors of all of them are told here."""
+        try:
+            return super().invoke(ctx)
+        except ConfigError as error:
+            for problem in error.problems:
+                click.echo(f"contentfilter: {problem}", err=True)
+            ctx.exit(EX_CONFIG)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, _, text) in COMMANDS.items()])
@@ -59,7 +72,7 @@ class Lazy(click.Group):
     "--config",
     "config_path",
     metavar="FILE",
-    default="/etc/contentfilter/contentfilter.toml",
+    default=DEFAULT_CONFIG,
     show_default=True,
     help="The settings. A missing default file means the built-in defaults.",
 )

@@ -1,0 +1,210 @@
+"""Where everything is put together: configuration is read in the supervisor, and built into a pipeline in each worker.
+
+The supervisor reads settings, control files and tables, compiles the tables to a snapshot in the state
+directory, and ships one blob. A worker turns the blob into a pipeline; it opens no configuration file but
+the snapshot. ``explain`` does both in one process.
+"""
+
+import dataclasses
+import os
+import tempfile
+from pathlib import Path
+
+import msgspec
+
+from contentfilter.config.controls import Controls, read_controls
+from contentfilter.config.load import load_settings
+from contentfilter.config.settings import Settings
+from contentfilter.errors import ConfigError, EnvelopeError, Problem
+from contentfilter.intake.connection import Job, deferral
+from contentfilter.pipeline import Pipeline, Scanners
+from contentfilter.policy.plan import Switches
+from contentfilter.scanners.clamd import ClamdScanner
+from contentfilter.scanners.signatures import (
+    Engine,
+    Rules,
+    default_loadertypes,
+    default_signatures,
+    parse_loadertypes,
+    parse_signatures,
+)
+from contentfilter.scanners.spamd import SpamdScanner
+from contentfilter.service.bus import Event
+from contentfilter.service.supervisor import Loaded
+from contentfilter.service.worker import Surroundings
+from contentfilter.tables.files import load_tables, sources
+from contentfilter.tables.rows import Source
+from contentfilter.tables.snapshot import Snapshot, compile_snapshot
+from contentfilter.verdict.quarantine import Quarantine
+from contentfilter.verdict.record import Record, fields
+from contentfilter.wire import envelope as envelope_format
+from contentfilter.wire import hook
+
+SNAPSHOT = "tables.snapshot"
+QUARANTINE = "quarantine"
+
+
+class Runtime(msgspec.Struct, frozen=True):
+    """All that a worker needs to know."""
+
+    settings: Settings
+    switches: Switches
+    spamdchildren: int
+    signatures: Rules | None  # None where the switch is off
+    loadertypes: Rules | None
+    snapshot: str
+
+
+# The supervisor's side
+
+
+class Files:
+    """The configuration from files, for the supervisor. ``workers`` and ``socket`` override the settings."""
+
+    def __init__(
+        self, config_path: str, *, must_exist: bool = True, workers: int | None = None, socket: str | None = None
+    ) -> None:
+        self._path = config_path
+        self._must_exist = must_exist
+        self._workers = workers
+        self._socket = socket
+        self._tables: tuple[Source, ...] = ()
+        self._problems: tuple[Problem, ...] = ()
+        self._runtime: Runtime | None = None
+
+    async def load(self) -> Loaded:
+        """Read everything anew. Raises ConfigError."""
+        settings = load_settings(self._path, must_exist=self._must_exist)
+        if self._workers is not None:
+            settings = msgspec.structs.replace(
+                settings, service=msgspec.structs.replace(settings.service, workers=self._workers)
+            )
+        if self._socket is not None:
+            settings = msgspec.structs.replace(
+                settings, listen=msgspec.structs.replace(settings.listen, socket=self._socket)
+            )
+        controls, problems = await read_controls(settings.service.control)
+        runtime, more = make_runtime(settings, controls, os.path.join(settings.service.state, SNAPSHOT))
+        table_problems = await self._compile(runtime)
+        self._runtime, self._problems = runtime, (*problems, *more)
+        return self._loaded(runtime, table_problems)
+
+    async def refresh(self) -> Loaded | None:
+        """Look at the tables only."""
+        runtime = self._runtime
+        if runtime is None or sources(runtime.settings.service.control) == self._tables:
+            return None
+        return self._loaded(runtime, await self._compile(runtime))
+
+    async def _compile(self, runtime: Runtime) -> tuple[Problem, ...]:
+        tables, problems = await compile_tables(runtime)
+        self._tables = tables
+        return problems
+
+    def _loaded(self, runtime: Runtime, table_problems: tuple[Problem, ...]) -> Loaded:
+        return Loaded(runtime.settings, msgspec.msgpack.encode(runtime), (*self._problems, *table_problems))
+
+
+def make_runtime(settings: Settings, controls: Controls, snapshot: str) -> tuple[Runtime, tuple[Problem, ...]]:
+    """Settings and control files as one value, and what is wrong in the signature lists."""
+    switches = Switches(**{f.name: controls.values[f.name] for f in dataclasses.fields(Switches)})
+    problems: list[Problem] = []
+
+    def rules(text: bytes | None, name: str) -> Rules:
+        if text is None:
+            return default_signatures() if name == "badsignatures" else default_loadertypes()
+        parse = parse_signatures if name == "badsignatures" else parse_loadertypes
+        found, wrong = parse(text, os.path.join(settings.service.control, name))
+        problems.extend(wrong)
+        return found
+
+    signatures, loadertypes = (
+        rules(controls.badsignatures, "badsignatures"),
+        rules(controls.badloadertypes, "badloadertypes"),
+    )
+    runtime = Runtime(
+        settings,
+        switches,
+        controls.values["spamdchildren"],
+        signatures if switches.chksignature else None,
+        loadertypes if switches.chkloadertype else None,
+        snapshot,
+    )
+    return runtime, tuple(problems)
+
+
+async def compile_tables(runtime: Runtime) -> tuple[tuple[Source, ...], tuple[Problem, ...]]:
+    """Read the tables and write the snapshot. Raises ConfigError."""
+    rows, problems = await load_tables(runtime.settings.service.control)
+    try:
+        compile_snapshot(rows, runtime.snapshot)
+    except OSError as error:
+        raise ConfigError((Problem(runtime.snapshot, 0, f"cannot write the snapshot: {error.strerror}"),)) from error
+    return rows.sources, problems
+
+
+# The worker's side
+
+
+class Workbench:
+    """A pipeline with everything that it holds open."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        """Raises ConfigError for a snapshot that cannot be used."""
+        settings = runtime.settings
+        self.snapshot = Snapshot.open(runtime.snapshot, settings.tables.extension.encode())
+        mode = settings.signatures.mode
+        scanners = Scanners(
+            Engine(runtime.signatures, None, mode) if runtime.signatures else None,
+            Engine(None, runtime.loadertypes, mode) if runtime.loadertypes else None,
+            ClamdScanner(settings.clamd),
+            SpamdScanner(settings.spamd, runtime.spamdchildren),
+        )
+        quarantine = Quarantine(Path(settings.service.state) / QUARANTINE)
+        self.pipeline = Pipeline(settings, runtime.switches, self.snapshot.lookup, scanners, quarantine)
+
+    @classmethod
+    async def open(cls, config_path: str, *, must_exist: bool = True) -> "Workbench":
+        """Straight from the files, for a single look: the snapshot is a temporary one."""
+        settings = load_settings(config_path, must_exist=must_exist)
+        controls, _ = await read_controls(settings.service.control)
+        with tempfile.TemporaryDirectory(prefix="contentfilter-") as directory:
+            runtime, _ = make_runtime(settings, controls, os.path.join(directory, SNAPSHOT))
+            await compile_tables(runtime)
+            return cls(runtime)
+
+    async def aclose(self) -> None:
+        self.snapshot.close()
+
+
+class Application:
+    """What a worker does with each message."""
+
+    def __init__(self, runtime: Runtime, surroundings: Surroundings) -> None:
+        self.settings = runtime.settings
+        self._workbench = Workbench(runtime)
+        self._surroundings = surroundings
+
+    async def handle(self, job: Job) -> hook.Answer:
+        """The answer, and one line in the log and on the bus."""
+        try:
+            envelope = envelope_format.parse(job.envelope)
+        except EnvelopeError as error:  # the hook checks it too: this is somebody else's program
+            self._surroundings.log.warning("intake.bad-envelope", id=job.incident, why=str(error))
+            return deferral("the envelope is malformed", job.incident)
+        return await self._workbench.pipeline.handle(
+            job.incident, envelope, job.message, job.origin, job.deadline, self._emit, job.request.attempt
+        )
+
+    def _emit(self, record: Record) -> None:
+        plain = fields(record)
+        self._surroundings.log.info("mail.done", **plain)
+        self._surroundings.emit(Event("mail.done", plain))
+
+    async def close(self) -> None:
+        await self._workbench.aclose()
+
+
+async def build(blob: bytes, surroundings: Surroundings) -> Application:
+    """The configuration blob becomes an application."""
+    return Application(msgspec.msgpack.decode(blob, type=Runtime), surroundings)

@@ -1,0 +1,121 @@
+"""``contentfilter explain``: what would happen to a message for these recipients from this origin, and why.
+
+Reads the same configuration, tables and lists as the daemon and asks the same scanners, but needs no running
+daemon and changes nothing: nothing is queued, kept or logged.
+"""
+
+import asyncio
+import json
+import os
+import sys
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+
+import click
+
+from contentfilter.app import Workbench
+from contentfilter.config.settings import Settings
+from contentfilter.deadline import Deadline
+from contentfilter.intake.message import message_of
+from contentfilter.intake.origin import classify, resolve
+from contentfilter.model import Envelope, Origin, OriginKind
+from contentfilter.policy.decide import Action
+from contentfilter.policy.explain import Line, story
+from contentfilter.verdict.case import Case
+from contentfilter.verdict.record import fields, make_record
+from contentfilter.verdict.reply import answer
+
+INCIDENT = "explain"
+ADDRESS_MAX = 1002  # qmail-queue's limit
+
+
+@click.command()
+@click.option("--sender", default="", metavar="ADDRESS", help="Envelope sender; none: as of a bounce.")
+@click.option("--recipient", "recipients", multiple=True, required=True, metavar="ADDRESS", help="May be repeated.")
+@click.option(
+    "--origin",
+    type=click.Choice([kind.value for kind in OriginKind]),
+    help="Where the message comes from. Without it: an SMTP client with the variables given by --env.",
+)
+@click.option("--env", "variables", multiple=True, metavar="NAME=VALUE", help="A variable of the SMTP session.")
+@click.option("--json", "as_json", is_flag=True, help="Print the story as JSON.")
+@click.argument("file", type=click.File("rb"))
+@click.pass_obj
+def explain(
+    config_path: str,
+    sender: str,
+    recipients: tuple[str, ...],
+    origin: str | None,
+    variables: tuple[str, ...],
+    as_json: bool,
+    file: Any,
+) -> None:
+    """Say what would happen to the message in FILE (- is standard input), and why.
+
+    Exit status: 0 it would be queued or dropped, 1 it would be refused or deferred, 78 bad configuration.
+    """
+    data = file.read()
+    environ = dict(_variable(text) for text in variables)
+    envelope = Envelope(_address(sender), tuple(_address(r) for r in recipients))
+    case = asyncio.run(_examine(config_path, data, envelope, origin, environ))
+    lines = story(case.envelope, case.origin, case.message.size, case.plan, case.outcomes, case.decision)
+    if as_json:
+        facts = fields(make_record(case, 0, 0.0)) | {"story": [[line.stage, line.text] for line in lines]}
+        click.echo(json.dumps(facts | {"text": answer(case).text}, indent=2))
+    else:
+        _print(lines, case)
+    sys.exit(0 if case.decision.action in (Action.QUEUE, Action.DROP) else 1)
+
+
+async def _examine(
+    config_path: str, data: bytes, envelope: Envelope, origin: str | None, environ: dict[bytes, bytes]
+) -> Case:
+    workbench = await Workbench.open(config_path)
+    async with aclosing(workbench):
+        settings = workbench.pipeline.settings
+        message = message_of(data)
+        try:
+            deadline = Deadline.after(settings.service.budget)
+            return await workbench.pipeline.examine(
+                INCIDENT, envelope, message, _origin(origin, environ, settings), deadline
+            )
+        finally:
+            message.close()
+
+
+def _origin(name: str | None, environ: dict[bytes, bytes], settings: Settings) -> Origin:
+    """What ``--origin`` says, or what the daemon would make of an SMTP client with these variables."""
+    rules = resolve(settings.origin)[0]
+    uid = min(rules.smtp_uids, default=os.getuid())
+    if name is None:
+        believed = replace(rules, smtp_uids=rules.smtp_uids | {uid}, bounce_uids=rules.bounce_uids - {uid})
+        return classify(uid, os.getpid(), environ, believed)
+    return Origin(OriginKind(name), uid, remote_ip=environ.get(b"TCPREMOTEIP", b""))
+
+
+def _variable(text: str) -> tuple[bytes, bytes]:
+    name, equals, value = text.encode("utf-8", "surrogateescape").partition(b"=")
+    if not name or not equals:
+        raise click.BadParameter(f"{text!r} is not of the form NAME=VALUE", param_hint="--env")
+    return name, value
+
+
+def _address(text: str) -> bytes:
+    address = text.encode("utf-8", "surrogateescape")
+    if len(address) > ADDRESS_MAX or b"\0" in address:
+        raise click.BadParameter(f"an address has at most {ADDRESS_MAX} bytes and no NUL", param_hint="ADDRESS")
+    return address
+
+
+def _print(lines: tuple[Line, ...], case: Case) -> None:
+    width = max(len(line.stage) for line in lines)
+    for line in lines:
+        click.echo(f"{line.stage:<{width}}  {line.text}")
+    reply = answer(case)
+    if reply.text:
+        click.echo(f"{'SMTP text':<{width}}  {reply.text}")
+    for number, submission in enumerate(reply.submissions, 1):
+        head = submission.prepend[:2000].decode("utf-8", "replace").rstrip("\n").split("\n")
+        for text in head[:12]:
+            click.echo(f"{f'header {number}':<{width}}  {text}")

@@ -22,6 +22,7 @@ from contentfilter.model import Message
 from contentfilter.verdict.entry import Release, Search, plain, valid_incident
 from contentfilter.verdict.expiry import STALE
 from contentfilter.verdict.quarantine import DAY, RECOUNT, Quarantine
+from contentfilter.verdict.record import Record, Scan, fields
 
 MAIL = b"Message-ID: <one@there>\nSubject: =?utf-8?q?x?=\n y\n\nbody\0\xff"
 
@@ -30,7 +31,7 @@ def message_of(data: bytes) -> Message:
     return Message(-1, len(data), data)
 
 
-def facts(sender=b"s@there", recipients=(b"a@here", b"b@here"), withheld=(1,), rule="clamd: Eicar", **more):
+def facts_of(sender=b"s@there", recipients=(b"a@here", b"b@here"), withheld=(1,), rule="clamd: Eicar", **more):
     return {
         "origin": "stranger",
         "rule": rule,
@@ -41,7 +42,7 @@ def facts(sender=b"s@there", recipients=(b"a@here", b"b@here"), withheld=(1,), r
 
 
 def keep(quarantine: Quarantine, incident: str, data: bytes = MAIL, **more) -> str:
-    return asyncio.run(quarantine.keep(incident, message_of(data), facts(**more), Deadline.after(20)))
+    return asyncio.run(quarantine.keep(incident, message_of(data), facts_of(**more), Deadline.after(20)))
 
 
 def files(directory: Path) -> list[str]:
@@ -94,6 +95,24 @@ def test_the_sidecar_has_the_envelope_as_bytes_and_everything_that_was_given(tmp
     assert entry.signatures == ("Eicar", "clamd: Eicar")
     assert json.loads((tmp_path / "entries" / "id1.json").read_bytes())["extra"] == 7
     assert json.dumps(plain(entry))
+
+
+def test_what_the_pipeline_records_can_be_read_back(tmp_path):
+    """The sidecar is the record of the message; a field renamed there must not get lost here."""
+    scan = Scan("clamd", "found", 2.5, name="Win.Bad", backend="unix:/run/c")
+    record = Record(
+        "id1", "relay", 7, "192.0.2.1", "ann", "s@there", ("a@here",), 1, 4, (scan,), "drop", "virus", "clamd: Win.Bad",
+        0, 1, 0, 3.5,
+    )  # fmt: skip
+    quarantine = Quarantine(tmp_path)
+    envelope = {"sender": b"s@there".hex(), "recipients": [b"a@here".hex()]}
+    more = fields(record) | {"envelope_hex": envelope, "withheld_from": [0]}
+    asyncio.run(quarantine.keep("id1", message_of(MAIL), more, Deadline.after(20)))
+    entry = quarantine.get("id1")
+    assert entry.scans == (scan,)
+    assert (entry.origin, entry.remote, entry.user, entry.rule) == ("relay", "192.0.2.1", "ann", "clamd: Win.Bad")
+    assert (entry.reason, entry.decision, entry.size) == ("virus", "drop", 4)
+    assert incidents(quarantine, signature="Win.Bad", sender="s@there", recipient="a@here") == ["id1"]
 
 
 def test_equal_messages_share_their_bytes(tmp_path):

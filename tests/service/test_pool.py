@@ -4,13 +4,18 @@ import os
 import select
 import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from lab.daemon import WAIT, Daemon
 from lab.offer import Offer, offer, offer_until_answered
 
+from contentfilter.ops.log import make_logger
 from contentfilter.service import bus
+from contentfilter.service.pool import Pool
+from contentfilter.service.process import Process
 from contentfilter.wire import hook
 
 Make = Callable[..., Daemon]
@@ -84,18 +89,34 @@ def test_a_busy_worker_is_not_taken_for_stuck(daemon: Make, gate: Any) -> None:
         assert running.log("worker.stuck") == []
 
 
-def test_a_supervisor_that_slept_does_not_kill_its_healthy_workers(daemon: Make) -> None:
-    with daemon({"service": {"stuck_after": 1.0, "heartbeat": 0.1}}, watchdog=1.0) as running:
-        before = sorted(running.workers())
-        running.signal(signal.SIGSTOP)
-        timer = threading.Event()
-        timer.wait(1.6)  # longer than stuck_after: the stop itself is what is tested
-        running.signal(signal.SIGCONT)
-        running.notified_now()
-        for _ in range(3):
-            running.wait_notified("WATCHDOG")
-        assert running.log("worker.stuck") == []
-        assert sorted(running.workers()) == before
+@pytest.mark.asyncio
+async def test_a_supervisor_that_slept_does_not_kill_its_healthy_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    killed: list[int] = []
+
+    class Child(Process):
+        def __init__(self, slot: int) -> None:
+            self.slot, self.pid = slot, 4000 + slot
+            self.started = self.seen = now
+            self.ready, self.stuck, self.retiring, self.beat = True, False, False, None
+
+        def kill(self) -> None:
+            killed.append(self.pid)
+
+    pool = Pool(lambda slot, ended: Child(slot), make_logger("json", "error", -1), lambda: None)
+    pool.resize(1)
+    for moment in (1001.0, 1031.0):  # thirty seconds between two looks: it was us who slept
+        now = moment
+        pool.check(10.0)
+    assert killed == []
+    for moment in (1034.0, 1038.0, 1040.0):
+        now = moment
+        pool.check(10.0)
+    assert killed == []
+    now = 1042.0
+    pool.check(10.0)
+    assert killed == [4000]
 
 
 def test_workers_that_die_at_every_start_are_retried_with_growing_delays_and_recover(daemon: Make) -> None:

@@ -56,6 +56,7 @@ clean: ## remove everything that these commands made
 	$$python -m venv --clear .venv
 
 .venv/build-tools: pyproject.toml | .venv/bin/python
+	@$(PIP) install --upgrade pip  # Debian's lacks the Windows launchers, which the tests take as samples
 	@$(PIP) install 'meson-python>=0.17' ninja
 	@touch $@
 

@@ -37,11 +37,11 @@ from contentfilter.tables.rows import Source
 from contentfilter.tables.snapshot import Snapshot, compile_snapshot
 from contentfilter.verdict.quarantine import Quarantine
 from contentfilter.verdict.record import Record, fields
+from contentfilter.verdict.release import load_secret
 from contentfilter.wire import envelope as envelope_format
 from contentfilter.wire import hook
 
 SNAPSHOT = "tables.snapshot"
-QUARANTINE = "quarantine"
 
 
 class Runtime(msgspec.Struct, frozen=True):
@@ -149,8 +149,8 @@ async def compile_tables(runtime: Runtime) -> tuple[tuple[Source, ...], tuple[Pr
 class Workbench:
     """A pipeline with everything that it holds open."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        """Raises ConfigError for a snapshot that cannot be used."""
+    def __init__(self, runtime: Runtime, secret: bytes = b"") -> None:
+        """``secret``: see Pipeline. Raises ConfigError for a snapshot that cannot be used."""
         settings = runtime.settings
         self.snapshot = Snapshot.open(runtime.snapshot, settings.tables.extension.encode())
         mode = settings.signatures.mode
@@ -160,8 +160,9 @@ class Workbench:
             ClamdScanner(settings.clamd),
             SpamdScanner(settings.spamd, runtime.spamdchildren),
         )
-        quarantine = Quarantine(Path(settings.service.state) / QUARANTINE)
-        self.pipeline = Pipeline(settings, runtime.switches, self.snapshot.lookup, scanners, quarantine)
+        self.pipeline = Pipeline(
+            settings, runtime.switches, self.snapshot.lookup, scanners, Quarantine.of(settings), secret
+        )
 
     @classmethod
     async def open(cls, config_path: str, *, must_exist: bool = True) -> "Workbench":
@@ -182,8 +183,15 @@ class Application:
 
     def __init__(self, runtime: Runtime, surroundings: Surroundings) -> None:
         self.settings = runtime.settings
-        self._workbench = Workbench(runtime)
         self._surroundings = surroundings
+        self._workbench = Workbench(runtime, self._secret())
+
+    def _secret(self) -> bytes:
+        try:
+            return load_secret(Path(self.settings.service.state))
+        except OSError as error:
+            self._surroundings.log.warning("quarantine.no-secret", why=str(error))
+            return b""
 
     async def handle(self, job: Job) -> hook.Answer:
         """The answer, and one line in the log and on the bus."""

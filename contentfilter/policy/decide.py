@@ -222,6 +222,8 @@ def _plain_rule(plan: ScanPlan, outcomes: tuple[ScanOutcome, ...]) -> str:
     unchecked = [o.scanner.value for o in outcomes if o.status is ScanStatus.UNCHECKED]
     if unchecked:
         return "passed unchecked: " + ", ".join(unchecked)
+    if plan.released:
+        return f"released from quarantine ({plan.released})"
     if any(step.run for step in plan.steps):
         return "clean"
     return "nothing to check"

@@ -14,7 +14,7 @@ The virus check is chksignature and chkloadertype (where switched on) and clamd;
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from contentfilter.config.settings import Settings
 from contentfilter.model import Envelope, Origin, OriginKind, Scanner, Want, readable
@@ -78,10 +78,17 @@ class ScanPlan:
     spam_user: bytes = b""
     want: Want = Want.CHECK
     limit: str = ""  # databytes or maxrecipients, when one of them is exceeded
+    released: str = ""  # the incident under which this message was in quarantine, when an operator let it go
 
     def runs(self, scanner: Scanner) -> bool:
         """Whether ``scanner`` is to be asked."""
         return any(step.run for step in self.steps if step.scanner is scanner)
+
+    def released_by(self, incident: str) -> "ScanPlan":
+        """The plan for a message that was released: nobody is asked again."""
+        why = f"released from quarantine ({incident})"
+        steps = tuple(Step(scanner, run=False, reason=why) for scanner in Scanner)
+        return replace(self, steps=steps, released=incident)
 
 
 _SMTP = (OriginKind.STRANGER, OriginKind.RELAY, OriginKind.AUTHENTICATED)

@@ -6,29 +6,29 @@ original stays. Two things make the header block be rewritten: a subject tag on 
 of our own headers, which are renamed. The body is never touched here.
 """
 
+import mmap
 import re
 from collections.abc import Iterable
-
-from contentfilter.model import BytesLike
 
 HEADER_LIMIT = 1 << 20
 """Bytes at the start of a message in which the header block is looked for."""
 
-_END = re.compile(rb"\A\r?\n|\n\r?\n")
 _OURS = re.compile(rb"^X-(ContentFilter|Virus-|Spam-)[!-9;-~]*(?=[ \t]*:)", re.IGNORECASE | re.MULTILINE)
 _SUBJECT = re.compile(rb"^(Subject[ \t]*:)([^\n]*(?:\n[ \t][^\n]*)*)", re.IGNORECASE | re.MULTILINE)
 _FIELD = re.compile(rb"^([!-9;-~]+)[ \t]*:[^\n]*(?:\n[ \t][^\n]*)*\n?", re.MULTILINE)
 
 
-def header_block(data: BytesLike) -> bytes:
+def header_block(data: mmap.mmap | bytes) -> bytes:
     """The header of a message: everything before the empty line, with the last field's line end.
 
     A message that begins with an empty line has none. Where no empty line comes within HEADER_LIMIT,
     the block ends at the last whole line inside it.
     """
-    end = _END.search(data, 0, HEADER_LIMIT)
-    if end is not None:
-        return bytes(data[: end.start() + 1]) if end.start() or data[:1] not in (b"\r", b"\n") else b""
+    if data[:1] == b"\n" or data[:2] == b"\r\n":
+        return b""
+    ends = [at for at in (data.find(b"\n\n", 0, HEADER_LIMIT), data.find(b"\n\r\n", 0, HEADER_LIMIT)) if at >= 0]
+    if ends:
+        return bytes(data[: min(ends) + 1])
     head = bytes(data[:HEADER_LIMIT])
     return head if len(head) < HEADER_LIMIT else head[: head.rfind(b"\n") + 1]
 
@@ -41,7 +41,7 @@ def spam_lines(block: bytes) -> bytes:
 
 
 def compose(
-    original: BytesLike, lines: Iterable[bytes], claimed: frozenset[bytes], subject_tag: bytes = b""
+    original: mmap.mmap | bytes, lines: Iterable[bytes], claimed: frozenset[bytes], subject_tag: bytes = b""
 ) -> tuple[bytes, int]:
     """``lines`` (each with its line end) in front of ``original``, forged copies of our fields renamed.
 

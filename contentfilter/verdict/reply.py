@@ -73,14 +73,14 @@ def _submission(case: Case, delivery: Delivery) -> hook.Submission:
     to = tuple(envelope.recipients[i] for i in delivery.recipients)
     block = None if everybody else envelope_format.build(envelope.sender, to)
     lines = _lines(case, delivery, to)
-    claimed = frozenset(
+    claimed: frozenset[bytes] = frozenset(
         family
         for family, ours in (
             (b"contentfilter", settings.headers.trace),
             (b"virus-", delivery.virus is not ScanStatus.SKIPPED),
             (b"spam-", delivery.spam is not ScanStatus.SKIPPED),
         )
-        if ours
+        if ours and not case.plan.released  # the release's own line must reach the next hop as it is
     )
     is_spam = delivery.spam is ScanStatus.FOUND
     tag = settings.spamd.subject_tag.encode("utf-8") if is_spam and settings.spamd.action == "mark" else b""

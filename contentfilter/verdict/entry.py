@@ -6,6 +6,7 @@ in the file when a release is noted.
 """
 
 import fnmatch
+import mmap
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 import msgspec
 
 from contentfilter.errors import QuarantineError
-from contentfilter.model import BytesLike, ScanStatus, readable
+from contentfilter.model import ScanStatus, readable
 from contentfilter.verdict.headers import header_block
 from contentfilter.verdict.record import Scan
 
@@ -87,7 +88,7 @@ def valid_incident(text: str) -> bool:
     return _INCIDENT.fullmatch(text) is not None
 
 
-def described(data: BytesLike) -> dict[str, str]:
+def described(data: mmap.mmap | bytes) -> dict[str, str]:
     """Message-ID and Subject of a message, readable, for the sidecar: the first of each."""
     found: dict[str, str] = {}
     for field in _FIELD.finditer(header_block(data)):

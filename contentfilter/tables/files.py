@@ -1,8 +1,7 @@
-"""The text files of the recipient tables: reading them for a snapshot, and changing them for the command line.
+"""The text files of the recipient tables, read for a snapshot; and how a file is replaced.
 
 Reading never takes half a file for a whole one: a file that changes while it is read is read again. A file
 that is not there is an empty table; one that cannot be read is an error, because empty would mean unprotected.
-Changes keep comments, order, owner and mode; they are all-or-nothing and wait for each other.
 """
 
 import asyncio
@@ -11,7 +10,6 @@ import os
 import stat
 import tempfile
 from collections.abc import Iterable
-from typing import TypeVar
 
 import aiofiles
 
@@ -21,12 +19,11 @@ from contentfilter.tables.rows import TABLES, Rows, Source, parse_table
 MAX_SIZE = 256 << 20  # bytes of one table file
 _TRIES = 5  # a file that changes under each of these reads is given up
 _NAMES = (*TABLES, "envnoathost", "me")
-T = TypeVar("T")
 
 
 def sources(control: str) -> tuple[Source, ...]:
     """The present state of all files that tables are made of. Compare with that of a snapshot's header."""
-    return tuple(_source(os.path.join(control, name)) for name in _NAMES)
+    return tuple(file_state(os.path.join(control, name)) for name in _NAMES)
 
 
 async def load_tables(control: str) -> tuple[Rows, tuple[Problem, ...]]:
@@ -81,7 +78,8 @@ def _state(path: str, status: os.stat_result) -> Source:
     return Source(path, status.st_mtime_ns, status.st_size, status.st_ino)
 
 
-def _source(path: str) -> Source:
+def file_state(path: str) -> Source:
+    """The present state of one file."""
     try:
         return _state(path, os.stat(path))
     except OSError:

@@ -89,7 +89,7 @@ def parse_table(text: bytes, path: str) -> tuple[Table, tuple[Problem, ...]]:
             number += len(run)
         else:
             end = text.index(b"\n", at) + 1
-            row = _parse_row(text[at : end - 1], number, report)
+            row = parse_row(text[at : end - 1], number, report)
             if row is not None:
                 if row[1]:
                     values[len(keys)] = row[1]
@@ -122,8 +122,8 @@ def _report_repeated(keys: list[bytes], lines: "array[int]", values: dict[int, b
             report.add(lines[index], what, warning=True)
 
 
-def _parse_row(line: bytes, number: int, report: Report) -> tuple[bytes, bytes] | None:
-    """Key and value of one line; None for a comment, an empty line and one that was reported."""
+def parse_row(line: bytes, number: int, report: Report) -> tuple[bytes, bytes] | None:
+    """Key and value of one line without its end; None for a comment, an empty line and one that was reported."""
     words = line.split()
     if not words or words[0].startswith(b"#"):
         return None
@@ -149,6 +149,13 @@ def _parse_row(line: bytes, number: int, report: Report) -> tuple[bytes, bytes] 
     if exempt:
         return key, EXEMPT
     return key, b" ".join(options)
+
+
+def row_text(key: bytes, value: bytes) -> bytes:
+    """The line for a row, without its end."""
+    if value == EXEMPT:
+        return EXEMPT + key
+    return key + b" " + value if value else key
 
 
 def _is_option(word: bytes, number: int, report: Report) -> bool:

@@ -6,8 +6,8 @@ Everything runs on private sockets in a temporary directory that is removed at t
 message came to what it should.
 """
 
-import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from e2e import mails  # noqa: E402  (tests/ is on the path only now)
 from lab.system import Delivered, System, installed_hook, scanners  # noqa: E402
 from rich.console import Console  # noqa: E402
+from rich.markup import escape  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 CONTROLS = {
@@ -92,6 +93,7 @@ def run(console: Console, system: System) -> int:
         right = case.expected in said
         wrong += not right
         names = ", ".join(to.decode().partition("@")[0] for to in case.to)
+        said = escape(said)
         shown = said if right else f"[red]{said}[/red] (expected: {case.expected})"
         table.add_row(case.what, names, shown, f"{record['ms']:.1f}", record["rule"])
     console.print(table)
@@ -102,15 +104,11 @@ def show_explain(console: Console, system: System) -> None:
     """The same machinery, asked in advance."""
     path = system.directory / "eicar.eml"
     path.write_bytes(mails.VIRUS)
-    command = ["contentfilter", "--config", str(system.daemon.config), "explain"]
-    command += ["--recipient", "anna@example.com", "--recipient", "joe@elsewhere.example", str(path)]
-    console.print(
-        "\nwhy? [bold]contentfilter explain --recipient anna@example.com --recipient joe@elsewhere.example[/bold]"
-    )
-    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    import subprocess
-
-    console.print(subprocess.run(command, capture_output=True, text=True, check=False).stdout, markup=False)
+    words = ["explain", "--recipient", "anna@example.com", "--recipient", "joe@elsewhere.example"]
+    command = [sys.executable, "-P", "-m", "contentfilter", "--config", str(system.daemon.config), *words, str(path)]
+    console.print(f"\nwhy? [bold]contentfilter {' '.join(words)} eicar.eml[/bold]\n")
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    console.print(result.stdout + result.stderr, markup=False, highlight=False)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -9,8 +9,7 @@ import sys
 import click
 import msgspec
 
-from contentfilter.config.load import load_settings
-from contentfilter.errors import ConfigError
+from contentfilter.config.load import read_settings
 from contentfilter.service import bus
 
 WAIT = 5.0  # seconds
@@ -56,11 +55,8 @@ def reload(config_path: str, restart: bool, as_json: bool) -> None:
 
 
 def _ask(config_path: str, question: bus.Question, seconds: float) -> bus.Reply:
-    try:
-        run = load_settings(config_path).service.run
-    except ConfigError as error:
-        click.echo(f"contentfilter: {error}", err=True)
-        sys.exit(78)
+    settings, _ = read_settings(config_path)  # with problems in it, too: the daemon may run on an older one
+    run = settings.service.run
     reply = bus.ask(run, question, seconds)
     if reply is None:
         click.echo(f"contentfilter: no daemon answers at {run}/control.sock", err=True)

@@ -10,6 +10,7 @@ import sys
 import click
 
 from contentfilter.app import Files
+from contentfilter.config.load import DEFAULT_PATH
 from contentfilter.errors import ConfigError
 from contentfilter.intake.listener import SocketError
 from contentfilter.service.supervisor import Supervisor
@@ -26,7 +27,7 @@ def serve(config_path: str, workers: int | None, path: str | None) -> None:
 
     SIGTERM finishes the messages under way and ends, SIGHUP reads the configuration again.
     """
-    sys.exit(run(Files(config_path, workers=workers, socket=path)))
+    sys.exit(run(Files(config_path, must_exist=config_path != DEFAULT_PATH, workers=workers, socket=path)))
 
 
 def run(source: Files) -> int:

@@ -1,12 +1,13 @@
 """The inside of the pool: what workers and supervisor say to each other over ZeroMQ, never a message's bytes.
 
 Workers PUSH reports, the supervisor PUBlishes commands and the event feed, a ROUTER answers the command
-line. A frame is one version byte and a msgpack array with a type tag. What cannot be decoded is
+line. A frame is one version byte and a msgpack map with a type tag. What cannot be decoded is
 counted and dropped. Sending never waits: above the high-water mark a frame is lost, mail is not.
 The sockets lie in the run directory with the modes given here; contexts are made after exec.
 """
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -24,14 +25,14 @@ BATCH = 64  # events in one frame
 BATCH_DELAY = 0.05  # seconds
 
 
-class Frame(msgspec.Struct, frozen=True, tag=True, array_like=True):
+class Frame(msgspec.Struct, frozen=True, tag=True):
     """Base of all frames."""
 
 
 # Worker to supervisor
 
 
-class Busy(msgspec.Struct, frozen=True, array_like=True):
+class Busy(msgspec.Struct, frozen=True):
     """A connection that a worker has open."""
 
     incident: str
@@ -51,7 +52,7 @@ class Heartbeat(Frame, frozen=True):
     counters: dict[str, int]
 
 
-class Event(msgspec.Struct, frozen=True, array_like=True):
+class Event(msgspec.Struct, frozen=True):
     """Something that happened; ``fields`` are those of the log line."""
 
     name: str
@@ -267,11 +268,17 @@ class SupervisorBus:
 
 def ask(run: str, question: Question, seconds: float) -> Reply | None:
     """One question to the running daemon, for the command line. None when nobody answers in time."""
+    address = addresses(run)["control"]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(address.removeprefix("ipc://"))  # ZeroMQ would wait for it to appear
+        except OSError:
+            return None
     context = zmq.Context(io_threads=1)
     try:
         dealer = context.socket(zmq.DEALER)
         _limits(dealer)
-        dealer.connect(addresses(run)["control"])
+        dealer.connect(address)
         dealer.send(encode(question))
         if not dealer.poll(int(seconds * 1000)):
             return None

@@ -76,6 +76,7 @@ class Daemon:
         self._lines: list[dict[str, Any]] = []
         self._news = threading.Condition()
         self._listener: socket.socket | None = None
+        self._notify: socket.socket | None = None
         self.notifications: list[dict[str, str]] = []
         self.configure(settings or {})
 
@@ -214,6 +215,7 @@ class Daemon:
 
     def wait_notified(self, name: str, value: str | None = None) -> dict[str, str]:
         """The next datagram to the service manager with ``name``."""
+        assert self._notify is not None
         end = time.monotonic() + WAIT
         while time.monotonic() < end:
             if not select.select([self._notify], [], [], 0.2)[0]:
@@ -229,11 +231,13 @@ class Daemon:
     def notified_now(self) -> list[dict[str, str]]:
         """The datagrams that have arrived and were not read yet."""
         found = []
+        assert self._notify is not None
         while select.select([self._notify], [], [], 0)[0]:
             found.append(self._notification())
         return found
 
     def _notification(self) -> dict[str, str]:
+        assert self._notify is not None
         words = dict(line.split("=", 1) for line in self._notify.recv(65536).decode().split("\n"))
         self.notifications.append(words)
         return words
@@ -267,7 +271,8 @@ class Daemon:
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
             self._process.wait()
-        self._notify.close()
+        if self._notify is not None:
+            self._notify.close()
         if self._listener is not None:
             self._listener.close()
         if self._own_directory:

@@ -196,7 +196,7 @@ def main(arguments: Sequence[str]) -> int:
                 if options.json:
                     with Path(options.json).open("a") as file:
                         file.writelines(json.dumps(run) + "\n" for mine in runs.values() for run in mine)
-        console.print(NOTE)
+        console.print(NOTE, markup=False)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     return 0

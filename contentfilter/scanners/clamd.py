@@ -135,12 +135,12 @@ class Probe:
 
     def __init__(self, address: Address) -> None:
         self._address = address
-        self._thread: threading.Thread | None = None
+        self._under_way = False
 
     async def ask(self, deadline: Deadline) -> clamd.Version:
         """Raises BackendError."""
         backend = str(self._address)
-        if self._thread is not None and self._thread.is_alive():
+        if self._under_way:
             raise BackendError(Cause.TIMEOUT, backend, "the previous probe still hangs")
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[tuple[str, str]] = loop.create_future()
@@ -156,13 +156,18 @@ class Probe:
             except Exception as error:
                 result = ("", str(error) or type(error).__name__)
                 traceback.clear_frames(error.__traceback__)  # a cycle in there would keep the socket open
+            self._under_way = False
             try:
                 loop.call_soon_threadsafe(settle, result)
             except RuntimeError:
                 pass  # the loop is closed: nobody asks any more
 
-        self._thread = threading.Thread(target=work, name=f"probe {backend}", daemon=True)
-        self._thread.start()
+        self._under_way = True
+        try:
+            threading.Thread(target=work, name=f"probe {backend}", daemon=True).start()
+        except RuntimeError as error:
+            self._under_way = False
+            raise BackendError(Cause.BUSY, backend, "no thread for the probe") from error
         try:
             async with deadline.timeout():
                 version, problem = await answer

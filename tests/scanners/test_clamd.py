@@ -26,6 +26,7 @@ pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("nothing_left")]
 
 LETTER = b"From: a@example.org\r\nSubject: hello\r\n\r\nnothing in here\r\n"
 PADDING = b"0123456789abcde\n" * 4096  # 64 KiB
+SLACK = 2.0  # seconds by which a busy machine may be late
 
 
 def scanner(*backends: str, **changes: object) -> ClamdScanner:
@@ -38,7 +39,7 @@ async def scan(backend: str, message: Message, seconds: float = 5.0, **changes: 
 
 async def fault(backend: str, message: Message, seconds: float = 5.0, **changes: object) -> BackendError:
     """The error of a scan, which must come within the deadline and not hold the message."""
-    end = time.monotonic() + seconds + 0.5
+    end = time.monotonic() + seconds + SLACK
     with pytest.raises(BackendError) as caught:
         await scan(backend, message, seconds, **changes)
     assert time.monotonic() < end
@@ -239,7 +240,7 @@ DAYS: dict[str, tuple[Talk, Cause]] = {
 async def test_each_bad_day_has_its_cause(tmp_path: Path, message, day: str, over: str, size: int) -> None:
     talk, cause = DAYS[day]
     with Peer(tmp_path if over == "unix" else None, talk, read_clamd) as peer:
-        error = await fault(peer.backend, message(bytes(size)), 0.3)
+        error = await fault(peer.backend, message(bytes(size)), 0.3 if cause is Cause.TIMEOUT else 10.0)
     assert (error.cause, error.backend) == (cause, peer.backend)
     assert error.detail.isascii()
     assert error.detail.isprintable()

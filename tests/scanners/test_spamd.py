@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import threading
 import time
 import zlib
 from collections.abc import Callable
@@ -32,6 +33,7 @@ HEAD = (
 LETTER = HEAD % b"1" + b"Dear Bob,\r\n\r\nthe minutes are attached.\r\n\r\nAnn\r\n"
 SPAM = HEAD % b"2" + GTUBE + b"\r\n"
 VERDICT = b"SPAMD/1.1 0 EX_OK\r\nSpam: False ; 0.5 / 5.0\r\n\r\n"
+SLACK = 2.0  # seconds by which a busy machine may be late
 
 
 def scanner(*backends: str, children: int = 2, **changes: object) -> SpamdScanner:
@@ -46,12 +48,19 @@ async def scan(
 
 async def fault(backend: str, message: Message, seconds: float = 5.0, **changes: object) -> BackendError:
     """The error of a scan, which must come within the deadline and not hold the message."""
-    end = time.monotonic() + seconds + 0.5
+    end = time.monotonic() + seconds + SLACK
     with pytest.raises(BackendError) as caught:
         await scan(backend, message, seconds, **changes)  # type: ignore[arg-type]
     assert time.monotonic() < end
     message.close()  # while the error lives: BufferError if it keeps a view of the message
     return caught.value
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < end
+        await asyncio.sleep(0.002)
 
 
 # ---------------------------------------------------------------- the real one
@@ -134,25 +143,24 @@ async def test_aiospamc_is_of_the_same_opinion(spamd: Spamd, message, content: b
 
 
 async def test_no_more_at_once_than_there_are_children(tmp_path: Path, message) -> None:
-    """The peer counts; the third question must not even connect before a place is free."""
-    most, inside = 0, 0
+    """The third question does not even connect before a place is free."""
+    go = threading.Event()
 
     def talk(peer: Peer, sock: socket.socket) -> None:
-        nonlocal most, inside
         read_spamd(sock)
-        inside += 1
-        most = max(most, inside)
-        inside -= 1
+        assert go.wait(peers.WAIT)
         sock.sendall(VERDICT)
 
     with Peer(tmp_path, talk, read_spamd) as peer:
         one = scanner(peer.backend, children=2)
-        tasks = [asyncio.create_task(one.scan(message(LETTER), Deadline.after(10))) for _ in range(20)]
-        await asyncio.sleep(0)
-        assert one.pool.backends[0].outstanding == 2
+        tasks = [asyncio.create_task(one.scan(message(LETTER), Deadline.after(20))) for _ in range(20)]
+        await until(lambda: peer.connections == 2)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert (peer.connections, one.pool.backends[0].outstanding) == (2, 2)
+        go.set()
         assert all(outcome.status is ScanStatus.CLEAN for outcome in await asyncio.gather(*tasks))
         assert (peer.connections, one.pool.backends[0].outstanding) == (20, 0)
-    assert 1 <= most <= 2
 
 
 # ---------------------------------------------------------------- its bad days
@@ -167,13 +175,6 @@ def own(lab_directory: Path):
 
 def children(daemon: Spamd) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{daemon.pid}/task/{daemon.pid}/children").read_text().split()]
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < end
-        await asyncio.sleep(0.002)
 
 
 SLOW = HEAD % b"slow" + b"".join(b"line %06d of a text that takes spamd its time\r\n" % n for n in range(20_000))
@@ -253,7 +254,7 @@ async def test_each_bad_day_has_its_cause(tmp_path: Path, message, day: str, ove
     talk, cause = DAYS[day]
     content = LETTER if want is Want.CHECK else LETTER * 20_000  # the second is more than a socket holds
     with Peer(tmp_path if over == "unix" else None, talk, read_spamd) as peer:
-        error = await fault(peer.backend, message(content), 0.5, want=want)
+        error = await fault(peer.backend, message(content), 0.3 if cause is Cause.TIMEOUT else 10.0, want=want)
     assert (error.cause, error.backend) == (cause, peer.backend)
     assert error.detail.isascii()
     assert error.detail.isprintable()

@@ -24,8 +24,8 @@ Text = bytes | memoryview
 
 PIECE = 32_768  # bytes searched at once: stays in the processor's cache and below malloc's mmap threshold
 NESTED = 30  # headers directly inside each other
-LOOSE = 100_000  # undeclared parts; after that only declared boundaries count
-PARTS = 1_000_000  # all parts; what comes after is one leaf
+LOOSE = 100_000  # undeclared parts, and begin lines; after that only declared boundaries count
+PARTS = 250_000  # all parts; what comes after is one leaf
 BOUNDARIES = 10_000
 LONGEST_LINE = 1000  # of a delimiter line or a field's value: what is looked at
 FIELD_WINDOW = 4096
@@ -35,7 +35,7 @@ _HEADER = re.compile(
     rb"(?:(?!--)[!-9;-~]++[ \t]*+:[^\r\n]*+(?:\r\n?|\n|\Z)(?:[ \t]++[^\s][^\r\n]*+(?:\r\n?|\n|\Z))*+)*+"
 )
 _BLANK = re.compile(rb"[ \t\r\n]*+")
-_EMPTY_LINE = re.compile(rb"\n(?:[ \t\r]*+\n|--)")
+_EMPTY_LINE = re.compile(rb"(?:\r\n?+|\n)(?:[ \t]*+[\r\n]|--)")
 _LINE = re.compile(rb"([^\r\n]*+)(?:\r\n?|\n)?")
 _BEGIN = re.compile(rb"begin(-base64)?[ \t]++[^\r\n]*+(?:\r\n?|\n)")
 _VALUE = re.compile(rb"[^\r\n]*+(?:(?:\r\n?|\n)[ \t][^\r\n]*+)*+")
@@ -159,7 +159,9 @@ class _Walk:
                 if self._parts >= PARTS:
                     break
             elif kind == Marks.BEGIN:
-                yield from _uuencode(data, at, self._section.path)
+                self._loose += 1
+                if self._loose <= LOOSE:
+                    yield from _uuencode(data, at, self._section.path)
             elif at >= self._blob_end and not self._section.base64:
                 for leaf in _blob(data, at, self._section.path):
                     self._blob_end = leaf.end
@@ -197,7 +199,8 @@ class _Walk:
             yield from self._waiting.leaves(at)
             self._waiting = None
         level.count += 1
-        self._section = _open(data, start, (*level.path, level.count), self._boundaries, declared=True)
+        path = (*level.path[:NESTED], level.count)
+        self._section = _open(data, start, path, self._boundaries, declared=True)
 
 
 def _after_line(data: Text, at: int) -> int:
@@ -213,6 +216,8 @@ def _open(
     starts, at, kind = section.starts, start, 0
     for depth in range(NESTED):
         end = _end(_HEADER, data, at)
+        if end == at and depth and not kind & _COMPOSITE:
+            break
         body = _end(_BLANK, data, end)
         kind |= _fields(data, at, end, path, boundaries)
         seen = kind
@@ -220,8 +225,6 @@ def _open(
             # No empty line: some readers start the content here, others after the next empty line.
             if end > at or not depth:
                 starts.append((end, kind))
-            elif not kind & _COMPOSITE:
-                break
             empty = _EMPTY_LINE.search(data, end)
             body = _end(_BLANK, data, empty.start()) if empty else len(data)
             kind |= _fields(data, end, body, path, boundaries)
@@ -249,26 +252,25 @@ def _fields(data: Text, start: int, end: int, path: tuple[int, ...], boundaries:
         at = lower.find(b"content-t")
         while 0 <= at < PIECE:
             if at == 0 or lower[at - 1] in b"\r\n":
-                kind |= _field(piece[at : at + FIELD_WINDOW], path, boundaries)
+                found = _VALUE.match(piece, at, at + FIELD_WINDOW)
+                if found is not None:
+                    kind |= _field(found[0], path, boundaries)
             at = lower.find(b"content-t", at + 9)
     return kind
 
 
 def _field(text: bytes, path: tuple[int, ...], boundaries: dict[bytes, _Level]) -> int:
-    found = _VALUE.match(text)
-    name, _, value = (found[0] if found else b"").partition(b":")
-    name = name.rstrip().lower()
+    """The flags of one field. A word anywhere in its value counts: quotes, comments and parameters may surround it."""
+    name, _, value = text.lower().partition(b":")
+    name = name.rstrip()
     if name == b"content-transfer-encoding":
-        value = value.lower()
         return (_BASE64 if b"base64" in value else 0) | (_QUOTED if b"quoted" in value else 0)
     if name != b"content-type":
         return 0
-    lower = value.lower()
-    for quoted, token in _BOUNDARY.findall(value) if b"boundary" in lower else ():
-        if len(boundaries) < BOUNDARIES:
+    if b"boundary" in value and len(boundaries) < BOUNDARIES:
+        for quoted, token in _BOUNDARY.findall(text):
             boundary = quoted.replace(b"\\", b"") if quoted else token
             boundaries.setdefault(boundary[:LONGEST_LINE].rstrip(), _Level(path))
-    value = lower
     return _COMPOSITE if b"multipart/" in value or b"message/" in value else 0
 
 

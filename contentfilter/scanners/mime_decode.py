@@ -78,9 +78,9 @@ def uuencode(data: Text, start: int, end: int) -> Iterator[bytes]:
         start = found.end()
         if line.rstrip() == b"end" or line.startswith(b"begin"):
             break
-        if not 32 < line[0] <= 96:
+        if not line or not 32 < line[0] <= 96:
             continue
-        letters = (line[0] - 32 & 63) * 4 // 3 + 3 & ~3
+        letters = ((line[0] - 32 & 63) * 8 + 5) // 6
         lines.append(binascii.a2b_uu(line[:1] + line[1 : 1 + letters].translate(_UU_CLEAN).ljust(letters)))
         if len(lines) >= wanted:
             yield b"".join(lines)

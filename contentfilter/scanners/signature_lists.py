@@ -18,22 +18,22 @@ SIGNATURES: tuple[tuple[str, str], ...] = (
     ("TVouARsAA", "DOS program, last page of 0x12e bytes"),
     ("TVrQAT8AA", "DOS program, last page of 0x1d0 bytes"),
     ("TVoAAAEAA", "program of one whole page, as in PIF files"),
+    ("TVoAACQAA", "program of 36 whole pages"),
+    ("TVoAAD8AA", "program of 63 whole pages"),
     ("VFZxUUFBT", "Windows program in base64 twice"),
     ("VkZaeFVVR", "Windows program in base64 three times"),
     ("ZGltIGZpb", "script that begins with dim fil, as Bagle sent it"),
-    ("TVoAACQAA", "program of 36 whole pages"),
-    ("TVoAAD8AA", "program of 63 whole pages"),
 )
 
-# A name such as KERNEL32.dll starts at any of three places in a group of four letters, so one name
-# needs three rows, and each way of writing dll its own.
+# Base64 takes three bytes at a time and a name such as KERNEL32.dll may begin at any of them, so one name needs
+# three rows, and each way of writing dll its own where it shows.
 LOADERTYPES: tuple[tuple[str, str], ...] = (
-    ("MzIuZ", "32.d, the 3 first in its group"),
-    ("MzIuR", "32.D, the 3 first in its group"),
-    ("MyLmR", "32.d, the 3 second in its group"),
-    ("MyLkR", "32.D, the 3 second in its group"),
-    ("Mi5kb", "32.dl, the 3 third in its group"),
-    ("Mi5kT", "32.dL, the 3 third in its group"),
-    ("Mi5ET", "32.DL, the 3 third in its group"),
-    ("Mi5Eb", "32.Dl, the 3 third in its group"),
+    ("MzIuZ", "32.d, the 3 first of three bytes"),
+    ("MzIuR", "32.D, the 3 first of three bytes"),
+    ("MyLmR", "32.d, the 3 second of three bytes"),
+    ("MyLkR", "32.D, the 3 second of three bytes"),
+    ("Mi5kb", "32.dl, the 3 third of three bytes"),
+    ("Mi5kT", "32.dL, the 3 third of three bytes"),
+    ("Mi5ET", "32.DL, the 3 third of three bytes"),
+    ("Mi5Eb", "32.Dl, the 3 third of three bytes"),
 )

@@ -45,9 +45,10 @@ __all__ = [
 ]
 
 HEAD = 64  # decoded bytes that decide what content is: a DOS header
+ENOUGH = 512  # ... and how many show that it is base64 again
 LAYERS = 4  # encodings around each other: base64 three times, and one more
 DOCUMENT = 2 * 1024 * 1024  # decoded text that is walked at once
-START = 4  # decoding windows that are walked in any case: a header and the first bytes after it
+OVERLAP = 3  # ... and how many decoding windows of it are walked again with what follows
 BUDGET = 8
 SMALL = 65_536
 LONGEST_NAME = 64
@@ -184,7 +185,7 @@ class _Scan:
     def _content(self, windows: Iterator[bytes], encoding: str, layers: int, *, composite: bool) -> Finding | None:
         """Decoded content: is it a program, and if it is text, is there a program in it?"""
         first = next(windows, b"")
-        while len(first) < HEAD:
+        while len(first) < ENOUGH:
             more = next(windows, None)
             if more is None:
                 break
@@ -206,9 +207,11 @@ class _Scan:
         return None
 
     def _documents(self, first: bytes, windows: Iterator[bytes], layers: int) -> Finding | None:
-        """Walk decoded text, a bounded piece at a time; each piece begins with the end of the one before."""
-        pieces, marked, walked = [first], False, False
-        size = len(first)
+        """Walk decoded text, a bounded piece at a time; each piece begins with the end of the one before.
+
+        After the first piece only those are walked in which some part, blob or uuencode may begin.
+        """
+        pieces, size, marked = [first], len(first), True
         self._budget -= size
         for window in windows:
             if self._budget <= 0:
@@ -217,17 +220,14 @@ class _Scan:
             marked = marked or self._engine.marks.any(pieces[-1], window)
             pieces.append(window)
             size += len(window)
-            if size < DOCUMENT:
-                continue
-            if marked or not walked:
-                finding = self.document(b"".join(pieces if marked else pieces[:START]), layers)
+            if size >= DOCUMENT:
+                finding = self.document(b"".join(pieces), layers) if marked else None
                 if finding is not None:
                     return finding
-            pieces = pieces[-START:]
-            marked = any(map(self._engine.marks.any, (b"", *pieces), pieces))
-            size = sum(map(len, pieces))
-            walked = True
-        return self.document(b"".join(pieces if marked or walked else pieces[:START]), layers)
+                pieces = pieces[-OVERLAP:]
+                size = sum(map(len, pieces))
+                marked = any(map(self._engine.marks.any, (b"", *pieces), pieces))
+        return self.document(b"".join(pieces), layers) if marked else None
 
     def _program(self, first: bytes, windows: Iterator[bytes]) -> Finding | None:
         """Look for a loader's name in a whole program."""
@@ -243,7 +243,7 @@ class _Scan:
                     if rule is not None:
                         name = _name(block, start, end)
                         return self._found(Scanner.LOADERTYPES, rule, f"program that names {name}")
-            before = seam[-LONGEST_NAME:]
+            before = (before + piece if len(piece) < LONGEST_NAME else piece)[-LONGEST_NAME:]
         return None
 
     def _rule(self, block: bytes, start: int, end: int) -> Rule | None:

@@ -1,0 +1,387 @@
+"""Programs are found however they are wrapped; what is harmless is not; hostile mail costs no more than its size."""
+
+import base64
+import io
+import mmap
+import random
+import re
+import time
+import zipfile
+import zlib
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lab import programs
+from lab.programs import BASE64, BINARY, QUOTED, b64, mixed, qp, wrap
+
+from contentfilter.model import Scanner
+from contentfilter.scanners import signatures as module
+from contentfilter.scanners.signatures import (
+    Engine,
+    Finding,
+    Rule,
+    Rules,
+    default_loadertypes,
+    default_signatures,
+    parse_loadertypes,
+    parse_signatures,
+)
+
+ETC = Path(__file__).parents[2] / "etc/control"
+BOTH = Engine(default_signatures(), default_loadertypes())
+SIGNATURES = Engine(default_signatures(), None)
+LOADERS = Engine(None, default_loadertypes())
+MADE = programs.made()
+REAL = programs.real()
+
+
+# ---- the lists
+
+
+def test_the_samples_hold_the_built_in_lists() -> None:
+    assert parse_signatures((ETC / "badsignatures").read_bytes(), "s") == (default_signatures(), ())
+    assert parse_loadertypes((ETC / "badloadertypes").read_bytes(), "l") == (default_loadertypes(), ())
+
+
+def test_the_commented_rows_of_the_sample_are_rules_too() -> None:
+    text = re.sub(rb"(?m)^#(?=\S)", b"", (ETC / "badsignatures").read_bytes())
+    rules, problems = parse_signatures(text, "s")
+    assert not problems
+    assert {"UEsDBAkAA", "UEsDB**AA"} < {rule.pattern for rule in rules.rules}
+
+
+def test_a_line_is_a_pattern_and_what_it_stands_for() -> None:
+    text = b"# comment\n\n  TVqQ*AMAA\tDOS  program # remark\r\nUEsD\n"
+    rules, problems = parse_signatures(text, "s")
+    assert rules == Rules(Scanner.SIGNATURES, (Rule("TVqQ*AMAA", "DOS program"), Rule("UEsD", "")))
+    assert not problems
+
+
+def test_a_bad_line_is_reported_once_and_skipped() -> None:
+    text = b"TVq\nTVq-AMAA\nT***V***\n" + b"A" * 81 + b"\nTVqQ\xff\nTVqQ\nTVqQ again\nUEsDB"
+    rules, problems = parse_signatures(text, "control/badsignatures")
+    assert [rule.pattern for rule in rules.rules] == ["TVqQ", "UEsDB"]
+    assert [(p.path, p.line) for p in problems] == [("control/badsignatures", n) for n in (1, 2, 3, 4, 5, 7)]
+    assert "shorter than 4" in problems[0].text
+    assert "'-' is not a base64 letter" in problems[1].text
+    assert "twice" in problems[5].text
+
+
+def test_a_loader_type_has_no_wildcard() -> None:
+    rules, problems = parse_loadertypes(b"MzI*Z\nMzIuZ\n", "l")
+    assert [rule.pattern for rule in rules.rules] == ["MzIuZ"]
+    assert problems[0].line == 1
+
+
+@pytest.mark.parametrize("rule", default_signatures().rules, ids=lambda rule: rule.pattern)
+def test_every_row_of_the_default_list_is_found(rule: Rule) -> None:
+    program = base64.b64decode(rule.pattern + "AAA")[:7] + b"A" * 400
+    finding = Engine(Rules(Scanner.SIGNATURES, (rule,)), None).scan(mixed(BASE64, b64(program)))
+    assert finding == Finding(Scanner.SIGNATURES, rule.pattern, rule.description, "part 2, base64, line 17", 1)
+
+
+def test_nine_letters_fix_54_bits_and_no_more() -> None:
+    engine = Engine(parse_signatures(b"TVqQAAMAA\n", "")[0], None)
+    assert engine.scan(mixed(BASE64, b64(bytes.fromhex("4d5a9000030003ff")))) is not None
+    assert engine.scan(mixed(BASE64, b64(bytes.fromhex("4d5a900003000400")))) is None
+    assert engine.scan(mixed(BASE64, b64(bytes.fromhex("4d5a900002000000")))) is None
+
+
+def test_a_wildcard_stands_for_one_letter() -> None:
+    engine = Engine(parse_signatures(b"UEsDB**AA ZIP\n*EsD*BQAA second\n", "")[0], None)
+    found = engine.scan(mixed(BASE64, b64(b"PK\x03\x04\x2d\0\0\0\0")))
+    assert found is not None
+    assert found.rule == "UEsDB**AA"
+    assert engine.scan(mixed(BASE64, b64(b"PK\x05\x06\x2d\0\0\0\0"))) is None
+
+
+def test_a_loader_type_of_another_name_is_compared_bit_by_bit() -> None:
+    pattern = base64.b64encode(b"??advapi.dll")[3:10]  # starts and ends within bytes
+    engine = Engine(None, parse_loadertypes(pattern + b" advapi", "")[0])
+    for shift in range(3):
+        program = MADE + b"x" * shift
+        assert (engine.scan(mixed(BASE64, b64(program + b"advapi.dll"))) is not None) is True
+        assert engine.scan(mixed(BASE64, b64(program + b"advbpi.dll"))) is None
+
+
+def test_no_list_finds_nothing() -> None:
+    assert Engine(None, None).scan(mixed(BASE64, b64(MADE))) is None
+    assert Engine(Rules(Scanner.SIGNATURES, ()), None).scan(mixed(BASE64, b64(MADE))) is None
+
+
+# ---- programs
+
+
+def names_a_library(program: bytes) -> bool:
+    return re.search(rb"32\.dll", program, re.IGNORECASE) is not None
+
+
+DISGUISES = dict(programs.disguises(MADE))
+
+
+@pytest.mark.parametrize("name", DISGUISES)
+def test_a_program_is_found_in_every_disguise(name: str) -> None:
+    message = DISGUISES[name]
+    signature, loader = SIGNATURES.scan(message), LOADERS.scan(message)
+    assert signature is not None
+    assert signature.scanner is Scanner.SIGNATURES
+    assert loader is not None
+    assert loader.scanner is Scanner.LOADERTYPES
+    assert "KERNEL32.dll" in loader.description
+    assert BOTH.scan(message) == signature
+
+
+@pytest.mark.skipif(not REAL, reason="this pip and setuptools carry no launchers")
+@pytest.mark.parametrize("name", REAL)
+def test_a_real_program_is_found_in_every_disguise(name: str) -> None:
+    program = REAL[name].read_bytes()
+    missed = [how for how, message in programs.disguises(program) if SIGNATURES.scan(message) is None]
+    assert missed == []
+    silent = [how for how, message in programs.disguises(program) if LOADERS.scan(message) is None]
+    assert silent == ([] if names_a_library(program) else list(DISGUISES))
+
+
+def test_a_program_without_a_known_signature_is_found_by_its_library() -> None:
+    program = b"MZ\x01\x02\x03\x04" + MADE[6:]
+    assert SIGNATURES.scan(mixed(BASE64, b64(program))) is None
+    finding = BOTH.scan(mixed(BASE64, b64(program)))
+    assert finding is not None
+    assert (finding.scanner, finding.rule) == (Scanner.LOADERTYPES, "MzIuZ")
+
+
+@pytest.mark.parametrize("name", [b"kernel32.dll", b"USER32.DLL", b"WSock32.Dll", b"x32.dLl"])
+@pytest.mark.parametrize("place", [32_768 * 3 // 4 - 8, 600_000, 600_001, 600_002])
+def test_a_library_is_found_in_any_case_at_any_place(name: bytes, place: int) -> None:
+    program = b"MZ\0".ljust(place, b"\x01") + name + b"\0" * 50
+    for how in (mixed(BASE64, b64(program)), mixed(BASE64, b64(program, 63)), mixed(BINARY, program)):
+        finding = LOADERS.scan(how)
+        assert finding is not None
+        assert name.decode() in finding.description
+
+
+def test_every_seam_between_windows_is_searched() -> None:
+    for place in range(48, 9000, 5):
+        program = b"MZ\0".ljust(place, b"\x01") + b"KERNEL32.dll" + b"\0" * 12_000
+        assert LOADERS.scan(mixed(BASE64, b64(program))) is not None, place
+
+
+def test_the_place_is_told() -> None:
+    inner = mixed(BASE64, b64(MADE))
+    finding = BOTH.scan(mixed(programs.FORWARD, inner, boundary=b"OUT", declared=b"boundary=OUT"))
+    assert finding is not None
+    assert finding.part == "part 2.2, base64, line 32"
+    finding = BOTH.scan(mixed(BASE64, b64(b64(b64(MADE)))))
+    assert finding is not None
+    assert (finding.rule, finding.layers) == ("VkZaeFVVR", 1)
+    plain = Engine(parse_signatures(b"TVqQAAMAA\n", "")[0], None)
+    finding = plain.scan(mixed(BASE64, b64(b64(b64(MADE)))))
+    assert finding is not None
+    assert finding.part == "part 2, base64, line 17 > body, base64, line 1 > body, base64, line 1"
+    assert finding.layers == 3
+
+
+@given(
+    columns=st.integers(1, 200),
+    newline=st.sampled_from([b"\n", b"\r\n", b"\r", b" \n\t", b"\n\n"]),
+    junk=st.lists(st.tuples(st.integers(0, 5000), st.binary(min_size=1, max_size=4)), max_size=30),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_wrapping_and_any_junk_is_seen_through(columns: int, newline: bytes, junk: list[tuple[int, bytes]]) -> None:
+    letters = set(base64.b64encode(bytes(range(256)) * 3)) | set(b"=/+-")
+    text = bytearray(wrap(base64.b64encode(MADE), columns).replace(b"\n", newline))
+    for place, extra in junk:
+        text[place:place] = bytes(set(extra) - letters)
+    message = mixed(BASE64, bytes(text))
+    assert SIGNATURES.scan(message) is not None
+    assert LOADERS.scan(message) is not None
+
+
+# ---- harmless mail
+
+
+def noise(size: int, seed: int = 1) -> bytes:
+    return random.Random(seed).randbytes(size)
+
+
+def archive() -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("setup.exe", MADE)
+        file.writestr("noise", noise(100_000))
+    return out.getvalue()
+
+
+QUOTES = b"TVqQAAMAAAAEAAAA//8AALgAAAAAAAAAQAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA\n"
+HARMLESS = {
+    "zip": archive(),
+    "jpeg": b"\xff\xd8\xff\xe0\0\x10JFIF\0" + noise(4_000_000),
+    "png": b"\x89PNG\r\n\x1a\n" + zlib.compress(noise(1_000_000)),
+    "pdf": b"%PDF-1.5\n%\xe2\xe3\xcf\xd3\n1 0 obj\n" + noise(500_000).replace(b"\0", b" ") + b"user32.dll",
+    "document that names user32.dll": b"Copy user32.dll and KERNEL32.DLL to the directory.\n" * 50,
+    "text that begins with MZ": b"MZ is how user32.dll and kernel32.dll begin.\n" * 20,
+    "Linux program": b"\x7fELF\x02\x01\x01\0" + noise(100_000) + b"kernel32.dll",
+    "text that begins with a signature": b"TVqQAAMAA is how programs begin.\nDo you see?\n",
+    "one line of a program, quoted": b"Look:\n\n" + QUOTES + b"\nThat is all.\n",
+    "first line of a program, quoted": QUOTES + b"\nThat is all, user32.dll.\n",
+    "three lines of a program, quoted": QUOTES + b"A" * 76 + b"\n" + b"A" * 76 + b"\nThat is all.\n",
+    "signature list": (ETC / "badsignatures").read_bytes() + (ETC / "badloadertypes").read_bytes(),
+    "dim": b"dim filename as string\n",
+    "word list": b"".join(b"word%d\n" % i for i in range(2000)),
+    "begin": b"begin at the start\nMore text\nbegin 644 nothing\nMZ 32.dll\nend\n",
+    "MZ and PE in one text": b"MZ PE 32.dll " * 100,
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+@pytest.mark.parametrize("how", ["base64", "quoted-printable", "8bit", "text", "forward"])
+def test_harmless_mail_is_clean(name: str, how: str) -> None:
+    data = HARMLESS[name]
+    if how == "quoted-printable" and len(data) > 500_000:
+        data = data[:500_000]
+    message = {
+        "base64": lambda: mixed(BASE64, b64(data)),
+        "quoted-printable": lambda: mixed(QUOTED, qp(data)),
+        "8bit": lambda: mixed(BINARY, data),
+        "text": lambda: b"From: a\nSubject: b\n\n" + data,
+        "forward": lambda: mixed(programs.FORWARD, mixed(BASE64, b64(data)), boundary=b"O", declared=b"boundary=O"),
+    }[how]()
+    if name == "dim" and how in ("base64", "forward"):
+        assert BOTH.scan(message) is not None  # the rule is about text: encoded text that begins so is meant
+    else:
+        assert BOTH.scan(message) is None
+
+
+def test_chance_hits_of_five_letters_do_not_count() -> None:
+    text = bytearray(base64.b64encode(noise(300_000)))
+    for place, rule in enumerate(default_loadertypes().rules):
+        text[1000 * (place + 1) : 1000 * (place + 1) + 5] = rule.pattern.encode()
+    message = mixed(BASE64, wrap(bytes(text)))
+    assert LOADERS.scan(message) is None
+    assert Engine(None, default_loadertypes(), "compatible").scan(message) is not None
+
+
+# ---- bad input
+
+
+PIECES = [
+    b"\n",
+    b"\r",
+    b"\n\n",
+    b"=",
+    b"--",
+    b"--x\n",
+    b"Content-Type: multipart/mixed; boundary=x\n",
+    b"Content-Type: message/rfc822\n\n",
+    b"Content-Transfer-Encoding: base64\n",
+    b"Content-Transfer-Encoding: quoted-printable\n",
+    b'boundary="',
+    b"begin 644 x\n",
+    b"M" * 61 + b"\n",
+    b"A" * 400,
+    b"TVqQAAMAA",
+    b"MZ\0",
+    b"32.dll",
+]
+
+
+@given(st.lists(st.one_of(st.binary(max_size=60), st.sampled_from(PIECES)), max_size=40))
+@settings(max_examples=300, deadline=None)
+def test_no_bytes_make_it_fail(pieces: list[bytes]) -> None:
+    data = b"".join(pieces)
+    for engine in (BOTH, LOADERS, Engine(default_signatures(), default_loadertypes(), "compatible")):
+        finding = engine.scan(data)
+        assert finding is None or (finding.part.isprintable() and finding.description.isascii())
+
+
+@pytest.mark.parametrize("message", [b"", b"\n", b"\r", b"--", b"begin", b"Content-Type:", b"\0", b"a: b", b"a: b\n\n"])
+def test_tiny_messages_are_clean(message: bytes) -> None:
+    assert BOTH.scan(message) is None
+
+
+def test_a_mapped_message_is_free_again_after_the_scan(tmp_path: Path) -> None:
+    for program in (MADE, b"PK\x03\x04\0" + noise(300_000)):
+        file = tmp_path / "message"
+        file.write_bytes(mixed(BASE64, b64(program + noise(300_000))))
+        with file.open("rb") as stream:
+            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            finding = BOTH.scan(mapped)
+            assert (finding is not None) is (program is MADE)
+            assert BOTH.scan(memoryview(mapped)) == finding == BOTH.scan(bytearray(mapped))
+            mapped.close()  # raises while any view of it is left
+
+
+HOSTILE = {
+    "delimiters": lambda n: b"Content-Type: multipart/mixed; boundary=x\n\n" + b"--\n" * (n // 3),
+    "delimiters and empty lines": lambda n: b"--\n\n\n" * (n // 5),
+    "empty parts": lambda n: b"Content-Type: multipart/mixed; boundary=x\n\n" + b"--x\n\na\n" * (n // 7),
+    "parts that begin as programs": lambda n: (b"--y\n" + BASE64 + b"\nTVqQAQAAAAAAAAAAAAAAAAA\n") * (n // 100),
+    "raw parts that begin as programs": lambda n: b"--y\n\nMZ\0\n" * (n // 9),
+    "parts that encode parts": lambda n: (
+        (b"--y\n" + BASE64 + b"\n" + b64(b"--z\n" + BASE64 + b"\nYWJj\n")) * (n // 200)
+    ),
+    "endless header": lambda n: b"X-a: b\n" * (n // 7),
+    "endless Content-Type": lambda n: b"Content-Type: a/b; boundary=c\n" * (n // 30),
+    "endless folding": lambda n: b"Content-Type: a\n" + b" b\n" * (n // 3),
+    "open quotes": lambda n: b'Content-Type: x; boundary="\\\n' * (n // 29),
+    "one line": lambda n: b"a" * n,
+    "one line of base64": lambda n: BASE64 + b"\n" + b"TVqQ" * (n // 4),
+    "blob starts": lambda n: b"a: b\n\n.\n" + b"TV\n" * (n // 3),
+    "blobs": lambda n: b"a: b\n\n.\n" + (b64(b"MZ\0".ljust(300, b"\1")) + b"!\n") * (n // 400),
+    "begin lines": lambda n: b"a: b\n\n" + b"begin 1 x\n" * (n // 10),
+    "uuencoded crumbs": lambda n: b"a: b\n\n" + b"begin 1 x\n#35J0\n" * (n // 16),
+    "newlines": lambda n: b"\n" * n,
+    "carriage returns": lambda n: b"\r" * n,
+    "headers in headers": lambda n: b"a:\n\n" * (n // 4),
+    "garbage in headers": lambda n: b"--\ngarbage\nmore\n" * (n // 16),
+    "garbage in headers, bare CR": lambda n: b"--\rgarbage\rmore\r" * (n // 16),
+    "NULs": lambda n: bytes(n),
+    "padding": lambda n: BASE64 + b"\nTVqQAQAAAAAAAAAAAAAAAAAA" + b"TQ==" * (n // 4),
+    "equal signs": lambda n: BASE64 + b"\n" + b"=" * n,
+    "soft line breaks": lambda n: QUOTED + b"\n" + b"=\n" * (n // 2),
+    "junk for base64": lambda n: BASE64 + b"\n" + b"!" * n,
+    "nested multiparts": lambda n: b"".join(
+        b"Content-Type: multipart/mixed; boundary=b%d\n\n--b%d\n" % (i, i) for i in range(n // 60)
+    ),
+}
+
+
+def cost(message: bytes) -> float:
+    """Processor seconds, the better of two."""
+    times = []
+    for _ in range(2):
+        start = time.process_time()
+        BOTH.scan(message)
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_mail_costs_in_proportion_to_its_size(name: str) -> None:
+    small, large = cost(HOSTILE[name](60_000)), cost(HOSTILE[name](480_000))
+    assert large < 25 * small + 0.05  # 8 times the size; quadratic work would be 64 times
+
+
+def test_content_inside_content_is_paid_from_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = mixed(BASE64, b64(b"MZ\0".ljust(500_000, b"\1") + b"kernel32.dll"))
+    assert LOADERS.scan(message) is not None
+    monkeypatch.setattr(module, "BUDGET", 0)
+    monkeypatch.setattr(module, "DOCUMENT", 100_000)
+    assert LOADERS.scan(message) is None
+
+
+def test_memory_does_not_grow_with_the_message(tmp_path: Path) -> None:
+    import tracemalloc
+
+    peaks = []
+    for size in (3_000_000, 24_000_000):
+        file = tmp_path / "message"
+        file.write_bytes(mixed(BASE64, b64(b"MZ\0" + bytes(size))) + mixed(BASE64, b64(b"text\n" * (size // 5))))
+        with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            tracemalloc.start()
+            assert BOTH.scan(mapped) is None
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+    assert peaks[1] < peaks[0] * 1.2
+    assert peaks[1] < 16_000_000

@@ -30,7 +30,7 @@ from contentfilter.scanners.signatures import (
 )
 from contentfilter.scanners.spamd import SpamdScanner
 from contentfilter.service.bus import Event
-from contentfilter.service.supervisor import Loaded
+from contentfilter.service.supervisor import Loaded, worker_count
 from contentfilter.service.worker import Surroundings
 from contentfilter.tables.files import load_tables, sources
 from contentfilter.tables.rows import Source
@@ -158,7 +158,8 @@ class Workbench:
             Engine(runtime.signatures, None, mode) if runtime.signatures else None,
             Engine(None, runtime.loadertypes, mode) if runtime.loadertypes else None,
             ClamdScanner(settings.clamd),
-            SpamdScanner(settings.spamd, runtime.spamdchildren),
+            # spamdchildren is for the machine; each worker keeps to its share
+            SpamdScanner(settings.spamd, max(1, runtime.spamdchildren // worker_count(settings))),
         )
         self.pipeline = Pipeline(
             settings, runtime.switches, self.snapshot.lookup, scanners, Quarantine.of(settings), secret

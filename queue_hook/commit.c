@@ -37,6 +37,7 @@ struct all {
   const struct store *message, *envelope;
   struct part parts[SUBMISSIONS_MAX];
   unsigned count;
+  void (*pipe_signal)(int); /* as the caller left it: the children get it back */
 };
 
 static void shut(int *fd)
@@ -51,7 +52,7 @@ static _Noreturn void child(const struct all *all, int message, int envelope, co
   /* The caller reads its error pipe to the end before it waits, so that end must not live on here. */
   if (syscall(SYS_close_range, 3U, ~0U, 0U))
     for (int fd = 3; fd < 1024; fd++) close(fd);
-  signal(SIGPIPE, SIG_DFL);
+  signal(SIGPIPE, all->pipe_signal);
   sigprocmask(SIG_SETMASK, mask, NULL);
   start_queue(all->conf, 0, 1);
 }
@@ -248,9 +249,9 @@ enum status submit_all(const struct conf *conf, const struct store *message, con
   sigaddset(&blocked, SIGCHLD);
   sigprocmask(SIG_BLOCK, &blocked, &mask);
   signal(SIGCHLD, SIG_DFL); /* a caller that ignores it would leave us no statuses */
-  signal(SIGPIPE, SIG_IGN);
 
   all = (struct all){.conf = conf, .message = message, .envelope = envelope, .count = answer->count};
+  all.pipe_signal = signal(SIGPIPE, SIG_IGN);
   for (unsigned i = 0; i < all.count; i++)
     all.parts[i] =
         (struct part){.submission = &answer->submissions[i], .message = -1, .envelope = -1, .result = NEVER_STARTED};

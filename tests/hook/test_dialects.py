@@ -8,7 +8,7 @@ from contentfilter.wire.hook import Action, Answer, Reason
 TEXT = "5.7.1 refused: Eicar-Test-Signature (incident 42)"
 SAID = {Action.REJECT: b"D" + TEXT.encode(), Action.DEFER: b"Z" + TEXT.encode()}
 PLAIN = {Action.REJECT: 31, Action.DEFER: 71}
-OTHERS: list[Kind] = ["closed", "read end", "full pipe", "socket", "file"]
+OTHERS: list[Kind] = ["closed", "read end", "full pipe", "deaf pipe", "socket", "file"]
 REFUSALS = pytest.mark.parametrize("action", [Action.REJECT, Action.DEFER])
 DIALECTS = [("notqmail", 6, 82), ("simscan", 4, 82), ("sagredo", 4, 82), ("auto", 6, 82), ("auto", 4, 82)]
 
@@ -45,6 +45,13 @@ def test_auto_prefers_notqmails_descriptor(lab: HookLab) -> None:
     lab.daemon(Answer(Action.REJECT, Reason.VIRUS, TEXT))
     result = lab.run(fds={4: "pipe", 6: "pipe"})
     assert (result.status, result.texts) == (82, {4: b"", 6: SAID[Action.REJECT]})
+
+
+@pytest.mark.parametrize("kind", ["closed", "read end", "socket", "file"])
+def test_auto_looks_further_when_the_first_is_no_pipe_to_write_to(lab: HookLab, kind: Kind) -> None:
+    lab.daemon(Answer(Action.REJECT, Reason.VIRUS, TEXT))
+    result = lab.run(fds={4: "pipe", 6: kind})
+    assert (result.status, result.texts[4]) == (82, SAID[Action.REJECT])
 
 
 @pytest.mark.parametrize("name", ["SSLCTLFD", "SSLREADFD", "SSLWRITEFD"])

@@ -1,11 +1,12 @@
 """Loops, missing programs, full disks and small limits: each is a temporary status with a line that says why."""
 
+import fcntl
 import os
 import signal
 from pathlib import Path
 
 import pytest
-from lab.hook import HookLab, accepted, split
+from lab.hook import HookLab, HookProcess, accepted, split
 
 from contentfilter.wire.hook import Submission
 
@@ -175,3 +176,31 @@ def test_a_caller_that_gives_up_in_the_middle_is_never_scanned(both: HookLab) ->
     daemon = both.daemon(accepted())
     assert both.run(b"half a mess", b"Fs@example.org\0Tr@example.org\0").status == 54
     assert daemon.offers == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to become a user with too many pipes")
+@pytest.mark.parametrize("size", [4000, 8000, 60_000])
+def test_a_user_whose_pipes_have_become_small(both: HookLab, size: int) -> None:
+    """Above a number of pages per user Linux gives small pipes: what does not fit must not block."""
+    both.daemon(accepted(b"X: y\n"))
+    environ = {"CONTENTFILTER_QUEUE_CONF": str(both.configure())} | both.standin.environ()
+    for directory in (both.directory, *both.directory.parents[:3]):
+        directory.chmod(0o755)
+    pid = os.fork()
+    if not pid:
+        status = 99
+        try:
+            os.setresuid(64_999, 64_999, 64_999)
+            kept = []
+            for _ in range(70):
+                kept.append(os.pipe())
+                try:
+                    fcntl.fcntl(kept[-1][1], fcntl.F_SETPIPE_SZ, 1 << 20)
+                except PermissionError:
+                    break
+            process = HookProcess(both.program, b"m" * size, b"Fs\0Tr\0\0", environ, {}, both.directory)
+            status = process.wait(10).status
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert both.standin.queued()[0].message == b"X: y\n" + b"m" * size

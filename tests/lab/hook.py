@@ -29,7 +29,7 @@ COMPILERS = {
     "sanitize": ["gcc", *STRICT, "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
 }
 Variant = Literal["musl", "gcc", "clang", "impatient", "sanitize"]
-Kind = Literal["closed", "pipe", "read end", "full pipe", "socket", "file"]
+Kind = Literal["closed", "pipe", "read end", "full pipe", "deaf pipe", "socket", "file"]
 FINAL = 30.0  # seconds after which a test that waits has failed
 
 
@@ -82,7 +82,9 @@ class HookProcess:
         # Above every number that is given, so that no dup2 overwrites the source of another.
         high = {number: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 200) for number, fd in children.items()}
         actions += [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in high.items()]
-        self.pid = os.posix_spawn(program, [str(program), *arguments], dict(environ), file_actions=actions)
+        self.pid = os.posix_spawn(
+            program, [str(program), *arguments], dict(environ), file_actions=actions, setsigdef=[signal.SIGPIPE]
+        )
         for fd in (*high.values(), *children.values()):
             os.close(fd)
         for number, fd in ((0, message_end[0]), (1, envelope_end[0])):
@@ -106,6 +108,9 @@ class HookProcess:
         if kind == "read end":
             self._kept.append(writer)
             return reader
+        if kind == "deaf pipe":  # its reader is gone
+            os.close(reader)
+            return writer
         if kind == "full pipe":
             fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
             os.write(writer, b"x" * 4096)

@@ -20,8 +20,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import contentfilter
+
 WAIT = 30.0  # seconds for anything a daemon is expected to do
-ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = Path(contentfilter.__file__).resolve().parents[1]  # the daemon runs the very package under test
 
 Table = Mapping[str, Mapping[str, Any]]
 
@@ -122,7 +124,7 @@ class Daemon:
     def command(self) -> tuple[list[str], dict[str, str]]:
         """What :meth:`start` runs, and its environment."""
         environ = {**os.environ, "NOTIFY_SOCKET": str(self.directory / "notify.sock"), **self._environ}
-        environ["PYTHONPATH"] = os.pathsep.join(p for p in (environ.get("PYTHONPATH", ""), str(ROOT)) if p)
+        environ["PYTHONPATH"] = os.pathsep.join(p for p in (environ.get("PYTHONPATH", ""), str(PACKAGE)) if p)
         if self._watchdog:
             environ["WATCHDOG_USEC"] = str(int(self._watchdog * 1_000_000))
         command = self._command or (sys.executable, "-P", "-m", "contentfilter", "--config")

@@ -35,7 +35,8 @@ _HEADER = re.compile(
     rb"(?:(?!--)[!-9;-~]++[ \t]*+:[^\r\n]*+(?:\r\n?|\n|\Z)(?:[ \t]++[^\s][^\r\n]*+(?:\r\n?|\n|\Z))*+)*+"
 )
 _BLANK = re.compile(rb"[ \t\r\n]*+")
-_EMPTY_LINE = re.compile(rb"(?:\r\n?+|\n)(?:[ \t]*+[\r\n]|--)")
+_EMPTY_LINES = (b"\n\n", b"\n\r\n", b"\r\r", b"\n \n", b"\n--", b"\r--")  # the last two end a section
+_EMPTY = ahocorasick_rs.BytesAhoCorasick(_EMPTY_LINES)
 _LINE = re.compile(rb"([^\r\n]*+)(?:\r\n?|\n)?")
 _BEGIN = re.compile(rb"begin(-base64)?[ \t]++[^\r\n]*+(?:\r\n?|\n)")
 _VALUE = re.compile(rb"[^\r\n]*+(?:(?:\r\n?|\n)[ \t][^\r\n]*+)*+")
@@ -225,8 +226,7 @@ def _open(
             # No empty line: some readers start the content here, others after the next empty line.
             if end > at or not depth:
                 starts.append((end, kind))
-            empty = _EMPTY_LINE.search(data, end)
-            body = _end(_BLANK, data, empty.start()) if empty else len(data)
+            body = _end(_BLANK, data, _empty_line(data, end))
             kind |= _fields(data, end, body, path, boundaries)
         starts.append((body, kind))
         if (end == at and kind == seen) or body >= len(data):
@@ -234,6 +234,18 @@ def _open(
         at = body
     section.base64 = bool(kind & _BASE64)
     return section
+
+
+def _empty_line(data: Text, at: int) -> int:
+    """Where the section's next empty line is, or its end."""
+    size = 256
+    while at < len(data):
+        found = _EMPTY.find_matches_as_indexes(data[at : at + size + 2])
+        if found:
+            return int(at + found[0][1])
+        at += size
+        size = min(2 * size, PIECE)
+    return len(data)
 
 
 def _end(pattern: re.Pattern[bytes], data: Text, at: int) -> int:

@@ -176,13 +176,13 @@ class _Scan:
             readings.append(("8bit", mime_decode.raw(data, start, end)))
         for encoding, windows in readings:
             self._trail.append((data, leaf, encoding))
-            finding = self._content(windows, encoding, layers, composite=bool(kind & _COMPOSITE))
+            finding = self._content(windows, encoding, layers, kind)
             if finding is not None:
                 return finding
             self._trail.pop()
         return None
 
-    def _content(self, windows: Iterator[bytes], encoding: str, layers: int, *, composite: bool) -> Finding | None:
+    def _content(self, windows: Iterator[bytes], encoding: str, layers: int, kind: int) -> Finding | None:
         """Decoded content: is it a program, and if it is text, is there a program in it?"""
         first = next(windows, b"")
         while len(first) < ENOUGH:
@@ -198,11 +198,11 @@ class _Scan:
                     return self._found(Scanner.SIGNATURES, signature.rule, signature.rule.description)
         if head.startswith(b"MZ") and b"\0" in head:  # text never has a NUL, a DOS header always
             return self._program(first, windows) if engine.fragments else None
-        if layers + 1 >= LAYERS or encoding == "8bit":
+        if layers + 1 >= LAYERS or not (binary or (kind & _QUOTED and encoding == "quoted-printable")):
             return None
         run = mime.BASE64_RUN.match(first)
         text = binary and b"\0" not in head and not head.startswith(b"%PDF-")
-        if composite or text or _FIELD.match(first) or (run is not None and run.end() >= mime.RUN):
+        if text or kind & _COMPOSITE or _FIELD.match(first) or (run is not None and run.end() >= mime.RUN):
             return self._documents(first, windows, layers + 1)
         return None
 

@@ -18,8 +18,9 @@ def made() -> bytes:
 
 
 def real() -> dict[str, Path]:
-    """The launchers in the installed pip and setuptools; a distribution may have stripped them."""
-    found = {}
+    """The launchers in the installed pip and setuptools, each once; a distribution may have stripped them."""
+    found: dict[str, Path] = {}
+    seen = set()
     for name in ("pip", "setuptools"):
         try:
             files = metadata.files(name) or []
@@ -27,7 +28,8 @@ def real() -> dict[str, Path]:
             continue
         for file in files:
             path = Path(str(file.locate()))
-            if path.suffix == ".exe" and "bin" not in file.parts and path.is_file():
+            if path.suffix == ".exe" and path.is_file() and path.read_bytes() not in seen:
+                seen.add(path.read_bytes())
                 found[f"{name}-{path.name}"] = path
     return found
 

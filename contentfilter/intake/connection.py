@@ -12,6 +12,7 @@ import os
 import socket
 import struct
 import time
+from base64 import b32hexencode
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import getrandbits
@@ -109,8 +110,9 @@ class Rarely:
 
 
 def new_incident() -> str:
-    """Sixteen hex digits that sort by time: 51 bits of microseconds, 13 random ones."""
-    return f"{time.time_ns() // 1000 << 13 | getrandbits(13):016x}"
+    """Sixteen letters and digits that sort by time: 45 bits of milliseconds, 35 random ones, in base32hex."""
+    number = time.time_ns() // 1_000_000 << 35 | getrandbits(35)
+    return b32hexencode(number.to_bytes(10, "big")).decode("ascii").lower()
 
 
 def deferral(what: str, incident: str) -> hook.Answer:

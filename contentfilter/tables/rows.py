@@ -125,30 +125,31 @@ def _report_repeated(keys: list[bytes], lines: "array[int]", values: dict[int, b
 def parse_row(line: bytes, number: int, report: Report) -> tuple[bytes, bytes] | None:
     """Key and value of one line without its end; None for a comment, an empty line and one that was reported."""
     words = line.split()
-    if not words or words[0].startswith(b"#"):
+    comment = next((at for at, word in enumerate(words) if word.startswith(b"#")), len(words))
+    del words[comment:]
+    if not words:
+        return None
+    written, options = words[0], words[1:]
+    exempt = written.startswith(EXEMPT)
+    key, wrong = parse_key(written.removeprefix(EXEMPT))
+    if written == EXEMPT:
+        wrong = "no blank after !; write !key"
+    elif not wrong and not all(b"=" in option for option in options):
+        wrong = "after a key only name=value may stand, or a comment that starts with #"
+    if wrong:
+        report.add(number, f"{_short(written)}: {wrong}. The line is skipped")
         return None
     if line[:1] in b" \t":
         report.add(number, "starts with a blank, which is left out", warning=True)
-    comment = next((at for at, word in enumerate(words) if word.startswith(b"#")), len(words))
-    exempt = words[0].startswith(EXEMPT)
-    if words[0] == EXEMPT:
-        report.add(number, "a blank after !; write !key. The line is skipped")
-        return None
-    key, wrong = parse_key(words[0].removeprefix(EXEMPT))
-    if wrong:
-        report.add(number, f"{_short(words[0])}: {wrong}. The line is skipped")
-        return None
-    if b"." not in key and key.startswith(b"@") and b"@" not in words[0]:
-        report.add(number, f"{_short(words[0])} means the domain {readable(key)}, not a mailbox", warning=True)
-    options = [word for word in words[1:comment] if _is_option(word, number, report)]
-    if any(b"=" not in word for word in words[1:comment]):
-        report.add(
-            number, "after a key only name=value, or a comment that starts with #, may stand. The line is skipped"
-        )
-        return None
+    if key.startswith(b"@") and b"." not in key and b"@" not in written:
+        report.add(number, f"{_short(written)} means the domain {readable(key)}, not a mailbox", warning=True)
+    for option in options:
+        name = option.partition(b"=")[0]
+        if name not in OPTIONS:
+            report.add(number, f"unknown option {_short(name)}; the row is in force without it")
     if exempt:
         return key, EXEMPT
-    return key, b" ".join(options)
+    return key, b" ".join(option for option in options if option.partition(b"=")[0] in OPTIONS)
 
 
 def row_text(key: bytes, value: bytes) -> bytes:
@@ -156,14 +157,6 @@ def row_text(key: bytes, value: bytes) -> bytes:
     if value == EXEMPT:
         return EXEMPT + key
     return key + b" " + value if value else key
-
-
-def _is_option(word: bytes, number: int, report: Report) -> bool:
-    name, equals, _ = word.partition(b"=")
-    if not equals or name in OPTIONS:
-        return bool(equals)
-    report.add(number, f"unknown option {_short(name)}; the row is in force without it")
-    return False
 
 
 def _short(data: bytes) -> str:

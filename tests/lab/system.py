@@ -6,6 +6,7 @@ Without pytest, so that tests, demo and bench start the same.
 import itertools
 import os
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ class System:
         spamd: Spamd | None = None,
         environ: Mapping[str, str] | None = None,
         program: Path | None = None,
+        activated: bool = False,
         tracebacks_allowed: bool = False,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -75,21 +77,28 @@ class System:
         }
         for section, keys in (settings or {}).items():
             sections.setdefault(section, {}).update(keys)
-        self.daemon = Daemon(sections, directory=directory, environ=environ, tracebacks_allowed=tracebacks_allowed)
+        self.daemon = Daemon(
+            sections,
+            directory=directory,
+            environ=environ,
+            activated=activated,
+            tracebacks_allowed=tracebacks_allowed,
+        )
         for name, text in (controls or {}).items():
             self.control(name, text)
         self.program = program or hook_lab.build(directory)
-        self._standin = build_standin(directory)
+        self.queue_program = build_standin(directory)
         self._runs = itertools.count(1)
 
     def control(self, name: str, text: str) -> None:
         (self.directory / "control" / name).write_text(text)
 
     def queue_conf(self, **more: object) -> Path:
-        values = {"socket": self.daemon.socket, "queue": self._standin, "budget": 60} | more
+        values = {"socket": self.daemon.socket, "queue": self.queue_program, "budget": 60} | more
         path = self.directory / "queue.conf"
-        path.write_text("".join(f"{name} {value}\n" for name, value in values.items()))
-        return path
+        unfinished = self.directory / f"queue.conf.{threading.get_ident()}"  # other hooks may be reading it
+        unfinished.write_text("".join(f"{name} {value}\n" for name, value in values.items()))
+        return unfinished.replace(path)
 
     def start_hook(
         self,
@@ -97,17 +106,18 @@ class System:
         recipients: Sequence[bytes] = (b"user@protected.example",),
         *,
         sender: bytes = b"sender@example.net",
+        block: bytes | None = None,
         env: Mapping[str, str] | None = None,
         knobs: Mapping[str, str] | None = None,
         fds: Mapping[int, Kind] | None = None,
         **conf: object,
     ) -> tuple[HookProcess, Standin]:
-        """A hook under way, and where its stand-in records."""
-        standin = Standin(self._standin, self.directory / "queued" / str(next(self._runs)))
+        """A hook under way, and where its stand-in records. ``block``: the envelope's bytes as they are."""
+        standin = Standin(self.queue_program, self.directory / "queued" / str(next(self._runs)))
         environ = {"CONTENTFILTER_QUEUE_CONF": str(self.queue_conf(**conf)), **SMTP}
         environ |= standin.environ(**(knobs or {})) | dict(env or {})
         given: dict[int, Kind] = {6: "pipe", **(fds or {})}
-        block = envelope.build(sender, tuple(recipients))
+        block = envelope.build(sender, tuple(recipients)) if block is None else block
         return HookProcess(self.program, message, block, environ, given, self.directory), standin
 
     def deliver(self, message: bytes, *recipients: bytes, **options: Any) -> Delivered:

@@ -28,6 +28,7 @@ from contentfilter.wire import hook
 
 REQUEST_WAIT = 5.0  # seconds from connecting to the request packet; hooks send it at once
 REPORT_WAIT = 300.0  # at most, for several real qmail-queues to finish
+RESERVE = 1.0  # seconds between the handler's deadline and the end of the budget; half of it to decide about a timeout
 FAST = 0.05  # seconds; only what takes longer is watched for a client that goes away
 INLINE = 1024 * 1024  # bytes; more is read and copied off the event loop
 _CREDENTIALS = struct.Struct("=iII")
@@ -233,10 +234,10 @@ class Connection:
         else:
             self._close()
 
-    def _deadline(self, request: hook.Request) -> Deadline:
-        """When the answer must be ready: the smaller budget, less time to send the answer."""
+    def _deadline(self, request: hook.Request, reserve: float = RESERVE) -> Deadline:
+        """When the answer must be ready: the smaller budget, less a reserve for what follows."""
         budget = min(self._room.terms.budget, request.budget)
-        return Deadline(self.began + budget - min(1.0, budget / 10))
+        return Deadline(self.began + budget - min(reserve, reserve * budget / 10))
 
     async def _open(self, request: hook.Request, fds: list[int], trusted: bool, spool: Spool) -> tuple[Message, bytes]:
         sizes = (request.message_size, request.envelope_size)
@@ -252,7 +253,7 @@ class Connection:
     def _slow(self, request: hook.Request) -> None:
         """The handling takes its time: notice a hook that goes away, and enforce the deadline."""
         self._watch(self._peer_moved)
-        self._timer = self._room.loop.call_at(self._deadline(request).at, self._overdue)
+        self._timer = self._room.loop.call_at(self._deadline(request, RESERVE / 2).at, self._overdue)
 
     def _peer_moved(self) -> None:
         try:

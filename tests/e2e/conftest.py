@@ -30,11 +30,13 @@ def system(lab_directory: Path, clamd: Clamd, spamd: Spamd) -> Iterator[System]:
 
 @pytest.fixture
 def make_system(lab_directory: Path) -> Iterator[Callable[..., System]]:
-    """``make_system(controls=…, settings=…, clamd=…)``: a running system of this test's own."""
+    """``make_system(controls=…, settings=…, clamd=…)``: a running system of this test's own, with one worker."""
     with ExitStack() as stack:
 
         def make(**options: Any) -> System:
             options = {"controls": CONTROLS} | options
+            settings = dict(options.get("settings", {}))
+            options["settings"] = settings | {"service": {"workers": 1} | settings.get("service", {})}
             return stack.enter_context(System(lab_directory / f"s{next(_numbers)}", **options))
 
         yield make

@@ -1,0 +1,112 @@
+"""What the tests of bad days share: who is killed, what is still open, mail that keeps coming."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lab.daemon import Daemon
+from lab.hook import HookProcess, until
+from lab.peers import Peer
+from lab.standin import Standin
+from lab.system import Delivered, System
+
+Started = tuple[HookProcess, Standin]
+
+
+def kill_everything(daemon: Daemon) -> None:
+    """SIGKILL for supervisor and workers together, as when a machine runs out of memory."""
+    workers = daemon.workers()
+    daemon.kill()
+    for pid in workers:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    daemon.wait_exit()
+
+
+def waiting_in(daemon: Daemon, peer: Peer, count: int = 1) -> None:
+    """Until the daemon has put so many questions to a scanner that does not answer: it holds messages."""
+    until(lambda: len(peer.seen) >= count, "no question reached the scanner")
+    assert daemon.workers()
+
+
+def open_files(daemon: Daemon) -> int:
+    """Descriptors of all workers together."""
+    return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in daemon.workers())
+
+
+def own_memory(daemon: Daemon) -> int:
+    """Bytes of the workers' own memory: what is mapped from the hook's file does not count."""
+    total = 0
+    for pid in daemon.workers():
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                total += int(line.split()[1]) * 1024
+    return total
+
+
+@contextlib.contextmanager
+def watched(look: Callable[[], int]) -> Iterator[list[int]]:
+    """What ``look`` said all the time while the block ran."""
+    seen: list[int] = [look()]
+    over = threading.Event()
+
+    def work() -> None:
+        while not over.wait(0.005):
+            with contextlib.suppress(OSError):
+                seen.append(look())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        thread.join()
+
+
+@dataclass
+class Load:
+    """Messages that keep coming, from ``senders`` threads, each message with bytes of its own."""
+
+    system: System
+    senders: int = 3
+    results: list[tuple[bytes, Delivered]] = field(default_factory=list)
+
+    def __enter__(self) -> "Load":
+        self._over = threading.Event()
+        self._news = threading.Condition()
+        self._threads = [threading.Thread(target=self._send, args=(number,)) for number in range(self.senders)]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def more(self, count: int = 10) -> None:
+        """Until so many further messages came to their end."""
+        with self._news:
+            goal = len(self.results) + count
+            assert self._news.wait_for(lambda: len(self.results) >= goal, 60), "the mail stands still"
+
+    def _send(self, number: int) -> None:
+        count = 0
+        while not self._over.is_set():
+            count += 1
+            message = b"Subject: load\n\nmessage %d of sender %d\n" % (count, number)
+            delivered = self.system.deliver(message, b"virus-only@mixed.example")
+            with self._news:
+                self.results.append((message, delivered))
+                self._news.notify_all()
+
+    def nothing_went_wrong(self) -> None:
+        """None lost, doubled, refused or deferred, and none changed."""
+        wrong = [(d.status, d.text, d.stderr, len(d.queued)) for _, d in self.results if d.status or len(d.queued) != 1]
+        assert wrong == []
+        assert all(d.only.message.endswith(message) for message, d in self.results)

@@ -50,6 +50,7 @@ class Report:
         self._path = path
         self._found: list[Problem] = []
         self._more = 0
+        self._more_are_warnings = True
 
     def add(self, line: int, text: str, *, warning: bool = False) -> None:
         """Note one; beyond the limit it is only counted."""
@@ -57,11 +58,14 @@ class Report:
             self._found.append(Problem(self._path, line, text, warning))
         else:
             self._more += 1
+            self._more_are_warnings &= warning
 
     def problems(self) -> tuple[Problem, ...]:
         """All of them, and one more where some were only counted."""
-        more = (Problem(self._path, 0, f"{self._more} more problems are not listed"),) if self._more else ()
-        return (*self._found, *more)
+        if not self._more:
+            return tuple(self._found)
+        text = f"{self._more} more problems are not listed"
+        return (*self._found, Problem(self._path, 0, text, self._more_are_warnings))
 
 
 def parse_table(text: bytes, path: str) -> tuple[Table, tuple[Problem, ...]]:

@@ -168,12 +168,12 @@ class _Scan:
             if run is not None and run.end() >= mime.RUN:
                 run = mime.BASE64_RUN.match(data, start, end)
                 readings.append(("base64", mime_decode.base64(data, start, run.end() if run else end)))
+        if head.startswith(engine.raw):
+            readings.append(("8bit", mime_decode.raw(data, start, end)))
         if kind & _QUOTED or head.startswith(engine.firsts):
             readings.append(("quoted-printable", mime_decode.quoted(data, start, end)))
         if kind & _UUENCODE:
             readings.append(("uuencode", mime_decode.uuencode(data, start, end)))
-        if head.startswith(engine.raw):
-            readings.append(("8bit", mime_decode.raw(data, start, end)))
         for encoding, windows in readings:
             self._trail.append((data, leaf, encoding))
             finding = self._content(windows, encoding, layers, kind)

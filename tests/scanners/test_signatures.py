@@ -18,6 +18,7 @@ from lab.programs import BASE64, BINARY, QUOTED, b64, mixed, qp, wrap
 
 from contentfilter.model import Scanner
 from contentfilter.scanners import signatures as module
+from contentfilter.scanners.signature_rules import Fragment
 from contentfilter.scanners.signatures import (
     Engine,
     Finding,
@@ -106,6 +107,23 @@ def test_a_loader_type_of_another_name_is_compared_bit_by_bit() -> None:
         assert engine.scan(mixed(BASE64, b64(program + b"advbpi.dll"))) is None
 
 
+@pytest.mark.parametrize(
+    ("block", "hit"),
+    [
+        (b"32.dl", True),
+        (b"C2.dl", True),
+        (b"42.dl", False),
+        (b"32.d\x7f", True),
+        (b"32.d\x3f", False),
+        (b"32.d", False),
+    ],
+)
+def test_the_bits_beside_the_whole_bytes_count(block: bytes, hit: bool) -> None:
+    (fragment,) = Fragment.compile(Rule("MyLmR", ""))
+    assert (fragment.whole, fragment.lead, fragment.tail) == (b"2.d", 4, 2)
+    assert fragment.matches(block, 1) is hit
+
+
 def test_no_list_finds_nothing() -> None:
     assert Engine(None, None).scan(mixed(BASE64, b64(MADE))) is None
     assert Engine(Rules(Scanner.SIGNATURES, ()), None).scan(mixed(BASE64, b64(MADE))) is None
@@ -170,6 +188,11 @@ def test_every_seam_between_windows_is_searched() -> None:
 
 
 def test_the_place_is_told() -> None:
+    for name in ("8bit", "8bit, no multipart"):
+        finding = BOTH.scan(DISGUISES[name])
+        assert finding is not None
+        assert ", 8bit, line " in finding.part
+        assert finding.layers == 0
     inner = mixed(BASE64, b64(MADE))
     finding = BOTH.scan(mixed(programs.FORWARD, inner, boundary=b"OUT", declared=b"boundary=OUT"))
     assert finding is not None

@@ -11,7 +11,7 @@ from e2e.mails import PLAIN, SPAM, VIRUS
 from e2e.trouble import kill_everything, open_files, waiting_in
 from lab.hook import until
 from lab.offer import Offer
-from lab.peers import Peer, read_clamd, read_spamd, says, says_and_stays
+from lab.peers import Peer, read_clamd, read_spamd, says_and_stays
 from lab.system import System
 
 from contentfilter.wire import envelope

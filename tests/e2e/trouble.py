@@ -33,9 +33,18 @@ def waiting_in(daemon: Daemon, peer: Peer, count: int = 1) -> None:
     assert daemon.workers()
 
 
+def targets(pid: int) -> list[str]:
+    """What the descriptors of a process point to."""
+    found = []
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.append(os.readlink(entry))
+    return found
+
+
 def open_files(daemon: Daemon) -> int:
     """Descriptors of all workers together."""
-    return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in daemon.workers())
+    return sum(len(targets(pid)) for pid in daemon.workers())
 
 
 def own_memory(daemon: Daemon) -> int:

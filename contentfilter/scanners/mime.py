@@ -22,7 +22,7 @@ import ahocorasick_rs
 
 Text = bytes | memoryview
 
-PIECE = 32_768  # bytes searched at once: stays in the processor's cache and below malloc's mmap threshold
+PIECE = 98_304  # bytes searched or decoded at once: few calls, yet below malloc's mmap threshold (128 KiB)
 NESTED = 30  # headers directly inside each other
 LOOSE = 100_000  # undeclared parts, and begin lines; after that only declared boundaries count
 PARTS = 250_000  # all parts; what comes after is one leaf

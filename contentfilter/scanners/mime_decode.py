@@ -1,7 +1,7 @@
 """Transfer encodings, undone window by window: base64, quoted-printable, uuencode.
 
 Each function yields decoded bytes of ``data[start:end]``, a small window first (most content is judged by its start)
-and then at most 64 KiB of input at a time, so memory stays bounded whatever the size. Nothing raises on bad input:
+and then at most 96 KiB of input at a time, so memory stays bounded whatever the size. Nothing raises on bad input:
 what no decoder would use is skipped. Time is linear.
 """
 

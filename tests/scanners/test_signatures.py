@@ -17,6 +17,7 @@ from lab import programs
 from lab.programs import BASE64, BINARY, QUOTED, b64, mixed, qp, wrap
 
 from contentfilter.model import Scanner
+from contentfilter.scanners import mime
 from contentfilter.scanners import signatures as module
 from contentfilter.scanners.signature_rules import Fragment
 from contentfilter.scanners.signatures import (
@@ -172,7 +173,7 @@ def test_a_program_without_a_known_signature_is_found_by_its_library() -> None:
 
 
 @pytest.mark.parametrize("name", [b"kernel32.dll", b"USER32.DLL", b"WSock32.Dll", b"x32.dLl"])
-@pytest.mark.parametrize("place", [32_768 * 3 // 4 - 8, 600_000, 600_001, 600_002])
+@pytest.mark.parametrize("place", [mime.PIECE * 3 // 4 - 8, 600_000, 600_001, 600_002])
 def test_a_library_is_found_in_any_case_at_any_place(name: bytes, place: int) -> None:
     program = b"MZ\0".ljust(place, b"\x01") + name + b"\0" * 50
     for how in (mixed(BASE64, b64(program)), mixed(BASE64, b64(program, 63)), mixed(BINARY, program)):

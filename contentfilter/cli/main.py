@@ -8,6 +8,7 @@ import importlib
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from contentfilter import __version__
 from contentfilter.errors import ConfigError
@@ -27,6 +28,10 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "reload": ("contentfilter.cli.control", "reload", "Make the daemon read its configuration again."),
     "hook": ("contentfilter.cli.hook", "hook", "Install the hook in a qmail, remove it, show its state."),
     "migrate": ("contentfilter.cli.migrate", "migrate", "Turn the controls of H-Sphere or simscan into ours."),
+    "spamd-options": ("contentfilter.cli.spamd_options", "spamd_options", "Print what spamd must be started with."),
+    "install": ("contentfilter.cli.install", "install", "Set the server up: user, directories, units, manual pages."),
+    "uninstall": ("contentfilter.cli.install", "uninstall", "Undo what install did."),
+    "completion": ("contentfilter.cli.completion", "completion", "Print the completion script for a shell."),
 }
 
 
@@ -42,6 +47,13 @@ class Lazy(click.Group):
         module, attribute, _ = COMMANDS[name]
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Names and options, without importing any command."""
+        found = [
+            CompletionItem(name, help=text) for name, (_, _, text) in COMMANDS.items() if name.startswith(incomplete)
+        ]
+        return found + click.Command.shell_complete(self, ctx, incomplete)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the sub-command; configuration errors of all of them are told here."""
@@ -59,7 +71,7 @@ class Lazy(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in COMMANDS:
+        if args and args[0] not in COMMANDS and not ctx.resilient_parsing:  # not while a shell completes
             import difflib
 
             near = difflib.get_close_matches(args[0], COMMANDS, n=1)

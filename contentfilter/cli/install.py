@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from contentfilter.cli.hook import Refusable
-from contentfilter.cli.main import DEFAULT_CONFIG
+from contentfilter.config import DEFAULT_PATH
 from contentfilter.ops import install as ops
 from contentfilter.ops.qmail import RefusedError, carry_out
 from contentfilter.ops.things import System
@@ -41,8 +41,8 @@ def install(
 
     Nothing that exists is changed. qmail is left alone; `contentfilter hook install` comes last.
     """
-    if config_path != DEFAULT_CONFIG:
-        raise RefusedError(f"the configuration is installed as {DEFAULT_CONFIG}; leave --config out")
+    if config_path != DEFAULT_PATH:
+        raise RefusedError(f"the configuration is installed as {DEFAULT_PATH}; leave --config out")
     system = System(prefix.absolute())
     _need_root(system, dry_run=dry_run)
     package = ops.Package.find(command)

@@ -11,10 +11,10 @@ import click
 from click.shell_completion import CompletionItem
 
 from contentfilter import __version__
+from contentfilter.config import DEFAULT_PATH
 from contentfilter.errors import ConfigError
 
 EX_CONFIG = 78
-DEFAULT_CONFIG = "/etc/contentfilter/contentfilter.toml"
 
 # name -> (module, attribute, one line of help). The help stands here so that --help imports nothing.
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -84,7 +84,7 @@ class Lazy(click.Group):
     "--config",
     "config_path",
     metavar="FILE",
-    default=DEFAULT_CONFIG,
+    default=DEFAULT_PATH,
     show_default=True,
     help="The settings. A missing default file means the built-in defaults.",
 )

@@ -9,8 +9,7 @@ import sys
 
 import click
 
-from contentfilter.app import Files
-from contentfilter.config.load import DEFAULT_PATH
+from contentfilter.app import Files, chores
 from contentfilter.errors import ConfigError
 from contentfilter.intake.listener import SocketError
 from contentfilter.service.supervisor import Supervisor
@@ -27,13 +26,13 @@ def serve(config_path: str, workers: int | None, path: str | None) -> None:
 
     SIGTERM finishes the messages under way and ends, SIGHUP reads the configuration again.
     """
-    sys.exit(run(Files(config_path, must_exist=config_path != DEFAULT_PATH, workers=workers, socket=path)))
+    sys.exit(run(Files(config_path, workers=workers, socket=path)))
 
 
 def run(source: Files) -> int:
     """The exit status of the daemon."""
     try:
-        return asyncio.run(Supervisor(source, "contentfilter.app:build", os.environ).run())
+        return asyncio.run(Supervisor(source, "contentfilter.app:build", os.environ, chores()).run())
     except ConfigError as error:
         for problem in error.problems:
             click.echo(f"contentfilter: {problem}", err=True)

@@ -14,11 +14,11 @@ from typing import Any
 import msgspec
 from msgspec import inspect
 
+from contentfilter.config import DEFAULT_PATH
 from contentfilter.config.settings import Settings
 from contentfilter.errors import ConfigError, Problem
 from contentfilter.scanners.stream import Address
 
-DEFAULT_PATH = "/etc/contentfilter/contentfilter.toml"
 MAX_SIZE = 1 << 20
 MAX_SOCKET_PATH = 107  # sockaddr_un holds 108 bytes with the NUL
 SMTP_PATIENCE = 300.0  # seconds that clients wait in practice after the final dot, RFC 5321 4.5.3.2.6 says 600

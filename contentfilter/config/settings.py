@@ -46,9 +46,38 @@ class OriginRules(Section, frozen=True):
 
 
 class Tables(Section, frozen=True):
+    source: Literal["files", "mariadb"] = "files"  # the text files in the control directory, or [mariadb]
     extension: Annotated[str, Meta(max_length=1)] = ""  # "-": user-ext@domain is also looked up as user@domain
     recipients: Literal["split", "strictest"] = "split"
-    refresh: Seconds = 30.0  # how often the table files are looked at for a change
+    refresh: Seconds = 30.0  # how often the source is looked at for a change
+    shrink_percent: Annotated[int, Meta(ge=1, le=100)] = 50  # a table that loses more than that …
+    shrink_rows: Count = 100  # … and more rows than that waits for `contentfilter clients accept`
+
+
+class MariaDb(Section, frozen=True):
+    """Where the tables are when ``[tables] source`` is ``"mariadb"``; MySQL will do too."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Meta(ge=1, le=65535)] = 3306
+    socket: str = ""  # a Unix socket, in place of host and port
+    user: str = "contentfilter"
+    password_file: str = ""  # its first line; this file never holds a password
+    database: str = "contentfilter"
+    tls: Literal["off", "verify", "unverified"] = "off"
+    tls_ca: str = ""  # PEM; empty: the authorities that the system trusts
+    tls_cert: str = ""  # our own certificate, where the server asks for one
+    tls_key: str = ""
+    connect_timeout: Seconds = 5.0  # connection, TLS and login together
+    timeout: Seconds = 10.0  # the longest silence of the server
+    load_timeout: Seconds = 60.0  # everything together
+    clamav_table: str = "clamavclients"  # empty, and no query: the table has no rows
+    clamav_columns: tuple[str, ...] = ("address", "exempt", "virus")  # "address=email": the column is named email
+    clamav_query: str = ""  # a SELECT of our own in place of table and columns
+    spamd_table: str = "spamdclients"
+    spamd_columns: tuple[str, ...] = ("address", "exempt", "spam", "score", "reject_score")
+    spamd_query: str = ""
+    updated_column: str = "updated_at"  # tells a change at the price of an index; empty: whole rows are summed up
+    fingerprint_query: str = ""  # one row that differs whenever the tables do
 
 
 class Signatures(Section, frozen=True):
@@ -99,6 +128,12 @@ class Quarantine(Section, frozen=True):
     protect: Annotated[float, Meta(ge=0, le=3650)] = 1.0  # days; what is younger never makes room: new mail is deferred
 
 
+class Journal(Section, frozen=True):
+    enabled: bool = True
+    retention: Annotated[float, Meta(gt=0, le=3650)] = 30.0  # days
+    max_size: Annotated[int, Meta(ge=1_048_576)] = 1_073_741_824  # about 2,000 bytes for a message
+
+
 class Log(Section, frozen=True):
     format: Literal["json", "logfmt"] = "json"
     level: Literal["debug", "info", "warning", "error"] = "info"
@@ -111,10 +146,12 @@ class Settings(Section, frozen=True):
     service: Service = msgspec.field(default_factory=Service)
     origin: OriginRules = msgspec.field(default_factory=OriginRules)
     tables: Tables = msgspec.field(default_factory=Tables)
+    mariadb: MariaDb = msgspec.field(default_factory=MariaDb)
     signatures: Signatures = msgspec.field(default_factory=Signatures)
     clamd: Clamd = msgspec.field(default_factory=Clamd)
     spamd: Spamd = msgspec.field(default_factory=Spamd)
     failure: Failure = msgspec.field(default_factory=Failure)
     headers: Headers = msgspec.field(default_factory=Headers)
     quarantine: Quarantine = msgspec.field(default_factory=Quarantine)
+    journal: Journal = msgspec.field(default_factory=Journal)
     log: Log = msgspec.field(default_factory=Log)

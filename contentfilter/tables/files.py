@@ -14,16 +14,16 @@ from collections.abc import Iterable
 import aiofiles
 
 from contentfilter.errors import ConfigError, Problem
-from contentfilter.tables.rows import TABLES, Rows, Source, parse_table
+from contentfilter.tables.rows import OPTIONS, TABLES, Rows, Source, parse_table
 
 MAX_SIZE = 256 << 20  # bytes of one table file
 _TRIES = 5  # a file that changes under each of these reads is given up
-_NAMES = (*TABLES, "envnoathost", "me")
+_DOMAIN = ("envnoathost", "me")
 
 
 def sources(control: str) -> tuple[Source, ...]:
     """The present state of all files that tables are made of. Compare with that of a snapshot's header."""
-    return tuple(file_state(os.path.join(control, name)) for name in _NAMES)
+    return tuple(file_state(os.path.join(control, name)) for name in (*TABLES, *_DOMAIN))
 
 
 async def load_tables(control: str) -> tuple[Rows, tuple[Problem, ...]]:
@@ -31,13 +31,21 @@ async def load_tables(control: str) -> tuple[Rows, tuple[Problem, ...]]:
 
     A million rows take about a second, off the event loop. Raises ConfigError where a file cannot be read.
     """
-    clamav, spamd, envnoathost, me = [await read_file(os.path.join(control, name), MAX_SIZE) for name in _NAMES]
-    (clamav_rows, problems), (spamd_rows, more) = await asyncio.to_thread(
-        lambda: (parse_table(clamav[0], clamav[1].path), parse_table(spamd[0], spamd[1].path))
+    texts = [await read_file(os.path.join(control, name), MAX_SIZE) for name in TABLES]
+    (clamav, problems), (spamd, more) = await asyncio.to_thread(
+        lambda: [
+            parse_table(text, state.path, OPTIONS[name]) for name, (text, state) in zip(TABLES, texts, strict=True)
+        ]
     )
-    domain = first_line(envnoathost[0]) or first_line(me[0])
-    files = (clamav[1], spamd[1], envnoathost[1], me[1])
-    return Rows(clamav_rows, spamd_rows, domain.lower(), files), (*problems, *more)
+    domain, files = await default_domain(control)
+    return Rows(clamav, spamd, domain, (*(state for _, state in texts), *files)), (*problems, *more)
+
+
+async def default_domain(control: str) -> tuple[bytes, tuple[Source, ...]]:
+    """The domain that qmail-send will give to a recipient without one, and the state of the files that say so."""
+    files = [await read_file(os.path.join(control, name), MAX_SIZE) for name in _DOMAIN]
+    found = next(filter(None, (first_line(text) for text, _ in files)), b"")
+    return found.lower(), tuple(state for _, state in files)
 
 
 async def read_file(path: str, limit: int) -> tuple[bytes, Source]:

@@ -6,7 +6,7 @@ stands twice the last line counts, and that is reported too. A million rows take
 """
 
 from array import array
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
@@ -14,23 +14,26 @@ import msgspec
 from contentfilter.errors import Problem
 from contentfilter.model import readable
 from contentfilter.policy.addresses import EXEMPT, PLAIN_KEYS, parse_key
+from contentfilter.policy.options import SPAM_OPTIONS, VIRUS_OPTIONS, parse_option
 
 TABLES = ("clamavclients", "spamdclients")
 MAX_PROBLEMS = 100  # per file; what is beyond is counted
-OPTIONS: frozenset[bytes] = frozenset()
-"""Names that may stand after a key. None yet: actions and scores per row come with the SQL source."""
+OPTIONS = {"clamavclients": VIRUS_OPTIONS, "spamdclients": SPAM_OPTIONS}
+"""Names that may stand after a key, in each table; see :mod:`contentfilter.policy.options`."""
+ALL_OPTIONS = VIRUS_OPTIONS + SPAM_OPTIONS
 
 Table = dict[bytes, bytes]
-"""Canonical key -> ``b""`` (check), ``b"!"`` (exempt), or the options as written."""
+"""Canonical key -> ``b""`` (check), ``b"!"`` (exempt), or the options, each in its one form."""
 
 
 class Source(msgspec.Struct, frozen=True):
-    """State of a file that rows came from. Two equal ones mean that it need not be read again."""
+    """State of a file or database that rows came from. Two equal ones mean that it need not be read again."""
 
     path: str
     mtime_ns: int = 0
     size: int = -1  # -1: there is no such file
     inode: int = 0
+    fingerprint: str = ""  # of a database; empty where it has none, and must be read to know
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ class Report:
     """Collects problems of one file and stops at :data:`MAX_PROBLEMS`."""
 
     def __init__(self, path: str) -> None:
-        self._path = path
+        self.path = path
         self._found: list[Problem] = []
         self._more = 0
         self._more_are_warnings = True
@@ -55,7 +58,7 @@ class Report:
     def add(self, line: int, text: str, *, warning: bool = False) -> None:
         """Note one; beyond the limit it is only counted."""
         if len(self._found) < MAX_PROBLEMS:
-            self._found.append(Problem(self._path, line, text, warning))
+            self._found.append(Problem(self.path, line, text, warning))
         else:
             self._more += 1
             self._more_are_warnings &= warning
@@ -65,11 +68,14 @@ class Report:
         if not self._more:
             return tuple(self._found)
         text = f"{self._more} more problems are not listed"
-        return (*self._found, Problem(self._path, 0, text, self._more_are_warnings))
+        return (*self._found, Problem(self.path, 0, text, self._more_are_warnings))
 
 
-def parse_table(text: bytes, path: str) -> tuple[Table, tuple[Problem, ...]]:
-    """The rows of ``text`` in the order of their lines, and what is wrong with it. ``path`` is for the problems."""
+def parse_table(text: bytes, path: str, allowed: Collection[bytes] = ALL_OPTIONS) -> tuple[Table, tuple[Problem, ...]]:
+    """The rows of ``text`` in the order of their lines, and what is wrong with it.
+
+    ``path`` is for the problems, ``allowed`` are the options that this table has.
+    """
     report = Report(path)
     if text.startswith(b"\xef\xbb\xbf"):
         text = text[3:]
@@ -93,7 +99,7 @@ def parse_table(text: bytes, path: str) -> tuple[Table, tuple[Problem, ...]]:
             number += len(run)
         else:
             end = text.index(b"\n", at) + 1
-            row = parse_row(text[at : end - 1], number, report)
+            row = parse_row(text[at : end - 1], number, report, allowed)
             if row is not None:
                 if row[1]:
                     values[len(keys)] = row[1]
@@ -122,11 +128,13 @@ def _report_repeated(keys: list[bytes], lines: "array[int]", values: dict[int, b
         last[key] = index
         if before is not None:
             how = "as in" if values.get(before) == values.get(index) else "unlike in"
-            what = f"{_short(key)} again, {how} line {lines[before]}; the later line counts"
+            what = f"{short(key)} again, {how} line {lines[before]}; the later line counts"
             report.add(lines[index], what, warning=True)
 
 
-def parse_row(line: bytes, number: int, report: Report) -> tuple[bytes, bytes] | None:
+def parse_row(
+    line: bytes, number: int, report: Report, allowed: Collection[bytes] = ALL_OPTIONS
+) -> tuple[bytes, bytes] | None:
     """Key and value of one line without its end; None for a comment, an empty line and one that was reported."""
     words = line.split()
     comment = next((at for at, word in enumerate(words) if word.startswith(b"#")), len(words))
@@ -141,19 +149,29 @@ def parse_row(line: bytes, number: int, report: Report) -> tuple[bytes, bytes] |
     elif not wrong and not all(b"=" in option for option in options):
         wrong = "after a key only name=value may stand, or a comment that starts with #"
     if wrong:
-        report.add(number, f"{_short(written)}: {wrong}. The line is skipped")
+        report.add(number, f"{short(written)}: {wrong}. The line is skipped")
         return None
     if line[:1] in b" \t":
         report.add(number, "starts with a blank, which is left out", warning=True)
     if key.startswith(b"@") and b"." not in key and b"@" not in written:
-        report.add(number, f"{_short(written)} means the domain {readable(key)}, not a mailbox", warning=True)
+        report.add(number, f"{short(written)} means the domain {readable(key)}, not a mailbox", warning=True)
+    good = {}
     for option in options:
-        name = option.partition(b"=")[0]
-        if name not in OPTIONS:
-            report.add(number, f"unknown option {_short(name)}; the row is in force without it")
+        name, _, value = option.partition(b"=")
+        text, wrong = parse_option(name, value)
+        if name not in ALL_OPTIONS:
+            wrong = f"unknown option {short(name)}"
+        elif name not in allowed:
+            wrong = f"{short(name)} belongs into {next(table for table, names in OPTIONS.items() if name in names)}"
+        elif wrong:
+            wrong = f"{short(option)}: {wrong}"
+        if wrong:
+            report.add(number, f"{wrong}; the row is in force without it")
+        else:
+            good[name] = text
     if exempt:
         return key, EXEMPT
-    return key, b" ".join(option for option in options if option.partition(b"=")[0] in OPTIONS)
+    return key, b" ".join(name + b"=" + good[name] for name in ALL_OPTIONS if name in good)
 
 
 def row_text(key: bytes, value: bytes) -> bytes:
@@ -163,6 +181,7 @@ def row_text(key: bytes, value: bytes) -> bytes:
     return key + b" " + value if value else key
 
 
-def _short(data: bytes) -> str:
+def short(data: bytes) -> str:
+    """A piece of somebody's text, for a message."""
     text = readable(data[:60])
     return repr(text if len(data) <= 60 else text + "...")

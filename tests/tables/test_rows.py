@@ -60,9 +60,39 @@ def test_options_are_reserved_a_row_with_an_unknown_one_stays_in_force_without_i
     assert "unknown option 'action'" in complaint(b"a@x.example action=remove")
 
 
-def test_known_options_are_kept_as_written(monkeypatch):
-    monkeypatch.setattr(rows, "OPTIONS", frozenset((b"move", b"score")))
-    assert parse(b"A@x.example  move=Spam@X.example\tscore=5") == ({b"a@x.example": b"move=Spam@X.example score=5"}, [])
+@pytest.mark.parametrize(
+    ("written", "kept"),
+    [
+        (b"virus=Remove", b"virus=remove"),
+        (b"virus=move:Spam@X.example", b"virus=move:Spam@X.example"),
+        (b"score=very-aggressive spam=reject", b"spam=reject score=2"),
+        (b"score=Default\treject_score=015.50", b"score=5 reject_score=15.5"),
+        (b"score=5 score=7", b"score=7"),
+        (b"reject_score=0", b"reject_score=0"),
+    ],
+)
+def test_options_are_kept_in_their_one_form(written, kept):
+    assert parse(b"A@x.example " + written + b" # why") == ({b"a@x.example": kept}, [])
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        b"virus=delete", b"spam=", b"spam=move:", b"spam=move:x.example", b"spam=move:@x.example", b"spam=move:*",
+        b"virus=move:a@b@c", b"score=0", b"score=-1", b"score=high", b"score=1e3", b"score=99999", b"score=nan",
+        b"reject_score=normal", b"reject_score=1,5",
+    ],
+)  # fmt: skip
+def test_a_bad_option_is_reported_and_the_row_protects_without_it(option):
+    assert parse(b"a@x.example score=3 " + option)[1] == [(1, False)]
+    assert parse(b"a@x.example " + option)[0] == {b"a@x.example": b""}
+    assert "in force without it" in complaint(b"a@x.example " + option)
+
+
+def test_an_option_of_the_other_table_is_an_error():
+    table, problems = parse_table(b"a@x.example spam=reject\n", "table", rows.OPTIONS["clamavclients"])
+    assert table == {b"a@x.example": b""}
+    assert "belongs into spamdclients" in problems[0].text
 
 
 def test_the_last_of_equal_keys_counts_and_the_first_is_named():

@@ -1,0 +1,246 @@
+"""The recipient tables from MariaDB or MySQL, read for a snapshot. Nothing here stands in the path of a message.
+
+Each look is one short connection of its own: nothing of an earlier trouble can be left in it, and aiomysql's pool,
+which can wait for ever, is not needed. Unchanged tables cost one fingerprint query. All that is read comes from one
+read-only transaction, so that the fingerprint belongs to exactly these rows. Every wait has a limit; whatever goes
+wrong is a ConfigError that says what the server said.
+
+The fingerprint is the number of rows and a checksum over ``updated_column``, which an index alone answers (a million
+rows: a third of a second). The checksum sees what the newest time alone would miss: a transaction that ends after a
+younger one. Rows that go away change the number. Without such a column the checksum is over the whole rows.
+"""
+
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing
+from dataclasses import dataclass
+from functools import partial
+
+import aiomysql
+
+from contentfilter.config.settings import MariaDb, Settings
+from contentfilter.deadline import Deadline
+from contentfilter.errors import ConfigError, Problem
+from contentfilter.model import readable
+from contentfilter.tables.files import default_domain, read_file
+from contentfilter.tables.result import Builder
+from contentfilter.tables.rows import TABLES, Rows, Source, Table
+
+BATCH = 2000  # rows between two chances for others on the event loop
+MAX_PASSWORD_FILE = 4096
+_CLIENT_SSL = 1 << 11  # capability flag of the protocol
+_BINARY = "utf8mb4"  # addresses come as UTF-8, or as they are where the column is binary
+
+
+def server_name(settings: MariaDb) -> str:
+    """How this source is called in problems and in a snapshot's header. Never with the password."""
+    place = settings.socket or f"{settings.host}:{settings.port}"
+    return f"mariadb {settings.user}@{place}/{settings.database}"
+
+
+async def read_tables(settings: Settings, known: tuple[Source, ...] = ()) -> tuple[Rows, tuple[Problem, ...]] | None:
+    """Both tables, and the rows that were left out; None where nothing changed since the state ``known``.
+
+    Raises ConfigError when they cannot be had within ``load_timeout``.
+    """
+    db = settings.mariadb
+    domain, files = await default_domain(settings.service.control)
+    deadline = Deadline.after(db.load_timeout)
+    async with _session(db, deadline) as session:
+        fingerprint = await session.fingerprint()
+        sources = (Source(server_name(db), fingerprint=fingerprint), *files)
+        if fingerprint and sources == known:
+            return None
+        (clamav, problems), (spamd, more) = [await session.table(index) for index in (0, 1)]
+    return Rows(clamav, spamd, domain, sources), (*problems, *more)
+
+
+@asynccontextmanager
+async def _session(db: MariaDb, deadline: Deadline) -> AsyncIterator["_Session"]:
+    """A read-only transaction. Its end closes the connection, whatever happened; all errors become ConfigError."""
+    trouble = partial(_bad, server_name(db))
+    password = await _password(db.password_file)
+    try:
+        connection = _Connection(
+            host=db.host,
+            port=db.port,
+            unix_socket=db.socket or None,
+            user=db.user,
+            password=password,
+            db=db.database,
+            charset=_BINARY,
+            use_unicode=False,
+            conv={},  # values stay bytes
+            local_infile=False,
+            autocommit=None,
+            ssl=_tls(db),
+        )
+    except (OSError, ValueError) as e:
+        raise trouble(f"TLS: {e}") from e
+    with closing(connection):
+        try:
+            async with deadline.within(db.connect_timeout).timeout():
+                await connection.ping()  # connects
+        except TimeoutError as e:
+            raise trouble(f"no connection and login within {db.connect_timeout:g} s") from e
+        except Exception as e:  # aiomysql believes the server: nonsense from it can raise anything
+            raise trouble(f"cannot connect: {_said(e)}") from e
+        session = _Session(connection, db, deadline)
+        try:
+            await session.begin()
+            yield session
+        except ConfigError:
+            raise
+        except TimeoutError as e:
+            late = f"not done within {db.load_timeout:g} s" if deadline.expired() else f"silent for {db.timeout:g} s"
+            raise trouble(late) from e
+        except Exception as e:  # as above
+            raise trouble(_said(e)) from e
+
+
+class _Connection(aiomysql.Connection):  # type: ignore[misc]  # aiomysql has no types
+    """aiomysql's, but one that never falls back to plain text where TLS is wanted, or hands the password out in it."""
+
+    async def _request_authentication(self) -> None:
+        if self._ssl_context and not self.server_capabilities & _CLIENT_SSL:
+            raise aiomysql.OperationalError(0, "the server offers no TLS")
+        await super()._request_authentication()
+
+    async def _process_auth(self, plugin_name: bytes, auth_packet: object) -> object:
+        if plugin_name == b"mysql_clear_password" and not self._secure:
+            raise aiomysql.OperationalError(0, "the server wants the password in plain text")
+        return await super()._process_auth(plugin_name, auth_packet)
+
+
+@dataclass(frozen=True, slots=True)
+class _Session:
+    """What is asked of the server, each wait with its limit."""
+
+    connection: _Connection
+    db: MariaDb
+    deadline: Deadline
+
+    def _limit(self) -> Deadline:
+        return self.deadline.within(self.db.timeout)
+
+    async def begin(self) -> None:
+        for text in (
+            "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ",
+            "START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY",
+        ):
+            async with self._limit().timeout():
+                await self.connection.query(text)
+
+    async def fingerprint(self) -> str:
+        """What differs whenever the tables do; empty where there is no way to tell."""
+        query = fingerprint_query(self.db)
+        if not query:
+            return ""
+        cursor = await self._execute(query)
+        async with self._limit().timeout():
+            rows = await cursor.fetchmany(2)
+            if len(rows) != 1 or all(value is None for value in rows[0]):
+                raise _bad("[mariadb] fingerprint_query", "expected exactly one row that is not NULL")
+            await cursor.close()
+        return "|".join("" if value is None else readable(value[:256]) for value in rows[0])
+
+    async def table(self, index: int) -> tuple[Table, tuple[Problem, ...]]:
+        """The rows of clamavclients (0) or spamdclients (1)."""
+        query = table_query(self.db, index)
+        builder = Builder(TABLES[index])
+        if query:
+            cursor = await self._execute(query)
+            builder.begin([(name, kind) for name, kind, *_ in cursor.description or ()])
+            more = True
+            while more:
+                async with self._limit().timeout():
+                    batch = await cursor.fetchmany(BATCH)
+                builder.add(batch)
+                more = len(batch) == BATCH
+            async with self._limit().timeout():
+                await cursor.close()
+        return builder.table, builder.report.problems()
+
+    async def _execute(self, query: str) -> "aiomysql.SSCursor":
+        cursor = await self.connection.cursor(aiomysql.SSCursor)
+        async with self._limit().timeout():
+            await cursor.execute(query)
+        return cursor
+
+
+def table_query(db: MariaDb, index: int) -> str:
+    """The SELECT for clamavclients (0) or spamdclients (1); empty where that table is switched off."""
+    query, table, columns = (
+        (db.clamav_query, db.clamav_table, db.clamav_columns),
+        (db.spamd_query, db.spamd_table, db.spamd_columns),
+    )[index]
+    if query or not table:
+        return query
+    chosen = ", ".join(f"{quoted(name)} AS {quoted(meaning)}" for meaning, name in map(column, columns))
+    return f"SELECT {chosen} FROM {quoted(table)}"  # noqa: S608 - quoted, and from the administrator
+
+
+def fingerprint_query(db: MariaDb) -> str:
+    """One row that differs whenever the tables do; empty where only reading all can tell."""
+    if db.fingerprint_query:
+        return db.fingerprint_query
+    if db.clamav_query or db.spamd_query:
+        return ""
+    parts = []
+    for table, columns in ((db.clamav_table, db.clamav_columns), (db.spamd_table, db.spamd_columns)):
+        if not table:
+            continue
+        if db.updated_column:
+            summed = quoted(db.updated_column)
+        else:  # with a mark for NULL, which CONCAT_WS leaves out
+            names = ", ".join(f"IFNULL({quoted(name)}, '\\t')" for _, name in map(column, columns))
+            summed = f"CONCAT_WS('\\n', {names})"
+        parts.append(f"(SELECT CONCAT(COUNT(*), ':', IFNULL(SUM(CRC32({summed})), 0)) FROM {quoted(table)})")  # noqa: S608
+    return "SELECT " + ", ".join(parts) if parts else ""
+
+
+def column(entry: str) -> tuple[str, str]:
+    """``meaning=name`` of clamav_columns and spamd_columns: what the column means, and its name in the table."""
+    meaning, _, name = entry.partition("=")
+    return meaning, name or meaning
+
+
+def quoted(name: str) -> str:
+    """An identifier, each of its parts where there is a dot, in back-quotes."""
+    return ".".join("`" + part.replace("`", "``") + "`" for part in name.split("."))
+
+
+def _bad(path: str, text: str) -> ConfigError:
+    return ConfigError((Problem(path, 0, text),))
+
+
+async def _password(path: str) -> str:
+    if not path:
+        return ""
+    data, state = await read_file(path, MAX_PASSWORD_FILE)
+    if state.size < 0:
+        raise ConfigError((Problem(path, 0, "there is no such file"),))
+    return data.partition(b"\n")[0].rstrip(b"\r").decode("utf-8", "surrogateescape")
+
+
+def _tls(db: MariaDb) -> ssl.SSLContext | None:
+    if db.tls == "off":
+        return None
+    context = ssl.create_default_context(cafile=db.tls_ca or None)
+    if db.tls == "unverified":
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    if db.tls_cert:
+        context.load_cert_chain(db.tls_cert, db.tls_key or None)
+    return context
+
+
+def _said(error: Exception) -> str:
+    """The server's words, or the system's."""
+    cause = error.__cause__
+    code, *words = error.args or ("",)
+    text = str(words[0]) if words else str(code)
+    text += f" ({cause})" if isinstance(cause, OSError) and str(cause) else ""
+    if not isinstance(error, aiomysql.MySQLError | OSError):
+        text = f"what the server says makes no sense: {type(error).__name__}: {text}"
+    return readable(text.encode("utf-8", "replace")) + (f" (error {code})" if isinstance(code, int) and code else "")

@@ -72,9 +72,9 @@ class MariaDb(Section, frozen=True):
     load_timeout: Seconds = 60.0  # everything together
     clamav_table: str = "clamavclients"  # empty, and no query: the table has no rows
     clamav_columns: tuple[str, ...] = ("address", "exempt", "virus")  # "address=email": the column is named email
-    clamav_query: str = ""  # a SELECT of our own in place of table and columns
     spamd_table: str = "spamdclients"
     spamd_columns: tuple[str, ...] = ("address", "exempt", "spam", "score", "reject_score")
+    clamav_query: str = ""  # a SELECT of the administrator's own, in place of table and columns
     spamd_query: str = ""
     updated_column: str = "updated_at"  # tells a change at the price of an index; empty: whole rows are summed up
     fingerprint_query: str = ""  # one row that differs whenever the tables do

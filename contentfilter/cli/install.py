@@ -13,7 +13,7 @@ import click
 from contentfilter.cli.hook import Refusable
 from contentfilter.config import DEFAULT_PATH
 from contentfilter.ops import install as ops
-from contentfilter.ops.qmail import RefusedError, carry_out
+from contentfilter.ops.qmail import RefusedError, Step, carry_out
 from contentfilter.ops.things import System
 
 _prefix = click.option(
@@ -49,14 +49,17 @@ def install(
     trouble = ops.unreachable([package.command, Path(sys.executable)])
     if trouble and system.real:
         raise RefusedError(f"{trouble}; install contentfilter into /opt, with a Python that everybody may use")
-    plan = ops.plan_install(package, system, qmail, start=start)
+    plan = ops.plan_install(package, system, qmail)
     if not dry_run:
         carry_out(plan.steps)
     if trouble:
         plan.warnings.append(trouble)
-    _tell(plan, "already installed", dry_run=dry_run, as_json=as_json)
+    starting = [ops.start_step(system)] if start and system.systemd else []
+    _tell(ops.Plan(plan.steps + starting, plan.warnings), "already installed", dry_run=dry_run, as_json=as_json)
+    if not dry_run:
+        _do(starting)
     if not as_json:
-        click.echo(_what_next(package, system, started=start))
+        click.echo(_what_next(package, system, started=bool(starting)))
 
 
 @click.command(cls=Refusable)
@@ -78,6 +81,15 @@ def uninstall(prefix: Path, *, purge: bool, dry_run: bool, as_json: bool) -> Non
                     f"{step.text}: {error}; what came before is done: correct it and call again"
                 ) from None
     _tell(plan, "nothing to remove", dry_run=dry_run, as_json=as_json)
+
+
+def _do(steps: list[Step]) -> None:
+    """One after the other, up to the first that fails; calling again goes on from there."""
+    for step in steps:
+        try:
+            step.do()
+        except OSError as error:
+            raise RefusedError(f"{step.text}: {error}; what came before is done. Correct it and call again") from None
 
 
 def _need_root(system: System, *, dry_run: bool) -> None:

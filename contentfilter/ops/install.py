@@ -61,7 +61,7 @@ class Plan:
     warnings: list[str]
 
 
-def plan_install(package: Package, system: System, qmail: str, *, start: bool) -> Plan:
+def plan_install(package: Package, system: System, qmail: str) -> Plan:
     """Raises RefusedError."""
     for what in (str(package.command), qmail):
         if not _PLAIN.fullmatch(what):
@@ -80,7 +80,7 @@ def plan_install(package: Package, system: System, qmail: str, *, start: bool) -
                 why = "edited since it was installed" if thing.path in before.made else "not made by this command"
                 warnings.append(f"{thing.path}: kept, it was {why}")
     to_make = with_missing_parents(system, to_make)
-    return Plan(_install_steps(system, before, qmail, to_make, start=start), warnings)
+    return Plan(_install_steps(system, before, qmail, to_make), warnings)
 
 
 def wanted(package: Package, system: System, qmail: str) -> list[Thing]:
@@ -112,7 +112,7 @@ def wanted(package: Package, system: System, qmail: str) -> list[Thing]:
     return things
 
 
-def _install_steps(system: System, before: Inventory, qmail: str, to_make: list[Thing], *, start: bool) -> list[Step]:
+def _install_steps(system: System, before: Inventory, qmail: str, to_make: list[Thing]) -> list[Step]:
     steps = [_make(system, before, thing) for thing in to_make]
     if to_make:
         after = before.with_things(qmail, to_make)
@@ -122,9 +122,12 @@ def _install_steps(system: System, before: Inventory, qmail: str, to_make: list[
         steps.insert(first, Step(f"write {Inventory.PATH}", lambda: after.write(system), undo))
     if any(thing.path.startswith(UNITS) and thing.kind == "file" for thing in to_make):
         steps.append(_command(system, "systemctl", "daemon-reload"))
-    if start and system.systemd:
-        steps.append(_command(system, "systemctl", "enable", "--now", SOCKET, SERVICE))
     return steps
+
+
+def start_step(system: System) -> Step:
+    """Not one of plan_install's: a daemon that does not start is no reason to take everything back."""
+    return _command(system, "systemctl", "enable", "--now", SOCKET, SERVICE)
 
 
 def _make(system: System, before: Inventory, thing: Thing) -> Step:
@@ -158,7 +161,7 @@ def plan_uninstall(system: System, *, purge: bool) -> Plan:
         if edited and not (purge or thing.keep):
             warnings.append(f"{thing}: kept, it was edited since it was installed")
         needed = any(path.startswith(f"{thing.path}/") for path in left)
-        if needed or not purge and (thing.keep or edited):
+        if needed or (not purge and (thing.keep or edited)):
             left.append(thing.path)
         else:
             gone.append(thing)

@@ -267,9 +267,9 @@ def carry_out(steps: list[Step]) -> None:
             step.do()
             done.append(step)
     except OSError as error:
-        for step in reversed(done):
+        for finished in reversed(done):
             with contextlib.suppress(OSError):
-                step.undo()
+                finished.undo()
         raise RefusedError(f"{step.text}: {error.strerror or error}; nothing was changed") from None
 
 

@@ -1,6 +1,7 @@
 """Parts die, stop, restart and lie, while mail is on its way: none is lost, doubled, refused, or left behind."""
 
 import os
+import resource
 import signal
 from contextlib import ExitStack
 from pathlib import Path
@@ -54,6 +55,33 @@ def test_a_supervisor_that_is_killed_alone_lets_its_worker_finish(make_system, t
         system.daemon.wait_exit()
         system.daemon.start()
         assert system.deliver(PLAIN, b"a@elsewhere.example").status == 0
+
+
+def test_a_worker_that_hangs_is_replaced_and_its_message_goes_on(make_system, tmp_path: Path) -> None:
+    with Peer(tmp_path, in_turn(says_and_stays(b""), CLEAN), read_clamd) as peer:
+        system = make_system(clamd=peer, settings={"service": {"stuck_after": 2.0}})
+        process, standin = system.start_hook(PLAIN, (ONE,))
+        waiting_in(system.daemon, peer)
+        os.kill(system.daemon.workers()[0], signal.SIGSTOP)
+        d = system.delivered(process.wait(), standin)
+        assert (d.status, d.stderr, len(d.queued)) == (0, "", 1)
+        assert len(system.daemon.log("worker.stuck")) == 1
+
+
+def test_too_few_descriptors_defer_at_worst_and_lose_nothing(make_system, clamd) -> None:
+    system = make_system(clamd=clamd)
+    assert system.deliver(PLAIN, ONE).status == 0
+    (worker,) = system.daemon.workers()
+    limit = max(int(path.name) for path in Path(f"/proc/{worker}/fd").iterdir()) + 4
+    resource.prlimit(worker, resource.RLIMIT_NOFILE, (limit, limit))
+    with Load(system, senders=6) as load:
+        load.more(20)
+    for message, to, d in load.results:
+        assert len(d.queued) == (len(to) if d.status == 0 else 0)
+        assert (d.status, d.text[:1]) in ((0, ""), (TOLD, "Z")), (message, d.text)
+    assert system.deliver(PLAIN, ONE).status == 0
+    assert system.daemon.workers() == [worker]
+    assert len(system.daemon.log("intake.accept-failed") + system.daemon.log("intake.garbage")) > 0
 
 
 @pytest.mark.parametrize("activated", [False, True], ids=["own socket", "systemd's socket"])

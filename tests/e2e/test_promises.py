@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from e2e.mails import PLAIN, SPAM, VIRUS
-from e2e.trouble import kill_everything, open_files, waiting_in
+from e2e.trouble import SPLIT, kill_everything, open_files, waiting_in
 from lab.hook import until
 from lab.offer import Offer
 from lab.peers import Peer, read_clamd, read_spamd, says_and_stays
@@ -18,7 +18,6 @@ from contentfilter.wire import envelope
 
 TOLD = 82  # the status for which notqmail reads the text
 UNPROTECTED = b"user@elsewhere.example"
-SPLIT = (b"virus-only@mixed.example", b"none@mixed.example")  # one is checked, the other is not
 
 
 # 1. No mail is lost
@@ -146,18 +145,20 @@ def test_what_is_queued_are_our_lines_and_the_original_bytes(system: System, to:
 
 
 @pytest.mark.parametrize("to", [(UNPROTECTED,), SPLIT], ids=["one", "split"])
-def test_every_size_around_the_ways_that_bytes_take(system: System, to: tuple[bytes, ...]) -> None:
+@pytest.mark.parametrize("forged", [b"", b"X-ContentFilter: forged\n\n"], ids=["in front", "in place of the header"])
+def test_every_size_around_the_ways_that_bytes_take(system: System, to: tuple[bytes, ...], forged: bytes) -> None:
     """Below 64 KiB a pipe, then memory, then a file: each limit from both sides."""
-    ours = len(system.deliver(b"", UNPROTECTED).only.message)
+    renamed = forged.replace(b"X-", b"X-Received-X-")
+    ours = len(system.deliver(b"", UNPROTECTED).only.message) + len(renamed) - len(forged)
     pipe = [65_536 - ours + n for n in (-1, 0, 1)] + [65_536 + n for n in (-1, 0, 1)]
     ways = [(size, {}) for size in (4095, 4096, 4097, *pipe, 131_072)]
     ways += [(100_000 + n, {"memory": 100_000}) for n in (-ours, 1 - ours, -1, 0, 1)]
-    ways += [(size, {"memory": 0}) for size in (1, 65_536, 65_537, 300_000)]
+    ways += [(size, {"memory": 0}) for size in (len(forged), 65_536, 65_537, 300_000)]
     for size, conf in ways:
-        message = os.urandom(size)
-        d = system.deliver(message, *to, spool=system.directory, **conf)
+        body = os.urandom(size - len(forged))
+        d = system.deliver(forged + body, *to, spool=system.directory, **conf)
         assert (d.status, len(d.queued)) == (0, len(to)), (size, conf)
-        assert all(exact(q.message, message) for q in d.queued), (size, conf)
+        assert all(exact(q.message, renamed + body) for q in d.queued), (size, conf)
 
 
 def test_a_mark_changes_the_subject_and_nothing_else(system: System) -> None:

@@ -1,6 +1,7 @@
 """What the tests of bad days share: who is killed, what is still open, mail that keeps coming."""
 
 import contextlib
+import itertools
 import os
 import signal
 import threading
@@ -9,12 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lab.daemon import Daemon
-from lab.hook import HookProcess, until
+from lab.hook import until
 from lab.peers import Peer
-from lab.standin import Standin
 from lab.system import Delivered, System
 
-Started = tuple[HookProcess, Standin]
+SPLIT = (b"virus-only@mixed.example", b"none@mixed.example")  # one is checked, the other is not
 
 
 def kill_everything(daemon: Daemon) -> None:
@@ -79,11 +79,11 @@ def watched(look: Callable[[], int]) -> Iterator[list[int]]:
 
 @dataclass
 class Load:
-    """Messages that keep coming, from ``senders`` threads, each message with bytes of its own."""
+    """Messages that keep coming, from ``senders`` threads: each with bytes of its own, every other one split."""
 
     system: System
     senders: int = 3
-    results: list[tuple[bytes, Delivered]] = field(default_factory=list)
+    results: list[tuple[bytes, tuple[bytes, ...], Delivered]] = field(default_factory=list)
 
     def __enter__(self) -> "Load":
         self._over = threading.Event()
@@ -105,17 +105,20 @@ class Load:
             assert self._news.wait_for(lambda: len(self.results) >= goal, 60), "the mail stands still"
 
     def _send(self, number: int) -> None:
-        count = 0
-        while not self._over.is_set():
-            count += 1
+        for count in itertools.count():
+            if self._over.is_set():
+                return
             message = b"Subject: load\n\nmessage %d of sender %d\n" % (count, number)
-            delivered = self.system.deliver(message, b"virus-only@mixed.example")
+            to = SPLIT[: 1 + count % 2]
+            delivered = self.system.deliver(message, *to)
             with self._news:
-                self.results.append((message, delivered))
+                self.results.append((message, to, delivered))
                 self._news.notify_all()
 
     def nothing_went_wrong(self) -> None:
-        """None lost, doubled, refused or deferred, and none changed."""
-        wrong = [(d.status, d.text, d.stderr, len(d.queued)) for _, d in self.results if d.status or len(d.queued) != 1]
-        assert wrong == []
-        assert all(d.only.message.endswith(message) for message, d in self.results)
+        """None lost, doubled, refused or deferred, and none changed; the hooks had nothing to complain of."""
+        wrong = [(d.status, d.text, d.stderr) for _, _, d in self.results if d.status or d.stderr or d.text]
+        assert not wrong, str(wrong[:5])
+        for message, to, d in self.results:
+            assert sorted(address for q in d.queued for address in q.envelope.recipients) == sorted(to)
+            assert all(q.message.endswith(b"\n" + message) for q in d.queued)

@@ -30,13 +30,14 @@ from contentfilter.scanners.signatures import (
 )
 from contentfilter.scanners.spamd import SpamdScanner
 from contentfilter.service.bus import Event
+from contentfilter.service.housekeeping import Chore
 from contentfilter.service.supervisor import Loaded, worker_count
 from contentfilter.service.worker import Surroundings
 from contentfilter.tables.files import load_tables, sources
 from contentfilter.tables.rows import Source
 from contentfilter.tables.snapshot import Snapshot, compile_snapshot
 from contentfilter.verdict.quarantine import Quarantine
-from contentfilter.verdict.record import Record, fields
+from contentfilter.verdict.record import Account, Record, fields
 from contentfilter.verdict.release import load_secret
 from contentfilter.wire import envelope as envelope_format
 from contentfilter.wire import hook
@@ -103,6 +104,17 @@ class Files:
 
     def _loaded(self, runtime: Runtime, table_problems: tuple[Problem, ...]) -> Loaded:
         return Loaded(runtime.settings, msgspec.msgpack.encode(runtime), (*self._problems, *table_problems))
+
+
+def chores() -> tuple[Chore, ...]:
+    """What the supervisor does now and then."""
+    return (Chore("quarantine", expire_quarantine),)
+
+
+def expire_quarantine(settings: Settings) -> dict[str, int]:
+    """Retention and quota of the quarantine. Raises OSError."""
+    removed = Quarantine.of(settings).expire()
+    return {"entries": len(removed.entries), "stray": removed.stray, "used": removed.used}
 
 
 def make_runtime(settings: Settings, controls: Controls, snapshot: str) -> tuple[Runtime, tuple[Problem, ...]]:
@@ -205,10 +217,10 @@ class Application:
             job.incident, envelope, job.message, job.origin, job.deadline, self._emit, job.request.attempt
         )
 
-    def _emit(self, record: Record) -> None:
+    def _emit(self, record: Record, account: Account) -> None:
         plain = fields(record)
         self._surroundings.log.info("mail.done", **plain)
-        self._surroundings.emit(Event("mail.done", plain))
+        self._surroundings.emit(Event("mail.done", plain, msgspec.json.encode(account)))
 
     async def close(self) -> None:
         await self._workbench.aclose()

@@ -87,3 +87,11 @@ class BackendError(ContentFilterError):
 
 class QuarantineError(ContentFilterError):
     """An entry of the quarantine that is not there, is damaged, or could not be released."""
+
+
+class JournalError(ContentFilterError):
+    """The journal could not be read or written. ``unusable``: and will not be until the file is replaced."""
+
+    def __init__(self, text: str, *, unusable: bool = False) -> None:
+        super().__init__(text)
+        self.unusable = unusable

@@ -109,6 +109,9 @@ class Want(enum.Enum):
     PROCESS = "PROCESS"  # the whole rewritten message
 
 
+_PRINTABLE = bytes(b if 32 <= b < 127 else 63 for b in range(256))
+
+
 def readable(data: BytesLike) -> str:
     """Printable ASCII for logs and texts: everything else becomes ``?``, as qmail-showctl does."""
-    return bytes(b if 32 <= b < 127 else 63 for b in memoryview(data).cast("B")).decode("ascii")
+    return bytes(data).translate(_PRINTABLE).decode("ascii")

@@ -21,7 +21,7 @@ from contentfilter.scanners.signatures import Engine
 from contentfilter.scanners.spamd import SpamdScanner
 from contentfilter.verdict.case import Case
 from contentfilter.verdict.quarantine import Quarantine
-from contentfilter.verdict.record import Record, fields, make_record
+from contentfilter.verdict.record import Account, Record, fields, make_account, make_record
 from contentfilter.verdict.release import released
 from contentfilter.verdict.reply import answer
 from contentfilter.wire import hook
@@ -67,16 +67,16 @@ class Pipeline:
         message: Message,
         origin: Origin,
         deadline: Deadline,
-        emit: Callable[[Record], None],
+        emit: Callable[[Record, Account], None],
         attempt: int = 0,
     ) -> hook.Answer:
-        """The answer for one message, and exactly one record of it."""
+        """The answer for one message, and exactly one record of it, with its account."""
         started = time.monotonic()
         case = await self.examine(incident, envelope, message, origin, deadline)
         if case.decision.quarantined:
             case = await self._kept(case, deadline)
         reply = answer(case)
-        emit(make_record(case, attempt, time.monotonic() - started))
+        emit(make_record(case, attempt, time.monotonic() - started), make_account(case, reply.text))
         return reply
 
     async def examine(

@@ -33,6 +33,8 @@ def status(config_path: str, as_json: bool) -> None:
             f"{worker.open} in flight, {worker.counters.get('answered', 0)} answered, "
             f"last heard {worker.silent:.1f} s ago"
         )
+    if reply.not_recorded:
+        click.echo(f"{reply.not_recorded} messages are not in the journal; the log says why (journal.failed)")
     for problem in reply.problems:
         click.echo(f"not in force: {problem}")
 

@@ -8,6 +8,7 @@ import asyncio
 import json
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -15,16 +16,17 @@ from typing import Any
 import click
 
 from contentfilter.app import Workbench
+from contentfilter.cli.common import print_story
 from contentfilter.config.settings import Settings
 from contentfilter.deadline import Deadline
 from contentfilter.intake.message import message_of
 from contentfilter.intake.origin import classify, resolve
 from contentfilter.model import Envelope, Origin, OriginKind
 from contentfilter.policy.decide import Action
-from contentfilter.policy.explain import Line, story
 from contentfilter.verdict.case import Case
-from contentfilter.verdict.record import fields, make_record
+from contentfilter.verdict.record import case_story, fields, make_record
 from contentfilter.verdict.reply import answer
+from contentfilter.wire import hook
 
 INCIDENT = "explain"
 ADDRESS_MAX = 1002  # qmail-queue's limit
@@ -59,12 +61,13 @@ def explain(
     environ = dict(_variable(text) for text in variables)
     envelope = Envelope(_address(sender), tuple(_address(r) for r in recipients))
     case = asyncio.run(_examine(config_path, data, envelope, origin, environ))
-    lines = story(case.envelope, case.origin, case.message.size, case.plan, case.outcomes, case.decision)
+    reply = answer(case)
+    lines = case_story(case)
     if as_json:
-        facts = fields(make_record(case, 0, 0.0)) | {"story": [[line.stage, line.text] for line in lines]}
-        click.echo(json.dumps(facts | {"text": answer(case).text}, indent=2))
+        facts = fields(make_record(case, 0, 0.0)) | {"story": lines, "text": reply.text}
+        click.echo(json.dumps(facts, indent=2))
     else:
-        _print(lines, case)
+        print_story((*lines, *_answer(reply)))
     sys.exit(0 if case.decision.action in (Action.QUEUE, Action.DROP) else 1)
 
 
@@ -108,14 +111,11 @@ def _address(text: str) -> bytes:
     return address
 
 
-def _print(lines: tuple[Line, ...], case: Case) -> None:
-    width = max(len(line.stage) for line in lines)
-    for line in lines:
-        click.echo(f"{line.stage:<{width}}  {line.text}")
-    reply = answer(case)
+def _answer(reply: hook.Answer) -> Iterator[tuple[str, str]]:
+    """What the client is told, and the first lines that each submission gets in front."""
     if reply.text:
-        click.echo(f"{'SMTP text':<{width}}  {reply.text}")
+        yield "SMTP text", reply.text
     for number, submission in enumerate(reply.submissions, 1):
         head = submission.prepend[:2000].decode("utf-8", "replace").rstrip("\n").split("\n")
         for text in head[:12]:
-            click.echo(f"{f'header {number}':<{width}}  {text}")
+            yield f"header {number}", text

@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "check": ("contentfilter.cli.check", "check", "Validate everything that serve would read."),
     "showctl": ("contentfilter.cli.showctl", "showctl", "Print H-Sphere's parameters in qmail-showctl's form."),
     "explain": ("contentfilter.cli.explain", "explain", "Say what would happen to a message, and why."),
+    "why": ("contentfilter.cli.why", "why", "Say what happened to a message, and why."),
     "clients": ("contentfilter.cli.clients", "clients", "List and change the recipient tables."),
     "quarantine": ("contentfilter.cli.quarantine", "quarantine", "Look at, release and remove what was kept."),
     "status": ("contentfilter.cli.control", "status", "Say what the daemon does right now."),

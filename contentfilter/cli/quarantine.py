@@ -13,15 +13,14 @@ import os
 import pwd
 import re
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import click
 
+from contentfilter.cli.common import become_owner, moment
 from contentfilter.cli.quarantine_view import print_entries, print_message, progress, story
 from contentfilter.config.load import load_settings
 from contentfilter.config.settings import Settings
@@ -36,7 +35,6 @@ EX_CONFIG = 78
 SUBMISSION = 300.0
 """Seconds for one qmail-queue."""
 
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _DEFAULT_QUEUE = "/var/qmail/bin/qmail-queue.real"
 
 
@@ -57,27 +55,14 @@ class _Group(click.Group):
             ctx.exit(1)
 
 
-def _moment(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
-    """``30m``, ``2h``, ``3d`` ago, or a date and time (ISO 8601, local where no zone is given)."""
-    if value is None:
-        return None
-    if ago := re.fullmatch(r"([0-9]{1,9})([smhdw])", value, re.ASCII):
-        return time.time() - int(ago[1]) * _UNITS[ago[2]]
-    try:
-        return datetime.fromisoformat(value).timestamp()
-    except (ValueError, OverflowError):
-        wanted = "an age (30m, 2h, 3d) nor a date (2026-08-01, 2026-08-01T09:00)"
-        raise click.BadParameter(f"{value!r} is neither {wanted}", ctx, param) from None
-
-
 _FILTERS = (
     click.option("--sender", metavar="PATTERN", help="Part of the sender; * and ? for whole patterns."),
     click.option("--recipient", metavar="PATTERN", help="Part of a recipient's address."),
     click.option("--signature", metavar="NAME", help="The name that hit, whole or with * and ?."),
     click.option("--message-id", metavar="PATTERN", help="Part of the Message-ID."),
     click.option("--subject", metavar="PATTERN", help="Part of the subject."),
-    click.option("--since", metavar="WHEN", callback=_moment, help="Kept since: 30m, 2h, 3d or a date."),
-    click.option("--until", metavar="WHEN", callback=_moment, help="Kept before."),
+    click.option("--since", metavar="WHEN", callback=moment, help="Kept since: 30m, 2h, 3d or a date."),
+    click.option("--until", metavar="WHEN", callback=moment, help="Kept before."),
 )
 _json = click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
 _yes = click.option("--yes", is_flag=True, help="Do not ask.")
@@ -113,24 +98,8 @@ def _desk(config_path: str) -> Desk:
         by = asking or pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
         by = str(os.getuid())
-    _become_owner(Path(settings.service.state))
+    become_owner(Path(settings.service.state))
     return Desk(settings, Quarantine.of(settings), by)
-
-
-def _become_owner(directory: Path) -> None:
-    """Root gives its rights up: no file appears that the daemon cannot read, no link leads root astray."""
-    try:
-        status = directory.stat()
-    except FileNotFoundError:
-        return
-    if os.geteuid() or not status.st_uid:
-        return
-    try:
-        os.initgroups(pwd.getpwuid(status.st_uid).pw_name, status.st_gid)
-    except KeyError:
-        os.setgroups([])
-    os.setgid(status.st_gid)
-    os.setuid(status.st_uid)
 
 
 @click.group(cls=_Group)

@@ -7,10 +7,10 @@ import json
 import re
 import sys
 from collections.abc import Iterable
-from datetime import datetime
 
 import click
 
+from contentfilter.cli.common import print_rows, when
 from contentfilter.model import readable
 from contentfilter.verdict.entry import Entry, plain
 
@@ -28,19 +28,7 @@ def print_entries(entries: list[Entry], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([plain(entry) for entry in entries]))
         return
-    rows = [_row(entry) for entry in entries]
-    if not sys.stdout.isatty():
-        for row in rows:
-            click.echo("\t".join(row))
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("Incident", "Kept", "From", "Withheld from", "Rule", "Bytes", "State", box=None)
-    for row in rows:
-        table.add_row(*map(Text, row))  # Text: nothing that a sender wrote is markup
-    Console().print(table)
+    print_rows(("Incident", "Kept", "From", "Withheld from", "Rule", "Bytes", "State"), map(_row, entries))
 
 
 def _row(entry: Entry) -> tuple[str, ...]:
@@ -50,13 +38,13 @@ def _row(entry: Entry) -> tuple[str, ...]:
     rule = entry.damaged or entry.rule or "-"
     state = "damaged" if entry.damaged else "released" if entry.released else "kept"
     sender = readable(entry.sender) or "<>"
-    return entry.incident, _when(entry.time), sender, to + more, rule, str(entry.size), state
+    return entry.incident, when(entry.time), sender, to + more, rule, str(entry.size), state
 
 
 def story(entry: Entry) -> list[tuple[str, str]]:
     lines = [
         ("incident", entry.incident),
-        ("kept", _when(entry.time)),
+        ("kept", when(entry.time)),
         ("from", f"<{readable(entry.sender)}>"),
         ("to", _named(entry.recipients)),
         ("withheld", _named(entry.withheld)),
@@ -73,17 +61,13 @@ def story(entry: Entry) -> list[tuple[str, str]]:
     lines += [("version", f"{name} {version}") for name, version in entry.versions.items()]
     for done in entry.released:
         more = f" and {len(done.to) - SHOWN} more" if len(done.to) > SHOWN else ""
-        lines.append(("released", f"{_when(done.time)} by {done.by} to {', '.join(done.to[:SHOWN])}{more}"))
+        lines.append(("released", f"{when(done.time)} by {done.by} to {', '.join(done.to[:SHOWN])}{more}"))
     return [(name, value) for name, value in lines if value]
 
 
 def _named(addresses: tuple[bytes, ...]) -> str:
     more = len(addresses) - SHOWN
     return ", ".join(map(readable, addresses[:SHOWN])) + (f" and {more} more" if more > 0 else "")
-
-
-def _when(moment: float) -> str:
-    return datetime.fromtimestamp(moment).astimezone().isoformat(timespec="seconds")
 
 
 def print_message(data: bytes) -> None:

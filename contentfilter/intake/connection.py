@@ -16,7 +16,7 @@ from base64 import b32hexencode
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import getrandbits
-from typing import Protocol
+from typing import Any, Protocol
 
 from contentfilter.deadline import Deadline
 from contentfilter.errors import MessageError, ProtocolError
@@ -87,6 +87,7 @@ class Room:
     log: Logger
     terms: Terms
     closed: Callable[["Connection"], None]
+    emit: Callable[[str, dict[str, Any]], None]  # an event with its fields, to whoever keeps them
     own_uid: int = field(default_factory=os.geteuid)
     counters: Counters = field(default_factory=Counters)
     garbage_log: "Rarely" = field(default_factory=lambda: Rarely(1.0))
@@ -334,10 +335,12 @@ class Connection:
             return
         results = [f"{r.status}{'+' if r.committed else ''}" for r in report.results]
         self._room.log.info("mail.report", id=self.incident, results=results)
+        self._room.emit("mail.report", {"id": self.incident, "results": results})
         self._close()
 
     def _no_report(self) -> None:
         self._room.log.warning("mail.report", id=self.incident, results=None)
+        self._room.emit("mail.report", {"id": self.incident, "results": None})
         self._close()
 
     # Bookkeeping

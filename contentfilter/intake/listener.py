@@ -13,7 +13,9 @@ import os
 import socket
 import stat
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from contentfilter.deadline import Deadline
 from contentfilter.errors import ContentFilterError
@@ -119,11 +121,17 @@ def inherited_socket(fd: int) -> socket.socket:
 class Listener:
     """Accepts hooks while it may, and knows every connection until it is closed."""
 
-    def __init__(self, listener: socket.socket, terms: Terms, log: Logger) -> None:
+    def __init__(
+        self,
+        listener: socket.socket,
+        terms: Terms,
+        log: Logger,
+        emit: Callable[[str, dict[str, Any]], None] = lambda name, fields: None,
+    ) -> None:
         self._socket = listener
         self._log = log
         self._loop = asyncio.get_running_loop()
-        self._room = Room(self._loop, log, terms, self._closed)
+        self._room = Room(self._loop, log, terms, self._closed, emit)
         self._open: set[Connection] = set()
         self._accepting = False
         self._stopped = False

@@ -21,6 +21,9 @@ EventDict = MutableMapping[str, Any]
 
 # Every event name that the daemon uses, with its meaning. A test compares this table with the source.
 EVENTS: Mapping[str, str] = {
+    "http.ready": "metrics and state of health are served at this address",
+    "http.failed": "the address of [http] cannot be used; mail goes on, and it is tried again",
+    "http.error": "a defect: a page could not be made; answered with 500",
     "intake.accept-failed": "accept(2) failed, mostly for want of descriptors; accepting pauses",
     "intake.garbage": "a packet or descriptors that no hook sends; the connection was closed",
     "intake.bad-message": "a sound request with descriptors that cannot serve as a message; deferred",
@@ -30,6 +33,11 @@ EVENTS: Mapping[str, str] = {
     "intake.bad-envelope": "a request whose envelope is malformed, which our hook never sends; deferred",
     "mail.done": "what happened to one message: the record with the fixed fields",
     "mail.report": "what the hook's several submissions came to",
+    "housekeeping.done": "a chore was done; the fields count what it removed",
+    "housekeeping.failed": "a chore failed; it is tried again with the next round",
+    "journal.failed": "the journal could not be written: some messages will not be found; mail is not affected",
+    "journal.malformed": "events that the journal cannot keep; dropped",
+    "journal.set-aside": "the journal's file was damaged or of another version; it was moved away and a new one begun",
     "origin.unknown-user": "a configured user name does not exist; it was left out",
     "quarantine.no-secret": "released mail cannot be recognised: the secret in the state directory is unusable",
     "service.start": "the supervisor has its sockets and starts workers",

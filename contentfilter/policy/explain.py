@@ -11,6 +11,8 @@ from contentfilter.policy.plan import ScanPlan, Treatment
 
 SHOWN = 20
 """Recipients named per line; the rest is counted."""
+GROUPS_SHOWN = 50
+"""Lines for recipients, and for deliveries; the rest is counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +46,10 @@ def story(
         Line("message", f"{size} bytes from <{readable(envelope.sender)}>, {len(envelope.recipients)} recipient(s)"),
         Line("origin", f"{origin.kind.value}: {_ORIGINS[origin.kind]} (uid {origin.uid})"),
     ]
-    for treatment, members in plan.groups:
+    for treatment, members in plan.groups[:GROUPS_SHOWN]:
         lines.append(Line("recipients", f"{_names(envelope, members)}: {_treatment(treatment)}"))
+    if (more := len(plan.groups) - GROUPS_SHOWN) > 0:
+        lines.append(Line("recipients", f"{more} more groups of them"))
     if plan.limit:
         lines.append(Line("limit", f"exceeds {plan.limit}"))
     said = {outcome.scanner: outcome for outcome in outcomes}
@@ -58,9 +62,11 @@ def story(
         else:
             lines.append(Line(step.scanner.value, f"not asked: {step.reason}"))
     lines.append(Line("decision", f"{decision.action.value}: {_ACTIONS[decision.action]}; rule: {decision.rule}"))
-    for delivery in decision.deliveries:
+    for delivery in decision.deliveries[:GROUPS_SHOWN]:
         how = f"virus={delivery.virus.value}; spam={delivery.spam.value}"
         lines.append(Line("deliver", f"to {_names(envelope, delivery.recipients)} with {how}"))
+    if (more := len(decision.deliveries) - GROUPS_SHOWN) > 0:
+        lines.append(Line("deliver", f"in {more} more forms"))
     if decision.quarantined:
         lines.append(Line("quarantine", f"kept in place of delivery to {_names(envelope, decision.quarantined)}"))
     return tuple(lines)

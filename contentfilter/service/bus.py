@@ -53,10 +53,11 @@ class Heartbeat(Frame, frozen=True):
 
 
 class Event(msgspec.Struct, frozen=True):
-    """Something that happened; ``fields`` are those of the log line."""
+    """Something that happened; ``fields`` are those of the log line, ``account`` (JSON) is what has no room there."""
 
     name: str
     fields: dict[str, Any]
+    account: bytes = b""
 
 
 class Happened(Frame, frozen=True):
@@ -126,6 +127,7 @@ class Status(Frame, frozen=True):
     malformed: int  # frames dropped
     problems: tuple[str, ...]  # of the last reload; empty when it was good
     workers: tuple[WorkerStatus, ...]
+    not_recorded: int = 0  # events that the journal lost
 
 
 class Done(Frame, frozen=True):
@@ -235,6 +237,10 @@ class SupervisorBus:
         """The next report of a worker. Raises RemoteProtocolError for a malformed one."""
         parts = await self._pull.recv_multipart()
         return self._decoded(parts, 1, REPORTS)
+
+    async def waiting(self, seconds: float) -> bool:
+        """Whether a report is there, or comes within so long."""
+        return bool(await self._pull.poll(int(seconds * 1000)))
 
     async def question(self) -> tuple[bytes, Question]:
         """The next question from the command line, and whom to answer."""

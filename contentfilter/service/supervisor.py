@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,13 +27,17 @@ from contentfilter.intake.origin import resolve
 from contentfilter.ops.log import Logger, adopt_standard_logging, make_logger
 from contentfilter.ops.systemd import Notifier, listen_fds, watchdog_interval
 from contentfilter.service import bus
+from contentfilter.service.housekeeping import Chore, keep_house
 from contentfilter.service.pool import Pool
 from contentfilter.service.process import Process, memory_file
+from contentfilter.service.recorder import Recorder
 from contentfilter.service.worker import command_line
 
 SOCKET_NAME = "queue"  # FileDescriptorName= in the socket unit; a single unnamed socket will do too
 DRAIN_GRACE = 5.0  # seconds on top of service.drain before workers are killed
 RELOAD_WAIT = 10.0  # seconds to wait for all workers to take a new configuration
+LAST_WORDS = 0.1  # seconds of silence after which workers that have ended have said everything
+RECORD_WAIT = 5.0  # seconds for the journal to be written at the end
 REPEAT = 2.0  # seconds before a configuration is sent again to a worker that lacks it
 
 
@@ -59,8 +63,11 @@ class Source(Protocol):
 class Supervisor:
     """The daemon's first process. :meth:`run` returns the exit status."""
 
-    def __init__(self, source: Source, app: str, environ: MutableMapping[str, str]) -> None:
+    def __init__(
+        self, source: Source, app: str, environ: MutableMapping[str, str], chores: Sequence[Chore] = ()
+    ) -> None:
         self._source = source
+        self._chores = tuple(chores)
         self._app = app  # "module:function", what a worker builds its application with
         self._environ = environ
         self._generation = 0
@@ -113,6 +120,8 @@ class Supervisor:
         self._lifeline, self._lifeline_held = os.pipe2(os.O_CLOEXEC)
         self._bus = bus.SupervisorBus(settings.service.run)
         self._pool = Pool(self._spawn, self._log, self._moved.set)
+        self._recorder = recorder = Recorder(self._log, settings)
+        chores = (*self._chores, Chore("journal", lambda _: {"messages": recorder.expire()}))
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._signalled)
         loop.add_signal_handler(signal.SIGINT, self._signalled)
@@ -132,14 +141,18 @@ class Supervisor:
                         self._reload_on_demand(),
                         self._watch_tables(),
                         self._keep_watchdog(),
+                        keep_house(chores, lambda: self._loaded.settings, self._log),
                     )
                 ]
                 await self._stop.wait()
                 await self._drain(own)
                 for task in background:
                     task.cancel()
+            while await self._bus.waiting(LAST_WORDS):
+                await self._hear_one()
         finally:
             self._pool.kill()
+            recorder.close(RECORD_WAIT)
             self._bus.close()
             os.close(self._lifeline)
             os.close(self._lifeline_held)
@@ -215,6 +228,7 @@ class Supervisor:
             if was != now:
                 self._log.warning("service.restart-needed", setting=name)
         self._generation += 1
+        self._recorder.change(new)
         self._log.info("service.reload", generation=self._generation, bytes=len(loaded.blob))
         await self._send_configuration()
         self._pool.resize(worker_count(new))
@@ -263,18 +277,19 @@ class Supervisor:
 
     async def _hear(self) -> None:
         while True:
-            try:
-                report = await self._bus.report()
-            except RemoteProtocolError as error:
-                self._malformed("reports", error)
-                continue
-            if isinstance(report, bus.Happened):
-                for event in report.events:
-                    await self._publish(event)
-                continue
-            process = self._pool.heard(report)
-            if process is None:
-                continue
+            await self._hear_one()
+
+    async def _hear_one(self) -> None:
+        try:
+            report = await self._bus.report()
+        except RemoteProtocolError as error:
+            self._malformed("reports", error)
+            return
+        if isinstance(report, bus.Happened):
+            for event in report.events:
+                self._recorder.put(event)
+                await self._publish(event)
+        elif (process := self._pool.heard(report)) is not None:
             self._moved.set()
             if self._lacks(report) and not process.retiring and time.monotonic() > self._last_sent + REPEAT:
                 await self._send_configuration()
@@ -348,6 +363,7 @@ class Supervisor:
             socket=self._loaded.settings.listen.socket,
             restarts=self._pool.restarts,
             malformed=self._bus.malformed,
+            not_recorded=self._recorder.dropped,
             problems=self._problems,
             workers=tuple(process.describe() for process in self._pool.processes),
         )

@@ -109,7 +109,12 @@ class Worker:
         self._bus = WorkerBus(self._options.run, os.getpid())
         blob = read_all(self._options.runtime)
         self._serving = await self._built(self._options.generation, blob)
-        self._listener = Listener(inherited_socket(self._options.listen), self._serving.terms(), self._log)
+        self._listener = Listener(
+            inherited_socket(self._options.listen),
+            self._serving.terms(),
+            self._log,
+            lambda name, fields: self._emit(Event(name, fields)),
+        )
         gc.collect()
         gc.freeze()  # modules and configuration are for good; collections need not visit them
         self._listener.start()

@@ -10,10 +10,18 @@ import mmap
 import re
 from collections.abc import Iterable
 
+from contentfilter.model import readable
+
 HEADER_LIMIT = 1 << 20
 """Bytes at the start of a message in which the header block is looked for."""
 
+MESSAGE_ID_MAX = 250
+
+_MESSAGE_ID = re.compile(rb"^Message-ID[ \t]*:[ \t\r]*(?:\n[ \t]+)?([^\r\n]*)", re.IGNORECASE | re.MULTILINE)
 _OURS = re.compile(rb"^X-(ContentFilter|Virus-|Spam-)[!-9;-~]*(?=[ \t]*:)", re.IGNORECASE | re.MULTILINE)
+_FLAG = re.compile(rb"^X-Spam-Flag:[^\n]*\n", re.IGNORECASE | re.MULTILINE)
+_STATUS = re.compile(rb"^(X-Spam-Status:[ \t]*)(Yes|No)\b([^\n]*)", re.IGNORECASE | re.MULTILINE)
+_REQUIRED = re.compile(rb" required=[0-9.+-]+")
 _SUBJECT = re.compile(rb"^(Subject[ \t]*:)([^\n]*(?:\n[ \t][^\n]*)*)", re.IGNORECASE | re.MULTILINE)
 _FIELD = re.compile(rb"^([!-9;-~]+)[ \t]*:[^\n]*(?:\n[ \t][^\n]*)*\n?", re.MULTILINE)
 
@@ -26,11 +34,19 @@ def header_block(data: mmap.mmap | bytes) -> bytes:
     """
     if data[:1] == b"\n" or data[:2] == b"\r\n":
         return b""
-    ends = [at for at in (data.find(b"\n\n", 0, HEADER_LIMIT), data.find(b"\n\r\n", 0, HEADER_LIMIT)) if at >= 0]
-    if ends:
-        return bytes(data[: min(ends) + 1])
+    end = data.find(b"\n\n", 0, HEADER_LIMIT)
+    earlier = data.find(b"\n\r\n", 0, end + 2 if end >= 0 else HEADER_LIMIT)
+    if (end := earlier if earlier >= 0 else end) >= 0:
+        return bytes(data[: end + 1])
     head = bytes(data[:HEADER_LIMIT])
     return head if len(head) < HEADER_LIMIT else head[: head.rfind(b"\n") + 1]
+
+
+def message_id(block: bytes) -> str:
+    """The Message-ID in a header block, readable, cut at MESSAGE_ID_MAX; empty when there is none."""
+    at = block.find(b"\nMessage-I")  # as nearly everybody writes it: many times faster than to try every line
+    field = (_MESSAGE_ID.match(block, at + 1) if at >= 0 else None) or _MESSAGE_ID.search(block)
+    return readable(field.group(1)[:MESSAGE_ID_MAX]).rstrip() if field else ""
 
 
 def spam_lines(block: bytes) -> bytes:
@@ -38,6 +54,13 @@ def spam_lines(block: bytes) -> bytes:
     text = block.replace(b"\r\n", b"\n")
     fields = (m.group(0) for m in _FIELD.finditer(text) if m.group(1)[:7].lower() == b"x-spam-")
     return b"".join(field if field.endswith(b"\n") else field + b"\n" for field in fields)
+
+
+def overruled(fields: bytes, found: bool) -> bytes:
+    """SpamAssassin's fields with the verdict of a recipient's own threshold in place of its own."""
+    kept = _FLAG.sub(b"", fields)
+    kept = _STATUS.sub(lambda m: m.group(1) + (b"Yes" if found else b"No") + _REQUIRED.sub(b"", m.group(3)), kept)
+    return b"X-Spam-Flag: YES\n" + kept if found else kept
 
 
 def compose(

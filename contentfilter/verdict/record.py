@@ -1,6 +1,7 @@
-"""The one line per message: fixed fields, for the log, the event feed and, later, the journal.
+"""The one line per message: fixed fields, for the log, the event feed and the journal.
 
 Addresses stand here as printable ASCII; at most RECIPIENTS_SHOWN of them, with the true count beside.
+What is too long for a line is the account: the story as it was told, and what else a message is found by.
 """
 
 from typing import Any
@@ -9,9 +10,17 @@ import msgspec
 
 from contentfilter.model import readable
 from contentfilter.policy.decide import Action
+from contentfilter.policy.explain import story
 from contentfilter.verdict.case import Case
+from contentfilter.verdict.headers import header_block, message_id
 
 RECIPIENTS_SHOWN = 20
+RECIPIENTS_FOUND = 1_000
+"""So many recipients of a message can be searched for."""
+ADDRESS_SHOWN = 300
+"""Characters of an address in the account."""
+STORY_MAX = 65_536
+"""Characters of a story in the account."""
 
 
 class Scan(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -85,6 +94,38 @@ def make_record(case: Case, attempt: int, seconds: float) -> Record:
         attempt=attempt,
         ms=round(seconds * 1000, 3),
     )
+
+
+class Account(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the log line has no room for."""
+
+    story: tuple[tuple[str, str], ...] = ()  # stage, and what happened there
+    text: str = ""  # what the client was told
+    message_id: str = ""
+    more_recipients: tuple[str, ...] = ()  # those behind the ones in the record
+
+
+def make_account(case: Case, text: str) -> Account:
+    """The account of a decided message; ``text`` is what the client is told. Bounded, whatever the message is."""
+    return Account(
+        _bounded(case_story(case)),
+        text,
+        message_id(header_block(case.message.data)),
+        tuple(readable(r[:ADDRESS_SHOWN]) for r in case.envelope.recipients[RECIPIENTS_SHOWN:RECIPIENTS_FOUND]),
+    )
+
+
+def case_story(case: Case) -> tuple[tuple[str, str], ...]:
+    """The story as plain pairs."""
+    lines = story(case.envelope, case.origin, case.message.size, case.plan, case.outcomes, case.decision)
+    return tuple((line.stage, line.text) for line in lines)
+
+
+def _bounded(lines: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    if sum(len(text) for _, text in lines) <= STORY_MAX:
+        return lines
+    share = STORY_MAX // len(lines)  # many recipients with long addresses: every line keeps its beginning
+    return tuple((stage, text if len(text) <= share else text[:share] + " ...") for stage, text in lines)
 
 
 def fields(record: Record) -> dict[str, Any]:

@@ -1,0 +1,72 @@
+"""What several commands share: times as people write and read them, tables, stories, and giving up root's rights."""
+
+import os
+import pwd
+import re
+import sys
+import time
+from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
+
+import click
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+
+
+def moment(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
+    """``30m``, ``2h``, ``3d`` ago, or a date and time (ISO 8601, local where no zone is given)."""
+    if value is None:
+        return None
+    if ago := re.fullmatch(r"([0-9]{1,9})([smhdw])", value, re.ASCII):
+        return time.time() - int(ago[1]) * _UNITS[ago[2]]
+    try:
+        return datetime.fromisoformat(value).timestamp()
+    except (ValueError, OverflowError):
+        wanted = "an age (30m, 2h, 3d) nor a date (2026-08-01, 2026-08-01T09:00)"
+        raise click.BadParameter(f"{value!r} is neither {wanted}", ctx, param) from None
+
+
+def when(at: float) -> str:
+    """Local time with its offset."""
+    return datetime.fromtimestamp(at).astimezone().isoformat(timespec="seconds")
+
+
+def print_rows(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+    """A table on a terminal, plain lines with tabs for everything else."""
+    if not sys.stdout.isatty():
+        for row in rows:
+            click.echo("\t".join(row))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*head, box=None)
+    for row in rows:
+        table.add_row(*map(Text, row))  # Text: nothing that a sender wrote is markup
+    Console().print(table)
+
+
+def print_story(lines: Iterable[tuple[str, str]]) -> None:
+    """One step in a line: its stage, and what happened."""
+    shown = tuple(lines)
+    width = max((len(stage) for stage, _ in shown), default=0)
+    for stage, text in shown:
+        click.echo(f"{stage:<{width}}  {text}")
+
+
+def become_owner(directory: Path) -> None:
+    """Root gives its rights up: no file appears that the daemon cannot read, no link leads root astray."""
+    try:
+        status = directory.stat()
+    except FileNotFoundError:
+        return
+    if os.geteuid() or not status.st_uid:
+        return
+    try:
+        os.initgroups(pwd.getpwuid(status.st_uid).pw_name, status.st_gid)
+    except KeyError:
+        os.setgroups([])
+    os.setgid(status.st_gid)
+    os.setuid(status.st_uid)

@@ -1,0 +1,79 @@
+"""Chores: what must be done now and then, off the event loop, and may fail without harm.
+
+A chore runs in a thread of its own, a daemon thread, so that one that hangs keeps neither the others' results
+nor the process. Its result is logged as ``housekeeping.done``, its failure as ``housekeeping.failed``.
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from contentfilter.config.settings import Settings
+from contentfilter.ops.log import Logger
+
+DELAY = 60.0  # seconds from the start to the first round
+INTERVAL = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Chore:
+    """Something to do under the settings that hold then; returns what it did, for the log."""
+
+    name: str
+    run: Callable[[Settings], Mapping[str, Any]]  # in a thread: it may block and raise
+
+
+async def keep_house(
+    chores: Sequence[Chore],
+    settings: Callable[[], Settings],
+    log: Logger,
+    delay: float = DELAY,
+    interval: float = INTERVAL,
+) -> None:
+    """All chores, one after the other, after ``delay`` and then every ``interval`` seconds. Does not return."""
+    await asyncio.sleep(delay)
+    while True:
+        for chore in chores:
+            await _do(chore, settings(), log)
+        await asyncio.sleep(interval)
+
+
+async def _do(chore: Chore, settings: Settings, log: Logger) -> None:
+    began = time.monotonic()
+    try:
+        counts = await _in_thread(lambda: chore.run(settings))
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        log.error("housekeeping.failed", chore=chore.name, why=why)  # noqa: TRY400 - a full disk is no defect
+    else:
+        log.info("housekeeping.done", chore=chore.name, seconds=round(time.monotonic() - began, 3), **counts)
+
+
+async def _in_thread(act: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+    """What ``act`` returns or raises, from a thread that nobody waits for at the end of the process."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Mapping[str, Any]] = loop.create_future()
+
+    def settle(result: Mapping[str, Any] | None, error: Exception | None) -> None:
+        if done.done():
+            return  # cancelled: the service ends
+        if error is not None:
+            done.set_exception(error)
+        else:
+            done.set_result(result or {})
+
+    def work() -> None:
+        result, failure = None, None
+        try:
+            result = act()
+        except Exception as error:
+            failure = error
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(settle, result, failure)
+
+    threading.Thread(target=work, name="housekeeping", daemon=True).start()
+    return await done

@@ -3,14 +3,19 @@
 A permanent refusal of the whole message needs the refusal of every recipient. Where only some refuse,
 ``split`` keeps the message for those in quarantine and delivers it to the rest, and ``strictest``
 refuses it for all. A message from qmail-send itself is never refused: it is dropped in place of that.
+
+Actions and scores are those of the recipient's rows, else the configuration's. For one recipient the outcomes
+count in the order of the scanners, and the first that withholds the message is final: what comes after it need
+not be asked, and could not change anything.
 """
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from contentfilter.config.settings import Settings
 from contentfilter.model import OriginKind, Scanner, ScanOutcome, ScanStatus
 from contentfilter.policy.failure import on_fault
+from contentfilter.policy.options import Options
 from contentfilter.policy.plan import ScanPlan, Treatment
 
 _VIRUS_SCANNERS = (Scanner.SIGNATURES, Scanner.LOADERTYPES, Scanner.CLAMD)
@@ -21,12 +26,14 @@ class Fate(enum.Enum):
 
     DELIVER = "deliver"
     MARK = "mark"
+    MOVE = "move"  # deliver it, but to another address
     REMOVE = "remove"
     REJECT = "reject"
     DEFER = "defer"
 
 
 _STRENGTH = {fate: strength for strength, fate in enumerate(Fate)}
+_WITHHELD = (Fate.REMOVE, Fate.REJECT, Fate.DEFER)
 
 
 class Action(enum.Enum):
@@ -56,6 +63,7 @@ class Finding:
     reason: Reason
     rule: str
     outcome: ScanOutcome | None = None
+    to: bytes = b""  # where MOVE goes
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +74,7 @@ class Delivery:
     virus: ScanStatus
     spam: ScanStatus
     marked: Finding | None = None
+    moved_to: bytes = b""  # it goes here, and not to the recipients; empty: to them
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,20 +104,21 @@ def decide(
     """The decision for a message with ``recipients`` recipients."""
     if plan.limit:
         return Decision(Action.REJECT, Reason.SIZE, plan.limit)
-    virus = _virus_finding(outcomes, origin, settings)
-    spam = _spam_finding(outcomes, origin, settings)
+    if plan.hold:
+        return Decision(Action.DEFER, Reason.NONE, plan.hold)
     if recipients == 0:  # legal for qmail-queue; nobody to protect
         return Decision(Action.QUEUE, Reason.NONE, "no recipients", deliveries=(_delivery((), outcomes, None, None),))
 
-    fates = [(treatment, members, _for(treatment, virus, spam)) for treatment, members in plan.groups]
+    fates = _fates(plan, outcomes, origin, settings)
+    refused = [(members, f) for _, members, f in fates if f is not None and f.fate is Fate.REJECT]
+    if refused and settings.tables.recipients == "strictest":
+        return _refusal(refused[0][1], origin, recipients)
     for _, _, finding in fates:
         if finding is not None and finding.fate is Fate.DEFER:
             return Decision(Action.DEFER, finding.reason, finding.rule, finding)
-
-    refused = [(members, f) for _, members, f in fates if f is not None and f.fate is Fate.REJECT]
     removed = [(members, f) for _, members, f in fates if f is not None and f.fate is Fate.REMOVE]
-    kept = [(t, members, f) for t, members, f in fates if f is None or f.fate in (Fate.DELIVER, Fate.MARK)]
-    if refused and (settings.tables.recipients == "strictest" or not (kept or removed)):
+    kept = [(t, members, f) for t, members, f in fates if f is None or f.fate not in _WITHHELD]
+    if refused and not (kept or removed):
         return _refusal(refused[0][1], origin, recipients)
     withheld = refused + removed
     first = withheld[0][1] if withheld else None
@@ -128,60 +138,79 @@ def needed(
     """Whether asking ``scanner`` can still change the decision, after ``outcomes`` so far."""
     if not plan.runs(scanner):
         return False
-    virus = _virus_finding(outcomes, origin, settings)
-    spam = _spam_finding(outcomes, origin, settings)
-    fates = [(treatment, _for(treatment, virus, spam)) for treatment, _ in plan.groups]
-    if any(f is not None and f.fate is Fate.DEFER for _, f in fates):
+    fates = _fates(plan, outcomes, origin, settings)
+    if any(f is not None and f.fate is Fate.DEFER for _, _, f in fates):
         return False
-    if settings.tables.recipients == "strictest" and any(f is not None and f.fate is Fate.REJECT for _, f in fates):
+    if settings.tables.recipients == "strictest" and any(f is not None and f.fate is Fate.REJECT for _, _, f in fates):
         return False
     return any(
-        (treatment.virus if scanner in _VIRUS_SCANNERS else treatment.spam)
-        and (finding is None or finding.fate in (Fate.DELIVER, Fate.MARK))
-        for treatment, finding in fates
+        _wants(treatment, scanner) and (finding is None or finding.fate not in _WITHHELD)
+        for treatment, _, finding in fates
     )
 
 
-def _for(treatment: Treatment, virus: Finding | None, spam: Finding | None) -> Finding | None:
-    """The strongest finding that concerns a recipient."""
-    return _strongest(
-        [f for f, wanted in ((virus, treatment.virus), (spam, treatment.spam)) if f is not None and wanted]
-    )
+def _wants(treatment: Treatment, scanner: Scanner) -> bool:
+    return treatment.spam if scanner is Scanner.SPAMD else treatment.virus
 
 
-def _strongest(findings: list[Finding]) -> Finding | None:
-    """The one with the strongest fate; the earlier one where two are equal."""
-    return max(findings, key=lambda finding: _STRENGTH[finding.fate], default=None)
+def _fates(
+    plan: ScanPlan, outcomes: tuple[ScanOutcome, ...], origin: OriginKind, settings: Settings
+) -> list[tuple[Treatment, tuple[int, ...], Finding | None]]:
+    """Each group with what stands against the message for it. Most groups differ only in the row they come from."""
+    known: dict[tuple[bool, bool, Options], Finding | None] = {}
+    fates = []
+    for treatment, members in plan.groups:
+        wish = (treatment.virus, treatment.spam, treatment.options)
+        if wish not in known:
+            known[wish] = _judge(treatment, outcomes, origin, settings)
+        fates.append((treatment, members, known[wish]))
+    return fates
 
 
-def _virus_finding(outcomes: tuple[ScanOutcome, ...], origin: OriginKind, settings: Settings) -> Finding | None:
-    findings = []
+def _judge(
+    treatment: Treatment, outcomes: tuple[ScanOutcome, ...], origin: OriginKind, settings: Settings
+) -> Finding | None:
+    """The strongest finding for those who are treated so, up to the first that withholds the message."""
+    worst: Finding | None = None
     for outcome in outcomes:
-        if outcome.scanner not in _VIRUS_SCANNERS:
+        if not _wants(treatment, outcome.scanner):
             continue
-        if outcome.status is ScanStatus.FOUND:
-            clamd = outcome.scanner is Scanner.CLAMD
-            action = settings.clamd.action if clamd else settings.signatures.action
-            reason = Reason.VIRUS if clamd else Reason.BANNED
-            findings.append(Finding(Fate(action), reason, f"{outcome.scanner.value}: {outcome.name}", outcome))
-        elif fault := _fault(outcome, origin, settings):
-            findings.append(fault)
-    return _strongest(findings)
+        finding = _fault(outcome, origin, settings) or _finding(outcome, treatment.options, settings)
+        if finding is not None and (worst is None or _STRENGTH[finding.fate] > _STRENGTH[worst.fate]):
+            worst = finding
+        if worst is not None and worst.fate in _WITHHELD:
+            break
+    return worst
 
 
-def _spam_finding(outcomes: tuple[ScanOutcome, ...], origin: OriginKind, settings: Settings) -> Finding | None:
-    for outcome in outcomes:
-        if outcome.scanner is not Scanner.SPAMD:
-            continue
-        score = outcome.score if outcome.score is not None else 0.0
-        limit = settings.spamd.reject_score
-        if limit and score >= limit and outcome.status in (ScanStatus.FOUND, ScanStatus.CLEAN):
-            return Finding(Fate.REJECT, Reason.SPAM, f"spamd: {score:g} >= reject_score={limit:g}", outcome)
-        if outcome.status is ScanStatus.FOUND:
-            rule = f"spamd: {score:g} / {outcome.threshold or 0.0:g}"
-            return Finding(Fate(settings.spamd.action), Reason.SPAM, rule, outcome)
-        return _fault(outcome, origin, settings)
-    return None
+def _finding(outcome: ScanOutcome, options: Options, settings: Settings) -> Finding | None:
+    if outcome.scanner is Scanner.SPAMD:
+        return _spam(outcome, options, settings)
+    if outcome.status is not ScanStatus.FOUND:
+        return None
+    clamd = outcome.scanner is Scanner.CLAMD
+    action = options.virus or (settings.clamd.action if clamd else settings.signatures.action)
+    reason = Reason.VIRUS if clamd else Reason.BANNED
+    return Finding(Fate(action), reason, f"{outcome.scanner.value}: {outcome.name}", outcome, options.virus_to)
+
+
+def _spam(outcome: ScanOutcome, options: Options, settings: Settings) -> Finding | None:
+    score = outcome.score if outcome.score is not None else 0.0
+    limit = settings.spamd.reject_score if options.reject_score is None else options.reject_score
+    if limit and score >= limit and outcome.status in (ScanStatus.FOUND, ScanStatus.CLEAN):
+        return Finding(Fate.REJECT, Reason.SPAM, f"spamd: {score:g} >= reject_score={limit:g}", outcome)
+    if spam_status(outcome, options) is not ScanStatus.FOUND:
+        return None
+    threshold = outcome.threshold if options.score is None else options.score
+    rule = f"spamd: {score:g} / {threshold or 0.0:g}"
+    return Finding(Fate(options.spam or settings.spamd.action), Reason.SPAM, rule, outcome, options.spam_to)
+
+
+def spam_status(outcome: ScanOutcome, options: Options) -> ScanStatus:
+    """What spamd said, or what its score means to those who have a threshold of their own."""
+    if options.score is None or outcome.score is None or outcome.status not in (ScanStatus.FOUND, ScanStatus.CLEAN):
+        return outcome.status
+    return ScanStatus.FOUND if outcome.score >= options.score else ScanStatus.CLEAN
 
 
 def _fault(outcome: ScanOutcome, origin: OriginKind, settings: Settings) -> Finding | None:
@@ -204,18 +233,24 @@ def _delivery(
     members: tuple[int, ...], outcomes: tuple[ScanOutcome, ...], treatment: Treatment | None, finding: Finding | None
 ) -> Delivery:
     """What this group may read in its headers: only of checks that it asked for."""
-    skipped = ScanStatus.SKIPPED
-    virus = status_of(outcomes, _VIRUS_SCANNERS) if treatment is not None and treatment.virus else skipped
-    spam = status_of(outcomes, (Scanner.SPAMD,)) if treatment is not None and treatment.spam else skipped
-    return Delivery(members, virus, spam, finding)
+    virus = spam = ScanStatus.SKIPPED
+    if treatment is not None and treatment.virus:
+        virus = status_of(outcomes, _VIRUS_SCANNERS)
+    if treatment is not None and treatment.spam:
+        said = (spam_status(outcome, treatment.options) for outcome in outcomes if outcome.scanner is Scanner.SPAMD)
+        spam = next(said, ScanStatus.SKIPPED)
+    return Delivery(members, virus, spam, finding, finding.to if finding and finding.fate is Fate.MOVE else b"")
 
 
 def _merge(deliveries: list[Delivery]) -> tuple[Delivery, ...]:
-    """Recipients with equal outcomes travel together, in the order in which they came."""
-    merged: dict[tuple[ScanStatus, ScanStatus, Finding | None], list[int]] = {}
+    """Recipients with equal outcomes travel together, in the order in which they came, whatever their thresholds."""
+    merged: dict[tuple[ScanStatus, ScanStatus, Fate | None, bytes], list[Delivery]] = {}
     for d in deliveries:
-        merged.setdefault((d.virus, d.spam, d.marked), []).extend(d.recipients)
-    return tuple(Delivery(tuple(sorted(members)), *key) for key, members in merged.items())
+        merged.setdefault((d.virus, d.spam, d.marked.fate if d.marked else None, d.moved_to), []).append(d)
+    return tuple(
+        replace(first, recipients=tuple(sorted(index for d in (first, *others) for index in d.recipients)))
+        for first, *others in merged.values()
+    )
 
 
 def _plain_rule(plan: ScanPlan, outcomes: tuple[ScanOutcome, ...]) -> str:

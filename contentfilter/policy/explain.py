@@ -52,6 +52,8 @@ def story(
         lines.append(Line("recipients", f"{more} more groups of them"))
     if plan.limit:
         lines.append(Line("limit", f"exceeds {plan.limit}"))
+    if plan.hold:
+        lines.append(Line("tables", plan.hold))
     said = {outcome.scanner: outcome for outcome in outcomes}
     for step in plan.steps:
         outcome = said.get(step.scanner)
@@ -64,6 +66,7 @@ def story(
     lines.append(Line("decision", f"{decision.action.value}: {_ACTIONS[decision.action]}; rule: {decision.rule}"))
     for delivery in decision.deliveries[:GROUPS_SHOWN]:
         how = f"virus={delivery.virus.value}; spam={delivery.spam.value}"
+        how += f", moved to {readable(delivery.moved_to)}" if delivery.moved_to else ""
         lines.append(Line("deliver", f"to {_names(envelope, delivery.recipients)} with {how}"))
     if (more := len(decision.deliveries) - GROUPS_SHOWN) > 0:
         lines.append(Line("deliver", f"in {more} more forms"))

@@ -76,7 +76,7 @@ def _words(text: bytes) -> dict[bytes, bytes]:
 
 def _action(value: bytes) -> tuple[str, bytes]:
     name, _, address = value.partition(b":")
-    return (readable(name), address) if name == b"move" or name in _ACTIONS else ("", b"")
+    return (readable(name), address) if name in _ACTIONS or (name == b"move" and address) else ("", b"")
 
 
 def _number(value: bytes | None) -> float | None:

@@ -6,8 +6,8 @@ recipients costs one decision per distinct table row. Facts: domain-spec 2.2 and
 The order of the rules, for each of the two checks:
 
 1. skipcachk / skipsachk: 1 skips for authenticated clients, 2 for those and for relays;
-2. clamglobal / spamglobal: everybody is checked, whatever the tables say;
-3. the most specific row of the table; an exempting row means no;
+2. clamglobal / spamglobal: everybody is checked, whatever the tables say, and gets the configuration's actions;
+3. the most specific row of the table, with its options; an exempting row means no;
 4. no row: no check.
 
 The virus check is chksignature and chkloadertype (where switched on) and clamd; the spam check is spamd.
@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 from contentfilter.config.settings import Settings
 from contentfilter.model import Envelope, Origin, OriginKind, Scanner, Want, readable
+from contentfilter.policy.options import DEFAULTS, Options, read_options
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class Row:
 
     key: bytes
     exempt: bool
-    options: bytes = b""  # the row's own actions and scores, ``name=value`` with blanks between; none are known yet
+    options: bytes = b""  # the row's own actions and scores: see :mod:`contentfilter.policy.options`
 
 
 Lookup = Callable[[bytes], tuple[Row | None, Row | None]]
@@ -58,6 +59,7 @@ class Treatment:
     spam: bool
     virus_rule: str
     spam_rule: str
+    options: Options = DEFAULTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,7 @@ class ScanPlan:
     spam_user: bytes = b""
     want: Want = Want.CHECK
     limit: str = ""  # databytes or maxrecipients, when one of them is exceeded
+    hold: str = ""  # why nobody can say now who wants what
     released: str = ""  # the incident under which this message was in quarantine, when an operator let it go
 
     def runs(self, scanner: Scanner) -> bool:
@@ -88,8 +91,10 @@ class ScanPlan:
         """The plan for a message that was released: nobody is asked again."""
         why = f"released from quarantine ({incident})"
         steps = tuple(Step(scanner, run=False, reason=why) for scanner in Scanner)
-        return replace(self, steps=steps, released=incident)
+        return replace(self, steps=steps, hold="", released=incident)
 
+
+NO_TABLES = "the recipient tables are not loaded yet"
 
 _SMTP = (OriginKind.STRANGER, OriginKind.RELAY, OriginKind.AUTHENTICATED)
 _SKIPPED_FROM = {
@@ -99,10 +104,15 @@ _SKIPPED_FROM = {
 }
 
 
-def _check(
-    table: str, everybody: str, skip: str, level: int, globally: bool, kind: OriginKind
-) -> tuple[bool, str] | None:
-    """The rules that hold for all recipients alike; None where the table decides."""
+def _general(origin: Origin, switches: Switches) -> tuple[tuple[bool, str] | None, tuple[bool, str] | None]:
+    """What holds for all recipients alike, for both checks; None where the table decides."""
+    return (
+        _check("clamglobal", switches.clamglobal, "skipcachk", switches.skipcachk, origin.kind),
+        _check("spamglobal", switches.spamglobal, "skipsachk", switches.skipsachk, origin.kind),
+    )
+
+
+def _check(everybody: str, globally: bool, skip: str, level: int, kind: OriginKind) -> tuple[bool, str] | None:
     if kind in _SKIPPED_FROM[level]:
         return False, f"{skip}={level}, client is {kind.value}"
     if globally:
@@ -115,15 +125,20 @@ def _by_row(table: str, row: Row | None) -> tuple[bool, str]:
         return False, f"no row in {table}"
     if row.exempt:
         return False, f"exempt by !{readable(row.key)} in {table}"
-    return True, f"{readable(row.key)} in {table}"
+    options = f" with {readable(row.options)}" if row.options else ""
+    return True, f"{readable(row.key)} in {table}{options}"
+
+
+def _own(row: Row | None, decided: object) -> bytes:
+    """The row's options, where it is the row that decides."""
+    return row.options if row is not None and decided is None else b""
 
 
 def group(
     recipients: Iterable[bytes], origin: Origin, switches: Switches, lookup: Lookup
 ) -> dict[Treatment, list[int]]:
     """Sort recipients into groups of equal treatment. One look-up each, none where no table can matter."""
-    virus = _check("clamavclients", "clamglobal", "skipcachk", switches.skipcachk, switches.clamglobal, origin.kind)
-    spam = _check("spamdclients", "spamglobal", "skipsachk", switches.skipsachk, switches.spamglobal, origin.kind)
+    virus, spam = _general(origin, switches)
     groups: dict[Treatment, list[int]] = {}
     if virus is not None and spam is not None:
         groups[Treatment(virus[0], spam[0], virus[1], spam[1])] = list(range(len(tuple(recipients))))
@@ -135,22 +150,36 @@ def group(
         if members is None:
             virus_now = virus or _by_row("clamavclients", rows[0])
             spam_now = spam or _by_row("spamdclients", rows[1])
-            treatment = Treatment(virus_now[0], spam_now[0], virus_now[1], spam_now[1])
+            options = read_options(_own(rows[0], virus), _own(rows[1], spam))
+            treatment = Treatment(virus_now[0], spam_now[0], virus_now[1], spam_now[1], options)
             members = by_rows[rows] = groups.setdefault(treatment, [])
         members.append(index)
     return groups
 
 
+def _nobody(_: bytes) -> tuple[None, None]:
+    return None, None
+
+
 def make_plan(
-    envelope: Envelope, size: int, origin: Origin, settings: Settings, switches: Switches, lookup: Lookup
+    envelope: Envelope, size: int, origin: Origin, settings: Settings, switches: Switches, lookup: Lookup | None
 ) -> ScanPlan:
-    """Decide what is done with a message of ``size`` bytes, before anybody looks at it."""
+    """Decide what is done with a message of ``size`` bytes, before anybody looks at it.
+
+    Without ``lookup`` there are no tables yet: what they would have to decide is held back, but for bounces.
+    """
     limit = ""
     if origin.kind in _SMTP:
         if switches.databytes and size > switches.databytes:
             limit = f"databytes={switches.databytes}"
         elif switches.maxrecipients and len(envelope.recipients) > switches.maxrecipients:
             limit = f"maxrecipients={switches.maxrecipients}"
+    if lookup is None:
+        if not limit and origin.kind is not OriginKind.BOUNCE and None in _general(origin, switches):
+            steps = tuple(Step(scanner, False, NO_TABLES) for scanner in Scanner)
+            unknown = Treatment(False, False, NO_TABLES, NO_TABLES)
+            return ScanPlan(((unknown, tuple(range(len(envelope.recipients)))),), steps, hold=NO_TABLES)
+        lookup = _nobody
     found = group(envelope.recipients, origin, switches, lookup)
     groups = tuple((treatment, tuple(members)) for treatment, members in found.items())
     if limit:
@@ -172,7 +201,7 @@ def make_plan(
         _step(Scanner.CLAMD, virus, no_virus, bool(settings.clamd.backends), "[clamd] backends is empty"),
         _step(Scanner.SPAMD, spam, no_spam, bool(settings.spamd.backends), "[spamd] backends is empty"),
     )
-    return ScanPlan(groups, steps, _spam_user(envelope, groups, settings), _want(settings))
+    return ScanPlan(groups, steps, _spam_user(envelope, groups, settings), _want(found, settings))
 
 
 def _step(scanner: Scanner, wanted: str, unwanted: str, on: bool, off: str) -> Step:
@@ -189,7 +218,9 @@ def _spam_user(envelope: Envelope, groups: tuple[tuple[Treatment, tuple[int, ...
     return envelope.recipients[wanting[0]].lower() if len(wanting) == 1 else b""
 
 
-def _want(settings: Settings) -> Want:
-    if settings.spamd.action != "mark":
+def _want(treatments: Iterable[Treatment], settings: Settings) -> Want:
+    """No more than is used: SpamAssassin's headers only where somebody may get spam, marked or moved."""
+    actions = {t.options.spam or settings.spamd.action for t in treatments if t.spam}
+    if actions.isdisjoint(("mark", "move")):
         return Want.CHECK
     return Want.PROCESS if settings.spamd.rewrite == "full" else Want.HEADERS

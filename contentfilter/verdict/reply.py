@@ -69,9 +69,11 @@ def answer(case: Case) -> hook.Answer:
 
 def _submission(case: Case, delivery: Delivery) -> hook.Submission:
     envelope, settings = case.envelope, case.settings
-    everybody = len(delivery.recipients) == len(envelope.recipients)
+    everybody = len(delivery.recipients) == len(envelope.recipients) and not delivery.moved_to
     to = tuple(envelope.recipients[i] for i in delivery.recipients)
-    block = None if everybody else envelope_format.build(envelope.sender, to)
+    block = (
+        None if everybody else envelope_format.build(envelope.sender, (delivery.moved_to,) if delivery.moved_to else to)
+    )
     lines = _lines(case, delivery, to)
     claimed: frozenset[bytes] = frozenset(
         family
@@ -83,13 +85,16 @@ def _submission(case: Case, delivery: Delivery) -> hook.Submission:
         if ours and not case.plan.released  # the release's own line must reach the next hop as it is
     )
     is_spam = delivery.spam is ScanStatus.FOUND
-    tag = settings.spamd.subject_tag.encode("utf-8") if is_spam and settings.spamd.action == "mark" else b""
-    rewritten = next((o.rewritten for o in case.outcomes if o.scanner is Scanner.SPAMD), b"") if claimed else b""
-    if rewritten and is_spam and case.plan.want is Want.PROCESS:
+    tag = settings.spamd.subject_tag.encode("utf-8") if is_spam else b""
+    said = next((o for o in case.outcomes if o.scanner is Scanner.SPAMD), None)
+    rewritten = said.rewritten if said and claimed else b""
+    agreed = said is not None and said.status is delivery.spam  # else these recipients have a threshold of their own
+    if rewritten and is_spam and agreed and case.plan.want is Want.PROCESS:
         prepend, skip = headers.compose(rewritten, lines, claimed - {b"spam-"}, tag)
         return hook.Submission(prepend + rewritten[skip:], case.message.size, block)
     if rewritten and delivery.spam is not ScanStatus.SKIPPED:
-        lines.append(headers.spam_lines(headers.header_block(rewritten)))
+        fields = headers.spam_lines(headers.header_block(rewritten))
+        lines.append(fields if agreed else headers.overruled(fields, is_spam))
     prepend, skip = headers.compose(case.message.data, lines, claimed, tag)
     return hook.Submission(prepend, skip, block)
 
@@ -108,6 +113,6 @@ def _lines(case: Case, delivery: Delivery, to: tuple[bytes, ...]) -> list[bytes]
     smtp = case.origin.kind in (OriginKind.STRANGER, OriginKind.RELAY, OriginKind.AUTHENTICATED)
     if case.switches.xoriginatingip and smtp and case.origin.remote_ip:
         lines.append(b"X-Originating-IP: [" + readable(case.origin.remote_ip[:64]).encode("ascii") + b"]\n")
-    if case.switches.xenveloptoheader and len(to) == 1:
-        lines.append(b"X-Envelope-To: " + readable(to[0]).encode("ascii") + b"\n")
+    if delivery.moved_to or (case.switches.xenveloptoheader and len(to) == 1):
+        lines += [b"X-Envelope-To: " + readable(address).encode("ascii") + b"\n" for address in to]
     return lines

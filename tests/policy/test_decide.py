@@ -9,6 +9,7 @@ from contentfilter.errors import Cause
 from contentfilter.model import OriginKind, Scanner, ScanOutcome, ScanStatus
 from contentfilter.policy.decide import Action, Reason, decide, needed
 from contentfilter.policy.failure import on_fault
+from contentfilter.policy.options import DEFAULTS, Options, read_options
 from contentfilter.policy.plan import ScanPlan, Step, Treatment
 
 BOTH = Treatment(True, True, "v", "s")
@@ -183,3 +184,104 @@ def test_a_mark_does_not_end_the_search():
 def test_who_is_not_wanted_is_not_asked():
     assert asks([SPAM], []) == [Scanner.SPAMD]
     assert asks([NONE], []) == []
+
+
+# --- options of rows ---------------------------------------------------------------------------------------------
+
+
+def wishing(clamav=b"", spamd=b""):
+    return Treatment(True, True, "v", "s", read_options(clamav, spamd))
+
+
+def of(decision, index=0):
+    """What became of one recipient."""
+    if index in decision.quarantined:
+        return "kept"
+    for delivery in decision.deliveries:
+        if index in delivery.recipients:
+            return delivery.moved_to or (delivery.marked.fate.value if delivery.marked else "delivered")
+    return decision.action.value
+
+
+VIRUS_FOUND = (found(Scanner.CLAMD),)
+
+
+def spam(score, threshold=5.0):
+    return (ScanOutcome(Scanner.SPAMD, ScanStatus.FOUND if score >= threshold else ScanStatus.CLEAN,
+                        score=score, threshold=threshold),)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("clamav", "spamd", "outcomes", "fate"),
+    [
+        (b"", b"", VIRUS_FOUND, "reject"),
+        (b"virus=mark", b"", VIRUS_FOUND, "mark"),
+        (b"virus=remove", b"", VIRUS_FOUND, "kept"),
+        (b"virus=move:jail@x", b"", VIRUS_FOUND, b"jail@x"),
+        (b"virus=mark", b"", (found(Scanner.SIGNATURES),), "mark"),
+        (b"", b"", spam(5.0), "mark"),
+        (b"", b"spam=remove", spam(5.0), "kept"),
+        (b"", b"spam=reject", spam(4.9), "delivered"),
+        (b"", b"spam=move:jail@x", spam(5.0), b"jail@x"),
+        (b"", b"score=4", spam(4.0), "mark"),
+        (b"", b"score=4", spam(3.9), "delivered"),
+        (b"", b"score=7 spam=reject", spam(6.9), "delivered"),
+        (b"", b"score=7 spam=reject", spam(7.0), "reject"),
+        (b"", b"reject_score=6", spam(5.9), "mark"),
+        (b"", b"reject_score=6", spam(6.0), "reject"),
+        (b"", b"reject_score=4", spam(4.0), "reject"),
+        (b"", b"reject_score=0", spam(30.0), "mark"),
+        (b"", b"", spam(30.0), "reject"),
+        (b"virus=mark", b"spam=remove", VIRUS_FOUND + spam(9.0), "kept"),
+        (b"virus=move:jail@x", b"spam=mark", VIRUS_FOUND + spam(9.0), b"jail@x"),
+        (b"virus=move:jail@x", b"spam=reject", VIRUS_FOUND + spam(9.0), "reject"),
+        (b"virus=remove", b"spam=reject", VIRUS_FOUND + spam(9.0), "kept"),
+        (b"virus=mark", b"", (fault(Scanner.CLAMD),), "defer"),
+        (b"", b"score=2", (fault(Scanner.SPAMD),), "delivered"),
+    ],
+)
+def test_a_rows_actions_and_scores_come_before_the_configurations(clamav, spamd, outcomes, fate):
+    decision = run([wishing(clamav, spamd)], outcomes, spamd=Spamd(reject_score=25.0))
+    assert of(decision) == fate
+
+
+def test_the_words_of_a_delivery_follow_the_recipients_own_score():
+    low, high = wishing(b"", b"score=4"), wishing(b"", b"score=10")
+    forms = {d.recipients: d.spam for d in run([low, high, BOTH], spam(6.0)).deliveries}
+    assert forms == {(0, 2): ScanStatus.FOUND, (1,): ScanStatus.CLEAN}
+
+
+def test_recipients_with_different_scores_and_equal_results_travel_together():
+    d = run([wishing(b"", b"score=4"), wishing(b"", b"score=5.5"), BOTH], spam(6.0))
+    assert [delivery.recipients for delivery in d.deliveries] == [(0, 1, 2)]
+
+
+def test_those_who_are_moved_to_one_place_travel_together_and_apart_from_the_rest():
+    to = [wishing(b"virus=move:one@x"), wishing(b"virus=move:two@x"), wishing(b"virus=move:one@x"), SPAM]
+    d = run(to, VIRUS_FOUND)
+    assert {delivery.recipients: delivery.moved_to for delivery in d.deliveries} == {
+        (0, 2): b"one@x",
+        (1,): b"two@x",
+        (3,): b"",
+    }
+    assert d.quarantined == ()
+
+
+def test_moved_is_not_refused_for_those_who_refuse_unless_strictest():
+    to = [wishing(b"virus=move:one@x"), BOTH]
+    d = run(to, VIRUS_FOUND)
+    assert (d.action, d.quarantined, of(d, 0)) == (Action.QUEUE, (1,), b"one@x")
+    assert run(to, VIRUS_FOUND, tables=Tables(recipients="strictest")).action is Action.REJECT
+
+
+def test_scanners_are_asked_on_while_a_rows_action_lets_the_message_through():
+    hit = [found(Scanner.SIGNATURES)]
+    assert asks([wishing(b"virus=mark")], hit)[2:] == [Scanner.CLAMD, Scanner.SPAMD]
+    assert asks([wishing(b"virus=move:jail@x")], hit)[2:] == [Scanner.CLAMD, Scanner.SPAMD]
+    assert asks([wishing(b"virus=remove")], hit) == []
+    assert asks([wishing(b"virus=remove"), wishing(b"virus=mark")], hit)[2:] == [Scanner.CLAMD, Scanner.SPAMD]
+
+
+def test_a_move_without_an_address_is_no_move():
+    assert read_options(b"virus=move", b"spam=move:") == DEFAULTS
+    assert read_options(b"virus=move:a@x", b"score=high") == Options(virus="move", virus_to=b"a@x")

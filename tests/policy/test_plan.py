@@ -6,6 +6,7 @@ import pytest
 
 from contentfilter.config.settings import Settings, Spamd
 from contentfilter.model import Envelope, Origin, OriginKind, Scanner, Want
+from contentfilter.policy.decide import Action, decide
 from contentfilter.policy.plan import Row, Switches, make_plan
 
 ROW = Row(b"@protected.example", exempt=False)
@@ -143,3 +144,61 @@ def test_no_recipients_is_a_legal_plan():
     plan = plan_for(to=())
     assert plan.groups == ()
     assert not any(step.run for step in plan.steps)
+
+
+def options_of(switches=None, origin=OriginKind.STRANGER, settings=None):
+    rows = Row(b"@x", False, b"virus=remove"), Row(b"@x", False, b"spam=reject score=4")
+    envelope = Envelope(b"s@x", (b"a@x",))
+    plan = make_plan(
+        envelope, 100, Origin(origin, 1), settings or Settings(), switches or Switches(), lambda recipient: rows
+    )
+    return plan, plan.groups[0][0].options
+
+
+def test_a_rows_options_are_its_recipients_and_stand_in_the_rule():
+    plan, options = options_of()
+    assert (options.virus, options.spam, options.score, options.reject_score) == ("remove", "reject", 4.0, None)
+    assert plan.groups[0][0].spam_rule == "@x in spamdclients with spam=reject score=4"
+
+
+def test_who_is_checked_by_a_global_switch_gets_the_configurations_actions():
+    _, options = options_of(Switches(clamglobal=True))
+    assert (options.virus, options.spam) == ("", "reject")
+
+
+@pytest.mark.parametrize(
+    ("action", "default", "want"),
+    [
+        (b"", "mark", Want.HEADERS),
+        (b"", "reject", Want.CHECK),
+        (b"spam=mark", "reject", Want.HEADERS),
+        (b"spam=move:j@x", "reject", Want.HEADERS),
+        (b"spam=remove", "mark", Want.CHECK),
+    ],
+)
+def test_headers_are_wanted_only_where_a_row_lets_spam_through(action, default, want):
+    def row(recipient):
+        return None, Row(b"@x", False, action)
+
+    config = Settings(spamd=Spamd(action=default))
+    envelope = Envelope(b"s@x", (b"a@x",))
+    assert make_plan(envelope, 100, Origin(OriginKind.LOCAL, 1), config, Switches(), row).want is want
+
+
+@pytest.mark.parametrize("kind", OriginKind, ids=lambda kind: kind.value)
+def test_without_tables_everything_that_needs_them_is_held_but_bounces(kind):
+    def plan(**switches):
+        return make_plan(Envelope(b"", (b"a@x",)), 100, Origin(kind, 1), Settings(), Switches(**switches), None)
+
+    held = plan()
+    decision = decide(held, (), kind, 1, Settings())
+    assert decision.action is (Action.QUEUE if kind is OriginKind.BOUNCE else Action.DEFER)
+    freed = decide(held.released_by("x"), (), kind, 1, Settings())
+    assert (freed.action, freed.deliveries[0].recipients) == (Action.QUEUE, (0,))
+    assert bool(held.hold) is (kind is not OriginKind.BOUNCE)
+    assert bool(plan(clamglobal=True).hold) is (kind is not OriginKind.BOUNCE)
+    everybody = plan(clamglobal=True, spamglobal=True)
+    assert not everybody.hold
+    assert everybody.runs(Scanner.CLAMD)
+    skipped = plan(skipcachk=2, skipsachk=2)
+    assert bool(skipped.hold) is (kind not in (OriginKind.BOUNCE, AUTH, RELAY))

@@ -8,6 +8,7 @@ from contentfilter.config.settings import Clamd, Headers, Settings, Spamd
 from contentfilter.errors import Cause
 from contentfilter.model import Envelope, Message, Origin, OriginKind, Scanner, ScanOutcome, ScanStatus, Want
 from contentfilter.policy.decide import decide
+from contentfilter.policy.options import read_options
 from contentfilter.policy.plan import ScanPlan, Step, Switches, Treatment
 from contentfilter.verdict.case import Case
 from contentfilter.verdict.reply import answer
@@ -31,10 +32,11 @@ def reply(
     want=Want.HEADERS,
     limit="",
     remote=b"192.0.2.1",
+    options=(b"", b""),
 ):
     settings = settings or Settings()
     plan = ScanPlan(
-        tuple((Treatment(v, s, f"v{i}", f"s{i}"), (i,)) for i, (v, s) in enumerate(wants)),
+        tuple((Treatment(v, s, f"v{i}", f"s{i}", read_options(*options)), (i,)) for i, (v, s) in enumerate(wants)),
         STEPS,
         want=want,
         limit=limit,
@@ -167,6 +169,56 @@ def test_full_rewrite_takes_spamds_message_for_spam_only():
     s = only(reply(ham, wants=((False, True),), settings=settings, want=Want.PROCESS))
     assert (s.prepend + MAIL[s.skip :]).endswith(b"\n\nbody\n")
     assert s.skip == 0
+
+
+def test_what_is_moved_goes_to_the_other_address_only_and_says_for_whom_it_was():
+    a = reply(
+        (found(Scanner.CLAMD),),
+        wants=((True, False), (False, False), (True, False)),
+        options=(b"virus=move:Jail@x", b""),
+    )
+    moved, plain = a.submissions
+    assert envelope_format.parse(moved.envelope) == Envelope(b"s@example.net", (b"Jail@x",))
+    assert moved.prepend.count(b"X-Envelope-To: ") == 2
+    assert b"X-Envelope-To: u0@example.org\nX-Envelope-To: u2@example.org\n" in moved.prepend
+    assert b"X-Virus-Status: Infected (Eicar-Test-Signature)\n" in moved.prepend
+    assert envelope_format.parse(plain.envelope).recipients == (b"u1@example.org",)
+    assert b"X-Envelope-To" not in plain.prepend
+
+
+def test_a_move_of_the_only_recipient_does_not_go_with_the_envelope_as_received():
+    s = only(reply((found(Scanner.CLAMD),), wants=((True, False),), options=(b"virus=move:jail@x", b"")))
+    assert envelope_format.parse(s.envelope).recipients == (b"jail@x",)
+
+
+@pytest.mark.parametrize(
+    ("score", "own", "want", "flag", "status"),
+    [
+        (3.0, b"score=2", Want.HEADERS, True, b"X-Spam-Status: Yes, score=3.0 tests=A,\n\tB"),
+        (3.0, b"score=2", Want.PROCESS, True, b"X-Spam-Status: Yes, score=3.0 tests=A,\n\tB"),
+        (9.0, b"score=14", Want.HEADERS, False, b"X-Spam-Status: No, score=9.0 tests=A,\n\tB"),
+        (9.0, b"score=14", Want.PROCESS, False, b"X-Spam-Status: No, score=9.0 tests=A,\n\tB"),
+        (9.0, b"score=9", Want.HEADERS, True, b"X-Spam-Status: Yes, score=9.0 required=5.0 tests=A,\n\tB"),
+        (3.0, b"score=9", Want.HEADERS, False, b"X-Spam-Status: No, score=3.0 required=5.0 tests=A,\n\tB"),
+    ],
+)
+def test_spamassassins_lines_say_what_the_recipients_own_score_says(score, own, want, flag, status):
+    said = b"Yes" if score >= 5 else b"No"
+    block = b"X-Spam-Status: %b, score=%.1f required=5.0 tests=A,\n\tB\nX-Spam-Level: ***\n\nother body\n" % (
+        said,
+        score,
+    )
+    block = b"X-Spam-Flag: YES\n" + block if score >= 5 else block
+    verdict = ScanStatus.FOUND if score >= 5 else ScanStatus.CLEAN
+    outcome = ScanOutcome(Scanner.SPAMD, verdict, score=score, threshold=5.0, rewritten=block)
+    settings = Settings(spamd=Spamd(subject_tag="[SPAM] "))
+    s = only(reply((outcome,), wants=((False, True),), settings=settings, want=want, options=(b"", own)))
+    result = s.prepend + MAIL[s.skip :]
+    assert result.count(b"X-Spam-Flag: YES\n") == flag
+    assert status in result
+    assert b"X-Spam-Level: ***\n" in result
+    assert (b"Subject: [SPAM] hi\n" in result) is flag
+    assert result.endswith(b"\n\nbody\n")
 
 
 def test_marked_virus_is_delivered_with_its_name():

@@ -10,7 +10,7 @@ C_SOURCES := $(wildcard queue_hook/*.c)
 C_HEADERS := $(wildcard queue_hook/*.h)
 
 # What the wheel is made of. Directories count too: their time changes when a file goes away.
-WHEEL := meson.build README.md $(shell find contentfilter queue_hook etc -name '__pycache__*' -prune -o -print)
+WHEEL := meson.build README.md tools/toml_page.py $(shell find contentfilter queue_hook etc -name '__pycache__*' -prune -o -print)
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile

@@ -90,8 +90,7 @@ def wanted(package: Package, system: System, qmail: str) -> list[Thing]:
     things = [
         Thing("directory", CONFIG, keep=True),  # first, for the inventory lies in it
         Thing("user", USER, keep=True),
-        # Readable for the group only: passwords of databases will stand in it.
-        Thing("file", f"{CONFIG}/contentfilter.toml", 0o640, f"root:{USER}", settings, keep=True),
+        Thing("file", f"{CONFIG}/contentfilter.toml", 0o644, content=settings, keep=True),
         Thing("directory", STATE, 0o700, ours, keep=True, whole=True),
         Thing("directory", RUN, 0o755, ours, whole=True),
     ]

@@ -139,8 +139,8 @@ def sync(directory: Path) -> None:
         os.close(fd)
 
 
-def place_file(target: Path, content: bytes, mode: int, group: int = 0) -> None:
-    """Complete or not at all: written beside ``target``, then renamed over it. By root: owned by root and ``group``."""
+def place_file(target: Path, content: bytes, mode: int) -> None:
+    """Complete or not at all: written beside ``target``, then renamed over it."""
     fd, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     try:
         with os.fdopen(fd, "wb") as file:
@@ -148,7 +148,7 @@ def place_file(target: Path, content: bytes, mode: int, group: int = 0) -> None:
             file.flush()
             os.fchmod(fd, mode)
             if os.geteuid() == 0:
-                os.fchown(fd, 0, group)
+                os.fchown(fd, 0, 0)
             os.fsync(fd)
         os.replace(name, target)
     except BaseException:

@@ -99,7 +99,7 @@ class System:
             temporary.symlink_to(os.fsdecode(thing.content))
             os.replace(temporary, path)
         elif thing.kind == "file":
-            place_file(path, thing.content, thing.mode, self._ids(thing.owner)[1])
+            place_file(path, thing.content, thing.mode)
         else:
             path.mkdir(mode=thing.mode)
             path.chmod(thing.mode)  # whatever the umask is

@@ -17,6 +17,7 @@ from msgspec import inspect
 from contentfilter.config import DEFAULT_PATH
 from contentfilter.config.settings import Settings
 from contentfilter.errors import ConfigError, Problem
+from contentfilter.ops.http import parse_listen
 from contentfilter.scanners.stream import Address
 
 MAX_SIZE = 1 << 20
@@ -147,6 +148,10 @@ class _Reader:
             ("service", "control", service.control),
         ):
             self._absolute(section, key, path, socket=section == "listen" or key == "run")
+        try:
+            parse_listen(settings.http.listen)
+        except ValueError as e:
+            self._note(("http", "listen"), f"[http] listen: {e}")
         extension = settings.tables.extension
         if not re.fullmatch(r"[!#-/=?^_{-~]?", extension) or extension == ".":
             text = f'[tables] extension: {extension!r} cannot separate an extension; usual are "-" and "+"'

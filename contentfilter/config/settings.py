@@ -134,6 +134,10 @@ class Journal(Section, frozen=True):
     max_size: Annotated[int, Meta(ge=1_048_576)] = 1_073_741_824  # about 2,000 bytes for a message
 
 
+class Http(Section, frozen=True):
+    listen: str = "127.0.0.1:9464"  # "address:port", or "off"
+
+
 class Log(Section, frozen=True):
     format: Literal["json", "logfmt"] = "json"
     level: Literal["debug", "info", "warning", "error"] = "info"
@@ -154,4 +158,5 @@ class Settings(Section, frozen=True):
     headers: Headers = msgspec.field(default_factory=Headers)
     quarantine: Quarantine = msgspec.field(default_factory=Quarantine)
     journal: Journal = msgspec.field(default_factory=Journal)
+    http: Http = msgspec.field(default_factory=Http)
     log: Log = msgspec.field(default_factory=Log)

@@ -125,7 +125,19 @@ def deferral(what: str, incident: str) -> hook.Answer:
 class Connection:
     """Owns the accepted socket from :meth:`start` on, and ends by calling ``room.closed``."""
 
-    __slots__ = ("_fd", "_gone", "_room", "_socket", "_task", "_timer", "_watching", "began", "incident", "stage")
+    __slots__ = (
+        "_fd",
+        "_gone",
+        "_room",
+        "_socket",
+        "_task",
+        "_timer",
+        "_watching",
+        "began",
+        "incident",
+        "size",
+        "stage",
+    )
 
     def __init__(self, room: Room, accepted: socket.socket) -> None:
         self._room = room
@@ -137,6 +149,7 @@ class Connection:
         self._gone = ""  # why the handling is being cancelled
         self.began = time.monotonic()
         self.incident = ""
+        self.size = 0  # bytes of the message
         self.stage = "request"
 
     def start(self) -> None:
@@ -179,7 +192,7 @@ class Connection:
                 os.close(fd)
             self._garbage(str(error))
             return True
-        self.incident = new_incident()
+        self.incident, self.size = new_incident(), request.message_size
         self._task = self._room.loop.create_task(self._serve(request, fds))
         self._timer = self._room.loop.call_later(FAST, self._slow, request)
         return True

@@ -38,6 +38,7 @@ EVENTS: Mapping[str, str] = {
     "journal.failed": "the journal could not be written: some messages will not be found; mail is not affected",
     "journal.malformed": "events that the journal cannot keep; dropped",
     "journal.set-aside": "the journal's file was damaged or of another version; it was moved away and a new one begun",
+    "monitor.failed": "a defect in what watches the daemon; mail goes on",
     "origin.unknown-user": "a configured user name does not exist; it was left out",
     "quarantine.no-secret": "released mail cannot be recognised: the secret in the state directory is unusable",
     "service.start": "the supervisor has its sockets and starts workers",

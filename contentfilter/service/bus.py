@@ -50,6 +50,7 @@ class Heartbeat(Frame, frozen=True):
     in_flight: tuple[Busy, ...]  # the oldest ones
     open: int
     counters: dict[str, int]
+    bytes: int = 0  # of the messages in flight
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -112,6 +113,7 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     open: int
     in_flight: tuple[Busy, ...]
     counters: dict[str, int]
+    bytes: int = 0
 
 
 class Status(Frame, frozen=True):
@@ -128,6 +130,8 @@ class Status(Frame, frozen=True):
     problems: tuple[str, ...]  # of the last reload; empty when it was good
     workers: tuple[WorkerStatus, ...]
     not_recorded: int = 0  # events that the journal lost
+    wanted: int = 0  # workers
+    deaths: dict[str, int] = {}  # restarts by reason
 
 
 class Done(Frame, frozen=True):

@@ -18,6 +18,7 @@ from contentfilter.service.process import Process
 
 SETTLED = 10.0  # seconds after which a death no longer counts as trouble at the start
 FIRST_DELAY, LONGEST_DELAY = 0.1, 30.0
+DEATHS = ("exit", "signal", "stuck", "start")  # ended by itself, by a signal, killed by us; could not be started
 START_ALLOWANCE = 60.0  # seconds that a worker may take to its first heartbeat, if stuck_after is shorter
 
 Spawn = Callable[[int, Callable[[Process], None]], Process]
@@ -48,7 +49,11 @@ class Pool:
         self._draining = False
         self._checked = time.monotonic()
         self._empty = asyncio.Event()
-        self.restarts = 0
+        self.deaths = dict.fromkeys(DEATHS, 0)  # workers that ended unasked, or could not be started
+
+    @property
+    def restarts(self) -> int:
+        return sum(self.deaths.values())
 
     @property
     def processes(self) -> list[Process]:
@@ -151,6 +156,7 @@ class Pool:
         try:
             process = self._spawn(slot.index, self._ended)
         except OSError as error:
+            self.deaths["start"] += 1
             self._log.error("worker.died", slot=slot.index, why=f"cannot start: {error.strerror}")
             return None
         self._processes[process.pid] = process
@@ -168,7 +174,7 @@ class Pool:
             self._empty.set()
         expected = process.retiring and process.status in (0, -signal.SIGTERM)  # the latter: before it was up
         if not expected:
-            self.restarts += 1
+            self.deaths["stuck" if process.stuck else "signal" if (process.status or 0) < 0 else "exit"] += 1
             self._log.error(
                 "worker.died", slot=process.slot, child=process.pid, status=process.status, age=round(process.age(), 1)
             )

@@ -83,6 +83,7 @@ class Process:
             open=beat.open if beat else 0,
             in_flight=in_flight,
             counters=beat.counters if beat else {},
+            bytes=beat.bytes if beat else 0,
         )
 
 

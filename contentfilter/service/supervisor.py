@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Protocol
 
 import zmq
@@ -28,6 +29,7 @@ from contentfilter.ops.log import Logger, adopt_standard_logging, make_logger
 from contentfilter.ops.systemd import Notifier, listen_fds, watchdog_interval
 from contentfilter.service import bus
 from contentfilter.service.housekeeping import Chore, keep_house
+from contentfilter.service.monitor import Monitor
 from contentfilter.service.pool import Pool
 from contentfilter.service.process import Process, memory_file
 from contentfilter.service.recorder import Recorder
@@ -122,6 +124,7 @@ class Supervisor:
         self._pool = Pool(self._spawn, self._log, self._moved.set)
         self._recorder = recorder = Recorder(self._log, settings)
         chores = (*self._chores, Chore("journal", lambda _: {"messages": recorder.expire()}))
+        self._monitor = Monitor(self._log, lambda: self._loaded.settings, self.status, self._listener)
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._signalled)
         loop.add_signal_handler(signal.SIGINT, self._signalled)
@@ -141,6 +144,7 @@ class Supervisor:
                         self._reload_on_demand(),
                         self._watch_tables(),
                         self._keep_watchdog(),
+                        self._monitor.run(),
                         keep_house(chores, lambda: self._loaded.settings, self._log),
                     )
                 ]
@@ -218,14 +222,16 @@ class Supervisor:
         if texts != self._problems:  # the same trouble again and again is told once
             for problem in error.problems:
                 self._log.error("service.problem", path=problem.path, line=problem.line, text=problem.text)
+        self._monitor.loaded("failed")
         self._log.error("service.reload-failed", problems=len(texts), generation=self._generation)
         self._problems = texts
 
     async def _take(self, loaded: Loaded) -> None:
         old, self._loaded = self._loaded.settings, loaded
+        self._monitor.loaded("changed")
         new = loaded.settings
-        for name, was, now in (("listen", old.listen, new.listen), ("service.run", old.service.run, new.service.run)):
-            if was != now:
+        for name in ("listen", "http", "service.run"):
+            if attrgetter(name)(old) != attrgetter(name)(new):
                 self._log.warning("service.restart-needed", setting=name)
         self._generation += 1
         self._recorder.change(new)
@@ -268,7 +274,9 @@ class Supervisor:
                 except ConfigError as error:
                     self._failed(error)
                     continue
-                if loaded is not None:
+                if loaded is None:
+                    self._monitor.loaded("unchanged")
+                else:
                     self._problems = ()
                     self._tell(loaded)
                     await self._take(loaded)
@@ -285,6 +293,7 @@ class Supervisor:
         except RemoteProtocolError as error:
             self._malformed("reports", error)
             return
+        self._monitor.heard(report)
         if isinstance(report, bus.Happened):
             for event in report.events:
                 self._recorder.put(event)
@@ -364,6 +373,8 @@ class Supervisor:
             restarts=self._pool.restarts,
             malformed=self._bus.malformed,
             not_recorded=self._recorder.dropped,
+            wanted=worker_count(self._loaded.settings),
+            deaths=dict(self._pool.deaths),
             problems=self._problems,
             workers=tuple(process.describe() for process in self._pool.processes),
         )

@@ -126,6 +126,7 @@ class Worker:
                 for task in background:
                     task.cancel()
             await self._serving.application.close()
+            self._bus.send(self._heartbeat(0.0))  # its last counts
         finally:
             self._bus.close()
         self._log.info("worker.stop")
@@ -191,6 +192,7 @@ class Worker:
             in_flight=tuple(Busy(c.incident, c.stage, now - c.began) for c in oldest),
             open=len(connections),
             counters=asdict(self._listener.counters) | {"events_lost": self._bus.lost},
+            bytes=sum(c.size for c in connections),
         )
 
     async def _obey(self, group: asyncio.TaskGroup) -> None:

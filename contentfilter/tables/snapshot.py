@@ -33,6 +33,8 @@ from contentfilter.policy.plan import Lookup, Row
 from contentfilter.tables.files import replace_file
 from contentfilter.tables.rows import Rows, Source
 
+FILE = "tables.snapshot"
+"""Its name in the state directory."""
 MAGIC = b"CFTABLE1"
 _PREFIX = struct.Struct("<8sII")
 _PAIR = struct.Struct("<II")
@@ -227,7 +229,18 @@ def _keys(header: Header, address: bytes, at: int, extension: bytes) -> list[byt
     return keys
 
 
-def _check(fd: int) -> tuple[Header, int]:
+def read_header(path: str) -> Header:
+    """What the snapshot at ``path`` says about itself; its rows are not looked at. Raises OSError or ConfigError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        return _header(fd)[0]
+    except ValueError as e:
+        raise ConfigError((Problem(path, 0, f"not a usable table snapshot: {e}"),)) from e
+    finally:
+        os.close(fd)
+
+
+def _header(fd: int) -> tuple[Header, int]:
     """The header and where the offsets begin. ValueError says what is wrong; nothing is trusted before its checksum."""
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
@@ -241,12 +254,21 @@ def _check(fd: int) -> tuple[Header, int]:
     head = os.pread(fd, min(length, _MAX_HEADER), _PREFIX.size)
     if len(head) < length or crc32(head) != checksum:
         raise ValueError("its header is damaged")
-    header = msgspec.json.decode(head, type=Header)
+    try:
+        header = msgspec.json.decode(head, type=Header)
+    except msgspec.DecodeError as e:
+        raise ValueError(f"its header is another version's: {e}") from e
     offsets_at = _PREFIX.size + length
     if header.buckets < 1 or header.buckets & (header.buckets - 1):
         raise ValueError("its header makes no sense")
     if status.st_size != offsets_at + 4 * (header.buckets + 1) + header.size:
         raise ValueError(f"it has {status.st_size} bytes, which its header contradicts")
+    return header, offsets_at
+
+
+def _check(fd: int) -> tuple[Header, int]:
+    """As :func:`_header`, with the checksum of all rows."""
+    header, offsets_at = _header(fd)
     checksum, at = 0, offsets_at
     while part := os.pread(fd, _READ, at):  # not through the map: what is only checked need not stay resident
         checksum, at = crc32(part, checksum), at + len(part)

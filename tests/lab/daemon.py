@@ -90,6 +90,7 @@ class Daemon:
             (self.directory / name).mkdir(exist_ok=True)
         base: dict[str, dict[str, Any]] = {
             "listen": {"socket": self.socket},
+            "http": {"listen": "off"},
             "service": {
                 "workers": 2,
                 "run": str(self.directory),

@@ -1,0 +1,232 @@
+"""What the supervisor does for those who watch it: counts, measures, probes clamd, and serves /metrics, /live, /ready.
+
+Mail never waits for any of it. The disk is looked at in a thread of its own that may hang, the text is made in
+another, the probe has a deadline, and an address that cannot be had is logged and tried again.
+"""
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
+from typing import Any, Literal
+
+import msgspec
+
+from contentfilter.config.settings import Clamd, Settings
+from contentfilter.deadline import Deadline
+from contentfilter.errors import BackendError
+from contentfilter.intake.connection import Rarely
+from contentfilter.model import Scanner
+from contentfilter.ops.http import Page, Response, Server, parse_listen
+from contentfilter.ops.log import Logger
+from contentfilter.ops.measure import Sample, backlog, measure
+from contentfilter.ops.metrics import Metrics, Registry
+from contentfilter.scanners.clamd import ClamdScanner
+from contentfilter.scanners.stream import Address
+from contentfilter.service.bus import Happened, Report, Status
+
+MEASURE_EVERY = 30.0  # seconds between two looks at the disk
+PROBE_EVERY = 120.0  # seconds between two questions to clamd for its version
+PROBE_WAIT = 10.0
+LISTEN_AGAIN = 30.0  # seconds until an address that is in use is tried again
+VERSION_SHOWN = 64  # characters of clamd's version
+
+
+class Monitor:
+    """:meth:`run` once, in the background; the rest is called from the event loop and takes microseconds."""
+
+    def __init__(
+        self, log: Logger, settings: Callable[[], Settings], status: Callable[[], Status], listener: socket.socket
+    ) -> None:
+        """``listener`` may be closed while this runs."""
+        self._log = log
+        self._settings = settings
+        self._status = status
+        self._listener = listener
+        self._metrics = Metrics(Registry())
+        self._renderer = ThreadPoolExecutor(1, thread_name_prefix="metrics")
+        self._started = time.time()
+        self._checked = self._started  # when configuration or tables were last read without a fault
+        self._measured: tuple[Sample, ...] = ()
+        self._probed: tuple[Sample, ...] = ()
+        self._end = threading.Event()
+        self._changed = asyncio.Event()
+        self._defects = Rarely(60.0)
+        self._adopt()
+
+    # What happens
+
+    def heard(self, report: Report) -> None:
+        """A report of a worker. Raises nothing."""
+        try:
+            if isinstance(report, Happened):
+                for event in report.events:
+                    self._metrics.event(event.name, event.fields)
+            else:
+                self._metrics.worker(report.pid, report.lag, report.counters)
+        except Exception:
+            if (held := self._defects.allow()) is not None:
+                self._log.exception("monitor.failed", not_logged=held)
+
+    def loaded(self, result: Literal["changed", "unchanged", "failed"]) -> None:
+        """Configuration or tables were looked at; the settings are in force already."""
+        self._metrics.loaded(result)
+        if result != "failed":
+            self._checked = time.time()
+        if result == "changed":
+            self._adopt()
+
+    def _adopt(self) -> None:
+        settings = self._settings()
+        self._metrics.backends({Scanner.CLAMD: settings.clamd.backends, Scanner.SPAMD: settings.spamd.backends})
+        self._changed.set()
+
+    # In the background
+
+    async def run(self) -> None:
+        """Until it is cancelled."""
+        threading.Thread(target=self._measure, name="measure", daemon=True).start()
+        try:
+            await asyncio.gather(self._alone(self._serve()), self._alone(self._probe()))
+        finally:
+            self._end.set()
+            self._renderer.shutdown(wait=False, cancel_futures=True)
+
+    async def _alone(self, work: Coroutine[Any, Any, None]) -> None:
+        """A defect ends this work and nothing else."""
+        try:
+            await work
+        except Exception:
+            self._log.exception("monitor.failed")
+
+    def _measure(self) -> None:
+        """In its own thread, which nobody joins: a disk may hang."""
+        while not self._end.is_set():
+            self._measured = measure(self._settings())
+            self._end.wait(MEASURE_EVERY)
+
+    async def _serve(self) -> None:
+        where = parse_listen(self._settings().http.listen)
+        if where is None:
+            return
+        pages: dict[str, Page] = {"/metrics": self._page_metrics, "/live": self._page_live, "/ready": self._page_ready}
+        server = Server(pages, self._log)
+        told = False
+        try:
+            while True:
+                try:
+                    address = await server.start(*where)
+                    break
+                except OSError as error:
+                    if not told:
+                        why = error.strerror or str(error)
+                        self._log.error("http.failed", listen=self._settings().http.listen, why=why)
+                        told = True
+                await asyncio.sleep(LISTEN_AGAIN)
+            self._log.info("http.ready", address=address)
+            await asyncio.get_running_loop().create_future()  # for ever
+        finally:
+            await server.close()
+
+    async def _probe(self) -> None:
+        """Ask every clamd for its version, now and then and after each change of the settings."""
+        config: Clamd | None = None
+        while True:
+            self._changed.clear()
+            if config is None or config != self._settings().clamd:
+                config = self._settings().clamd
+                scanner = ClamdScanner(config)
+            answers = await asyncio.gather(*(_version(scanner, name) for name in config.backends))
+            self._probed = tuple(sample for samples in answers for sample in samples)
+            try:
+                async with Deadline.after(PROBE_EVERY).timeout():
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+
+    # What is served
+
+    async def _page_metrics(self, accept: str) -> Response:
+        samples = (*self._now(self._status()), *self._measured, *self._probed)
+        values: dict[str, list[tuple[tuple[str, ...], float]]] = {}
+        for name, labels, value in samples:
+            values.setdefault(name, []).append((labels, value))
+        self._metrics.present(values)
+        loop = asyncio.get_running_loop()
+        return Response(*await loop.run_in_executor(self._renderer, self._metrics.render, accept))
+
+    async def _page_live(self, accept: str) -> Response:
+        return _told(accept, "live", ())
+
+    async def _page_ready(self, accept: str) -> Response:
+        return _told(accept, "ready", unready(self._status(), self._settings().service.stuck_after))
+
+    def _now(self, status: Status) -> Iterable[Sample]:
+        """All that is known without looking anywhere."""
+        settings = self._settings()
+        workers = status.workers
+        yield "contentfilter_build_info", (status.version,), 1
+        yield "contentfilter_start_timestamp_seconds", (), self._started
+        yield "contentfilter_ready", (), not unready(status, settings.service.stuck_after)
+        for state in ("starting", "ready", "retiring"):
+            yield "contentfilter_workers", (state,), sum(worker.state == state for worker in workers)
+        yield "contentfilter_workers_wanted", (), status.wanted
+        for reason, count in status.deaths.items():
+            yield "contentfilter_worker_restarts_total", (reason,), count
+        for slot in sorted({worker.slot for worker in workers}):  # two in one slot while one takes over
+            opened = sum(worker.open for worker in workers if worker.slot == slot)
+            yield "contentfilter_in_flight", (str(slot),), opened
+        yield "contentfilter_in_flight_limit", (), settings.service.max_in_flight * status.wanted
+        yield "contentfilter_in_flight_bytes", (), sum(worker.bytes for worker in workers)
+        ages = [busy.seconds + worker.silent for worker in workers for busy in worker.in_flight]
+        yield "contentfilter_in_flight_oldest_seconds", (), max(ages, default=0.0)
+        if (queue := backlog(self._listener.fileno())) is not None:
+            yield "contentfilter_waiting", (), queue[0]
+            yield "contentfilter_waiting_limit", (), queue[1]
+        yield "contentfilter_frames_malformed_total", (), status.malformed
+        yield "contentfilter_generation", (), status.generation
+        yield "contentfilter_configuration_problems", (), len(status.problems)
+        yield "contentfilter_tables_checked_timestamp_seconds", (), self._checked
+        yield "contentfilter_quarantine_quota_bytes", (), settings.quarantine.quota
+        yield "contentfilter_journal_lost_total", (), status.not_recorded
+
+
+def unready(status: Status, stuck_after: float) -> tuple[str, ...]:
+    """What keeps the daemon from being ready, in words; empty when it is."""
+    found = []
+    if status.state == "draining":
+        found.append("draining: no new mail is accepted")
+    able = {w.slot for w in status.workers if w.state == "ready" and w.silent < stuck_after}
+    if len(able) < status.wanted:
+        found.append(f"{len(able)} of {status.wanted} workers accept mail")
+    return tuple(found)
+
+
+def _told(accept: str, name: str, problems: tuple[str, ...]) -> Response:
+    """A line for each problem, or JSON for who asks for it."""
+    status = HTTPStatus.SERVICE_UNAVAILABLE if problems else HTTPStatus.OK
+    if "application/json" in accept:
+        body = msgspec.json.encode({name: not problems, "problems": problems})
+        return Response(body, "application/json", status)
+    return Response("".join(f"{line}\n" for line in problems or (name,)).encode(), status=status)
+
+
+async def _version(scanner: ClamdScanner, backend: str) -> list[Sample]:
+    """What one clamd says about itself; only that it is not up when it says nothing."""
+    labels = (backend,)
+    try:
+        found = await scanner.probe(Address.parse(backend), Deadline.after(PROBE_WAIT))
+    except BackendError:
+        return [("contentfilter_clamd_up", labels, 0)]
+    samples: list[Sample] = [
+        ("contentfilter_clamd_up", labels, 1),
+        ("contentfilter_clamd_info", (backend, found.product[:VERSION_SHOWN]), 1),
+    ]
+    if found.database is not None:
+        samples.append(("contentfilter_clamd_database_version", labels, found.database))
+    if found.built is not None:
+        samples.append(("contentfilter_clamd_database_timestamp_seconds", labels, found.built.timestamp()))
+    return samples

@@ -53,7 +53,9 @@ def test_the_wheel_brings_package_hook_and_samples() -> None:
     for source in PACKAGE.rglob("*.py"):
         assert (package / source.relative_to(PACKAGE)).read_bytes() == source.read_bytes(), relative(source)
     for sample in filter(Path.is_file, (ROOT / "etc").rglob("*")):
-        copy = prefix / "share" / "contentfilter" / sample.relative_to(ROOT / "etc")
+        manual = sample.parent.name == "man"
+        name = f"man/man8/{sample.name}" if manual else f"contentfilter/{sample.relative_to(ROOT / 'etc')}"
+        copy = prefix / "share" / name
         assert copy.read_bytes() == sample.read_bytes(), relative(sample)
 
 

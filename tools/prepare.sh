@@ -18,6 +18,7 @@ musl-tools     musl-gcc                             setup demo bench test
 clamav-daemon  clamd                                demo bench test
 spamd          spamd                                demo bench test
 mailfront      smtpfront-qmail                      test
+mandoc         mandoc                               test
 mariadb-server mariadbd                             test
 prometheus     promtool                             test
 END

@@ -103,6 +103,15 @@ def test_installed_again_after_an_uninstallation_everything_can_go(prefix: Path,
     assert listing(prefix) == before
 
 
+def test_directories_above_what_was_kept_go_with_it(tmp_path: Path, command: Path) -> None:
+    root = tmp_path / "bare"
+    root.mkdir()
+    for words in (["install", "--command", str(command)], ["uninstall"], ["uninstall", "--purge"]):
+        assert CliRunner().invoke(cli, [*words, "--prefix", str(root)]).exit_code == 0
+        assert (root / "var/lib/contentfilter").exists() == (words[-1] != "--purge")
+    assert list(root.iterdir()) == []
+
+
 def test_a_second_install_changes_nothing(prefix: Path, run: Callable[..., Result]) -> None:
     run("install")
     once = listing(prefix)

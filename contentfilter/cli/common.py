@@ -36,7 +36,7 @@ def print_rows(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
     """A table on a terminal, plain lines with tabs for everything else."""
     if not sys.stdout.isatty():
         for row in rows:
-            click.echo("\t".join(row))
+            click.echo("\t".join(map(printable, row)))
         return
     from rich.console import Console
     from rich.table import Table
@@ -44,7 +44,7 @@ def print_rows(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
 
     table = Table(*head, box=None)
     for row in rows:
-        table.add_row(*map(Text, row))  # Text: nothing that a sender wrote is markup
+        table.add_row(*(Text(printable(cell)) for cell in row))  # Text: nothing that a sender wrote is markup
     Console().print(table)
 
 
@@ -53,7 +53,12 @@ def print_story(lines: Iterable[tuple[str, str]]) -> None:
     shown = tuple(lines)
     width = max((len(stage) for stage, _ in shown), default=0)
     for stage, text in shown:
-        click.echo(f"{stage:<{width}}  {text}")
+        click.echo(printable(f"{stage:<{width}}  {text}"))
+
+
+def printable(text: str) -> str:
+    """Nothing that could drive a terminal, or begin another line."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def become_owner(directory: Path) -> None:

@@ -30,7 +30,7 @@ SET_ASIDE = FILE + ".set-aside"
 """Where a file goes that cannot be used. There is room for one: it may be large."""
 VALUE_MAX = 300
 """Characters of a value that are compared."""
-CHUNK = 250
+CHUNK = 50
 """Messages that are removed in one transaction."""
 
 _LAST = 1 << 62
@@ -210,7 +210,7 @@ class Journal:
                 if gone < CHUNK:
                     break
             if self._number("PRAGMA page_count") * self._number("PRAGMA page_size") > max_size:
-                self._connection.execute("PRAGMA incremental_vacuum").fetchall()
+                self._connection.executescript("PRAGMA incremental_vacuum")  # execute() would free a single page
         return removed
 
     def size(self) -> int:

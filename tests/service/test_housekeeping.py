@@ -1,0 +1,115 @@
+"""Chores: done now and then in a thread, told in the log, and never fatal."""
+
+import asyncio
+import json
+import os
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contentfilter.app import chores
+from contentfilter.config.settings import Quarantine as QuarantineSettings
+from contentfilter.config.settings import Service, Settings
+from contentfilter.deadline import Deadline
+from contentfilter.model import Message
+from contentfilter.ops.log import make_logger
+from contentfilter.service.housekeeping import Chore, keep_house
+from contentfilter.verdict.quarantine import Quarantine
+
+pytestmark = pytest.mark.asyncio
+
+WAIT = 30.0
+House = Callable[..., Awaitable[list[dict[str, Any]]]]
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> House:
+    """Runs chores until ``enough`` is set; the log lines."""
+
+    async def run(*given: Chore, enough: asyncio.Event, settings: Callable[[], Settings] = Settings) -> list[Any]:
+        fd = os.open(tmp_path / "log", os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        task = asyncio.create_task(keep_house(given, settings, make_logger("json", "info", fd), 0.0, 0.0))
+        async with asyncio.timeout(WAIT):
+            await enough.wait()
+        task.cancel()
+        os.close(fd)
+        return [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+
+    return run
+
+
+async def test_every_round_does_all_chores_with_the_settings_of_then(house: House) -> None:
+    loop, enough = asyncio.get_running_loop(), asyncio.Event()
+    seen: list[tuple[str, int]] = []
+    workers = iter(range(1, 100))
+
+    def chore(name: str) -> Chore:
+        def run(settings: Settings) -> dict[str, int]:
+            seen.append((name, settings.service.workers))
+            if len(seen) == 6:
+                loop.call_soon_threadsafe(enough.set)
+            return {"things": 3}
+
+        return Chore(name, run)
+
+    lines = await house(
+        chore("one"), chore("two"), enough=enough, settings=lambda: Settings(service=Service(workers=next(workers)))
+    )
+    assert seen[:6] == [("one", 1), ("two", 2), ("one", 3), ("two", 4), ("one", 5), ("two", 6)]
+    assert [(line["event"], line["chore"], line["things"]) for line in lines[:2]] == [
+        ("housekeeping.done", "one", 3),
+        ("housekeeping.done", "two", 3),
+    ]
+
+
+async def test_a_chore_that_fails_is_told_and_hinders_no_other(house: House) -> None:
+    loop, enough = asyncio.get_running_loop(), asyncio.Event()
+    rounds = 0
+
+    def fails(settings: Settings) -> dict[str, int]:
+        raise OSError(28, "No space left on device")
+
+    def works(settings: Settings) -> dict[str, int]:
+        nonlocal rounds
+        rounds += 1
+        if rounds == 2:
+            loop.call_soon_threadsafe(enough.set)
+        return {}
+
+    lines = await house(Chore("bad", fails), Chore("good", works), enough=enough)
+    assert [(line["event"], line["level"], line["chore"]) for line in lines[:3]] == [
+        ("housekeeping.failed", "error", "bad"),
+        ("housekeeping.done", "info", "good"),
+        ("housekeeping.failed", "error", "bad"),
+    ]
+    assert "No space left" in lines[0]["why"]
+
+
+async def test_a_chore_that_hangs_blocks_neither_the_loop_nor_the_end(house: House) -> None:
+    loop, began, release = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+    threads: list[threading.Thread] = []
+
+    def hangs(settings: Settings) -> dict[str, int]:
+        threads.append(threading.current_thread())
+        loop.call_soon_threadsafe(began.set)
+        release.wait(WAIT)
+        return {}
+
+    assert await house(Chore("slow", hangs), enough=began) == []
+    assert threads[0].is_alive()
+    assert threads[0].daemon  # the process may end
+    release.set()
+    threads[0].join(WAIT)
+
+
+async def test_the_quarantine_is_one_of_them(tmp_path: Path) -> None:
+    settings = Settings(service=Service(state=str(tmp_path)), quarantine=QuarantineSettings(retention=1.0))
+    old = Quarantine(tmp_path / "quarantine", clock=lambda: 1_000_000.0)
+    await old.keep("old", Message(-1, 4, b"mail"), {}, Deadline.after(WAIT))
+    await Quarantine.of(settings).keep("young", Message(-1, 4, b"mail"), {}, Deadline.after(WAIT))
+    (chore,) = (chore for chore in chores() if chore.name == "quarantine")
+    assert chore.run(settings)["entries"] == 1
+    assert [entry.incident for entry in Quarantine.of(settings).entries()] == ["young"]

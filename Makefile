@@ -75,8 +75,8 @@ clean: ## remove everything that these commands made
 STRICT := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wshadow -Wconversion -Wformat=2 -Wstrict-prototypes -Werror
 HOOK := build/hook/contentfilter-queue
 
-$(HOOK).musl: COMPILE = musl-gcc -O2 -static
-$(HOOK).glibc: COMPILE = gcc -O2 -static
+$(HOOK).musl: COMPILE = musl-gcc -O2 -static -Wl,-z,noseparate-code -Wl,-z,norelro
+$(HOOK).glibc: COMPILE = gcc -O2 -static -Wl,-z,noseparate-code
 $(HOOK).sanitized: COMPILE = gcc -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 $(HOOK).%: $(C_SOURCES) $(C_HEADERS) Makefile
 	@mkdir -p build/hook

@@ -19,12 +19,9 @@ enum {
   ENVIRON_MAX = 32768,
   VALUE_MAX = 1024,
   ANSWER_HEAD = 24,
-  ANSWER_MAX = 65536,
   SUBMISSION_HEAD = 28,
   FDS_MAX = 4,
 };
-
-static char packet[ANSWER_MAX];
 
 static uint64_t get(const char *from, int bytes)
 {
@@ -38,20 +35,26 @@ static bool starts(const char *text, const char *with)
   return !strncmp(text, with, strlen(with));
 }
 
+static bool same(const char *variable, size_t name, const char *as)
+{
+  return !strncmp(variable, as, name) && !as[name];
+}
+
 /* What tells where a message comes from, and nothing that could be a secret. */
 static bool wanted(const char *variable, size_t name, const struct conf *conf)
 {
-  static const char *const exact[] = {"PROTO",     "RELAYCLIENT", "HELOHOST",  "MAILFROM",           "RCPTTO",
-                                      "SENDER",    "RECIPIENT",   "NEWSENDER", "QMAILAUTHENTICATED", NULL};
+  static const char exact[][20] = {"PROTO",  "RELAYCLIENT", "HELOHOST",  "MAILFROM",          "RCPTTO",
+                                   "SENDER", "RECIPIENT",   "NEWSENDER", "QMAILAUTHENTICATED"};
   for (size_t i = 0; conf->names[i]; i++)
-    if (strlen(conf->names[i]) == name && !strncmp(variable, conf->names[i], name)) return true;
-  for (size_t i = 0; exact[i]; i++)
-    if (strlen(exact[i]) == name && !strncmp(variable, exact[i], name)) return true;
+    if (same(variable, name, conf->names[i])) return true;
+  for (size_t i = 0; i < sizeof exact / sizeof *exact; i++)
+    if (*variable == *exact[i] && same(variable, name, exact[i])) return true;
   return (starts(variable, "TCP") || starts(variable, "SMTP") || starts(variable, "AUTH")) &&
          !memmem(variable, name, "PASS", 4);
 }
 
-static size_t write_request(const struct conf *conf, unsigned attempt, int left, uint64_t message, uint64_t envelope)
+static size_t write_request(char *packet, const struct conf *conf, unsigned attempt, int left, uint64_t message,
+                            uint64_t envelope)
 {
   extern char **environ;
   char *start = packet + REQUEST_HEAD, *to = start;
@@ -72,7 +75,7 @@ static size_t write_request(const struct conf *conf, unsigned attempt, int left,
   return (size_t)(to - packet);
 }
 
-static bool send_request(int connection, size_t size, int message, int envelope)
+static bool send_request(int connection, char *packet, size_t size, int message, int envelope)
 {
   union {
     struct cmsghdr head;
@@ -90,13 +93,13 @@ static bool send_request(int connection, size_t size, int message, int envelope)
 }
 
 /* The size of the answer, 0 when there is none. Of the descriptors only a single one is kept. */
-static size_t receive(int connection, int64_t end, int *body)
+static size_t receive(int connection, char *packet, int64_t end, int *body)
 {
   union {
     struct cmsghdr head;
     char room[CMSG_SPACE(FDS_MAX * sizeof(int))];
   } control;
-  struct iovec bytes = {packet, sizeof packet};
+  struct iovec bytes = {packet, PACKET_MAX};
   struct msghdr in = {.msg_iov = &bytes, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control};
   struct pollfd wait = {.fd = connection, .events = POLLIN};
   int ready;
@@ -131,27 +134,34 @@ static const char *map_body(int fd, uint64_t size)
   return bytes == MAP_FAILED ? NULL : bytes;
 }
 
-static bool parse_submissions(const char *at, uint64_t left, uint64_t message_size, struct answer *answer)
+const char *submission_at(const char *at, struct submission *submission)
 {
-  for (unsigned i = 0; i < answer->count; i++) {
+  bool received = get(at, 4) != 0;
+  const char *prepend = at + SUBMISSION_HEAD, *envelope = prepend + get(at + 12, 8);
+  *submission = (struct submission){.prepend = prepend,
+                                    .prepend_size = (size_t)get(at + 12, 8),
+                                    .envelope = received ? NULL : envelope,
+                                    .envelope_size = (size_t)get(at + 20, 8),
+                                    .skip = get(at + 4, 8)};
+  return envelope + submission->envelope_size;
+}
+
+static bool check_submissions(const char *at, uint64_t left, uint64_t message_size, unsigned count)
+{
+  for (; count; count--) {
     if (left < SUBMISSION_HEAD) return false;
     uint64_t flags = get(at, 4), skip = get(at + 4, 8), prepend = get(at + 12, 8), envelope = get(at + 20, 8);
     at += SUBMISSION_HEAD;
     left -= SUBMISSION_HEAD;
     if (flags > 1 || skip > message_size || prepend > left || envelope > left - prepend) return false;
     if (flags ? envelope != 0 : !envelope_valid(at + prepend, (size_t)envelope)) return false;
-    answer->submissions[i] = (struct submission){.prepend = at,
-                                                 .prepend_size = (size_t)prepend,
-                                                 .envelope = flags ? NULL : at + prepend,
-                                                 .envelope_size = (size_t)envelope,
-                                                 .skip = skip};
     at += prepend + envelope;
     left -= prepend + envelope;
   }
   return !left;
 }
 
-bool answer_parse(const char *from, size_t size, int body, uint64_t message_size, struct answer *answer)
+static bool answer_parse(const char *from, size_t size, int body, uint64_t message_size, struct answer *answer)
 {
   if (size < ANSWER_HEAD || memcmp(from, "CFA1", 4) || get(from + 4, 2) != VERSION) return false;
   uint64_t action = get(from + 6, 1), reason = get(from + 7, 1), text = get(from + 8, 2), count = get(from + 10, 2);
@@ -166,13 +176,13 @@ bool answer_parse(const char *from, size_t size, int body, uint64_t message_size
   answer->count = (unsigned)count;
   for (size_t i = 0; i < text; i++)
     if (answer->text[i] < ' ' || answer->text[i] > '~') return false;
-  const char *bytes = flags ? map_body(body, length) : answer->text + text;
-  return bytes && parse_submissions(bytes, length, message_size, answer);
+  answer->submissions = flags ? map_body(body, length) : answer->text + text;
+  return answer->submissions && check_submissions(answer->submissions, length, message_size, answer->count);
 }
 
 /* One try. A socket that does not block says EAGAIN at once when the listen queue is full: busy, not gone. */
 static bool offer(const struct conf *conf, unsigned attempt, const struct store *message, const struct store *envelope,
-                  int64_t end, struct answer *answer)
+                  int64_t end, char *packet, struct answer *answer)
 {
   struct sockaddr_un to = {.sun_family = AF_UNIX};
   int body = -1;
@@ -180,8 +190,8 @@ static bool offer(const struct conf *conf, unsigned attempt, const struct store 
   if (connection < 0) return false;
   memcpy(to.sun_path, conf->socket, strlen(conf->socket));
   if (!connect(connection, (struct sockaddr *)&to, sizeof to)) {
-    size_t size = write_request(conf, attempt, left_ms(end), message->size, envelope->size);
-    if (send_request(connection, size, message->fd, envelope->fd) && (size = receive(connection, end, &body)) &&
+    size_t size = write_request(packet, conf, attempt, left_ms(end), message->size, envelope->size);
+    if (send_request(connection, packet, size, message->fd, envelope->fd) && (size = receive(connection, packet, end, &body)) &&
         answer_parse(packet, size, body, message->size, answer)) {
       if (body >= 0) close(body); /* the mapping stays */
       answer->connection = connection;
@@ -196,11 +206,12 @@ static bool offer(const struct conf *conf, unsigned attempt, const struct store 
 }
 
 bool ask(const struct conf *conf, const struct store *message, const struct store *envelope, int64_t end,
-         struct answer *answer)
+         char *packet, struct answer *answer)
 {
   int pause = 10;
   for (unsigned attempt = 0;; attempt++) {
-    if (offer(conf, attempt < UINT16_MAX ? attempt : UINT16_MAX, message, envelope, end, answer)) return true;
+    if (offer(conf, attempt < UINT16_MAX ? attempt : UINT16_MAX, message, envelope, end, packet, answer))
+      return true;
     int error = errno, left = left_ms(end);
     if (!left) {
       say("no answer from ", conf->socket, ": ", strerror(error), "; is `contentfilter serve` running?", NULL);

@@ -24,7 +24,7 @@
 enum { PAGE = 4096, NEVER_STARTED = -1000 };
 
 struct part {
-  const struct submission *submission;
+  struct submission submission;
   pid_t pid;             /* 0: not running */
   int message, envelope; /* ends to write to, -1 when closed */
   uint64_t given;        /* bytes of what is being given: message, then envelope */
@@ -85,7 +85,7 @@ static bool again(ssize_t done)
 
 static bool give_message(const struct all *all, struct part *part)
 {
-  const struct submission *submission = part->submission;
+  const struct submission *submission = &part->submission;
   uint64_t size = submission->prepend_size + (all->message->size - submission->skip);
   ssize_t done = 1;
   if (part->given < submission->prepend_size) {
@@ -107,8 +107,8 @@ static bool give_message(const struct all *all, struct part *part)
 static bool give_envelope(const struct all *all, struct part *part)
 {
   char page[PAGE];
-  const char *from = part->submission->envelope;
-  uint64_t size = (from ? part->submission->envelope_size : all->envelope->size) - 1;
+  const char *from = part->submission.envelope;
+  uint64_t size = (from ? part->submission.envelope_size : all->envelope->size) - 1;
   size_t next = size - part->given < PAGE ? (size_t)(size - part->given) : PAGE;
   int unread = 0;
   if (ioctl(part->envelope, FIONREAD, &unread) || unread) return true;
@@ -241,7 +241,8 @@ static enum status after_commit(const struct all *all)
 enum status submit_all(const struct conf *conf, const struct store *message, const struct store *envelope,
                        const struct answer *answer, int64_t end)
 {
-  static struct all all;
+  struct all all;
+  const char *at = answer->submissions;
   const struct part *gone = NULL;
   enum status status = ST_OK;
   sigset_t blocked, mask;
@@ -252,9 +253,10 @@ enum status submit_all(const struct conf *conf, const struct store *message, con
 
   all = (struct all){.conf = conf, .message = message, .envelope = envelope, .count = answer->count};
   all.pipe_signal = signal(SIGPIPE, SIG_IGN);
-  for (unsigned i = 0; i < all.count; i++)
-    all.parts[i] =
-        (struct part){.submission = &answer->submissions[i], .message = -1, .envelope = -1, .result = NEVER_STARTED};
+  for (unsigned i = 0; i < all.count; i++) {
+    all.parts[i] = (struct part){.message = -1, .envelope = -1, .result = NEVER_STARTED};
+    at = submission_at(at, &all.parts[i].submission);
+  }
   for (unsigned i = 0; i < all.count && !status; i++)
     if (!start(&all, &all.parts[i], &mask)) status = ST_MEMORY;
   /* An answer in the last second still gets the time that a disk needs. */

@@ -9,8 +9,6 @@
 #include <sys/auxv.h>
 #include <unistd.h>
 
-enum { FILE_MAX = 16384 };
-
 static const char *const dialects[] = {"auto", "stock", "notqmail", "sagredo", "simscan", "indimail", "sqmail", NULL};
 static const char *const choices[] = {"defer", "accept", NULL};
 
@@ -90,9 +88,8 @@ static void parse(struct conf *conf, const char *path, char *at)
   }
 }
 
-void conf_load(struct conf *conf)
+char *conf_load(struct conf *conf, char *room)
 {
-  static char text[FILE_MAX + 1];
   const char *path = getauxval(AT_SECURE) ? NULL : getenv("CONTENTFILTER_QUEUE_CONF");
   if (!path) path = "/etc/contentfilter/queue.conf";
   *conf = (struct conf){.socket = "/run/contentfilter/queue.sock",
@@ -100,18 +97,20 @@ void conf_load(struct conf *conf)
                         .budget_ms = 240000,
                         .memory = 4 << 20};
   int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-  if (fd < 0 && errno == ENOENT) return;
-  ssize_t size = fd < 0 ? -1 : read(fd, text, sizeof text);
+  if (fd < 0 && errno == ENOENT) return room;
+  ssize_t size = fd < 0 ? -1 : read(fd, room, CONF_MAX + 1);
   if (size < 0) {
     int error = errno;
     say(path, ": ", strerror(error), "; everyone who sends mail must be able to read it", NULL);
     leave(status_of(error, ST_CONF));
   }
   close(fd);
-  if (size > FILE_MAX) wrong(path, 0, "the file", "at most 16384 bytes");
-  if (strlen(text) != (size_t)size) wrong(path, 0, "the file", "take the NUL bytes out");
-  parse(conf, path, text);
+  if (size > CONF_MAX) wrong(path, 0, "the file", "at most 16384 bytes");
+  room[size] = 0;
+  if (strlen(room) != (size_t)size) wrong(path, 0, "the file", "take the NUL bytes out");
+  parse(conf, path, room);
   if (conf->dialect == INDIMAIL) say_nothing(); /* there stderr carries the reply */
+  return room + size + 1;
 }
 
 /* For `--check`: what is in force, in the file's own form. */

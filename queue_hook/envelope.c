@@ -43,13 +43,13 @@ enum status envelope_feed(struct grammar *grammar, const char *bytes, size_t siz
   return status;
 }
 
-void envelope_drain(struct store *store, int from, int64_t end, const struct conf *conf)
+void envelope_drain(struct store *store, int from, const struct conf *conf)
 {
   struct grammar grammar = {.at = SENDER};
   while (grammar.at != COMPLETE) {
     size_t room, used;
     char *to = store_room(store, &room, conf);
-    size_t got = read_by(from, to, room, end);
+    size_t got = read_some(from, to, room);
     if (!got && grammar.at == AFTER_QUIET) return;
     if (!got) leave(ST_READ);
     enum status status = envelope_feed(&grammar, to, got, &used);

@@ -19,6 +19,8 @@
 
 enum {
   CHUNK = 65536,         /* read at once; what is no larger is also kept in memory */
+  CONF_MAX = 16384,      /* of queue.conf */
+  PACKET_MAX = 65536,
   ADDRESS_MAX = 1002,    /* qmail-queue's limit */
   SUBMISSIONS_MAX = 128, /* each is one process and two pipes */
   TEXT_MAX = 250,
@@ -26,9 +28,9 @@ enum {
 };
 
 /* util.c */
-int64_t now_ms(void);                             /* monotonic clock */
-int left_ms(int64_t end);                         /* until then, 0 when past; fit for poll() */
-size_t read_by(int fd, char *to, size_t room, int64_t end); /* 0 at the end of file; leaves on error */
+int64_t now_ms(void);     /* monotonic clock */
+int left_ms(int64_t end); /* until then, 0 when past; fit for poll() */
+size_t read_some(int fd, char *to, size_t room); /* 0 at the end of file; leaves on error */
 void say(const char *first, ...);                 /* one line on stderr; the arguments end with NULL */
 void say_nothing(void);                           /* stderr belongs to the dialect from now on */
 char *put_number(char *to, uint64_t number);           /* decimal, ended with NUL; returns its end */
@@ -48,7 +50,7 @@ struct conf {
   const char *names[NAMES_MAX + 1]; /* further variables that the daemon may see */
 };
 
-void conf_load(struct conf *conf);
+char *conf_load(struct conf *conf, char *room); /* returns the end of what it needs there */
 void conf_print(const struct conf *conf);
 
 /* store.c: a message or an envelope, in a memfd or, above conf.memory, in an unnamed file */
@@ -61,7 +63,8 @@ struct store {
 };
 
 void store_init(struct store *store, char *bytes);
-void store_drain(struct store *store, int from, int64_t end, const struct conf *conf); /* to end of file */
+char *store_end(const struct store *store); /* of what it needs at `bytes`, once it has everything */
+void store_drain(struct store *store, int from, const struct conf *conf); /* to end of file */
 char *store_room(struct store *store, size_t *room, const struct conf *conf); /* where the next bytes go */
 void store_took(struct store *store, size_t size);                            /* so many were put there */
 void store_finish(struct store *store, const struct conf *conf); /* all is in the file; a memfd is sealed */
@@ -75,7 +78,7 @@ struct grammar {
 };
 
 enum status envelope_feed(struct grammar *grammar, const char *bytes, size_t size, size_t *used);
-void envelope_drain(struct store *store, int from, int64_t end, const struct conf *conf);
+void envelope_drain(struct store *store, int from, const struct conf *conf);
 bool envelope_valid(const char *bytes, size_t size);
 
 /* ask.c */
@@ -93,15 +96,15 @@ struct answer {
   enum reason reason;
   const char *text;
   size_t text_size;
-  unsigned count;
-  struct submission submissions[SUBMISSIONS_MAX];
+  unsigned count;          /* of submissions */
+  const char *submissions; /* all of them are sound */
   int connection;
 };
 
-/* False when the budget ended without a usable answer. */
+/* False when the budget ended without a usable answer. `packet`: room for PACKET_MAX bytes, where the answer stays. */
 bool ask(const struct conf *conf, const struct store *message, const struct store *envelope, int64_t end,
-         struct answer *answer);
-bool answer_parse(const char *packet, size_t size, int body, uint64_t message_size, struct answer *answer);
+         char *packet, struct answer *answer);
+const char *submission_at(const char *at, struct submission *submission); /* returns where the next one is */
 
 /* submit.c: the real qmail-queue */
 void check_pass(void);               /* leaves when this message has been here before */

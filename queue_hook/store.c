@@ -88,12 +88,17 @@ void store_took(struct store *store, size_t size)
   store->size += size;
 }
 
-void store_drain(struct store *store, int from, int64_t end, const struct conf *conf)
+char *store_end(const struct store *store)
+{
+  return store->bytes + (store->size < CHUNK ? store->size : CHUNK);
+}
+
+void store_drain(struct store *store, int from, const struct conf *conf)
 {
   for (;;) {
     size_t room;
     char *to = store_room(store, &room, conf);
-    size_t got = read_by(from, to, room, end);
+    size_t got = read_some(from, to, room);
     if (!got) return;
     store_took(store, got);
   }

@@ -25,7 +25,7 @@ def sanitized_hook(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def impatient_hook(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Waits 0.3 s for split submissions where the real one waits 30."""
+    """Waits 0.3 s for split submissions where the real one waits 30, and 1 s for its input instead of a day."""
     return hook.build(shared(tmp_path_factory), "impatient")
 
 

@@ -3,12 +3,44 @@
 import fcntl
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
-from lab.hook import HookLab, HookProcess, accepted, split
+from lab.hook import FINAL, HookLab, HookProcess, Offer, accepted, split
 
-from contentfilter.wire.hook import Submission
+from contentfilter.wire.hook import Answer, Submission
+
+
+def stalled(lab: HookLab, program: Path, *, nonblocking: bool = False) -> int:
+    """The status of a hook whose client has sent a part of a message and then nothing more."""
+    message, envelope = os.pipe(), os.pipe()
+    os.write(message[1], b"Subject: a part\n")
+    os.set_blocking(message[0], not nonblocking)
+    environ = {"CONTENTFILTER_QUEUE_CONF": str(lab.configure())}
+    try:
+        done = subprocess.run([program], stdin=message[0], stdout=envelope[0], env=environ, check=False, timeout=FINAL)
+    finally:
+        for fd in (*message, *envelope):
+            os.close(fd)
+    return done.returncode
+
+
+@pytest.mark.parametrize("nonblocking", [False, True])
+def test_a_client_that_stalls_is_left_in_the_end(lab: HookLab, impatient_hook: Path, nonblocking: bool) -> None:
+    assert stalled(lab, impatient_hook, nonblocking=nonblocking) == 52
+
+
+def test_the_time_for_reading_is_not_the_time_for_the_answer(lab: HookLab, impatient_hook: Path) -> None:
+    """The answer comes after a hook that was started later has run out of its time for reading."""
+
+    def late(_: Offer) -> Answer:
+        assert stalled(lab, impatient_hook) == 52
+        return accepted()
+
+    lab.daemon(late)
+    assert lab.run(program=impatient_hook).status == 0
+    assert len(lab.standin.queued()) == 1
 
 
 def script(lab: HookLab, name: str, text: str) -> Path:

@@ -21,11 +21,12 @@ from contentfilter.wire import hook as wire
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "queue_hook").glob("*.c"))
 STRICT = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-Wall", "-Wextra", "-Wconversion", "-Werror"]
+LAYOUT = ["-ffunction-sections", "-fdata-sections", "-Wl,--gc-sections", "-Wl,-z,noseparate-code"]
 COMPILERS = {
-    "musl": ["musl-gcc", *STRICT, "-static"],
-    "gcc": ["gcc", *STRICT, "-static"],
+    "musl": ["musl-gcc", *STRICT, "-static", *LAYOUT, "-Wl,-z,norelro"],
+    "gcc": ["gcc", *STRICT, "-static", *LAYOUT],
     "clang": ["clang", *STRICT],
-    "impatient": ["gcc", *STRICT, "-DGRACE_MS=300", "-DABORT_MS=300"],
+    "impatient": ["gcc", *STRICT, "-DGRACE_MS=300", "-DABORT_MS=300", "-DREADING_S=1"],
     "sanitize": ["gcc", *STRICT, "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
 }
 Variant = Literal["musl", "gcc", "clang", "impatient", "sanitize"]

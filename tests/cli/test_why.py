@@ -1,0 +1,278 @@
+"""``contentfilter why`` as an administrator uses it: an id from a bounce, a search, text, JSON, exit statuses."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from click.testing import CliRunner, Result
+
+from contentfilter.cli.main import cli
+from contentfilter.intake.connection import new_incident
+from contentfilter.verdict.journal import FILE, Journal
+from contentfilter.verdict.record import Account
+
+NOON = 1_700_000_000.0
+STORY = (
+    ("message", "5 bytes from <joe@example.net>, 1 recipient(s)"),
+    ("decision", "reject: refused; rule: clamd: Eicar"),
+)
+FIRST, SECOND, THIRD = "1k7tr2fnsi7a1nlq", "1k7tr2fnsi7a1nlr", "1k7tr9999999999v"
+
+
+class Place:
+    """A state directory with a journal, its settings, and the command run on it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.state = directory / "state"
+        self.state.mkdir()
+        self.config = directory / "contentfilter.toml"
+        self.config.write_text(f'[service]\nstate = "{self.state}"\n')
+
+    def add(self, incident: str, at: float = NOON, account: Account = Account(STORY), **more: Any) -> None:  # noqa: B008 - frozen
+        fields = {
+            "id": incident, "sender": "joe@example.net", "recipients": ["user@here.example"], "recipient_count": 1,
+            "remote": "192.0.2.7", "user": "", "decision": "reject", "rule": "clamd: Eicar", "scans": [], "attempt": 0,
+            "ms": 12.5,
+        }  # fmt: skip
+        with Journal.open(self.state / FILE) as journal:
+            assert journal.append([(at, "mail.done", fields | more, msgspec.json.encode(account))]) == 0
+
+    def report(self, incident: str, results: list[str] | None) -> None:
+        with Journal.open(self.state / FILE) as journal:
+            journal.append([(NOON, "mail.report", {"id": incident, "results": results}, b"")])
+
+    def why(self, *words: str) -> Result:
+        return CliRunner().invoke(cli, ["--config", str(self.config), "why", *words], catch_exceptions=False)
+
+    def json(self, *words: str) -> Any:
+        result = self.why(*words, "--json")
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    def incidents(self, *words: str) -> list[str]:
+        result = self.why(*words, "--json")
+        return [mail["id"] for mail in json.loads(result.stdout)]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    made = Place(tmp_path)
+    made.add(FIRST, NOON, Account(STORY, "refused [x] (#5.7.1)", "<first@host>"))
+    made.add(SECOND, NOON + 60, sender="", decision="queue", rule="clean", remote="2001:db8::1")
+    made.add(THIRD, NOON + 120, Account(STORY, more_recipients=("last@list.example",)), recipients=["A@b", "c@d"],
+             recipient_count=30)  # fmt: skip
+    return made
+
+
+def lines(result: Result) -> dict[str, str]:
+    """The printed story, by its first word."""
+    return {line.split("  ")[0]: line.split("  ", 1)[1].strip() for line in result.stdout.splitlines()}
+
+
+# One message
+
+
+def test_an_incident_is_told_in_full(place: Place) -> None:
+    result = place.why(FIRST)
+    assert result.exit_code == 0
+    told = lines(result)
+    assert told["incident"] == FIRST
+    assert told["message-id"] == "<first@host>"
+    assert told["client"] == "192.0.2.7"
+    assert told["message"] == STORY[0][1]
+    assert told["decision"] == STORY[1][1]
+    assert told["SMTP text"] == "refused [x] (#5.7.1)"
+    assert list(told)[-3:] == ["message", "decision", "SMTP text"]
+
+
+def test_times_are_local_and_say_their_offset(place: Place) -> None:
+    words = [sys.executable, "-m", "contentfilter", "--config", str(place.config), "why", FIRST]
+    environ = {**os.environ, "TZ": "XXX-05:30"}
+    told = subprocess.run(words, capture_output=True, text=True, env=environ, timeout=60, check=True).stdout
+    assert "2023-11-15T03:43:20+05:30" in told
+
+
+@pytest.mark.parametrize("prefix", [FIRST, FIRST.upper(), "1k7tr9", THIRD[:15]])
+def test_a_prefix_that_only_one_has_is_enough(place: Place, prefix: str) -> None:
+    assert place.json(prefix)["id"] in (FIRST, THIRD)
+
+
+def test_a_prefix_of_several_lists_them_and_is_no_answer(place: Place) -> None:
+    result = place.why("1k7tr2fn")
+    assert result.exit_code == 2
+    assert [line.split("\t")[0] for line in result.stdout.splitlines()] == [SECOND, FIRST]
+    assert "several incidents begin with 1k7tr2fn" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "pasted",
+    [
+        f"554 mail refused: virus Eicar found [{FIRST}] (#5.7.1)",
+        f"<user@here.example>: host mx [192.0.2.25] said: 554 abcdefghijklmnop [{FIRST}] (#5.7.1) (in reply to DATA)",
+        f"X-ContentFilter: {FIRST}; virus=clean; spam=skipped",
+        f'{{"time":"2026-11-21T01:20:59Z","level":"info","event":"mail.done","id":"{FIRST}","sender":"x"}}',
+        f"time=2026 event=mail.done id={FIRST} origin=stranger",
+        f"  {FIRST.upper()}\n",
+    ],
+)
+def test_whatever_holds_the_incident_may_be_pasted(place: Place, pasted: str) -> None:
+    assert place.json(pasted)["id"] == FIRST
+    assert place.json(*pasted.split())["id"] == FIRST  # without quotes
+
+
+def test_a_text_with_several_incidents_tells_of_each(place: Place) -> None:
+    assert place.incidents(f"[{FIRST}] and [{THIRD}]") == [FIRST, THIRD]
+
+
+def test_every_real_incident_is_recognized(place: Place) -> None:
+    incident = new_incident()
+    place.add(incident)
+    assert place.json(f"554 no [{incident}] (#5.7.1)")["id"] == incident
+
+
+@pytest.mark.parametrize(
+    ("results", "words"),
+    [
+        (["0+", "0+"], "all 2 submissions were queued"),
+        (["0+", "53+"], "partly queued, 1 of 2"),
+        (["54", "-1000"], "nothing was queued"),
+        (None, "none: the hook ended"),
+    ],
+)
+def test_what_the_hook_reported_ends_the_story(place: Place, results: list[str] | None, words: str) -> None:
+    place.report(FIRST, results)
+    assert lines(place.why(FIRST))["report"].startswith(words)
+    assert place.json(FIRST)["report"] == (results or [])
+
+
+# Searching
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--sender", "JOE@example.net"], [THIRD, FIRST]),
+        (["--sender", "@example.net"], [THIRD, FIRST]),
+        (["--sender", "example"], [THIRD, FIRST]),
+        (["--sender", "<>"], [SECOND]),
+        (["--sender", ""], [SECOND]),
+        (["--recipient", "last@list.example"], [THIRD]),
+        (["--recipient", "C@D"], [THIRD]),
+        (["--message-id", "<FIRST@host>"], [FIRST]),
+        (["--message-id", "first"], [FIRST]),
+        (["--signature", "clamd: eicar"], [THIRD, FIRST]),
+        (["--signature", "*eicar*", "--recipient", "a@b"], [THIRD]),
+        (["--decision", "queue"], [SECOND]),
+        (["--remote", "2001:db8::1"], [SECOND]),
+        (["--remote", "192.0.2.*"], [THIRD, FIRST]),
+        (["--since", "2020-01-01", "--limit", "2"], [THIRD, SECOND]),
+        (["--until", datetime.fromtimestamp(NOON + 60).astimezone().isoformat()], [FIRST]),
+        (["--since", "1h"], []),
+        (["--sender", "joe@example"], []),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_messages_are_found_newest_first(place: Place, options: list[str], expected: list[str]) -> None:
+    assert place.incidents(*options) == expected
+    assert place.why(*options).exit_code == (0 if expected else 1)
+
+
+def test_many_are_a_table_and_one_is_told_in_full(place: Place) -> None:
+    rows = [line.split("\t") for line in place.why("--since", "2020-01-01").stdout.splitlines()]
+    assert [row[0] for row in rows] == [THIRD, SECOND, FIRST]
+    assert rows[0][2:] == ["joe@example.net", "A@b +29", "reject", "clamd: Eicar"]
+    assert rows[1][2] == "<>"
+    assert lines(place.why("--decision", "queue"))["incident"] == SECOND
+
+
+def test_what_the_limit_hides_is_said(place: Place) -> None:
+    assert "more than 2" in place.why("--since", "2020-01-01", "--limit", "2").stderr
+    assert place.why("--since", "2020-01-01", "--limit", "3").stderr == ""
+
+
+def test_json_has_everything(place: Place) -> None:
+    (mail,) = place.json("--recipient", "last@list.example")
+    assert mail["recipients"] == ["A@b", "c@d", "last@list.example"]
+    assert mail["story"] == [list(line) for line in STORY]
+    assert datetime.fromisoformat(mail["time"]).timestamp() == NOON + 120
+    assert isinstance(place.json(FIRST), dict)
+
+
+def test_on_a_terminal_it_is_a_table(place: Place) -> None:
+    place.add("1k7tr9999999999u", sender="[bold]x[/bold]@y")
+    master, slave = pty.openpty()
+    words = [sys.executable, "-m", "contentfilter", "--config", str(place.config), "why", "--since", "2020-01-01"]
+    environ = {**os.environ, "COLUMNS": "200", "TERM": "xterm"}
+    subprocess.run(words, stdout=slave, env=environ, timeout=60, check=True)
+    os.close(slave)
+    shown = os.read(master, 65536).decode()
+    os.close(master)
+    assert "Incident" in shown
+    assert "[bold]x[/bold]@y" in shown
+
+
+def test_nothing_in_the_journal_drives_the_terminal(place: Place) -> None:
+    evil = "\x1b]0;x\x07\r\n\t\x9b31m"
+    told = Account((("message", evil), (evil, "x")), evil, evil)
+    place.add("evil000000000000", account=told, sender=evil, recipients=[evil], rule=evil, user=evil, remote=evil)
+    place.add("evil000000000001", sender=evil, recipients=[evil], rule=evil)
+    whole, table = place.why("evil000000000000"), place.why("--sender", f"*{evil}*")
+    assert (whole.exit_code, table.exit_code) == (0, 0)
+    for text in (whole.stdout, table.stdout.replace("\t", " ")):
+        assert all(c.isprintable() or c == "\n" for c in text)
+    assert len(table.stdout.splitlines()) == 2
+
+
+# What cannot be answered
+
+
+@pytest.mark.parametrize("words", [["zzzz"], [f"[{FIRST[:-1]}z]"], ["--recipient", "nobody@nowhere"]])
+def test_nothing_found_is_status_1(place: Place, words: list[str]) -> None:
+    result = place.why(*words)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "nothing in the journal matches" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        [FIRST, "--sender", "x"],
+        ["no id in here"],
+        ["--since", "yesterday"],
+        ["--decision", "maybe"],
+        ["--limit", "0"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_status_2(place: Place, words: list[str]) -> None:
+    result = place.why(*words)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Usage:" in result.stderr
+
+
+def test_without_a_journal_it_says_so(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    result = place.why(FIRST)
+    assert result.exit_code == 1
+    assert "there is no journal yet" in result.stderr
+    assert list(place.state.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["text", "row"])
+def test_a_damaged_journal_is_an_error_message(place: Place, damage: str) -> None:
+    if damage == "text":
+        (place.state / FILE).write_bytes(b"rubbish" * 1000)
+    else:
+        with Journal.open(place.state / FILE) as journal:
+            journal._connection.execute("UPDATE mail SET fields = '[1'")
+    result = place.why("--since", "2020-01-01")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("contentfilter: ")

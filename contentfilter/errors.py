@@ -67,6 +67,7 @@ class Cause(enum.Enum):
     TIMEOUT = "timeout"
     BUSY = "busy"  # backlog full, or our own limit reached
     TOO_BIG = "too-big"
+    LIMITS = "limits"  # the scanner stopped at one of its own limits: not scanned to the end
     BAD_REPLY = "bad-reply"
     RELOADING = "reloading"
     MEMORY = "memory"  # the scanner itself ran out of memory

@@ -27,6 +27,14 @@ def moment(ctx: click.Context, param: click.Parameter, value: str | None) -> flo
         raise click.BadParameter(f"{value!r} is neither {wanted}", ctx, param) from None
 
 
+def span(ctx: click.Context, param: click.Parameter, value: str) -> float:
+    """``30m``, ``12h``, ``3d`` in seconds."""
+    match = re.fullmatch(r"([0-9]{1,6})([smhdw])", value, re.ASCII)
+    if match is None or int(match[1]) == 0:
+        raise click.BadParameter(f"{value!r} is no length of time (30m, 12h, 3d)", ctx, param)
+    return float(int(match[1]) * _UNITS[match[2]])
+
+
 def when(at: float) -> str:
     """Local time with its offset."""
     return datetime.fromtimestamp(at).astimezone().isoformat(timespec="seconds")

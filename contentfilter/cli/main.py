@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "explain": ("contentfilter.cli.explain", "explain", "Say what would happen to a message, and why."),
     "why": ("contentfilter.cli.why", "why", "Say what happened to a message, and why."),
     "clients": ("contentfilter.cli.clients", "clients", "List and change the recipient tables."),
+    "allow": ("contentfilter.cli.allow", "allow", "Let a signature pass for a while."),
     "quarantine": ("contentfilter.cli.quarantine", "quarantine", "Look at, release and remove what was kept."),
     "status": ("contentfilter.cli.control", "status", "Say what the daemon does right now."),
     "reload": ("contentfilter.cli.control", "reload", "Make the daemon read its configuration again."),

@@ -15,6 +15,7 @@ Count = Annotated[int, Meta(ge=1, le=100_000)]
 VirusAction = Literal["reject", "remove", "mark"]
 SpamAction = Literal["mark", "reject", "remove"]
 FaultAction = Literal["defer", "pass"]
+ClassAction = Literal["", "reject", "remove", "mark", "pass"]
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -108,6 +109,18 @@ class Spamd(Section, frozen=True):
     rewrite: Literal["headers", "full"] = "headers"  # HEADERS, or PROCESS with report_safe
 
 
+class Classes(Section, frozen=True):
+    """What clamd's finding does by the class of its signature. Empty: the same as malware."""
+
+    pua: ClassAction = ""  # possibly unwanted applications
+    phishing: ClassAction = ""
+    macro: ClassAction = ""
+    encrypted: ClassAction = ""
+    broken: ClassAction = ""
+    structured: ClassAction = ""  # credit card and social security numbers
+    unofficial: ClassAction = ""  # from databases that ClamAV does not sign
+
+
 class Failure(Section, frozen=True):
     """What a scanner's fault does to the message: defer it, or pass it marked unchecked."""
 
@@ -115,6 +128,7 @@ class Failure(Section, frozen=True):
     spamd: FaultAction = "pass"
     signatures: FaultAction = "defer"
     too_big: FaultAction = "pass"  # above a scanner's own limit
+    limits: FaultAction = "pass"  # clamd stopped at one of its limits (Heuristics.Limits.*)
 
 
 class Headers(Section, frozen=True):
@@ -154,6 +168,7 @@ class Settings(Section, frozen=True):
     signatures: Signatures = msgspec.field(default_factory=Signatures)
     clamd: Clamd = msgspec.field(default_factory=Clamd)
     spamd: Spamd = msgspec.field(default_factory=Spamd)
+    classes: Classes = msgspec.field(default_factory=Classes)
     failure: Failure = msgspec.field(default_factory=Failure)
     headers: Headers = msgspec.field(default_factory=Headers)
     quarantine: Quarantine = msgspec.field(default_factory=Quarantine)

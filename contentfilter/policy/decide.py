@@ -17,6 +17,8 @@ from contentfilter.model import OriginKind, Scanner, ScanOutcome, ScanStatus
 from contentfilter.policy.failure import on_fault
 from contentfilter.policy.options import Options
 from contentfilter.policy.plan import ScanPlan, Treatment
+from contentfilter.policy.tolerance import class_action
+from contentfilter.wire.clamd import signature_class
 
 _VIRUS_SCANNERS = (Scanner.SIGNATURES, Scanner.LOADERTYPES, Scanner.CLAMD)
 
@@ -189,9 +191,12 @@ def _finding(outcome: ScanOutcome, options: Options, settings: Settings) -> Find
     if outcome.status is not ScanStatus.FOUND:
         return None
     clamd = outcome.scanner is Scanner.CLAMD
+    rule, reason = f"{outcome.scanner.value}: {outcome.name}", Reason.VIRUS if clamd else Reason.BANNED
+    kind = signature_class(outcome.name) if clamd else None
+    if kind is not None and (action := class_action(kind, settings)):  # the class knows better what it is than the row
+        return Finding(Fate(action), reason, f"{rule} ({kind.value})", outcome)
     action = options.virus or (settings.clamd.action if clamd else settings.signatures.action)
-    reason = Reason.VIRUS if clamd else Reason.BANNED
-    return Finding(Fate(action), reason, f"{outcome.scanner.value}: {outcome.name}", outcome, options.virus_to)
+    return Finding(Fate(action), reason, rule, outcome, options.virus_to)
 
 
 def _spam(outcome: ScanOutcome, options: Options, settings: Settings) -> Finding | None:

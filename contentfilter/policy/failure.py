@@ -15,6 +15,8 @@ def on_fault(scanner: Scanner, cause: Cause, origin: OriginKind, settings: Setti
         return "pass"
     if cause is Cause.TOO_BIG:
         return settings.failure.too_big
+    if cause is Cause.LIMITS:
+        return settings.failure.limits
     if scanner is Scanner.CLAMD:
         return settings.failure.clamd
     if scanner is Scanner.SPAMD:

@@ -23,8 +23,8 @@ REST_AFTER = 3  # failures in a row
 FIRST_REST, LONGEST_REST = 1.0, 10.0  # seconds
 FAIR_TRY = 5.0  # a time-out sooner than this says more about the message's budget than about the backend
 
-_NOT_ITS_FAULT = frozenset({Cause.TOO_BIG, Cause.BUSY})
-_NO_RETRY = frozenset({Cause.TOO_BIG})
+_NOT_ITS_FAULT = frozenset({Cause.TOO_BIG, Cause.LIMITS, Cause.BUSY})
+_NO_RETRY = frozenset({Cause.TOO_BIG, Cause.LIMITS})
 
 
 @dataclass(frozen=True, slots=True)

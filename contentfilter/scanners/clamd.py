@@ -3,7 +3,7 @@
 On a Unix socket the message's descriptor itself is passed (FILDES: no copy); on TCP, and where
 FILDES is refused, the mapped bytes are streamed (INSTREAM). Never SCAN: a clamd that is stopped
 while it scans a path answers OK. Faults are :class:`BackendError`, and so is "not scanned to the
-end" (cause TOO_BIG): such a message is unchecked, not clean.
+end" (cause LIMITS): such a message is unchecked, not clean.
 """
 
 import asyncio
@@ -84,7 +84,7 @@ class ClamdScanner:
         if isinstance(answer, clamd.Failed):
             raise BackendError(answer.cause, str(address), answer.text)
         if isinstance(answer, clamd.Found) and clamd.signature_class(answer.name) is clamd.SignatureClass.LIMITS:
-            raise BackendError(Cause.TOO_BIG, str(address), answer.name)
+            raise BackendError(Cause.LIMITS, str(address), answer.name)
         return answer
 
     async def _fildes(self, address: Address, fd: int, deadline: Deadline) -> clamd.ScanAnswer | None:

@@ -107,6 +107,7 @@ async def test_one_crash_that_cuts_many_questions_counts_once() -> None:
         (Cause.TIMEOUT, FAIR_TRY, True),
         (Cause.TIMEOUT, FAIR_TRY - 1, False),  # the message had no time left: not the backend's fault
         (Cause.TOO_BIG, 9.0, False),
+        (Cause.LIMITS, 9.0, False),
         (Cause.BUSY, 9.0, False),
     ],
 )

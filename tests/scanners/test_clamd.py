@@ -128,7 +128,7 @@ async def test_above_stream_max_length_is_too_big(small: Clamd, message) -> None
 
 async def test_above_max_file_size_is_too_big_and_never_clean(small: Clamd, message) -> None:
     error = await fault(small.backend, message(PADDING * 40 + EICAR))
-    assert (error.cause, error.detail) == (Cause.TOO_BIG, "Heuristics.Limits.Exceeded.MaxFileSize")
+    assert (error.cause, error.detail) == (Cause.LIMITS, "Heuristics.Limits.Exceeded.MaxFileSize")
 
 
 async def test_our_own_limit_is_known_before_clamd_is_asked(tmp_path: Path, message) -> None:
@@ -230,7 +230,7 @@ DAYS: dict[str, tuple[Talk, Cause]] = {
     "out of memory": (peers.says(b"stream: Can't allocate memory ERROR\0"), Cause.MEMORY),
     "slow client, it says": (peers.says(b"COMMAND READ TIMED OUT\n"), Cause.TIMEOUT),
     "temporary file": (peers.says(b"stream: Can't create temporary file ERROR\0"), Cause.BAD_REPLY),
-    "a limit as a finding": (peers.says(b"stream: Heuristics.Limits.Exceeded.MaxScanSize FOUND\0"), Cause.TOO_BIG),
+    "a limit as a finding": (peers.says(b"stream: Heuristics.Limits.Exceeded.MaxScanSize FOUND\0"), Cause.LIMITS),
 }
 
 

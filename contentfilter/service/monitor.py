@@ -49,8 +49,7 @@ class Monitor:
         self._metrics = Metrics(Registry())
         self._renderer = ThreadPoolExecutor(1, thread_name_prefix="metrics")
         self._started = time.time()
-        self._checked = self._started  # when configuration or tables were last read without a fault
-        self._measured: tuple[Sample, ...] = ()
+        self._measured: tuple[Sample, ...] | None = None  # None: not yet
         self._probed: tuple[Sample, ...] = ()
         self._end = threading.Event()
         self._changed = asyncio.Event()
@@ -74,8 +73,6 @@ class Monitor:
     def loaded(self, result: Literal["changed", "unchanged", "failed"]) -> None:
         """Configuration or tables were looked at; the settings are in force already."""
         self._metrics.loaded(result)
-        if result != "failed":
-            self._checked = time.time()
         if result == "changed":
             self._adopt()
 
@@ -87,10 +84,13 @@ class Monitor:
     # In the background
 
     async def run(self) -> None:
-        """Until it is cancelled."""
+        """Until it is cancelled. Where nobody can ask, nothing is looked at."""
+        where = parse_listen(self._settings().http.listen)
+        if where is None:
+            return
         threading.Thread(target=self._measure, name="measure", daemon=True).start()
         try:
-            await asyncio.gather(self._alone(self._serve()), self._alone(self._probe()))
+            await asyncio.gather(self._alone(self._serve(*where)), self._alone(self._probe()))
         finally:
             self._end.set()
             self._renderer.shutdown(wait=False, cancel_futures=True)
@@ -108,22 +108,19 @@ class Monitor:
             self._measured = measure(self._settings())
             self._end.wait(MEASURE_EVERY)
 
-    async def _serve(self) -> None:
-        where = parse_listen(self._settings().http.listen)
-        if where is None:
-            return
+    async def _serve(self, host: str, port: int) -> None:
         pages: dict[str, Page] = {"/metrics": self._page_metrics, "/live": self._page_live, "/ready": self._page_ready}
         server = Server(pages, self._log)
         told = False
         try:
             while True:
                 try:
-                    address = await server.start(*where)
+                    address = await server.start(host, port)
                     break
                 except OSError as error:
                     if not told:
                         why = error.strerror or str(error)
-                        self._log.error("http.failed", listen=self._settings().http.listen, why=why)
+                        self._log.error("http.failed", listen=f"{host}:{port}", why=why)
                         told = True
                 await asyncio.sleep(LISTEN_AGAIN)
             self._log.info("http.ready", address=address)
@@ -150,7 +147,7 @@ class Monitor:
     # What is served
 
     async def _page_metrics(self, accept: str) -> Response:
-        samples = (*self._now(self._status()), *self._measured, *self._probed)
+        samples = (*self._now(self._status()), *(self._measured or ()), *self._probed)
         values: dict[str, list[tuple[tuple[str, ...], float]]] = {}
         for name, labels, value in samples:
             values.setdefault(name, []).append((labels, value))
@@ -162,7 +159,21 @@ class Monitor:
         return _told(accept, "live", ())
 
     async def _page_ready(self, accept: str) -> Response:
-        return _told(accept, "ready", unready(self._status(), self._settings().service.stuck_after))
+        return _told(accept, "ready", self._unready(self._status()))
+
+    def _unready(self, status: Status) -> tuple[str, ...]:
+        """What keeps the daemon from being ready, in words; empty when it is."""
+        found = []
+        if status.state == "draining":
+            found.append("draining: no new mail is accepted")
+        able = {
+            w.slot for w in status.workers if w.state == "ready" and w.silent < self._settings().service.stuck_after
+        }
+        if len(able) < status.wanted:
+            found.append(f"{len(able)} of {status.wanted} workers accept mail")
+        if not any(name == "contentfilter_table_rows" for name, _, _ in self._measured or ()):
+            found.append("no recipient tables" if self._measured is not None else "just started")
+        return tuple(found)
 
     def _now(self, status: Status) -> Iterable[Sample]:
         """All that is known without looking anywhere."""
@@ -170,7 +181,7 @@ class Monitor:
         workers = status.workers
         yield "contentfilter_build_info", (status.version,), 1
         yield "contentfilter_start_timestamp_seconds", (), self._started
-        yield "contentfilter_ready", (), not unready(status, settings.service.stuck_after)
+        yield "contentfilter_ready", (), not self._unready(status)
         for state in ("starting", "ready", "retiring"):
             yield "contentfilter_workers", (state,), sum(worker.state == state for worker in workers)
         yield "contentfilter_workers_wanted", (), status.wanted
@@ -189,20 +200,8 @@ class Monitor:
         yield "contentfilter_frames_malformed_total", (), status.malformed
         yield "contentfilter_generation", (), status.generation
         yield "contentfilter_configuration_problems", (), len(status.problems)
-        yield "contentfilter_tables_checked_timestamp_seconds", (), self._checked
         yield "contentfilter_quarantine_quota_bytes", (), settings.quarantine.quota
         yield "contentfilter_journal_lost_total", (), status.not_recorded
-
-
-def unready(status: Status, stuck_after: float) -> tuple[str, ...]:
-    """What keeps the daemon from being ready, in words; empty when it is."""
-    found = []
-    if status.state == "draining":
-        found.append("draining: no new mail is accepted")
-    able = {w.slot for w in status.workers if w.state == "ready" and w.silent < stuck_after}
-    if len(able) < status.wanted:
-        found.append(f"{len(able)} of {status.wanted} workers accept mail")
-    return tuple(found)
 
 
 def _told(accept: str, name: str, problems: tuple[str, ...]) -> Response:

@@ -5,9 +5,7 @@ why it passed. One limit is clamd's own: it names the first signature that match
 might be in the same message stays unseen while that signature is allowed.
 """
 
-from dataclasses import replace
-
-import msgspec
+from dataclasses import dataclass, replace
 
 from contentfilter.config.settings import Settings
 from contentfilter.model import Scanner, ScanOutcome, ScanStatus
@@ -16,7 +14,8 @@ from contentfilter.wire.clamd import SignatureClass, signature_class
 UNOFFICIAL = ".UNOFFICIAL"
 
 
-class Allowance(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class Allowance:
     """One signature that passes for a while: who wanted it, why, and until when (seconds since 1970)."""
 
     signature: str

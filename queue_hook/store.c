@@ -8,7 +8,6 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/sendfile.h>
-#include <sys/uio.h>
 #include <unistd.h>
 
 static int open_unnamed(const struct conf *conf)
@@ -111,34 +110,38 @@ void store_finish(struct store *store, const struct conf *conf)
     leave(ST_BUG);
 }
 
-/* What fits goes through a pipe that is full before its reader starts: cheaper than a second file. */
-static int filled_pipe(const char *head, size_t head_size, const char *tail, size_t tail_size)
+/* What fits goes through a pipe that is full before its reader starts, the store's pages without a copy: cheaper than
+ * a second file. -1: it does not fit, because the system's limit or this user's many pipes keep it small. */
+static int filled_pipe(const char *head, size_t size, const struct store *tail, uint64_t skip)
 {
-  struct iovec parts[2] = {{(char *)(uintptr_t)head, head_size}, {(char *)(uintptr_t)tail, tail_size}};
-  size_t size = head_size + tail_size;
+  enum { PAGE = 4096, PAGES_MAX = 256 }; /* what users may have in one pipe */
+  uint64_t rest = tail ? tail->size - skip : 0;
+  uint64_t pages = (size + PAGE - 1) / PAGE + (skip % PAGE + rest + PAGE - 1) / PAGE;
+  off_t at = (off_t)skip;
   int ends[2];
+  if (pages > PAGES_MAX) return -1;
   if (pipe2(ends, O_CLOEXEC)) leave(status_of(errno, ST_WRITE));
-  /* Users with many pipes get smaller ones; one page is the least. */
-  if (size > 4096 && fcntl(ends[1], F_GETPIPE_SZ) < (int)size) {
-    close(ends[0]);
-    close(ends[1]);
-    return -1;
+  bool fits = pages < 2 || /* the least that there is */
+              fcntl(ends[1], F_GETPIPE_SZ) >= (int)pages * PAGE ||
+              fcntl(ends[1], F_SETPIPE_SZ, (int)pages * PAGE) >= (int)pages * PAGE;
+  if (fits && size && write(ends[1], head, size) != (ssize_t)size) leave(ST_WRITE);
+  while (fits && rest) {
+    ssize_t moved = splice(tail->fd, &at, ends[1], NULL, (size_t)rest, SPLICE_F_NONBLOCK);
+    if (moved > 0) rest -= (uint64_t)moved;
+    fits = moved > 0;
   }
-  if (size && writev(ends[1], parts, 2) != (ssize_t)size) leave(ST_WRITE);
   close(ends[1]);
-  return ends[0];
+  if (fits) return ends[0];
+  close(ends[0]);
+  return -1;
 }
 
 int store_source(const char *head, size_t size, const struct store *tail, uint64_t skip, const struct conf *conf)
 {
   uint64_t rest = tail ? tail->size - skip : 0;
-  bool in_memory = !tail || tail->size <= CHUNK;
   bool on_disk = false;
-  int fd;
-  if (in_memory && size + rest <= CHUNK) {
-    fd = filled_pipe(head, size, tail ? tail->bytes + skip : NULL, (size_t)rest);
-    if (fd >= 0) return fd;
-  }
+  int fd = filled_pipe(head, size, tail, skip);
+  if (fd >= 0) return fd;
   fd = open_for(size + rest, conf, &on_disk);
   write_all(fd, head, size);
   if (rest) copy_all(fd, tail->fd, (off_t)skip, rest);

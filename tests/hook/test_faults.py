@@ -143,15 +143,15 @@ def test_a_spool_directory_without_unnamed_files(both: HookLab) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Path:
-    """A file system of 1 MiB, where this user may mount one."""
+    """A file system of 4 MiB, where this user may mount one."""
     directory = tmp_path / "disk"
     directory.mkdir()
-    if os.geteuid() or os.system(f"mount -t tmpfs -o size=1m none {directory} 2>/dev/null"):
+    if os.geteuid() or os.system(f"mount -t tmpfs -o size=4m none {directory} 2>/dev/null"):
         pytest.skip("cannot mount a small file system here")
     return directory
 
 
-@pytest.mark.parametrize("size", [700_000, 3_000_000], ids=["while copying", "while reading"])
+@pytest.mark.parametrize("size", [2_500_000, 5_000_000], ids=["while copying", "while reading"])
 def test_a_full_disk_is_a_write_error_and_leaves_nothing(lab: HookLab, small_disk: Path, size: int) -> None:
     try:
         lab.daemon(accepted(b"X: y\n"))

@@ -11,7 +11,8 @@ from contentfilter.wire import envelope
 from contentfilter.wire.hook import Submission
 
 TRACE = b"X-ContentFilter: 1; virus=clean\n"
-SIZES = [0, 1, 4095, 4096, 4097, 65535, 65536, 65537, 131072, 300_000]
+MIB = 1 << 20  # up to here, less a page for what goes in front, a message goes on in a pipe
+SIZES = [0, 1, 4095, 4096, 4097, 65535, 65536, 65537, 131072, 300_000, MIB - 4096, MIB - 4095, MIB]
 
 
 def noise(size: int) -> bytes:
@@ -46,6 +47,13 @@ def test_leading_bytes_are_replaced(both: HookLab, skip: int) -> None:
     both.daemon(split(Submission(b"Subject: [SPAM] x\n", skip)))
     assert both.run(message).status == 0
     assert both.standin.queued()[0].message == b"Subject: [SPAM] x\n" + message[skip:]
+
+
+@pytest.mark.parametrize(("size", "kind"), [(MIB - 4096, "pipe:"), (MIB - 4095, "/memfd:")])
+def test_only_what_no_pipe_can_hold_is_copied(lab: HookLab, size: int, kind: str) -> None:
+    lab.daemon(accepted(TRACE))
+    assert lab.run(noise(size)).status == 0
+    assert lab.standin.queued()[0].descriptors[0].startswith(kind)
 
 
 def test_the_real_program_has_the_hooks_pid_user_name_and_nothing_more(lab: HookLab) -> None:

@@ -15,7 +15,6 @@ qqbench (it starts the program as qmail-smtpd would), the backends alone are dri
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -23,17 +22,18 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
-from lab import standin  # noqa: E402  (tests/ is on the path only now)
+import hook_cost  # noqa: E402  (tests/ is on the path only now)
+from lab import standin  # noqa: E402
 from lab.clamd import Clamd  # noqa: E402
 from lab.spamd import Spamd  # noqa: E402
 from lab.system import System, installed_hook  # noqa: E402
+from measure import Alternative, Run, compile_drivers, measure, median  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import Progress  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -41,30 +41,6 @@ from rich.table import Table  # noqa: E402
 FLOOR, NO_SCAN = "stand-in", "no scan"
 SPAMD_LARGEST = 250_000
 EVERYBODY = "@bench.example\n"
-
-
-@dataclass(frozen=True, slots=True)
-class Alternative:
-    """One thing that is measured. ``base``: the alone-running backend it is also compared with."""
-
-    label: str
-    command: tuple[str, ...]  # the driver with its options; count and concurrency are put in between
-    target: tuple[str, ...]  # what stands behind the options
-    count: int
-    base: str = ""
-
-
-Run = dict[str, Any]
-
-
-def compile_drivers(directory: Path) -> tuple[str, str]:
-    """qqbench and scanbench."""
-    paths = []
-    for name in ("qqbench", "scanbench"):
-        path = directory / name
-        subprocess.run(["cc", "-O2", "-pthread", "-o", path, HERE / f"{name}.c"], check=True)
-        paths.append(str(path))
-    return paths[0], paths[1]
 
 
 def alternatives(directory: Path, corpus: Path, options: argparse.Namespace, stack: ExitStack) -> list[Alternative]:
@@ -94,21 +70,6 @@ def alternatives(directory: Path, corpus: Path, options: argparse.Namespace, sta
     alone = (scanbench, "-D", str(spamd.pid), *small)
     found.append(Alternative("spamd alone", alone, ("spamd-check", spamd.socket, str(corpus)), options.spamd_count))
     return found
-
-
-def measure(one: Alternative, concurrency: int, directory: Path) -> Run:
-    """One run; the driver's JSON line."""
-    result = directory / "result.json"
-    result.unlink(missing_ok=True)
-    middle = ["-c", str(concurrency), "-n", str(one.count), "-l", one.label, "-j", str(result)]
-    environ = {"PATH": os.environ["PATH"]}
-    subprocess.run([*one.command, *middle, *one.target], check=True, stdout=subprocess.DEVNULL, env=environ)
-    run: Run = json.loads(result.read_text())
-    return run
-
-
-def median(runs: Sequence[Run], key: str) -> float:
-    return statistics.median(run[key] for run in runs)
 
 
 def ratio(runs: Sequence[Run], base: Sequence[Run]) -> str:
@@ -163,6 +124,7 @@ NOTE = (
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hook", action="store_true", help="the hook's own cost instead, beside bare programs")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--concurrency", default="1,8,40", help="messages at a time, a list (1,8,40)")
     parser.add_argument("--count", type=int, default=800, help="messages per run (800)")
@@ -182,7 +144,10 @@ def main(arguments: Sequence[str]) -> int:
         corpus = directory / "corpus"
         subprocess.run([sys.executable, HERE / "make_corpus.py", corpus], check=True, stdout=subprocess.DEVNULL)
         with ExitStack() as stack:
-            found = alternatives(directory, corpus, options, stack)
+            start, table, note = (alternatives, table_for, lambda _: NOTE)
+            if options.hook:
+                start, table, note = (hook_cost.alternatives, hook_cost.table_for, hook_cost.note)
+            found = start(directory, corpus, options, stack)
             progress = stack.enter_context(Progress(console=console, transient=True, disable=not sys.stdout.isatty()))
             task = progress.add_task("measuring", total=len(levels) * options.rounds * len(found))
             for level in levels:
@@ -192,11 +157,11 @@ def main(arguments: Sequence[str]) -> int:
                     for one in found[turn:] + found[:turn]:
                         runs[one.label].append(measure(one, level, directory))
                         progress.advance(task)
-                console.print(table_for(level, found, runs))
+                console.print(table(level, found, runs))
                 if options.json:
                     with Path(options.json).open("a") as file:
                         file.writelines(json.dumps(run) + "\n" for mine in runs.values() for run in mine)
-        console.print(NOTE, markup=False)
+            console.print(note(directory), markup=False)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     return 0

@@ -3,12 +3,17 @@
  *   cc -O2 -static bare.c              reads both descriptors to their ends
  *   cc -O2 -static -DSTORE bare.c      also keeps the message in a memfd, as whoever passes it on must
  *   cc -O2 -static -DNOTHING bare.c    only starts and ends
+ *   cc -O2 -static -DWAIT bare.c       reads, sleeps for 0.3 ms, and becomes the program that $NEXT names
  */
 #define _GNU_SOURCE
+#include <stdlib.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
+#ifndef NOTHING
 static char bytes[65536];
+#endif
 
 int main(void)
 {
@@ -24,6 +29,13 @@ int main(void)
   }
   while (got >= 0 && (got = read(1, bytes, sizeof bytes)) > 0) {
   }
-  return got ? 54 : 0;
+  if (got) return 54;
+#ifdef WAIT
+  char *next = getenv("NEXT"), *none[] = {next, NULL};
+  nanosleep(&(struct timespec){0, 300000}, NULL);
+  execve(next, none, none + 1);
+  return 120;
 #endif
+#endif
+  return 0;
 }

@@ -1,13 +1,15 @@
 """``bench/run.py --hook``: what the hook itself costs, beside programs that do next to nothing.
 
-In every round each of these runs once, against one daemon with nobody protected:
+In every round each of these runs once:
 
-    nothing        a program that starts and ends: what the hook turns into here, so that its cost can be taken off
+    nothing        a program that starts and ends: what the hook becomes here, so that its cost can be taken off
     bare           reads both descriptors and ends, linked with musl and with glibc (bare.c)
     bare + memfd   also keeps the message in a memfd: nobody who passes a message on can do less
-    hook           the real thing, linked with musl and with glibc; it turns into "nothing"
+    bare + wait    reads, sleeps for 0.3 ms, becomes "nothing": what the pause alone does to caches and clocks
+    hook, echo     the real thing and a C program that answers at once (echo.c); it becomes "nothing"
+    hook, daemon   the same with the real daemon, nobody protected
 
-Each for messages up to 16 KB and for the whole corpus. "own": CPU of the process less that of "nothing".
+Each for messages up to 16 KB and for the whole corpus. "own": CPU of the process, less that of what it became.
 """
 
 import argparse
@@ -26,7 +28,9 @@ from measure import Alternative, Run, compile_drivers, median
 from rich.table import Table
 
 SMALL = 16_384
-NOTHING, MUSL, GLIBC, STORING = "nothing", "bare, musl", "bare, glibc", "bare + memfd, musl"
+NOTHING, MUSL, GLIBC = "nothing", "bare, musl", "bare, glibc"
+STORING, WAITING = "bare + memfd", "bare + wait"
+BECOME = (WAITING, "hook")  # these are "nothing" at the end
 WHOLE = "whole corpus: "
 
 
@@ -35,7 +39,13 @@ def compile_bare(directory: Path) -> dict[str, str]:
     source = Path(__file__).with_name("bare.c")
     musl = "musl-gcc" if shutil.which("musl-gcc") else "cc"
     programs = {}
-    kinds = {NOTHING: (musl, "-DNOTHING"), MUSL: (musl, "-DREAD"), GLIBC: ("cc", "-DREAD"), STORING: (musl, "-DSTORE")}
+    kinds = {
+        NOTHING: (musl, "-DNOTHING"),
+        MUSL: (musl, "-DREAD"),
+        GLIBC: ("cc", "-DREAD"),
+        STORING: (musl, "-DSTORE"),
+        WAITING: (musl, "-DWAIT"),
+    }
     for label, (compiler, kind) in kinds.items():
         path = directory / label.replace(" ", "-").replace(",", "")
         subprocess.run([compiler, "-O2", "-static", "-s", kind, "-o", path, source], check=True)
@@ -43,22 +53,36 @@ def compile_bare(directory: Path) -> dict[str, str]:
     return programs
 
 
+def start_echo(directory: Path, stack: ExitStack) -> Path:
+    """A program that answers hooks at once; its socket."""
+    program, path = directory / "echo", directory / "echo.sock"
+    subprocess.run(["cc", "-O2", "-o", program, Path(__file__).with_name("echo.c")], check=True)
+    echo = stack.enter_context(subprocess.Popen([program, path], stdout=subprocess.PIPE))
+    stack.callback(echo.kill)
+    assert echo.stdout is not None
+    echo.stdout.readline()
+    return path
+
+
 def alternatives(directory: Path, corpus: Path, options: argparse.Namespace, stack: ExitStack) -> list[Alternative]:
-    """Start the daemon; everything for small messages, then everything for all."""
+    """Start what answers; everything for small messages, then everything for all."""
     qqbench, _ = compile_drivers(directory)
     bare = compile_bare(directory)
     system = stack.enter_context(System(directory / "daemon", program=installed_hook()))
-    conf = shutil.copy(system.queue_conf(queue=bare[NOTHING]), directory / "bench.conf")
     pids = ",".join(str(pid) for pid in (system.daemon.pid, *system.daemon.workers()))
-    through = ("-D", pids, "-V", f"CONTENTFILTER_QUEUE_CONF={conf}")
-    programs = {label: (path, ()) for label, path in bare.items()} | {
-        "hook, musl": (str(system.program), through),
-        "hook, glibc": (str(hook_lab.build(directory, "gcc")), through),
-    }
+    sockets = {"echo": start_echo(directory, stack), "daemon": system.daemon.socket}
+    found = {label: ((path,), ("-V", f"NEXT={bare[NOTHING]}")) for label, path in bare.items()}
+    for libc, program in (("musl", system.program), ("glibc", hook_lab.build(directory, "gcc"))):
+        for who, socket in sockets.items():
+            conf = shutil.copy(system.queue_conf(queue=bare[NOTHING], socket=socket), directory / f"{who}.conf")
+            watched = ("-D", pids) if who == "daemon" else ()
+            extra = (*watched, "-V", f"CONTENTFILTER_QUEUE_CONF={conf}")
+            if (libc, who) != ("glibc", "daemon"):
+                found[f"hook, {libc}, {who}"] = ((str(program),), extra)
     return [
-        Alternative(name + label, (qqbench, *sizes, *extra), (program, str(corpus)), options.count)
+        Alternative(name + label, (qqbench, *sizes, *extra), (*program, str(corpus)), options.count)
         for name, sizes in (("", ("-M", str(SMALL))), (WHOLE, ()))
-        for label, (program, extra) in programs.items()
+        for label, (program, extra) in found.items()
     ]
 
 
@@ -71,18 +95,19 @@ def table_for(concurrency: int, found: Sequence[Alternative], runs: dict[str, li
         mine = runs[one.label]
         prefix = WHOLE if one.label.startswith(WHOLE) else ""
         base = {label: runs[prefix + label] for label in (NOTHING, MUSL, GLIBC)}
-        filtered = "hook" in one.label
-        own = [a["hook"] - filtered * b["hook"] for a, b in zip(mine, base[NOTHING], strict=True)]
+        label = one.label.removeprefix(prefix)
+        watched = label.endswith("daemon")
+        own = [a["hook"] - label.startswith(BECOME) * b["hook"] for a, b in zip(mine, base[NOTHING], strict=True)]
         table.add_row(
             one.label,
             f"{median(mine, 'hook') * 1000:.0f}",
             f"{statistics.median(own) * 1000:.0f}",
             ratios(own, base[MUSL]),
             ratios(own, base[GLIBC]),
-            f"{median(mine, 'daemon') * 1000:.0f}" if filtered else "",
-            ratios([run["daemon"] for run in mine], base[GLIBC]) if filtered else "",
+            f"{median(mine, 'daemon') * 1000:.0f}" if watched else "",
+            ratios([run["daemon"] for run in mine], base[GLIBC]) if watched else "",
             f"{median(mine, 'rate'):.0f}",
-            end_section=prefix == "" and one.label == "hook, glibc",
+            end_section=one.label == "hook, glibc, echo",
         )
     return table
 

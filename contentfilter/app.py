@@ -19,6 +19,7 @@ from contentfilter.errors import ConfigError, EnvelopeError, Problem
 from contentfilter.intake.connection import Job, deferral
 from contentfilter.pipeline import Pipeline, Scanners
 from contentfilter.policy.plan import Switches
+from contentfilter.policy.tolerance import Allowance
 from contentfilter.scanners.clamd import ClamdScanner
 from contentfilter.scanners.signatures import (
     Engine,
@@ -31,18 +32,18 @@ from contentfilter.scanners.signatures import (
 from contentfilter.scanners.spamd import SpamdScanner
 from contentfilter.service.bus import Event
 from contentfilter.service.housekeeping import Chore
-from contentfilter.service.supervisor import Loaded, worker_count
+from contentfilter.service.source import Loaded
+from contentfilter.service.supervisor import worker_count
 from contentfilter.service.worker import Surroundings
-from contentfilter.tables.files import load_tables, sources
-from contentfilter.tables.rows import Source
+from contentfilter.tables.allow import read_allowed
+from contentfilter.tables.keeper import Keeper, State, read_source
+from contentfilter.tables.snapshot import FILE as SNAPSHOT
 from contentfilter.tables.snapshot import Snapshot, compile_snapshot
 from contentfilter.verdict.quarantine import Quarantine
 from contentfilter.verdict.record import Account, Record, fields
 from contentfilter.verdict.release import load_secret
 from contentfilter.wire import envelope as envelope_format
 from contentfilter.wire import hook
-
-SNAPSHOT = "tables.snapshot"
 
 
 class Runtime(msgspec.Struct, frozen=True):
@@ -53,7 +54,8 @@ class Runtime(msgspec.Struct, frozen=True):
     spamdchildren: int
     signatures: Rules | None  # None where the switch is off
     loadertypes: Rules | None
-    snapshot: str
+    snapshot: str  # empty: there are no tables yet
+    allowed: tuple[Allowance, ...] = ()
 
 
 # The supervisor's side
@@ -62,20 +64,17 @@ class Runtime(msgspec.Struct, frozen=True):
 class Files:
     """The configuration from files, for the supervisor. ``workers`` and ``socket`` override the settings."""
 
-    def __init__(
-        self, config_path: str, *, must_exist: bool = True, workers: int | None = None, socket: str | None = None
-    ) -> None:
+    def __init__(self, config_path: str, *, workers: int | None = None, socket: str | None = None) -> None:
         self._path = config_path
-        self._must_exist = must_exist
         self._workers = workers
         self._socket = socket
-        self._tables: tuple[Source, ...] = ()
+        self._keeper = Keeper()
         self._problems: tuple[Problem, ...] = ()
         self._runtime: Runtime | None = None
 
     async def load(self) -> Loaded:
         """Read everything anew. Raises ConfigError."""
-        settings = load_settings(self._path, must_exist=self._must_exist)
+        settings = load_settings(self._path)
         if self._workers is not None:
             settings = msgspec.structs.replace(
                 settings, service=msgspec.structs.replace(settings.service, workers=self._workers)
@@ -85,24 +84,29 @@ class Files:
                 settings, listen=msgspec.structs.replace(settings.listen, socket=self._socket)
             )
         controls, problems = await read_controls(settings.service.control)
-        runtime, more = make_runtime(settings, controls, os.path.join(settings.service.state, SNAPSHOT))
-        table_problems = await self._compile(runtime)
+        runtime, more = make_runtime(settings, controls, "")
+        _, table_problems = await self._keeper.update(settings, anew=True)
         self._runtime, self._problems = runtime, (*problems, *more)
         return self._loaded(runtime, table_problems)
 
     async def refresh(self) -> Loaded | None:
         """Look at the tables only."""
         runtime = self._runtime
-        if runtime is None or sources(runtime.settings.service.control) == self._tables:
+        if runtime is None:
             return None
-        return self._loaded(runtime, await self._compile(runtime))
+        changed, problems = await self._keeper.update(runtime.settings, anew=False)
+        allowed, wrong = read_allowances(runtime.settings)
+        if allowed != runtime.allowed:
+            self._runtime = runtime = msgspec.structs.replace(runtime, allowed=allowed)
+            changed = True
+        return self._loaded(runtime, (*problems, *wrong)) if changed else None
 
-    async def _compile(self, runtime: Runtime) -> tuple[Problem, ...]:
-        tables, problems = await compile_tables(runtime)
-        self._tables = tables
-        return problems
+    def tables(self) -> State:
+        """How the tables in force stand."""
+        return self._keeper.state()
 
     def _loaded(self, runtime: Runtime, table_problems: tuple[Problem, ...]) -> Loaded:
+        runtime = msgspec.structs.replace(runtime, snapshot=self._keeper.path)
         return Loaded(runtime.settings, msgspec.msgpack.encode(runtime), (*self._problems, *table_problems))
 
 
@@ -115,6 +119,14 @@ def expire_quarantine(settings: Settings) -> dict[str, int]:
     """Retention and quota of the quarantine. Raises OSError."""
     removed = Quarantine.of(settings).expire()
     return {"entries": len(removed.entries), "stray": removed.stray, "used": removed.used}
+
+
+def read_allowances(settings: Settings) -> tuple[tuple[Allowance, ...], tuple[Problem, ...]]:
+    """The allow-list. A damaged one allows nothing; mail does not wait for its repair."""
+    try:
+        return read_allowed(settings.service.state), ()
+    except ConfigError as error:
+        return (), error.problems
 
 
 def make_runtime(settings: Settings, controls: Controls, snapshot: str) -> tuple[Runtime, tuple[Problem, ...]]:
@@ -134,6 +146,7 @@ def make_runtime(settings: Settings, controls: Controls, snapshot: str) -> tuple
         rules(controls.badsignatures, "badsignatures"),
         rules(controls.badloadertypes, "badloadertypes"),
     )
+    allowed, damaged = read_allowances(settings)
     runtime = Runtime(
         settings,
         switches,
@@ -141,18 +154,9 @@ def make_runtime(settings: Settings, controls: Controls, snapshot: str) -> tuple
         signatures if switches.chksignature else None,
         loadertypes if switches.chkloadertype else None,
         snapshot,
+        allowed,
     )
-    return runtime, tuple(problems)
-
-
-async def compile_tables(runtime: Runtime) -> tuple[tuple[Source, ...], tuple[Problem, ...]]:
-    """Read the tables and write the snapshot. Raises ConfigError."""
-    rows, problems = await load_tables(runtime.settings.service.control)
-    try:
-        compile_snapshot(rows, runtime.snapshot)
-    except OSError as error:
-        raise ConfigError((Problem(runtime.snapshot, 0, f"cannot write the snapshot: {error.strerror}"),)) from error
-    return rows.sources, problems
+    return runtime, (*problems, *damaged)
 
 
 # The worker's side
@@ -164,31 +168,45 @@ class Workbench:
     def __init__(self, runtime: Runtime, secret: bytes = b"") -> None:
         """``secret``: see Pipeline. Raises ConfigError for a snapshot that cannot be used."""
         settings = runtime.settings
-        self.snapshot = Snapshot.open(runtime.snapshot, settings.tables.extension.encode())
-        mode = settings.signatures.mode
+        self.snapshot = (
+            Snapshot.open(runtime.snapshot, settings.tables.extension.encode()) if runtime.snapshot else None
+        )
+        lists = (runtime.signatures, runtime.loadertypes)
         scanners = Scanners(
-            Engine(runtime.signatures, None, mode) if runtime.signatures else None,
-            Engine(None, runtime.loadertypes, mode) if runtime.loadertypes else None,
+            Engine(*lists, settings.signatures.mode) if any(lists) else None,
             ClamdScanner(settings.clamd),
             # spamdchildren is for the machine; each worker keeps to its share
             SpamdScanner(settings.spamd, max(1, runtime.spamdchildren // worker_count(settings))),
         )
+        lookup, owners = (self.snapshot.lookup, self.snapshot.owners) if self.snapshot else (None, None)
         self.pipeline = Pipeline(
-            settings, runtime.switches, self.snapshot.lookup, scanners, Quarantine.of(settings), secret
+            settings, runtime.switches, lookup, scanners, Quarantine.of(settings), secret, runtime.allowed, owners
         )
 
     @classmethod
-    async def open(cls, config_path: str, *, must_exist: bool = True) -> "Workbench":
-        """Straight from the files, for a single look: the snapshot is a temporary one."""
-        settings = load_settings(config_path, must_exist=must_exist)
+    async def open(cls, config_path: str) -> "Workbench":
+        """Straight from the sources, for a single look: with a temporary snapshot.
+
+        Tables that cannot be read are those that the daemon goes on with, if there are any.
+        """
+        settings = load_settings(config_path)
         controls, _ = await read_controls(settings.service.control)
+        try:
+            found = await read_source(settings)
+        except ConfigError:
+            kept = os.path.join(settings.service.state, SNAPSHOT)
+            if not os.path.exists(kept):  # noqa: ASYNC240 - one look, and nobody else is on this loop
+                raise
+            return cls(make_runtime(settings, controls, kept)[0])
+        assert found is not None, "nothing was known"  # noqa: S101
         with tempfile.TemporaryDirectory(prefix="contentfilter-") as directory:
             runtime, _ = make_runtime(settings, controls, os.path.join(directory, SNAPSHOT))
-            await compile_tables(runtime)
+            compile_snapshot(found[0], runtime.snapshot)
             return cls(runtime)
 
     async def aclose(self) -> None:
-        self.snapshot.close()
+        if self.snapshot:
+            self.snapshot.close()
 
 
 class Application:

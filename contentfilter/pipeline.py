@@ -14,8 +14,9 @@ from contentfilter.config.settings import Settings
 from contentfilter.deadline import Deadline
 from contentfilter.errors import BackendError, Cause
 from contentfilter.model import Envelope, Message, Origin, Scanner, ScanOutcome, ScanStatus
-from contentfilter.policy.decide import Action, Decision, Reason, decide, needed
-from contentfilter.policy.plan import Lookup, ScanPlan, Switches, make_plan
+from contentfilter.policy.decide import Action, Decision, Reason, decide, needed, open_owners
+from contentfilter.policy.plan import Lookup, Owners, ScanPlan, Switches, make_plan
+from contentfilter.policy.tolerance import Allowance, tolerate
 from contentfilter.scanners.clamd import ClamdScanner
 from contentfilter.scanners.signatures import Engine
 from contentfilter.scanners.spamd import SpamdScanner
@@ -32,10 +33,9 @@ MANY_RECIPIENTS = 2_000
 
 @dataclass(frozen=True, slots=True)
 class Scanners:
-    """The four, ready to be asked. An engine holds one list; None where the switch is off."""
+    """All of them, ready to be asked."""
 
-    signatures: Engine | None
-    loadertypes: Engine | None
+    programs: Engine | None  # signatures and loader types; None where both are switched off
     clamd: ClamdScanner
     spamd: SpamdScanner
 
@@ -47,18 +47,25 @@ class Pipeline:
         self,
         settings: Settings,
         switches: Switches,
-        lookup: Lookup,
+        lookup: Lookup | None,
         scanners: Scanners,
         quarantine: Quarantine,
         secret: bytes = b"",
+        allowed: tuple[Allowance, ...] = (),
+        owners: Owners | None = None,
     ) -> None:
-        """``secret`` proves what was released from quarantine; empty: nothing is taken as released."""
+        """``lookup``: None while there are no tables. ``owners``: None where nobody has preferences.
+
+        ``secret`` proves what was released from quarantine; empty: nothing is taken as released.
+        """
         self.settings = settings
         self.switches = switches
         self.lookup = lookup
         self.scanners = scanners
         self.quarantine = quarantine
         self.secret = secret
+        self.allowed = allowed
+        self.owners = owners
 
     async def handle(
         self,
@@ -87,14 +94,20 @@ class Pipeline:
         if not origin.remote_ip and (by := await self._released(message)):  # the token does not count over SMTP
             plan = plan.released_by(by)
         outcomes: tuple[ScanOutcome, ...] = ()
-        for scanner, ask in self._order():
-            if needed(scanner, plan, outcomes, origin.kind, self.settings):
-                outcomes += (await self._ask(scanner, ask, message, plan, deadline),)
+        for together, ask in self._stages():
+            if any(needed(scanner, plan, outcomes, origin.kind, self.settings) for scanner in together):
+                said = await ask(message, self._open(plan, outcomes, origin), deadline)
+                outcomes += tuple(tolerate(outcome, self.settings, self.allowed, time.time()) for outcome in said)
         decision = decide(plan, outcomes, origin.kind, len(envelope.recipients), self.settings)
         return Case(incident, origin, envelope, message, self.settings, self.switches, plan, outcomes, decision)
 
+    def _open(self, plan: ScanPlan, outcomes: tuple[ScanOutcome, ...], origin: Origin) -> ScanPlan:
+        """The plan without the owners of preferences for whom it is decided by now."""
+        owners = open_owners(Scanner.SPAMD, plan, outcomes, origin.kind, self.settings)
+        return replace(plan, users=tuple(user for user in plan.users if user[0] in owners))
+
     async def _plan(self, envelope: Envelope, message: Message, origin: Origin) -> ScanPlan:
-        facts = (envelope, message.size, origin, self.settings, self.switches, self.lookup)
+        facts = (envelope, message.size, origin, self.settings, self.switches, self.lookup, self.owners)
         if len(envelope.recipients) > MANY_RECIPIENTS:
             return await asyncio.to_thread(make_plan, *facts)
         return make_plan(*facts)
@@ -106,57 +119,51 @@ class Pipeline:
             return await asyncio.to_thread(released, *facts)
         return released(*facts)
 
-    def _order(self) -> tuple[tuple[Scanner, "_Ask"], ...]:
+    def _stages(self) -> tuple[tuple[tuple[Scanner, ...], "_Ask"], ...]:
+        """Who is asked together, cheapest first."""
         return (
-            (Scanner.SIGNATURES, self._signatures),
-            (Scanner.LOADERTYPES, self._loadertypes),
-            (Scanner.CLAMD, self._clamd),
-            (Scanner.SPAMD, self._spamd),
+            ((Scanner.SIGNATURES, Scanner.LOADERTYPES), self._programs),
+            ((Scanner.CLAMD,), self._clamd),
+            ((Scanner.SPAMD,), self._spamd),
         )
 
-    async def _ask(
-        self, scanner: Scanner, ask: "_Ask", message: Message, plan: ScanPlan, deadline: Deadline
-    ) -> ScanOutcome:
-        """One scanner's outcome; its faults become *unchecked* with a cause."""
+    async def _programs(self, message: Message, plan: ScanPlan, deadline: Deadline) -> tuple[ScanOutcome, ...]:
+        """Both lists in one pass. What is found decides; otherwise both lists say clean."""
+        asked = [scanner for scanner in (Scanner.SIGNATURES, Scanner.LOADERTYPES) if plan.runs(scanner)]
+        engine = self.scanners.programs
+        if engine is None:
+            return tuple(ScanOutcome(scanner, ScanStatus.SKIPPED, detail="no rules") for scanner in asked)
         started = time.monotonic()
         try:
-            return await ask(message, plan, deadline)
-        except BackendError as error:
-            spent = time.monotonic() - started
-            return ScanOutcome(scanner, ScanStatus.UNCHECKED, "", error.detail, error.cause, error.backend, spent)
+            if message.size > self.settings.signatures.thread_above:
+                async with deadline.timeout():
+                    finding = await asyncio.to_thread(engine.scan, message.data)
+            else:
+                finding = engine.scan(message.data)
         except TimeoutError:
             spent = time.monotonic() - started
-            return ScanOutcome(scanner, ScanStatus.UNCHECKED, "", "out of time", Cause.TIMEOUT, "", spent)
-
-    async def _signatures(self, message: Message, plan: ScanPlan, deadline: Deadline) -> ScanOutcome:
-        return await self._scan_text(Scanner.SIGNATURES, self.scanners.signatures, message, deadline)
-
-    async def _loadertypes(self, message: Message, plan: ScanPlan, deadline: Deadline) -> ScanOutcome:
-        return await self._scan_text(Scanner.LOADERTYPES, self.scanners.loadertypes, message, deadline)
-
-    async def _clamd(self, message: Message, plan: ScanPlan, deadline: Deadline) -> ScanOutcome:
-        return await self.scanners.clamd.scan(message, deadline)
-
-    async def _spamd(self, message: Message, plan: ScanPlan, deadline: Deadline) -> ScanOutcome:
-        return await self.scanners.spamd.scan(message, deadline, user=plan.spam_user, want=plan.want)
-
-    async def _scan_text(
-        self, scanner: Scanner, engine: Engine | None, message: Message, deadline: Deadline
-    ) -> ScanOutcome:
-        if engine is None:
-            return ScanOutcome(scanner, ScanStatus.SKIPPED, detail="no rules")
-        started = time.monotonic()
-        if message.size > self.settings.signatures.thread_above:
-            async with deadline.timeout():
-                finding = await asyncio.to_thread(engine.scan, message.data)
-        else:
-            finding = engine.scan(message.data)
+            return (_unchecked(asked[0], BackendError(Cause.TIMEOUT, "", "out of time"), spent),)
         spent = time.monotonic() - started
-        if finding is None:
-            return ScanOutcome(scanner, ScanStatus.CLEAN, seconds=spent)
-        return ScanOutcome(
-            scanner, ScanStatus.FOUND, finding.rule, f"{finding.description}, {finding.part}", seconds=spent
-        )
+        if finding is not None:
+            where = f"{finding.description}, {finding.part}"
+            return (ScanOutcome(finding.scanner, ScanStatus.FOUND, finding.rule, where, seconds=spent),)
+        first, *others = (ScanOutcome(scanner, ScanStatus.CLEAN, seconds=spent) for scanner in asked)
+        return (first, *(replace(other, seconds=0.0, detail="in the same pass") for other in others))
+
+    async def _clamd(self, message: Message, plan: ScanPlan, deadline: Deadline) -> tuple[ScanOutcome, ...]:
+        return (await _asked(Scanner.CLAMD, self.scanners.clamd.scan(message, deadline)),)
+
+    async def _spamd(self, message: Message, plan: ScanPlan, deadline: Deadline) -> tuple[ScanOutcome, ...]:
+        """One question for each owner of preferences, all at once; the pool keeps to spamd's children."""
+        scan = self.scanners.spamd.scan
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(_asked(Scanner.SPAMD, scan(message, deadline, user=user, want=plan.want)))
+                for _, user in plan.users
+            ]
+        said = [replace(task.result(), owner=owner) for (owner, _), task in zip(plan.users, tasks, strict=True)]
+        left_out = f"also for {plan.left_out} with preferences: [spamd] max_users={self.settings.spamd.max_users}"
+        return tuple(o if o.owner or o.detail or not plan.left_out else replace(o, detail=left_out) for o in said)
 
     async def _kept(self, case: Case, deadline: Deadline) -> Case:
         """Keep what some recipients do not get. Where that fails, everything is deferred: nothing is lost."""
@@ -173,4 +180,17 @@ class Pipeline:
         return case
 
 
-_Ask = Callable[[Message, ScanPlan, Deadline], Awaitable[ScanOutcome]]
+async def _asked(scanner: Scanner, scan: Awaitable[ScanOutcome]) -> ScanOutcome:
+    """The outcome of a backend; its faults become *unchecked* with a cause."""
+    started = time.monotonic()
+    try:
+        return await scan
+    except BackendError as error:
+        return _unchecked(scanner, error, time.monotonic() - started)
+
+
+def _unchecked(scanner: Scanner, error: BackendError, spent: float) -> ScanOutcome:
+    return ScanOutcome(scanner, ScanStatus.UNCHECKED, "", error.detail, error.cause, error.backend, spent)
+
+
+_Ask = Callable[[Message, ScanPlan, Deadline], Awaitable[tuple[ScanOutcome, ...]]]

@@ -11,9 +11,10 @@ import msgspec
 
 from contentfilter.config.load import read_settings
 from contentfilter.service import bus
+from contentfilter.tables.keeper import State
 
 WAIT = 5.0  # seconds
-RELOAD_WAIT = 60.0
+RELOAD_WAIT = 120.0  # a database may take its time
 
 
 @click.command()
@@ -35,8 +36,18 @@ def status(config_path: str, as_json: bool) -> None:
         )
     if reply.not_recorded:
         click.echo(f"{reply.not_recorded} messages are not in the journal; the log says why (journal.failed)")
+    if reply.tables is not None:
+        click.echo(_tables(reply.tables))
     for problem in reply.problems:
         click.echo(f"not in force: {problem}")
+
+
+def _tables(state: State) -> str:
+    if not state.loaded:
+        return f"no recipient tables, mail that needs them is deferred: {state.trouble}"
+    rows = f"{state.clamav_rows} rows in clamavclients, {state.spamd_rows} in spamdclients, from {state.source}"
+    stale = f"NOT CURRENT since {state.age:.0f} s: {state.trouble}"
+    return f"{rows}, {stale if state.trouble else f'seen current {state.age:.0f} s ago'}"
 
 
 @click.command()
@@ -53,7 +64,7 @@ def reload(config_path: str, restart: bool, as_json: bool) -> None:
         for problem in reply.problems:
             click.echo(problem, err=True)
         click.echo(f"configuration {reply.generation} is in force" + ("" if reply.ok else "; the new one was refused"))
-    sys.exit(0 if reply.ok else 1)
+    sys.exit(0 if reply.ok and not reply.problems else 1)
 
 
 def _ask(config_path: str, question: bus.Question, seconds: float) -> bus.Reply:

@@ -17,6 +17,7 @@ import zmq
 import zmq.asyncio
 
 from contentfilter.errors import RemoteProtocolError
+from contentfilter.tables.keeper import State
 
 VERSION = b"\x01"
 HIGH_WATER = 10_000  # frames
@@ -130,6 +131,7 @@ class Status(Frame, frozen=True):
     problems: tuple[str, ...]  # of the last reload; empty when it was good
     workers: tuple[WorkerStatus, ...]
     not_recorded: int = 0  # events that the journal lost
+    tables: State | None = None  # the recipient tables in force
     wanted: int = 0  # workers
     deaths: dict[str, int] = {}  # restarts by reason
 
@@ -139,7 +141,7 @@ class Done(Frame, frozen=True):
 
     ok: bool
     generation: int
-    problems: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()  # with ok: what is not as it should be all the same
 
 
 Reply = Status | Done

@@ -12,16 +12,14 @@ import signal
 import socket
 import time
 from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import dataclass
 from operator import attrgetter
-from typing import Protocol
 
 import zmq
 
 from contentfilter import __version__
 from contentfilter.config.settings import Settings
 from contentfilter.deadline import Deadline
-from contentfilter.errors import ConfigError, Problem, RemoteProtocolError
+from contentfilter.errors import ConfigError, RemoteProtocolError
 from contentfilter.intake.connection import Rarely
 from contentfilter.intake.listener import OwnSocket, SocketError, hold_lock, inherited_socket, open_socket
 from contentfilter.intake.origin import resolve
@@ -33,6 +31,7 @@ from contentfilter.service.monitor import Monitor
 from contentfilter.service.pool import Pool
 from contentfilter.service.process import Process, memory_file
 from contentfilter.service.recorder import Recorder
+from contentfilter.service.source import Loaded, Source, Staleness
 from contentfilter.service.worker import command_line
 
 SOCKET_NAME = "queue"  # FileDescriptorName= in the socket unit; a single unnamed socket will do too
@@ -41,25 +40,6 @@ RELOAD_WAIT = 10.0  # seconds to wait for all workers to take a new configuratio
 LAST_WORDS = 0.1  # seconds of silence after which workers that have ended have said everything
 RECORD_WAIT = 5.0  # seconds for the journal to be written at the end
 REPEAT = 2.0  # seconds before a configuration is sent again to a worker that lacks it
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """A configuration that may go live."""
-
-    settings: Settings
-    blob: bytes  # all that a worker needs; only the application knows what is in it
-    problems: tuple[Problem, ...] = ()  # bad lines that were left out
-
-
-class Source(Protocol):
-    """Where configurations come from. Both methods raise ConfigError."""
-
-    async def load(self) -> Loaded:
-        """Read everything anew."""
-
-    async def refresh(self) -> Loaded | None:
-        """Look at the tables only; None when nothing changed."""
 
 
 class Supervisor:
@@ -95,6 +75,8 @@ class Supervisor:
         self._log: Logger = make_logger(settings.log.format, settings.log.level, pid=pid)
         adopt_standard_logging(self._log)
         self._tell(self._loaded)
+        self._staleness = Staleness(self._log)
+        self._staleness.tell(self._source.tables())
         lock = hold_lock(f"{settings.service.run}/contentfilter.lock")
         own: OwnSocket | None = None
         try:
@@ -214,6 +196,7 @@ class Supervisor:
                 if restart:
                     self._pool.replace_all()
                 await self._taken(Deadline.after(RELOAD_WAIT))
+            self._staleness.tell(self._source.tables())
             self._notify.ready(self._summary())
             return self._problems
 
@@ -274,6 +257,8 @@ class Supervisor:
                 except ConfigError as error:
                     self._failed(error)
                     continue
+                finally:
+                    self._staleness.tell(self._source.tables())
                 if loaded is None:
                     self._monitor.loaded("unchanged")
                 else:
@@ -326,7 +311,9 @@ class Supervisor:
 
     async def _reload_for(self, asker: bytes, question: bus.AskReload) -> None:
         problems = await self.reload(restart=question.restart)
-        await self._reply(asker, bus.Done(not problems, self._generation, problems))
+        state = self._source.tables()
+        trouble = (f"tables: {state.trouble}",) if state and state.trouble else ()
+        await self._reply(asker, bus.Done(not problems, self._generation, (*problems, *trouble)))
 
     async def _reply(self, asker: bytes, reply: bus.Reply) -> None:
         try:
@@ -377,6 +364,7 @@ class Supervisor:
             deaths=dict(self._pool.deaths),
             problems=self._problems,
             workers=tuple(process.describe() for process in self._pool.processes),
+            tables=self._source.tables(),
         )
 
 

@@ -17,7 +17,8 @@ from contentfilter.errors import ConfigError, Problem
 from contentfilter.intake.connection import Job
 from contentfilter.intake.listener import SocketError
 from contentfilter.service.bus import Event
-from contentfilter.service.supervisor import Loaded, Supervisor
+from contentfilter.service.source import Loaded
+from contentfilter.service.supervisor import Supervisor
 from contentfilter.service.worker import Surroundings
 from contentfilter.wire import hook
 
@@ -76,6 +77,9 @@ class TomlSource:
 
     async def refresh(self) -> Loaded | None:
         return None if os.stat(self._path).st_mtime == self._seen else await self.load()
+
+    def tables(self) -> None:
+        return None
 
 
 def main() -> int:

@@ -1,0 +1,134 @@
+"""Keeps the snapshot file in step with the source of the tables, and knows how far it is behind.
+
+One lives in the supervisor. When the source cannot be read, or has what nobody should take over unseen, the snapshot
+stays as it is, also across a restart: its time of change says when it was last known to be current.
+"""
+
+import asyncio
+import os
+import time
+
+import msgspec
+
+from contentfilter.config.settings import Settings
+from contentfilter.errors import ConfigError, Problem
+from contentfilter.tables import shrink
+from contentfilter.tables.files import load_tables, sources
+from contentfilter.tables.rows import Rows, Source
+from contentfilter.tables.snapshot import FILE, Header, Snapshot, compile_snapshot
+
+
+class State(msgspec.Struct, frozen=True):
+    """The tables in force."""
+
+    source: str  # files or mariadb
+    loaded: bool  # False: there are none; mail that needs them is deferred
+    clamav_rows: int
+    spamd_rows: int
+    age: float  # seconds since they were last known to be what the source has
+    trouble: str  # why they are not brought up to date; empty: they are
+
+
+class Keeper:
+    """The snapshot below one state directory."""
+
+    def __init__(self) -> None:
+        self._path = ""
+        self._source = ""
+        self._header: Header | None = None
+        self._checked = 0.0  # seconds since 1970
+        self._trouble = ""
+        self._held: tuple[Source, ...] = ()  # a state of the source that was refused, and need not be read again
+        self._why_held = ""
+
+    @property
+    def path(self) -> str:
+        """Of the snapshot; empty while there is none."""
+        return self._path if self._header else ""
+
+    def state(self) -> State:
+        rows = (self._header.clamav_rows, self._header.spamd_rows) if self._header else (0, 0)
+        age = max(0.0, time.time() - self._checked) if self._header else 0.0
+        return State(self._source, self._header is not None, *rows, round(age, 1), self._trouble)
+
+    async def update(self, settings: Settings, *, anew: bool) -> tuple[bool, tuple[Problem, ...]]:
+        """Bring the snapshot up to date. Returns whether it is another one now, and the rows that were left out.
+
+        ``anew`` reads the source even where it looks unchanged. Raises ConfigError with ``anew`` for what does not mend
+        itself: a table file that cannot be read, a snapshot that cannot be written. Everything else is a trouble.
+        """
+        path = os.path.join(settings.service.state, FILE)
+        if path != self._path:
+            self._path = path
+            self._header, self._checked = await asyncio.to_thread(_present, path)
+        self._source = settings.tables.source
+        known = () if anew or self._header is None else self._held or self._header.sources
+        try:
+            found = await read_source(settings, known)
+            if found is not None:
+                return await self._take(settings, *found)
+        except ConfigError as error:
+            if anew and settings.tables.source == "files":
+                raise
+            self._trouble = str(error)
+        except OSError as error:
+            self._trouble = f"cannot write the snapshot: {error.strerror}"
+            if anew:
+                raise ConfigError((Problem(path, 0, self._trouble),)) from error
+        else:
+            if self._held:
+                self._trouble = self._why_held
+            else:
+                self._current()
+        return False, ()
+
+    async def _take(
+        self, settings: Settings, rows: Rows, problems: tuple[Problem, ...]
+    ) -> tuple[bool, tuple[Problem, ...]]:
+        """Rows become the snapshot, unless too many of them are gone."""
+        old, state = self._header, settings.service.state
+        now = (len(rows.clamav), len(rows.spamd))
+        less = shrink.shrunk((old.clamav_rows, old.spamd_rows), now, settings.tables) if old else ""
+        if less:
+            name = await asyncio.to_thread(shrink.checksum, rows)
+            if name != shrink.accepted(state):
+                self._held = rows.sources
+                self._trouble = self._why_held = f"{less}; confirm it with: contentfilter clients accept {name}"
+                return False, problems
+        self._header = new = await asyncio.to_thread(compile_snapshot, rows, self._path)
+        if less:
+            shrink.forget(state)
+        self._current()
+        same = old is not None and (old.checksum, old.default_domain) == (new.checksum, new.default_domain)
+        return bool(problems) or not same, problems
+
+    def _current(self) -> None:
+        self._checked, self._trouble, self._held, self._why_held = time.time(), "", (), ""
+        try:
+            os.utime(self._path)
+        except OSError:
+            pass  # only the age after a restart depends on it
+
+
+async def read_source(settings: Settings, known: tuple[Source, ...] = ()) -> tuple[Rows, tuple[Problem, ...]] | None:
+    """Both tables from where the settings say, and what is wrong in them; None where nothing changed since ``known``.
+
+    Raises ConfigError where they cannot be read.
+    """
+    if settings.tables.source == "mariadb":
+        from contentfilter.tables.mariadb import read_tables  # a large import, for those who use it
+
+        return await read_tables(settings, known)
+    if known and sources(settings.service.control) == known:
+        return None
+    return await load_tables(settings.service.control)
+
+
+def _present(path: str) -> tuple[Header | None, float]:
+    """The snapshot of an earlier run, if it is sound, and when it was current."""
+    try:
+        snapshot = Snapshot.open(path)
+        snapshot.close()
+        return snapshot.header, os.stat(path).st_mtime
+    except (ConfigError, OSError):
+        return None, 0.0

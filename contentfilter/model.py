@@ -98,6 +98,7 @@ class ScanOutcome:
     seconds: float = 0.0
     score: float | None = None  # spamd
     threshold: float | None = None  # spamd
+    owner: bytes = b""  # spamd: whose preferences it went by, as the table names them; empty: nobody's
     rewritten: bytes = field(default=b"", repr=False)  # spamd HEADERS: header block; PROCESS: whole message
 
 

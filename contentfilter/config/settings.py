@@ -78,6 +78,9 @@ class MariaDb(Section, frozen=True):
     clamav_query: str = ""  # a SELECT of the administrator's own, in place of table and columns
     spamd_query: str = ""
     updated_column: str = "updated_at"  # tells a change at the price of an index; empty: whole rows are summed up
+    prefs_table: str = ""  # SpamAssassin's userpref: whoever stands there has preferences; empty: nobody
+    prefs_column: str = "username"
+    prefs_query: str = ""  # the owners, in one column, in place of table and column
     fingerprint_query: str = ""  # one row that differs whenever the tables do
 
 
@@ -101,7 +104,8 @@ class Spamd(Section, frozen=True):
     connect_timeout: Seconds = 5.0
     timeout: Seconds = 120.0
     max_size: Size = 268_435_456  # safety cap where samsgsize sets none
-    user: Literal["recipient", "none"] = "recipient"  # the User: header
+    user: Literal["table", "recipient", "none"] = "table"  # whose preferences spamd goes by
+    max_users: Annotated[int, Meta(ge=1, le=30)] = 16  # owners of preferences for one message
     compress: bool = False
     action: SpamAction = "mark"
     reject_score: float = 0.0  # at or above it spam is refused whatever the action; 0: never

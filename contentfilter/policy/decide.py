@@ -6,7 +6,7 @@ refuses it for all. A message from qmail-send itself is never refused: it is dro
 
 Actions and scores are those of the recipient's rows, else the configuration's. For one recipient the outcomes
 count in the order of the scanners, and the first that withholds the message is final: what comes after it need
-not be asked, and could not change anything.
+not be asked, and could not change anything. Of spamd's answers each recipient has the one by its own preferences.
 """
 
 import enum
@@ -19,6 +19,7 @@ from contentfilter.policy.options import Options
 from contentfilter.policy.plan import ScanPlan, Treatment
 from contentfilter.policy.tolerance import class_action
 from contentfilter.wire.clamd import signature_class
+from contentfilter.wire.hook import SUBMISSIONS_MAX
 
 _VIRUS_SCANNERS = (Scanner.SIGNATURES, Scanner.LOADERTYPES, Scanner.CLAMD)
 
@@ -77,6 +78,7 @@ class Delivery:
     spam: ScanStatus
     marked: Finding | None = None
     moved_to: bytes = b""  # it goes here, and not to the recipients; empty: to them
+    owner: bytes = b""  # whose preferences spamd's headers in it go by
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +124,12 @@ def decide(
     kept = [(t, members, f) for t, members, f in fates if f is None or f.fate not in _WITHHELD]
     if refused and not (kept or removed):
         return _refusal(refused[0][1], origin, recipients)
-    withheld = refused + removed
+    deliveries, surplus = _fit(_merge([_delivery(members, outcomes, t, f) for t, members, f in kept], outcomes))
+    withheld = refused + removed + surplus
     first = withheld[0][1] if withheld else None
     quarantined = tuple(sorted(index for members, _ in withheld for index in members))
-    if first is not None and not kept:
+    if first is not None and not deliveries:
         return Decision(Action.DROP, first.reason, first.rule, first, quarantined=quarantined)
-    deliveries = _merge([_delivery(members, outcomes, t, f) for t, members, f in kept])
     marked = next((d.marked for d in deliveries if d.marked is not None), None)
     leading = first or marked
     rule = leading.rule if leading else _plain_rule(plan, outcomes)
@@ -138,16 +140,25 @@ def needed(
     scanner: Scanner, plan: ScanPlan, outcomes: tuple[ScanOutcome, ...], origin: OriginKind, settings: Settings
 ) -> bool:
     """Whether asking ``scanner`` can still change the decision, after ``outcomes`` so far."""
+    return bool(open_owners(scanner, plan, outcomes, origin, settings))
+
+
+def open_owners(
+    scanner: Scanner, plan: ScanPlan, outcomes: tuple[ScanOutcome, ...], origin: OriginKind, settings: Settings
+) -> frozenset[bytes]:
+    """Owners of preferences for whom asking ``scanner`` can still change the decision; the empty one for all others."""
+    nobody = frozenset[bytes]()
     if not plan.runs(scanner):
-        return False
+        return nobody
     fates = _fates(plan, outcomes, origin, settings)
     if any(f is not None and f.fate is Fate.DEFER for _, _, f in fates):
-        return False
+        return nobody
     if settings.tables.recipients == "strictest" and any(f is not None and f.fate is Fate.REJECT for _, _, f in fates):
-        return False
-    return any(
-        _wants(treatment, scanner) and (finding is None or finding.fate not in _WITHHELD)
+        return nobody
+    return frozenset(
+        treatment.owner
         for treatment, _, finding in fates
+        if _wants(treatment, scanner) and (finding is None or finding.fate not in _WITHHELD)
     )
 
 
@@ -155,14 +166,20 @@ def _wants(treatment: Treatment, scanner: Scanner) -> bool:
     return treatment.spam if scanner is Scanner.SPAMD else treatment.virus
 
 
+def _concerns(outcome: ScanOutcome, treatment: Treatment) -> bool:
+    if outcome.scanner is Scanner.SPAMD and outcome.owner != treatment.owner:
+        return False
+    return _wants(treatment, outcome.scanner)
+
+
 def _fates(
     plan: ScanPlan, outcomes: tuple[ScanOutcome, ...], origin: OriginKind, settings: Settings
 ) -> list[tuple[Treatment, tuple[int, ...], Finding | None]]:
     """Each group with what stands against the message for it. Most groups differ only in the row they come from."""
-    known: dict[tuple[bool, bool, Options], Finding | None] = {}
+    known: dict[tuple[bool, bool, Options, bytes], Finding | None] = {}
     fates = []
     for treatment, members in plan.groups:
-        wish = (treatment.virus, treatment.spam, treatment.options)
+        wish = (treatment.virus, treatment.spam, treatment.options, treatment.owner)
         if wish not in known:
             known[wish] = _judge(treatment, outcomes, origin, settings)
         fates.append((treatment, members, known[wish]))
@@ -175,7 +192,7 @@ def _judge(
     """The strongest finding for those who are treated so, up to the first that withholds the message."""
     worst: Finding | None = None
     for outcome in outcomes:
-        if not _wants(treatment, outcome.scanner):
+        if not _concerns(outcome, treatment):
             continue
         finding = _fault(outcome, origin, settings) or _finding(outcome, treatment.options, settings)
         if finding is not None and (worst is None or _STRENGTH[finding.fate] > _STRENGTH[worst.fate]):
@@ -241,25 +258,55 @@ def _delivery(
     virus = spam = ScanStatus.SKIPPED
     if treatment is not None and treatment.virus:
         virus = status_of(outcomes, _VIRUS_SCANNERS)
+    owner = b""
     if treatment is not None and treatment.spam:
-        said = (spam_status(outcome, treatment.options) for outcome in outcomes if outcome.scanner is Scanner.SPAMD)
-        spam = next(said, ScanStatus.SKIPPED)
-    return Delivery(members, virus, spam, finding, finding.to if finding and finding.fate is Fate.MOVE else b"")
+        owner = treatment.owner
+        said = spamd_said(outcomes, owner)
+        spam = spam_status(said, treatment.options) if said else ScanStatus.SKIPPED
+    to = finding.to if finding and finding.fate is Fate.MOVE else b""
+    return Delivery(members, virus, spam, finding, to, owner)
 
 
-def _merge(deliveries: list[Delivery]) -> tuple[Delivery, ...]:
-    """Recipients with equal outcomes travel together, in the order in which they came, whatever their thresholds."""
-    merged: dict[tuple[ScanStatus, ScanStatus, Fate | None, bytes], list[Delivery]] = {}
+def spamd_said(outcomes: tuple[ScanOutcome, ...], owner: bytes) -> ScanOutcome | None:
+    """spamd's answer by the preferences of ``owner``."""
+    return next((o for o in outcomes if o.scanner is Scanner.SPAMD and o.owner == owner), None)
+
+
+def _merge(deliveries: list[Delivery], outcomes: tuple[ScanOutcome, ...]) -> tuple[Delivery, ...]:
+    """Recipients with equal outcomes travel together, in the order in which they came, whatever their thresholds.
+
+    Not where spamd's headers tell them apart: nobody reads what somebody else's preferences did.
+    """
+    headers = {o.owner: (o.status, o.rewritten) for o in outcomes if o.scanner is Scanner.SPAMD and o.rewritten}
+    merged: dict[object, list[Delivery]] = {}
     for d in deliveries:
-        merged.setdefault((d.virus, d.spam, d.marked.fate if d.marked else None, d.moved_to), []).append(d)
+        lines = headers.get(d.owner) if d.spam is not ScanStatus.SKIPPED else None
+        merged.setdefault((d.virus, d.spam, d.marked.fate if d.marked else None, d.moved_to, lines), []).append(d)
     return tuple(
         replace(first, recipients=tuple(sorted(index for d in (first, *others) for index in d.recipients)))
         for first, *others in merged.values()
     )
 
 
+def _fit(deliveries: tuple[Delivery, ...]) -> tuple[tuple[Delivery, ...], list[tuple[tuple[int, ...], Finding]]]:
+    """No more forms of the message than the hook takes. What should move to still more addresses is kept instead.
+
+    Without those that move there are never too many: [spamd] max_users sees to that.
+    """
+    too_many = len(deliveries) - SUBMISSIONS_MAX
+    fitting: list[Delivery] = []
+    surplus: list[tuple[tuple[int, ...], Finding]] = []
+    for d in reversed(deliveries):
+        if len(surplus) < too_many and d.moved_to and d.marked is not None:
+            rule = f"{d.marked.rule}, and more than {SUBMISSIONS_MAX} forms of one message"
+            surplus.append((d.recipients, replace(d.marked, fate=Fate.REMOVE, rule=rule, to=b"")))
+        else:
+            fitting.append(d)
+    return tuple(reversed(fitting)), surplus
+
+
 def _plain_rule(plan: ScanPlan, outcomes: tuple[ScanOutcome, ...]) -> str:
-    unchecked = [o.scanner.value for o in outcomes if o.status is ScanStatus.UNCHECKED]
+    unchecked = dict.fromkeys(o.scanner.value for o in outcomes if o.status is ScanStatus.UNCHECKED)
     if unchecked:
         return "passed unchecked: " + ", ".join(unchecked)
     if plan.released:

@@ -54,12 +54,12 @@ def story(
         lines.append(Line("limit", f"exceeds {plan.limit}"))
     if plan.hold:
         lines.append(Line("tables", plan.hold))
-    said = {outcome.scanner: outcome for outcome in outcomes}
     for step in plan.steps:
-        outcome = said.get(step.scanner)
-        if outcome is not None:
-            lines.append(Line(step.scanner.value, f"{_outcome(outcome)} (asked: {step.reason})"))
-        elif step.run:
+        said = [outcome for outcome in outcomes if outcome.scanner is step.scanner]
+        lines += (Line(step.scanner.value, f"{_outcome(outcome)} (asked: {step.reason})") for outcome in said)
+        if said:
+            continue
+        if step.run:
             lines.append(Line(step.scanner.value, "not asked: the decision was certain before"))
         else:
             lines.append(Line(step.scanner.value, f"not asked: {step.reason}"))
@@ -83,10 +83,16 @@ def _names(envelope: Envelope, members: tuple[int, ...]) -> str:
 
 def _treatment(treatment: Treatment) -> str:
     virus = f"virus check {'yes' if treatment.virus else 'no'} ({treatment.virus_rule})"
-    return f"{virus}, spam check {'yes' if treatment.spam else 'no'} ({treatment.spam_rule})"
+    own = f", by the preferences of {readable(treatment.owner)}" if treatment.owner else ""
+    return f"{virus}, spam check {'yes' if treatment.spam else 'no'} ({treatment.spam_rule}{own})"
 
 
 def _outcome(outcome: ScanOutcome) -> str:
+    whose = f"by the preferences of {readable(outcome.owner)}: " if outcome.owner else ""
+    return whose + _said(outcome)
+
+
+def _said(outcome: ScanOutcome) -> str:
     took = f"{outcome.seconds * 1000:.1f} ms"
     if outcome.scanner is Scanner.SPAMD and outcome.score is not None:
         took = f"{outcome.score:g} of {outcome.threshold or 0.0:g} points, {took}"

@@ -10,7 +10,8 @@ The order of the rules, for each of the two checks:
 3. the most specific row of the table, with its options; an exempting row means no;
 4. no row: no check.
 
-The virus check is chksignature and chkloadertype (where switched on) and clamd; the spam check is spamd.
+The virus check is chksignature and chkloadertype (where switched on) and clamd; the spam check is spamd, which is
+asked once for each owner of SpamAssassin preferences among those who want it, and once for all others together.
 """
 
 from collections.abc import Callable, Iterable
@@ -49,6 +50,11 @@ class Row:
 
 Lookup = Callable[[bytes], tuple[Row | None, Row | None]]
 """recipient -> (row of clamavclients, row of spamdclients)."""
+Owners = Callable[[bytes], tuple[bytes, bytes]]
+"""recipient -> (owner of its SpamAssassin preferences, the address that spamd finds them by); both empty: none."""
+
+FULL_REWRITES = 64 << 20
+"""Bytes of rewritten messages, for all owners together, above which ``rewrite = "full"`` is done by headers alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +66,7 @@ class Treatment:
     virus_rule: str
     spam_rule: str
     options: Options = DEFAULTS
+    owner: bytes = b""  # of the SpamAssassin preferences that hold; empty: nobody's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +84,8 @@ class ScanPlan:
 
     groups: tuple[tuple[Treatment, tuple[int, ...]], ...]
     steps: tuple[Step, ...]
-    spam_user: bytes = b""
+    users: tuple[tuple[bytes, bytes], ...] = ()  # for spamd: each owner, and the address that stands for it
+    left_out: int = 0  # recipients whose own preferences do not count, because there are too many of them
     want: Want = Want.CHECK
     limit: str = ""  # databytes or maxrecipients, when one of them is exceeded
     hold: str = ""  # why nobody can say now who wants what
@@ -134,39 +142,98 @@ def _own(row: Row | None, decided: object) -> bytes:
     return row.options if row is not None and decided is None else b""
 
 
-def group(
-    recipients: Iterable[bytes], origin: Origin, switches: Switches, lookup: Lookup
-) -> dict[Treatment, list[int]]:
-    """Sort recipients into groups of equal treatment. One look-up each, none where no table can matter."""
-    virus, spam = _general(origin, switches)
-    groups: dict[Treatment, list[int]] = {}
-    if virus is not None and spam is not None:
-        groups[Treatment(virus[0], spam[0], virus[1], spam[1])] = list(range(len(tuple(recipients))))
-        return groups
-    by_rows: dict[tuple[Row | None, Row | None], list[int]] = {}
-    for index, recipient in enumerate(recipients):
-        rows = lookup(recipient)
-        members = by_rows.get(rows)
-        if members is None:
-            virus_now = virus or _by_row("clamavclients", rows[0])
-            spam_now = spam or _by_row("spamdclients", rows[1])
-            options = read_options(_own(rows[0], virus), _own(rows[1], spam))
-            treatment = Treatment(virus_now[0], spam_now[0], virus_now[1], spam_now[1], options)
-            members = by_rows[rows] = groups.setdefault(treatment, [])
-        members.append(index)
-    return groups
+class _Users:
+    """The owners of preferences met so far, each with the address that stands for it. No more than ``most``."""
+
+    def __init__(self, owners: Owners | None, most: int) -> None:
+        self.most = most
+        self.addresses: dict[bytes, bytes] = {b"": b""}
+        self.left_out = 0
+        self._owners = owners
+
+    def __bool__(self) -> bool:
+        """Whether anybody can have preferences."""
+        return self._owners is not None
+
+    def owner(self, recipient: bytes) -> bytes | None:
+        """Whose preferences hold; None where there is no room for them any more."""
+        if self._owners is None:
+            return b""
+        owner, address = self._owners(recipient)
+        if owner not in self.addresses:
+            if len(self.addresses) > self.most:
+                self.left_out += 1
+                return None
+            self.addresses[owner] = address
+        return owner
+
+
+def _users(settings: Settings, owners: Owners | None) -> _Users:
+    if settings.spamd.user == "recipient":
+        owners = _everybody_their_own
+    return _Users(None if settings.spamd.user == "none" else owners, settings.spamd.max_users)
+
+
+def _everybody_their_own(recipient: bytes) -> tuple[bytes, bytes]:
+    address = recipient.lower()
+    return address, address
 
 
 def _nobody(_: bytes) -> tuple[None, None]:
     return None, None
 
 
+def _group(
+    recipients: tuple[bytes, ...], origin: Origin, switches: Switches, lookup: Lookup, users: _Users
+) -> dict[Treatment, list[int]]:
+    """Sort recipients into groups of equal treatment. One look-up each, none where no table can matter."""
+    virus, spam = _general(origin, switches)
+    if virus is not None and spam is not None:
+        if not (spam[0] and users):
+            return {_treatment((None, None), virus, spam, b"", 0): list(range(len(recipients)))}
+        lookup = _nobody
+    groups: dict[Treatment, list[int]] = {}
+    members_of: dict[tuple[Row | None, Row | None, bytes | None], list[int]] = {}
+    own = bool(users)
+    for index, recipient in enumerate(recipients):
+        rows = lookup(recipient)
+        wanted = own and (rows[1] is not None and not rows[1].exempt if spam is None else spam[0])
+        key = (*rows, users.owner(recipient) if wanted else b"")
+        members = members_of.get(key)
+        if members is None:
+            treatment = _treatment(rows, virus, spam, key[2], users.most)
+            members = members_of[key] = groups.setdefault(treatment, [])
+        members.append(index)
+    return groups
+
+
+def _treatment(
+    rows: tuple[Row | None, Row | None],
+    virus: tuple[bool, str] | None,
+    spam: tuple[bool, str] | None,
+    owner: bytes | None,
+    most: int,
+) -> Treatment:
+    virus_now = virus or _by_row("clamavclients", rows[0])
+    spam_now = spam or _by_row("spamdclients", rows[1])
+    left_out = f", own preferences left out: [spamd] max_users={most}" if owner is None else ""
+    options = read_options(_own(rows[0], virus), _own(rows[1], spam))
+    return Treatment(virus_now[0], spam_now[0], virus_now[1], spam_now[1] + left_out, options, owner or b"")
+
+
 def make_plan(
-    envelope: Envelope, size: int, origin: Origin, settings: Settings, switches: Switches, lookup: Lookup | None
+    envelope: Envelope,
+    size: int,
+    origin: Origin,
+    settings: Settings,
+    switches: Switches,
+    lookup: Lookup | None,
+    owners: Owners | None = None,
 ) -> ScanPlan:
     """Decide what is done with a message of ``size`` bytes, before anybody looks at it.
 
     Without ``lookup`` there are no tables yet: what they would have to decide is held back, but for bounces.
+    ``owners`` says who has preferences of their own; None: nobody.
     """
     limit = ""
     if origin.kind in _SMTP:
@@ -175,12 +242,13 @@ def make_plan(
         elif switches.maxrecipients and len(envelope.recipients) > switches.maxrecipients:
             limit = f"maxrecipients={switches.maxrecipients}"
     if lookup is None:
-        if not limit and origin.kind is not OriginKind.BOUNCE and None in _general(origin, switches):
+        if not limit and origin.kind is not OriginKind.BOUNCE and _needs_tables(_general(origin, switches), settings):
             steps = tuple(Step(scanner, False, NO_TABLES) for scanner in Scanner)
             unknown = Treatment(False, False, NO_TABLES, NO_TABLES)
             return ScanPlan(((unknown, tuple(range(len(envelope.recipients)))),), steps, hold=NO_TABLES)
         lookup = _nobody
-    found = group(envelope.recipients, origin, switches, lookup)
+    users = _users(settings, owners)
+    found = _group(envelope.recipients, origin, switches, lookup, users)
     groups = tuple((treatment, tuple(members)) for treatment, members in found.items())
     if limit:
         return ScanPlan(groups, tuple(Step(scanner, False, limit) for scanner in Scanner), limit=limit)
@@ -201,7 +269,8 @@ def make_plan(
         _step(Scanner.CLAMD, virus, no_virus, bool(settings.clamd.backends), "[clamd] backends is empty"),
         _step(Scanner.SPAMD, spam, no_spam, bool(settings.spamd.backends), "[spamd] backends is empty"),
     )
-    return ScanPlan(groups, steps, _spam_user(envelope, groups, settings), _want(found, settings))
+    asked = tuple((owner, users.addresses[owner]) for owner in dict.fromkeys(t.owner for t in found if t.spam))
+    return ScanPlan(groups, steps, asked, users.left_out, _want(found, settings, size * len(asked)))
 
 
 def _step(scanner: Scanner, wanted: str, unwanted: str, on: bool, off: str) -> Step:
@@ -210,17 +279,19 @@ def _step(scanner: Scanner, wanted: str, unwanted: str, on: bool, off: str) -> S
     return Step(scanner, True, wanted) if on else Step(scanner, False, off)
 
 
-def _spam_user(envelope: Envelope, groups: tuple[tuple[Treatment, tuple[int, ...]], ...], settings: Settings) -> bytes:
-    """The one recipient whose preferences apply, lower-cased; empty where several would (domain-spec 2.5)."""
-    if settings.spamd.user == "none":
-        return b""
-    wanting = [index for treatment, members in groups if treatment.spam for index in members[:2]]
-    return envelope.recipients[wanting[0]].lower() if len(wanting) == 1 else b""
+def _needs_tables(general: tuple[tuple[bool, str] | None, tuple[bool, str] | None], settings: Settings) -> bool:
+    """Whether tables that are not there would have a say: about who is checked, or about whose preferences hold."""
+    spam, db = general[1], settings.mariadb
+    listed = settings.tables.source == "mariadb" and (db.prefs_table or db.prefs_query)
+    return None in general or bool(listed and settings.spamd.user == "table" and spam and spam[0])
 
 
-def _want(treatments: Iterable[Treatment], settings: Settings) -> Want:
-    """No more than is used: SpamAssassin's headers only where somebody may get spam, marked or moved."""
+def _want(treatments: Iterable[Treatment], settings: Settings, rewritten: int) -> Want:
+    """No more than is used: SpamAssassin's headers only where somebody may get spam, marked or moved.
+
+    ``rewritten``: bytes of all messages that spamd would give back.
+    """
     actions = {t.options.spam or settings.spamd.action for t in treatments if t.spam}
     if actions.isdisjoint(("mark", "move")):
         return Want.CHECK
-    return Want.PROCESS if settings.spamd.rewrite == "full" else Want.HEADERS
+    return Want.PROCESS if settings.spamd.rewrite == "full" and rewritten <= FULL_REWRITES else Want.HEADERS

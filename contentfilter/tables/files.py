@@ -14,6 +14,7 @@ from collections.abc import Iterable
 import aiofiles
 
 from contentfilter.errors import ConfigError, Problem
+from contentfilter.tables.owners import PREFS, parse_owners
 from contentfilter.tables.rows import OPTIONS, TABLES, Rows, Source, parse_table
 
 MAX_SIZE = 256 << 20  # bytes of one table file
@@ -23,11 +24,11 @@ _DOMAIN = ("envnoathost", "me")
 
 def sources(control: str) -> tuple[Source, ...]:
     """The present state of all files that tables are made of. Compare with that of a snapshot's header."""
-    return tuple(file_state(os.path.join(control, name)) for name in (*TABLES, *_DOMAIN))
+    return tuple(file_state(os.path.join(control, name)) for name in (*TABLES, PREFS, *_DOMAIN))
 
 
 async def load_tables(control: str) -> tuple[Rows, tuple[Problem, ...]]:
-    """Both tables from the control directory ``control``, and the lines that were left out or look odd.
+    """Both tables and the list of owners from the directory ``control``, and lines that were left out or look odd.
 
     A million rows take about a second, off the event loop. Raises ConfigError where a file cannot be read.
     """
@@ -37,8 +38,11 @@ async def load_tables(control: str) -> tuple[Rows, tuple[Problem, ...]]:
             parse_table(text, state.path, OPTIONS[name]) for name, (text, state) in zip(TABLES, texts, strict=True)
         ]
     )
+    listed, place = await read_file(os.path.join(control, PREFS), MAX_SIZE)
+    owners, odd = await asyncio.to_thread(parse_owners, listed, place.path)
     domain, files = await default_domain(control)
-    return Rows(clamav, spamd, domain, (*(state for _, state in texts), *files)), (*problems, *more)
+    states = (*(state for _, state in texts), place, *files)
+    return Rows(clamav, spamd, domain, states, owners), (*problems, *more, *odd)
 
 
 async def default_domain(control: str) -> tuple[bytes, tuple[Source, ...]]:

@@ -11,7 +11,7 @@ younger one. Rows that go away change the number. Without such a column the chec
 """
 
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +23,7 @@ from contentfilter.deadline import Deadline
 from contentfilter.errors import ConfigError, Problem
 from contentfilter.model import readable
 from contentfilter.tables.files import default_domain, read_file
+from contentfilter.tables.owners import OwnerBuilder
 from contentfilter.tables.result import Builder
 from contentfilter.tables.rows import TABLES, Rows, Source, Table
 
@@ -52,7 +53,8 @@ async def read_tables(settings: Settings, known: tuple[Source, ...] = ()) -> tup
         if fingerprint and sources == known:
             return None
         (clamav, problems), (spamd, more) = [await session.table(index) for index in (0, 1)]
-    return Rows(clamav, spamd, domain, sources), (*problems, *more)
+        owners, odd = await session.owners()
+    return Rows(clamav, spamd, domain, sources, owners), (*problems, *more, *odd)
 
 
 @asynccontextmanager
@@ -149,17 +151,28 @@ class _Session:
         query = table_query(self.db, index)
         builder = Builder(TABLES[index])
         if query:
-            cursor = await self._execute(query)
-            builder.begin([(name, kind) for name, kind, *_ in cursor.description or ()])
-            more = True
-            while more:
-                async with self._limit().timeout():
-                    batch = await cursor.fetchmany(BATCH)
-                builder.add(batch)
-                more = len(batch) == BATCH
-            async with self._limit().timeout():
-                await cursor.close()
+            await self._read(query, builder)
         return builder.table, builder.report.problems()
+
+    async def owners(self) -> tuple[Collection[bytes], tuple[Problem, ...]]:
+        """Whoever has preferences in SpamAssassin's table."""
+        query = owners_query(self.db)
+        owners = OwnerBuilder()
+        if query:
+            await self._read(query, owners)
+        return owners.keys, owners.report.problems()
+
+    async def _read(self, query: str, builder: Builder | OwnerBuilder) -> None:
+        cursor = await self._execute(query)
+        builder.begin([(name, kind) for name, kind, *_ in cursor.description or ()])
+        more = True
+        while more:
+            async with self._limit().timeout():
+                batch = await cursor.fetchmany(BATCH)
+            builder.add(batch)
+            more = len(batch) == BATCH
+        async with self._limit().timeout():
+            await cursor.close()
 
     async def _execute(self, query: str) -> "aiomysql.SSCursor":
         cursor = await self.connection.cursor(aiomysql.SSCursor)
@@ -180,11 +193,18 @@ def table_query(db: MariaDb, index: int) -> str:
     return f"SELECT {chosen} FROM {quoted(table)}"  # noqa: S608 - quoted, and from the administrator
 
 
+def owners_query(db: MariaDb) -> str:
+    """The SELECT for the owners of preferences; empty where nobody has any."""
+    if db.prefs_query or not db.prefs_table:
+        return db.prefs_query
+    return f"SELECT DISTINCT {quoted(db.prefs_column)} AS owner FROM {quoted(db.prefs_table)}"  # noqa: S608 - as above
+
+
 def fingerprint_query(db: MariaDb) -> str:
     """One row that differs whenever the tables do; empty where only reading all can tell."""
     if db.fingerprint_query:
         return db.fingerprint_query
-    if db.clamav_query or db.spamd_query:
+    if db.clamav_query or db.spamd_query or db.prefs_query:
         return ""
     parts = []
     for table, columns in ((db.clamav_table, db.clamav_columns), (db.spamd_table, db.spamd_columns)):
@@ -196,6 +216,9 @@ def fingerprint_query(db: MariaDb) -> str:
             names = ", ".join(f"IFNULL({quoted(name)}, '\\t')" for _, name in map(column, columns))
             summed = f"CONCAT_WS('\\n', {names})"
         parts.append(f"(SELECT CONCAT(COUNT(*), ':', IFNULL(SUM(CRC32({summed})), 0)) FROM {quoted(table)})")  # noqa: S608
+    if db.prefs_table:  # who is there; what the preferences are changes all day, and is nothing to us
+        summed = "CONCAT(COUNT(*), ':', IFNULL(SUM(CRC32(owner)), 0))"
+        parts.append(f"(SELECT {summed} FROM ({owners_query(db)}) AS owners)")  # noqa: S608
     return "SELECT " + ", ".join(parts) if parts else ""
 
 

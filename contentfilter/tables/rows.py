@@ -44,6 +44,7 @@ class Rows:
     spamd: Mapping[bytes, bytes] = field(default_factory=dict)
     default_domain: bytes = b""  # what a recipient without domain gets for the look-up
     sources: tuple[Source, ...] = ()
+    prefs: Collection[bytes] = ()  # owners of SpamAssassin preferences: user@domain and @domain, each once
 
 
 class Report:

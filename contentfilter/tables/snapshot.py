@@ -1,4 +1,4 @@
-"""The snapshot: both recipient tables in one immutable file that all workers map.
+"""The snapshot: both recipient tables, and the owners of preferences, in one immutable file that all workers map.
 
 The rows lie in buckets by CRC-32 of the key; a look-up is a hash, two offsets and a search in some
 fifty bytes, straight in the map. Nothing is built in memory when a snapshot is opened, so a million
@@ -29,7 +29,7 @@ import msgspec
 
 from contentfilter.errors import ConfigError, Problem
 from contentfilter.policy.addresses import EVERYBODY, EXEMPT
-from contentfilter.policy.plan import Lookup, Row
+from contentfilter.policy.plan import Lookup, Owners, Row
 from contentfilter.tables.files import replace_file
 from contentfilter.tables.rows import Rows, Source
 
@@ -42,8 +42,9 @@ _MAX_HEADER = 1 << 20
 _READ = 1 << 20
 
 # What the flags byte of a row says. BASE keeps it clear of NUL and LF.
-CLAMAV, SPAMD, CLAMAV_EXEMPT, SPAMD_EXEMPT, OPTIONS, BASE = 1, 2, 4, 8, 16, 64
-_ALIKE = (BASE | CLAMAV | SPAMD, BASE | CLAMAV | SPAMD | CLAMAV_EXEMPT | SPAMD_EXEMPT)  # in both, without options
+CLAMAV, SPAMD, CLAMAV_EXEMPT, SPAMD_EXEMPT, OPTIONS, PREFS, BASE = 1, 2, 4, 8, 16, 32, 64
+_BOTH = BASE | CLAMAV | SPAMD  # without options
+_ALIKE = (_BOTH, _BOTH | PREFS, _BOTH | CLAMAV_EXEMPT | SPAMD_EXEMPT, _BOTH | CLAMAV_EXEMPT | SPAMD_EXEMPT | PREFS)
 
 Found = tuple[Row | None, Row | None]
 
@@ -63,6 +64,7 @@ class Header(msgspec.Struct, frozen=True):
     has_domains: bool  # whether there are @domain keys at all
     parent_labels: tuple[int, ...]  # how many labels the .domain keys have, most first
     local_sizes: tuple[int, ...]  # how long the local parts of the addresses are
+    prefs_rows: int = 0
 
 
 def compile_snapshot(rows: Rows, path: str, created: float | None = None) -> Header:
@@ -71,6 +73,9 @@ def compile_snapshot(rows: Rows, path: str, created: float | None = None) -> Hea
     Raises OSError when it cannot be written; what was there stays.
     """
     records = _records(rows.clamav, rows.spamd)
+    for key in rows.prefs:
+        flags, *options = records.get(key, bytes((BASE,)))
+        records[key] = bytes((flags | PREFS, *options))
     count = 1 << max(0, len(records) - 1).bit_length()
     slots = [b""] * count
     mask = count - 1
@@ -95,6 +100,7 @@ def compile_snapshot(rows: Rows, path: str, created: float | None = None) -> Hea
         has_domains=0 in local_sizes,
         parent_labels=tuple(sorted({key.count(b".") for key in others if key != EVERYBODY}, reverse=True)),
         local_sizes=tuple(sorted(local_sizes - {-1, 0})),
+        prefs_rows=len(rows.prefs),
     )
     head = msgspec.json.encode(header)
     replace_file(path, (_PREFIX.pack(MAGIC, len(head), crc32(head)), head, offsets.tobytes(), buckets), mode=0o640)
@@ -132,6 +138,10 @@ class Snapshot:
         self._file = file
         self.lookup: Lookup = _make_lookup(header, file, offsets_at, extension.lower())
         """The rows of clamavclients and spamdclients that decide for a recipient; None where none applies."""
+        self.owners: Owners | None = (
+            _make_owners(header, file, offsets_at, extension.lower()) if header.prefs_rows else None
+        )
+        """Whose SpamAssassin preferences a recipient has; None where nobody has any."""
 
     @classmethod
     def open(cls, path: str, extension: bytes = b"") -> "Snapshot":
@@ -196,6 +206,26 @@ def _make_lookup(header: Header, file: mmap.mmap, offsets_at: int, extension: by
         return clamav, spamd
 
     return lookup
+
+
+def _make_owners(header: Header, file: mmap.mmap, offsets_at: int, extension: bytes) -> Owners:
+    buckets_at = offsets_at + 4 * (header.buckets + 1)
+    default = header.default_domain.lower()
+
+    def owner_of(recipient: bytes) -> tuple[bytes, bytes]:
+        address = recipient.lower()
+        if b"@" not in address:
+            address += b"@" + default
+        at = address.rfind(b"@")
+        for key in _keys(header, address, at, extension):
+            place = offsets_at + ((crc32(key) & (header.buckets - 1)) << 2)
+            start, end = _PAIR.unpack_from(file, place)
+            found = file.find(b"\n%b\0" % key, buckets_at + start, buckets_at + end)
+            if found >= 0 and b"\0" not in key and file[found + len(key) + 2] & PREFS:
+                return key, address if key.startswith(b"@") else key
+        return b"", b""
+
+    return owner_of
 
 
 def _everybody(header: Header) -> Found:

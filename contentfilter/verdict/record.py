@@ -35,6 +35,7 @@ class Scan(msgspec.Struct, frozen=True, omit_defaults=True):
     backend: str = ""
     score: float | None = None
     threshold: float | None = None
+    owner: str = ""  # of the preferences that spamd went by
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -83,6 +84,7 @@ def make_record(case: Case, attempt: int, seconds: float) -> Record:
                 o.backend,
                 o.score,
                 o.threshold,
+                readable(o.owner[:ADDRESS_SHOWN]),
             )
             for o in case.outcomes
         ),

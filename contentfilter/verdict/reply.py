@@ -5,7 +5,7 @@ Texts are printable ASCII of at most 250 bytes, carry the incident id and an enh
 """
 
 from contentfilter.model import OriginKind, Scanner, ScanStatus, Want, readable
-from contentfilter.policy.decide import Action, Decision, Delivery, Reason
+from contentfilter.policy.decide import Action, Decision, Delivery, Reason, spamd_said
 from contentfilter.verdict import headers
 from contentfilter.verdict.case import Case
 from contentfilter.wire import envelope as envelope_format
@@ -86,7 +86,7 @@ def _submission(case: Case, delivery: Delivery) -> hook.Submission:
     )
     is_spam = delivery.spam is ScanStatus.FOUND
     tag = settings.spamd.subject_tag.encode("utf-8") if is_spam else b""
-    said = next((o for o in case.outcomes if o.scanner is Scanner.SPAMD), None)
+    said = spamd_said(case.outcomes, delivery.owner)
     rewritten = said.rewritten if said and claimed else b""
     agreed = said is not None and said.status is delivery.spam  # else these recipients have a threshold of their own
     if rewritten and is_spam and agreed and case.plan.want is Want.PROCESS:

@@ -103,6 +103,8 @@ class Pipeline:
 
     def _open(self, plan: ScanPlan, outcomes: tuple[ScanOutcome, ...], origin: Origin) -> ScanPlan:
         """The plan without the owners of preferences for whom it is decided by now."""
+        if len(plan.users) < 2:
+            return plan
         owners = open_owners(Scanner.SPAMD, plan, outcomes, origin.kind, self.settings)
         return replace(plan, users=tuple(user for user in plan.users if user[0] in owners))
 

@@ -43,6 +43,14 @@ def test_one_part_that_fails_before_the_commit_undoes_all(system: System, point:
         assert (d.status, d.queued) == (status, ()), knob
 
 
+def test_one_part_that_fails_after_the_commit_is_no_success(system: System) -> None:
+    """It cannot be undone any more, so the client must send again: twice is better than never."""
+    d = system.deliver(PLAIN, *SPLIT, knobs={"at": "end", "when": "virus=clean", "exit": "53"})
+    assert d.status == 53
+    assert [q.envelope.recipients for q in d.queued] == [SPLIT[1:]]
+    assert "1 of 2 parts are queued" in d.stderr
+
+
 def test_a_queue_on_a_full_disk(system: System, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()

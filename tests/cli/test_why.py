@@ -131,6 +131,10 @@ def test_a_text_with_several_incidents_tells_of_each(place: Place) -> None:
     assert place.incidents(f"[{FIRST}] and [{THIRD}]") == [FIRST, THIRD]
 
 
+def test_the_one_in_brackets_is_meant(place: Place) -> None:
+    assert place.json(f"{THIRD} said: 554 no [{FIRST}] (#5.7.1)")["id"] == FIRST
+
+
 def test_every_real_incident_is_recognized(place: Place) -> None:
     incident = new_incident()
     place.add(incident)

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -134,3 +135,19 @@ def test_the_bus_is_closed_to_other_users(daemon: Make) -> None:
             for name, address in bus.addresses(str(running.directory)).items()
         }
     assert modes == {"reports": 0o600, "commands": 0o600, "control": 0o660, "events": 0o660}
+
+
+@pytest.mark.asyncio
+async def test_what_a_worker_said_last_is_still_heard_when_it_has_ended() -> None:
+    with tempfile.TemporaryDirectory(prefix="cf-", dir="/tmp") as run:
+        supervisor, worker = bus.SupervisorBus(run), bus.WorkerBus(run, 7)
+        try:
+            worker.add(bus.Event("mail.done", {"id": "x"}, b"account"))
+            worker.close()
+            assert await supervisor.waiting(WAIT)
+            report = await supervisor.report()
+            assert isinstance(report, bus.Happened)
+            assert report.events == [bus.Event("mail.done", {"id": "x"}, b"account")]
+            assert not await supervisor.waiting(0.0)
+        finally:
+            supervisor.close()

@@ -142,6 +142,18 @@ def test_a_slow_disk_makes_nobody_wait_and_memory_stays_bounded(
     assert recorder.dropped == dropped
 
 
+def test_what_is_written_makes_room(
+    record: Callable[..., Recorder], state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "WAITING_MAX", 10 * module.EVENT_BYTES)
+    recorder = record(settings(state))
+    for start in range(0, 50, 10):
+        for number in range(start, start + 10):
+            recorder.put(done(number))
+        until(lambda start=start: len(_readable(state)) == start + 10)  # type: ignore[misc]
+    assert recorder.dropped == 0
+
+
 def test_large_accounts_count_by_their_size(
     record: Callable[..., Recorder], state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -352,6 +352,18 @@ def test_another_fault_does_not_ask_for_a_new_file(path: Path) -> None:
         assert journal.append([done(1)]) == 0  # nothing of the transaction is left open
 
 
+def test_a_batch_that_breaks_off_leaves_nothing(journal: Journal) -> None:
+    def breaks_off() -> Iterator[Event]:
+        yield done(1)
+        raise InterruptedError
+
+    with pytest.raises(JournalError):
+        journal.append(breaks_off())
+    assert found(journal) == []
+    assert journal.append([done(2)]) == 0
+    assert found(journal) == [2]
+
+
 def test_nobody_else_can_read_it(path: Path) -> None:
     before = os.umask(0)
     try:

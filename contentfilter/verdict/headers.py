@@ -6,9 +6,11 @@ original stays. Two things make the header block be rewritten: a subject tag on 
 of our own headers, which are renamed. The body is never touched here.
 """
 
+import base64
 import mmap
+import quopri
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from contentfilter.model import readable
 
@@ -16,13 +18,21 @@ HEADER_LIMIT = 1 << 20
 """Bytes at the start of a message in which the header block is looked for."""
 
 MESSAGE_ID_MAX = 250
+LINE_MAX = 76  # of a line with encoded words (RFC 2047, 2)
+SUBJECT_LOOK = 1000  # bytes of a subject in which its tag is looked for
 
 _MESSAGE_ID = re.compile(rb"^Message-ID[ \t]*:[ \t\r]*(?:\n[ \t]+)?([^\r\n]*)", re.IGNORECASE | re.MULTILINE)
-_OURS = re.compile(rb"^X-(ContentFilter|Virus-|Spam-)[!-9;-~]*(?=[ \t]*:)", re.IGNORECASE | re.MULTILINE)
+_OURS = re.compile(
+    rb"(?:^|(?<=\r))X-(ContentFilter|Virus-|Spam-)[!-9;-~]*(?=[ \t]*(?:\r?\n[ \t]+)*:)", re.IGNORECASE | re.MULTILINE
+)
 _FLAG = re.compile(rb"^X-Spam-Flag:[^\n]*\n", re.IGNORECASE | re.MULTILINE)
 _STATUS = re.compile(rb"^(X-Spam-Status:[ \t]*)(Yes|No)\b([^\n]*)", re.IGNORECASE | re.MULTILINE)
 _REQUIRED = re.compile(rb" required=[0-9.+-]+")
 _SUBJECT = re.compile(rb"^(Subject[ \t]*:)([^\n]*(?:\n[ \t][^\n]*)*)", re.IGNORECASE | re.MULTILINE)
+_WORD = re.compile(rb"=\?([!->@-~]{1,40})\?([bq])\?([ !->@-~]*)\?=", re.IGNORECASE)
+_BETWEEN = re.compile(rb"(\?=)[ \t]+(?==\?)")
+_REPLY = r"(?:(?:\w{1,5}(?:\[\d{1,3}\])?:|\[[^]]{1,40}\]) ?){0,10}"  # Re: AW: Re[2]: [a mailing list]
+_PIECE = 36  # bytes of an encoded word: 60 characters, so that it fits beside "Subject: "
 _FIELD = re.compile(rb"^([!-9;-~]+)[ \t]*:[^\n]*(?:\n[ \t][^\n]*)*\n?", re.MULTILINE)
 
 
@@ -69,8 +79,8 @@ def compose(
     """``lines`` (each with its line end) in front of ``original``, forged copies of our fields renamed.
 
     ``claimed`` says which families of fields speak for us in this delivery (b"contentfilter",
-    b"virus-", b"spam-"): only those are renamed, to ``X-Received-X-…``. ``subject_tag`` is put in
-    front of the subject unless it is there already; a missing Subject is added.
+    b"virus-", b"spam-"): only those are renamed, to ``X-Received-X-…``. ``subject_tag`` (UTF-8) is put
+    in front of each Subject unless it is there already, also behind ``Re:``; a missing Subject is added.
     Returns (prepend, skip).
     """
 
@@ -88,11 +98,62 @@ def compose(
 
 
 def _tagged(block: bytes, tag: bytes) -> bytes:
-    found = _SUBJECT.search(block)
-    if found is None:
-        gap = b"" if not block or block.endswith(b"\n") else b"\n"
-        return block + gap + b"Subject: " + tag.rstrip() + b"\n"
-    value = found.group(2).lstrip(b" \t")
-    if value.startswith(tag.rstrip()):
+    """``block`` with the tag in front of each Subject: readers differ in which of several they show."""
+    text = tag.decode("utf-8", "replace").strip()
+    if not text:
         return block
-    return block[: found.start(2)] + b" " + tag.rstrip() + b" " + value + block[found.end(2) :]
+    plain, there = text.encode("utf-8"), re.compile(_REPLY + re.escape(text))
+    tags = _encoded(text), _encoded(text, before_word=True)
+    fold = b"\r\n " if b"\r\n" in block else b"\n "
+
+    def put(field: re.Match[bytes]) -> bytes:
+        value = field.group(2).lstrip(b" \t")
+        if (b"=?" in value or plain in value) and there.match(_readable_subject(value)):
+            return field.group(0)
+        first = tags[_WORD.match(value.lstrip()) is not None]
+        if value[:1] in (b"\r", b"\n"):
+            return field.group(1) + b" " + first + value
+        start = field.group(1) + b" " + first + b" "
+        fits = len(start) - start.rfind(b"\n") - 1 + len(value.split(b"\n", 1)[0].rstrip(b"\r")) <= LINE_MAX
+        return start + value if fits else start[:-1] + fold + value
+
+    tagged, found = _SUBJECT.subn(put, block)
+    return tagged if found else b"Subject: " + tags[0] + b"\n" + block
+
+
+def _encoded(text: str, before_word: bool = False) -> bytes:
+    """``text`` for a header: as it is, or in RFC 2047's encoded words where it isn't printable ASCII.
+
+    White space between encoded words is not shown: ``before_word`` puts the space between two into the first.
+    """
+    if text.isascii() and text.isprintable():
+        return text.encode("ascii")
+    pieces = [b""]
+    for character in text + " " * before_word:
+        more = character.encode("utf-8")
+        if len(pieces[-1]) + len(more) > _PIECE:  # no character may be cut in two
+            pieces.append(b"")
+        pieces[-1] += more
+    return b"\n ".join(b"=?utf-8?b?" + base64.b64encode(piece) + b"?=" for piece in pieces)
+
+
+def _readable_subject(value: bytes) -> str:
+    """The beginning of a subject as people read it: unfolded, with its encoded words decoded."""
+    start = b" ".join(value[:SUBJECT_LOOK].split())
+    if b"=?" not in start:
+        return start.decode("utf-8", "replace")
+    return "".join(_decoded_pieces(_BETWEEN.sub(rb"\1", start)))
+
+
+def _decoded_pieces(text: bytes) -> Iterator[str]:
+    at = 0
+    for word in _WORD.finditer(text):
+        yield text[at : word.start()].decode("utf-8", "replace")
+        at = word.end()
+        charset, how, data = word.groups()
+        try:
+            raw = base64.b64decode(data + b"==") if how in b"bB" else quopri.decodestring(data, header=True)
+            yield raw.decode(charset.decode("ascii").partition("*")[0], "replace")
+        except (ValueError, LookupError):
+            yield word.group(0).decode("utf-8", "replace")
+    yield text[at:].decode("utf-8", "replace")

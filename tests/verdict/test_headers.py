@@ -1,5 +1,10 @@
 """Prepended lines leave every byte of the original; only a mark or a forged field rewrites the header block."""
 
+import email.parser
+import email.policy
+import re
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -80,19 +85,122 @@ def test_fields_that_do_not_speak_for_us_stay():
     [
         (b"Subject: hi\n\nb", b"Subject: [SPAM] hi\n\nb"),
         (b"subject:hi\n\nb", b"subject: [SPAM] hi\n\nb"),
-        (b"Subject:\n folded\n\nb", b"Subject: [SPAM] \n folded\n\nb"),
+        (b"Subject:\n folded\n\nb", b"Subject: [SPAM]\n folded\n\nb"),
         (
             b"Subject: =?utf-8?q?h=C3=A9?=\n =?utf-8?q?llo?=\n\n",
             b"Subject: [SPAM] =?utf-8?q?h=C3=A9?=\n =?utf-8?q?llo?=\n\n",
         ),
-        (b"To: a\n\nb", b"To: a\nSubject: [SPAM]\n\nb"),
+        (b"To: a\n\nb", b"Subject: [SPAM]\nTo: a\n\nb"),
         (b"\nb", b"Subject: [SPAM]\n\nb"),
         (b"Subject: [SPAM] hi\n\nb", b"Subject: [SPAM] hi\n\nb"),
-        (b"To: a\n\nSubject: in the body\n", b"To: a\nSubject: [SPAM]\n\nSubject: in the body\n"),
+        (b"To: a\n\nSubject: in the body\n", b"Subject: [SPAM]\nTo: a\n\nSubject: in the body\n"),
     ],
 )
 def test_subject_tag(message, expected):
     assert delivered(message, compose(message, [], ALL, b"[SPAM] ")) == expected
+
+
+def subjects(message):
+    """Each Subject as a mail program shows it, white space counted as one blank."""
+    parsed = email.parser.BytesParser(policy=email.policy.default).parsebytes(message)
+    return [" ".join(str(value).split()) for value in parsed.get_all("Subject", [])]
+
+
+TAGS = ["[SPAM] ", "***SPAM***", "[СПАМ] ", "Überprüfen: ", "\U0001f4a9", "垃圾邮件" * 12, "a\tb"]
+SUBJECTS = [
+    b"hi", b"", b"=?utf-8?q?h=C3=A9llo?=", b"=?utf-8?q?h=C3=A9?=\n =?iso-8859-1?q?=E4_b?= plain",
+    b"plain =?utf-8?b?w6k=?=", b"\n folded at once", b"\n =?utf-8?b?w6k=?=", b"a\n b\n\tc", b"x" * 70 + b" y",
+    b"=?utf-8?q?" + b"x" * 60 + b"?=", b"=?utf-8?q?not closed", b"Re: hi", b"=?x-unknown?q?x?= y",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("eol", [b"\n", b"\r\n"], ids=["LF", "CRLF"])
+@pytest.mark.parametrize("tag", TAGS, ids=range(len(TAGS)))
+@pytest.mark.parametrize("subject", SUBJECTS, ids=range(len(SUBJECTS)))
+def test_the_subject_that_people_read_is_the_tag_and_the_original(subject, tag, eol):
+    message = b"From: a@b.example\nSubject: %s\nTo: c@d.example\n\nbody\n" % subject
+    message = message.replace(b"\n", eol)
+    result = delivered(message, compose(message, LINES, ALL, tag.encode()))
+    assert subjects(result) == [" ".join(f"{tag} {subjects(message)[0]}".split())]
+    before, after = (email.message_from_bytes(m) for m in (message, result))
+    assert (before["From"], before["To"], before.get_payload()) == (after["From"], after["To"], after.get_payload())
+    assert result.isascii()
+    field = re.search(rb"^Subject:[^\n]*(\n[ \t][^\n]*)*", result, re.MULTILINE).group(0)
+    assert all(line.strip() for line in field.split(b"\n"))
+    if all(len(line) <= 70 for line in message.split(b"\n")):
+        assert all(len(line.rstrip(b"\r")) <= 76 for line in field.split(b"\n"))
+    assert compose(result, [], frozenset(), tag.encode()) == (b"", 0), "tagged twice"
+
+
+@pytest.mark.parametrize("prefix", ["Re: ", "RE: AW: ", "Fwd:", "Re[2]: ", "[list] Re: "])
+@pytest.mark.parametrize("tag", ["[SPAM] ", "[СПАМ] "])
+@pytest.mark.parametrize("charset", ["utf-8", "koi8-r"])
+def test_an_answer_to_tagged_mail_is_not_tagged_again(tag, prefix, charset):
+    """However the other side encodes it."""
+    value = email.header.Header(f"{prefix}{tag}hello", charset if not tag.isascii() else None).encode().encode()
+    message = b"Subject: " + value + b"\n\n"
+    assert compose(message, [], ALL, tag.encode()) == (b"", 0)
+
+
+def test_a_tag_somewhere_behind_does_not_stand_for_ours():
+    message = b"Subject: buy this, not [SPAM] at all\n\n"
+    assert delivered(message, compose(message, [], ALL, b"[SPAM] ")).startswith(b"Subject: [SPAM] buy")
+
+
+def test_each_of_several_subjects_is_tagged():
+    """Readers differ in which one they show."""
+    message = b"Subject: one\nsubject : two\nSubject: [SPAM] three\n\n"
+    result = delivered(message, compose(message, [], ALL, b"[SPAM] "))
+    assert result == b"Subject: [SPAM] one\nsubject : [SPAM] two\nSubject: [SPAM] three\n\n"
+
+
+def test_a_tag_of_blanks_is_none():
+    assert compose(b"Subject: x\n\n", [], ALL, b"  ") == (b"", 0)
+
+
+@pytest.mark.parametrize("name", ["ContentFilter", "ContentFilter-Released", "Virus-Status", "Spam-Flag", "spam-"])
+@pytest.mark.parametrize("behind", [b"", b" ", b"\t ", b"\n ", b"\r\n\t", b" \n \n "])
+@pytest.mark.parametrize("case", [str.upper, str.lower, str.title, str.swapcase])
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n", b"\r"])
+def test_a_forged_field_is_renamed_however_it_is_written(name, behind, case, line_end):
+    """Also behind a bare CR, which some readers take for the end of a line."""
+    field = b"X-" + case(name).encode() + behind + b":"
+    message = b"A: b" + line_end + field + b" YES\nB: c\n\n" + field + b" in the body\n"
+    result = delivered(message, compose(message, LINES, ALL))
+    assert result == LINES[0] + message.replace(field, b"X-Received-" + field, 1)
+
+
+def test_a_forged_field_in_front_is_renamed_even_where_nothing_follows():
+    assert compose(b"X-Spam-Flag: NO", [], ALL) == (b"X-Received-X-Spam-Flag: NO", len(b"X-Spam-Flag: NO"))
+
+
+HOSTILE = {
+    "one long line": b"x" * HEADER_LIMIT,
+    "a long name": b"X-Spam-" + b"x" * HEADER_LIMIT,
+    "blanks behind names": b"X-Spam-a" + b" " * HEADER_LIMIT,
+    "empty folded lines": b"X-Spam-a" + b"\n " * (HEADER_LIMIT // 2),
+    "a folded subject": b"Subject: a" + b"\n " * (HEADER_LIMIT // 2),
+    "subjects": b"Subject:\n" * (HEADER_LIMIT // 9),
+    "encoded subjects": b"Subject:=?x?q??=\n" * (HEADER_LIMIT // 17),
+    "half words": b"Subject:" + b"=?x?q?" * (HEADER_LIMIT // 6),
+    "forged fields": b"X-Spam-a:\n" * (HEADER_LIMIT // 10),
+    "CR": b"\r" * HEADER_LIMIT,
+    "CR and names": b"\rX-Spam-a" * (HEADER_LIMIT // 9),
+}
+
+
+@pytest.mark.parametrize("header", HOSTILE.values(), ids=HOSTILE)
+def test_a_header_of_a_mebibyte_takes_no_longer_than_it_must(header):
+    started = time.process_time()
+    prepend, skip = compose(header + b"\n\nbody", LINES, ALL, "[СПАМ]".encode())
+    assert time.process_time() - started < 2
+    assert (prepend + (header + b"\n\nbody")[skip:]).endswith(b"\n\nbody")
+
+
+def test_a_header_beyond_the_limit_keeps_its_folded_lines_together():
+    """A Subject that is missing goes in front: where we stop looking another field may go on."""
+    message = b"A: b\n" + b" c\n" * HEADER_LIMIT + b"\n"
+    assert delivered(message, compose(message, LINES, ALL, b"[SPAM]")) == LINES[0] + b"Subject: [SPAM]\n" + message
 
 
 def test_only_spamassassins_fields_are_taken_from_its_answer():

@@ -107,14 +107,14 @@ class Server:
                 head = b""
             self._silent.pop(writer, None)
             async with Deadline.after(ANSWER_WAIT).timeout():
-                writer.write(await self._answer(head))
+                writer.write(await self.answer(head))
                 await writer.drain()
                 writer.close()
                 await writer.wait_closed()
         except (OSError, TimeoutError, asyncio.IncompleteReadError):
             pass  # it went away, or it is too slow
 
-    async def _answer(self, head: bytes) -> bytes:
+    async def answer(self, head: bytes) -> bytes:
         """All bytes of the answer to the request with this head."""
         request, *lines = head.removesuffix(b"\r\n\r\n").split(b"\r\n")
         line, fields = _REQUEST.fullmatch(request), [_FIELD.fullmatch(line) for line in lines]

@@ -1,0 +1,257 @@
+"""The small HTTP server: right answers to right questions, and nobody's bad manners are anybody else's trouble."""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from contentfilter.ops import http
+from contentfilter.ops.http import Response, Server, parse_listen
+
+BIG = b"x" * 20_000_000
+STATUS = re.compile(rb"HTTP/1\.1 (\d{3}) ")
+
+
+class Log:
+    """Keeps the events."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def exception(self, event: str, **fields: object) -> None:
+        self.events.append(event)
+
+
+async def hello(accept: str) -> Response:
+    return Response(f"hello {accept}".encode())
+
+
+async def broken(accept: str) -> Response:
+    raise RuntimeError("a defect")
+
+
+async def big(accept: str) -> Response:
+    return Response(BIG)
+
+
+PAGES = {"/hello": hello, "/broken": broken, "/big": big}
+
+
+class Running:
+    """A server, and its clients."""
+
+    def __init__(self) -> None:
+        self.log = Log()
+        self.server = Server(PAGES, self.log)  # type: ignore[arg-type]
+
+    async def start(self) -> None:
+        host, _, port = (await self.server.start("127.0.0.1", 0)).rpartition(":")
+        self.where = host, int(port)
+
+    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_connection(*self.where)
+
+    async def ask(self, request: bytes) -> tuple[int, dict[str, str], bytes]:
+        """Status, header and body of the whole answer."""
+        reader, writer = await self.connect()
+        writer.write(request)
+        answer = await asyncio.wait_for(reader.read(), 20)
+        writer.close()
+        return parsed(answer)
+
+
+def parsed(answer: bytes) -> tuple[int, dict[str, str], bytes]:
+    head, _, body = answer.partition(b"\r\n\r\n")
+    status, *lines = head.decode("ascii").split("\r\n")
+    header = dict(line.split(": ", 1) for line in lines)
+    assert status.startswith("HTTP/1.1 ")
+    assert header["Connection"] == "close"
+    return int(status.split(" ")[1]), header, body
+
+
+@pytest_asyncio.fixture
+async def running() -> AsyncIterator[Running]:
+    running = Running()
+    await running.start()
+    yield running
+    await running.server.close()
+
+
+@pytest.mark.asyncio
+async def test_a_page_is_served(running: Running) -> None:
+    status, header, body = await running.ask(b"GET /hello HTTP/1.1\r\nHost: x\r\nAccept: a/b\r\naccept:  c/d \r\n\r\n")
+    assert (status, body) == (200, b"hello a/b,c/d")
+    assert header["Content-Length"] == str(len(body))
+    assert header["Content-Type"] == "text/plain; charset=utf-8"
+
+
+@pytest.mark.asyncio
+async def test_head_is_get_without_the_body(running: Running) -> None:
+    _, full, _ = await running.ask(b"GET /hello HTTP/1.0\r\n\r\n")
+    status, header, body = await running.ask(b"HEAD /hello HTTP/1.0\r\n\r\n")
+    assert (status, body) == (200, b"")
+    assert header["Content-Length"] == full["Content-Length"]
+
+
+@pytest.mark.asyncio
+async def test_a_query_is_not_a_part_of_the_page(running: Running) -> None:
+    assert (await running.ask(b"GET /hello?a=b HTTP/1.1\r\n\r\n"))[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("request_line", "expected"),
+    [
+        (b"GET /nothing HTTP/1.1", 404),
+        (b"GET /hello/ HTTP/1.1", 404),
+        (b"GET /../hello HTTP/1.1", 404),
+        (b"GET /%68ello HTTP/1.1", 404),
+        (b"POST /hello HTTP/1.1\r\nContent-Length: 5", 405),
+        (b"DELETE /hello HTTP/1.1", 405),
+        (b"OPTIONS /hello HTTP/1.1", 405),
+        (b"GET /hello", 400),
+        (b"GET  /hello HTTP/1.1", 400),
+        (b"get /hello HTTP/1.1", 400),
+        (b"GET hello HTTP/1.1", 400),
+        (b"GET http://127.0.0.1/hello HTTP/1.1", 400),
+        (b"GET /hello HTTP/2.0", 400),
+        (b"GET /hel\0lo HTTP/1.1", 400),
+        (b"GET /hello HTTP/1.1\r\nno colon", 400),
+        (b"GET /hello HTTP/1.1\r\n folded: x", 400),
+        (b"GET /hello HTTP/1.1\r\nA : x", 400),
+        (b"GET /hello HTTP/1.1\r\nA: x\ry", 400),
+        (b"GET /hello HTTP/1.1\nA: x", 400),
+        (b"GET /" + b"a" * 1100 + b" HTTP/1.1", 400),
+        (b"", 400),
+        (b"\x16\x03\x01\x02\0\x01\0", 400),
+    ],
+)
+@pytest.mark.asyncio
+async def test_only_plain_questions_are_answered(running: Running, request_line: bytes, expected: int) -> None:
+    status, header, _ = await running.ask(request_line + b"\r\n\r\n")
+    assert status == expected
+    assert header.get("Allow") == ("GET, HEAD" if expected == 405 else None)
+
+
+@pytest.mark.asyncio
+async def test_a_head_without_end_is_refused_when_it_is_too_long(running: Running) -> None:
+    reader, writer = await running.connect()
+    writer.write(b"GET /hello HTTP/1.1\r\nA: " + b"x" * (http.HEAD_MAX + 100))
+    first = await asyncio.wait_for(reader.read(20), 20)
+    assert STATUS.match(first)
+    assert STATUS.match(first)[1] == b"400"  # type: ignore[index]
+    writer.close()
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.binary(max_size=200) | st.text(max_size=100).map(lambda t: b"GET /hello HTTP/1.1\r\n" + t.encode()))
+def test_any_bytes_get_a_proper_answer(head: bytes) -> None:
+    status, _, _ = parsed(asyncio.run(Server(PAGES, Log()).answer(head + b"\r\n\r\n")))  # type: ignore[arg-type]
+    assert status in (200, 400, 404, 405)
+
+
+@pytest.mark.asyncio
+async def test_a_defect_in_a_page_is_told_and_hurts_nobody_else(running: Running) -> None:
+    assert (await running.ask(b"GET /broken HTTP/1.1\r\n\r\n"))[0] == 500
+    assert running.log.events == ["http.error"]
+    assert (await running.ask(b"GET /hello HTTP/1.1\r\n\r\n"))[0] == 200
+
+
+@pytest.mark.asyncio
+async def test_who_drips_a_request_is_cut_off(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "HEAD_WAIT", 0.3)
+    reader, writer = await running.connect()
+    writer.write(b"GET /hello HTTP/1.1\r\n")
+
+    async def drip() -> None:
+        while True:
+            writer.write(b"A: b\r\n")
+            await asyncio.sleep(0.01)
+
+    dripping = asyncio.create_task(drip())
+    try:
+        assert await asyncio.wait_for(reader.read(), 20) == b""
+    except ConnectionResetError:
+        pass
+    finally:
+        dripping.cancel()
+
+
+@pytest.mark.asyncio
+async def test_silent_connections_keep_nobody_out(running: Running) -> None:
+    silent = [await running.connect() for _ in range(http.MOST + 5)]
+    status, _, body = await running.ask(b"GET /hello HTTP/1.1\r\n\r\n")
+    assert (status, body) == (200, b"hello ")
+    reader, _ = silent[0]
+    assert await asyncio.wait_for(reader.read(), 20) == b""  # the oldest had to go
+    reader, writer = silent[-1]
+    writer.write(b"GET /hello HTTP/1.1\r\n\r\n")
+    assert (await asyncio.wait_for(reader.read(), 20)).endswith(b"hello ")
+    for _, writer in silent:
+        writer.close()
+
+
+@pytest.mark.asyncio
+async def test_who_does_not_read_is_cut_off_and_holds_nobody(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "ANSWER_WAIT", 0.5)
+    reader, writer = await running.connect()
+    writer.write(b"GET /big HTTP/1.1\r\n\r\n")
+    await reader.readuntil(b"\r\n\r\n")
+    writer.transport.pause_reading()
+    assert (await running.ask(b"GET /hello HTTP/1.1\r\n\r\n"))[0] == 200
+    while running.server._open:
+        await asyncio.sleep(0.01)
+    writer.transport.resume_reading()
+    with pytest.raises((ConnectionResetError, asyncio.IncompleteReadError)):
+        await asyncio.wait_for(reader.readexactly(len(BIG)), 20)
+    writer.close()
+
+
+@pytest.mark.asyncio
+async def test_a_large_answer_arrives_whole(running: Running) -> None:
+    assert (await running.ask(b"GET /big HTTP/1.1\r\n\r\n"))[2] == BIG
+
+
+@pytest.mark.asyncio
+async def test_an_address_in_use_is_an_error(running: Running) -> None:
+    with pytest.raises(OSError, match="in use"):
+        await Server(PAGES, Log()).start(*running.where)  # type: ignore[arg-type]
+
+
+@pytest.mark.asyncio
+async def test_the_end_drops_who_is_there(running: Running) -> None:
+    reader, writer = await running.connect()
+    writer.write(b"GET /hel")
+    await running.ask(b"GET /hello HTTP/1.1\r\n\r\n")  # the first one is surely there now
+    await running.server.close()
+    with pytest.raises(ConnectionError):
+        await running.connect()
+    try:
+        assert await asyncio.wait_for(reader.read(), 20) == b""
+    except ConnectionResetError:
+        pass
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("127.0.0.1:9464", ("127.0.0.1", 9464)),
+        ("[::1]:80", ("::1", 80)),
+        ("localhost:0", ("localhost", 0)),
+        ("off", None),
+    ],
+)
+def test_addresses(text: str, where: tuple[str, int] | None) -> None:
+    assert parse_listen(text) == where
+
+
+@pytest.mark.parametrize(
+    "text", ["", "9464", ":9464", "::1:9464", "a b:1", "host:", "host:x", "host:65536", "host:-1", "OFF"]
+)
+def test_what_is_no_address_is_refused_with_a_reason(text: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(repr(text))):
+        parse_listen(text)

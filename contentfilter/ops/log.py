@@ -7,6 +7,7 @@ workers on one pipe never mix. Nothing here is global: whoever starts a process 
 import json
 import logging
 import os
+import select
 from collections.abc import Mapping, MutableMapping
 from typing import Any, Literal
 
@@ -64,16 +65,27 @@ EVENTS: Mapping[str, str] = {
 
 
 class LineWriter:
-    """What structlog calls last: one finished line, one write."""
+    """What structlog calls last: one finished line, one write.
+
+    A log that is gone must not stop mail, and neither must one whose reader has stalled: into a full pipe
+    nothing is written. ``lost`` counts the lines since the last one that got through.
+    """
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self._room = select.poll()
+        self._room.register(fd, select.POLLOUT)
+        self.lost = 0
 
     def msg(self, line: bytes) -> None:
         try:
-            os.write(self._fd, line)
+            if self._room.poll(0):
+                os.write(self._fd, line)
+                self.lost = 0
+                return
         except OSError:
-            pass  # a log that is gone must not stop mail
+            pass
+        self.lost += 1
 
     debug = info = warning = warn = error = critical = exception = log = msg
 
@@ -81,13 +93,20 @@ class LineWriter:
 def make_logger(style: Literal["json", "logfmt"], level: str, fd: int = 2, **fields: Any) -> Logger:
     """A logger that writes to ``fd`` with ``fields`` bound to every line."""
     render = _json if style == "json" else _logfmt
+    writer = LineWriter(fd)
+
+    def finish(_logger: Any, _method: str, event: EventDict) -> bytes:
+        if writer.lost:
+            event["lines_lost"] = writer.lost
+        return bounded(_in_order(event), render)
+
     logger: Logger = structlog.wrap_logger(
-        LineWriter(fd),
+        writer,
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
             structlog.processors.format_exc_info,
-            lambda _logger, _method, event: bounded(_in_order(event), render),
+            finish,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
         cache_logger_on_first_use=True,

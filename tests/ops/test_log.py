@@ -4,6 +4,7 @@ import ast
 import json
 import logging
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,28 @@ def test_a_log_that_is_gone_does_not_stop_mail() -> None:
     make_logger("json", "info", writer).info("mail.done")
     os.close(writer)
     make_logger("json", "info", writer).info("mail.done")
+
+
+def test_a_log_that_nobody_reads_does_not_stop_mail_and_tells_later_what_is_missing() -> None:
+    reader, writer = os.pipe()
+    log = make_logger("json", "info", writer)
+
+    def fill() -> None:
+        for _ in range(2_000):
+            log.info("mail.done", text="x" * 100)
+
+    thread = threading.Thread(target=fill, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive(), "it waits for a reader"
+    kept = os.read(reader, 1 << 20).splitlines()
+    log.info("mail.done")
+    log.info("mail.done")
+    first, second = map(json.loads, os.read(reader, 1 << 20).splitlines())
+    assert first["lines_lost"] == 2_000 - len(kept) > 0
+    assert "lines_lost" not in second
+    for fd in (reader, writer):
+        os.close(fd)
 
 
 def test_the_libraries_own_records_come_as_events(target: tuple[int, Path]) -> None:

@@ -25,6 +25,7 @@ _MESSAGE_ID = re.compile(rb"^Message-ID[ \t]*:[ \t\r]*(?:\n[ \t]+)?([^\r\n]*)", 
 _OURS = re.compile(
     rb"(?:^|(?<=\r))X-(ContentFilter|Virus-|Spam-)[!-9;-~]*(?=[ \t]*(?:\r?\n[ \t]+)*:)", re.IGNORECASE | re.MULTILINE
 )
+_OUR_NAMES = (b"x-contentfilter", b"x-virus-", b"x-spam-")
 _FLAG = re.compile(rb"^X-Spam-Flag:[^\n]*\n", re.IGNORECASE | re.MULTILINE)
 _STATUS = re.compile(rb"^(X-Spam-Status:[ \t]*)(Yes|No)\b([^\n]*)", re.IGNORECASE | re.MULTILINE)
 _REQUIRED = re.compile(rb" required=[0-9.+-]+")
@@ -89,7 +90,8 @@ def compose(
 
     ours = b"".join(lines)
     block = header_block(original)
-    renamed = _OURS.sub(rename, block)
+    lower = block.lower()  # most messages have none of them, and the pattern tries every byte
+    renamed = _OURS.sub(rename, block) if any(name in lower for name in _OUR_NAMES) else block
     if subject_tag:
         renamed = _tagged(renamed, subject_tag)
     if renamed == block:

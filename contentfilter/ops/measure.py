@@ -49,11 +49,7 @@ def measure(settings: Settings) -> tuple[Sample, ...]:
 
 
 def _tables(snapshot: Path) -> Iterator[Sample]:
-    header = read_header(str(snapshot))
-    yield "contentfilter_tables_checked_timestamp_seconds", (), snapshot.stat().st_mtime  # tables.keeper touches it
-    yield "contentfilter_table_rows", ("clamavclients",), header.clamav_rows
-    yield "contentfilter_table_rows", ("spamdclients",), header.spamd_rows
-    yield "contentfilter_tables_built_timestamp_seconds", (), header.created
+    yield "contentfilter_tables_built_timestamp_seconds", (), read_header(str(snapshot)).created
 
 
 def _quarantine(settings: Settings) -> Iterator[Sample]:

@@ -49,7 +49,7 @@ class Monitor:
         self._metrics = Metrics(Registry())
         self._renderer = ThreadPoolExecutor(1, thread_name_prefix="metrics")
         self._started = time.time()
-        self._measured: tuple[Sample, ...] | None = None  # None: not yet
+        self._measured: tuple[Sample, ...] = ()
         self._probed: tuple[Sample, ...] = ()
         self._end = threading.Event()
         self._changed = asyncio.Event()
@@ -147,7 +147,7 @@ class Monitor:
     # What is served
 
     async def _page_metrics(self, accept: str) -> Response:
-        samples = (*self._now(self._status()), *(self._measured or ()), *self._probed)
+        samples = (*self._now(self._status()), *self._measured, *self._probed)
         values: dict[str, list[tuple[tuple[str, ...], float]]] = {}
         for name, labels, value in samples:
             values.setdefault(name, []).append((labels, value))
@@ -171,8 +171,8 @@ class Monitor:
         }
         if len(able) < status.wanted:
             found.append(f"{len(able)} of {status.wanted} workers accept mail")
-        if not any(name == "contentfilter_table_rows" for name, _, _ in self._measured or ()):
-            found.append("no recipient tables" if self._measured is not None else "just started")
+        if status.tables is not None and not status.tables.loaded:
+            found.append(f"no recipient tables: {status.tables.trouble}")
         return tuple(found)
 
     def _now(self, status: Status) -> Iterable[Sample]:
@@ -200,6 +200,10 @@ class Monitor:
         yield "contentfilter_frames_malformed_total", (), status.malformed
         yield "contentfilter_generation", (), status.generation
         yield "contentfilter_configuration_problems", (), len(status.problems)
+        if (tables := status.tables) is not None and tables.loaded:
+            yield "contentfilter_table_rows", ("clamavclients",), tables.clamav_rows
+            yield "contentfilter_table_rows", ("spamdclients",), tables.spamd_rows
+            yield "contentfilter_tables_checked_timestamp_seconds", (), time.time() - tables.age
         yield "contentfilter_quarantine_quota_bytes", (), settings.quarantine.quota
         yield "contentfilter_journal_lost_total", (), status.not_recorded
 

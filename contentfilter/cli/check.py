@@ -21,7 +21,8 @@ from contentfilter.errors import ConfigError, Problem
 from contentfilter.intake.origin import resolve
 from contentfilter.ops.qmail import DEFAULT_CONF, RefusedError, packaged_hook, read_conf
 from contentfilter.scanners.signature_rules import Rules, parse_loadertypes, parse_signatures
-from contentfilter.tables.files import load_tables
+from contentfilter.tables.keeper import read_source
+from contentfilter.tables.rows import Rows
 
 EX_CONFIG = 78
 
@@ -87,7 +88,7 @@ async def examine(config_path: str, queue_conf: str) -> Findings:
     except ConfigError as e:
         findings.problems += e.problems
     try:
-        rows, problems = await load_tables(control)
+        rows, problems = await read_source(settings) or (Rows(), ())
         findings.problems += problems
         findings.counts |= {"clamavclients rows": len(rows.clamav), "spamdclients rows": len(rows.spamd)}
     except ConfigError as e:

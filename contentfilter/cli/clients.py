@@ -1,7 +1,7 @@
 """``contentfilter clients``: list, look up and change the recipient tables clamavclients and spamdclients.
 
-It works on the text files in the control directory. A running daemon takes a change over within
-``[tables] refresh`` seconds, or at once with ``contentfilter reload``.
+Changes are made in the text files of the control directory. A running daemon takes them over within ``[tables]
+refresh`` seconds, or at once with ``contentfilter reload``. Tables in a database are read here, and changed there.
 """
 
 import asyncio
@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 
+from contentfilter.cli.clients_diff import accept, diff
 from contentfilter.config.controls import read_controls
 from contentfilter.config.load import load_settings
 from contentfilter.config.settings import Settings
@@ -24,8 +25,9 @@ from contentfilter.errors import ConfigError, Problem
 from contentfilter.model import readable
 from contentfilter.policy.addresses import EXEMPT, candidates, deciding, parse_key
 from contentfilter.tables.edit import Edit, change_table, locked
-from contentfilter.tables.files import MAX_SIZE, load_tables
-from contentfilter.tables.rows import TABLES, Rows, parse_table, row_text
+from contentfilter.tables.files import MAX_SIZE
+from contentfilter.tables.keeper import read_source
+from contentfilter.tables.rows import OPTIONS, TABLES, Rows, parse_table, row_text
 
 LOCK_WAIT = 10.0  # seconds
 GLOBALS = {"clamavclients": "clamglobal", "spamdclients": "spamglobal"}
@@ -60,6 +62,10 @@ def clients() -> None:
     """
 
 
+clients.add_command(diff)
+clients.add_command(accept)
+
+
 @clients.command("list")
 @_table_option
 @_json_option
@@ -67,7 +73,7 @@ def clients() -> None:
 @click.pass_obj
 def list_rows(config_path: str, tables: tuple[str, ...], as_json: bool, text: str | None) -> None:
     """Print the rows, or those whose key contains TEXT. Status 1: there are none."""
-    rows, problems = asyncio.run(load_tables(load_settings(config_path).service.control))
+    rows, problems = _read(load_settings(config_path))
     part = os.fsencode(text or "").lower()
     chosen = {
         name: [(key, value) for key, value in table.items() if part in key]
@@ -93,7 +99,7 @@ def lookup(config_path: str, tables: tuple[str, ...], as_json: bool, address: st
     """Say whether mail to ADDRESS is checked, and which row decides. Status 1: no table says yes."""
     settings = load_settings(config_path)
     controls, _ = asyncio.run(read_controls(settings.service.control))
-    rows, problems = asyncio.run(load_tables(settings.service.control))
+    rows, problems = _read(settings)
     answers = {
         name: _answer(table, rows.default_domain, settings, address) | {"global": bool(controls.values[GLOBALS[name]])}
         for name, table in _tables(rows).items()
@@ -194,8 +200,9 @@ def import_rows(
         text = file.read(MAX_SIZE + 1)
     if len(text) > MAX_SIZE:
         raise click.UsageError(f"{name}: more than {MAX_SIZE} bytes")
+    allowed = OPTIONS[tables[0]] if len(tables) == 1 else ()  # a row with options belongs into one table only
     with _progress(f"checking {text.count(10):,} lines"):
-        put, problems = parse_table(_first_cells(text), name)
+        put, problems = parse_table(_first_cells(text), name, allowed)
     bad = [problem for problem in problems if not problem.warning]
     if bad or not put:
         _print_problems(problems)
@@ -247,6 +254,9 @@ def _change(
 ) -> list[Edit]:
     settings = load_settings(config_path)
     control = settings.service.control
+    if settings.tables.source != "files":
+        text = f'[tables] source is "{settings.tables.source}": change the tables there'
+        raise ConfigError((Problem(config_path, 0, text),))
     if not os.path.isdir(control):
         raise ConfigError((Problem(control, 0, "no such directory"),))
 
@@ -266,6 +276,11 @@ def _change(
     if not dry_run and any(edit.differs for edit in edits):
         click.echo(f"in force within {settings.tables.refresh:g} s, or at once with: contentfilter reload", err=True)
     return edits
+
+
+def _read(settings: Settings) -> tuple[Rows, tuple[Problem, ...]]:
+    found = asyncio.run(read_source(settings))
+    return found or (Rows(), ())  # None only where something was known before
 
 
 def _tables(rows: Rows) -> dict[str, Mapping[bytes, bytes]]:

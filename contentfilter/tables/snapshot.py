@@ -136,6 +136,7 @@ class Snapshot:
     def __init__(self, header: Header, file: mmap.mmap, offsets_at: int, extension: bytes) -> None:
         self.header = header
         self._file = file
+        self._rows_at = offsets_at + 4 * (header.buckets + 1)
         self.lookup: Lookup = _make_lookup(header, file, offsets_at, extension.lower())
         """The rows of clamavclients and spamdclients that decide for a recipient; None where none applies."""
         self.owners: Owners | None = (
@@ -160,6 +161,22 @@ class Snapshot:
             raise ConfigError((Problem(path, 0, f"not a usable table snapshot: {e}"),)) from e
         finally:
             os.close(fd)
+
+    def rows(self) -> Rows:
+        """What it was made of, in another order: to be compared with what the source has now. Needs memory for all."""
+        clamav: dict[bytes, bytes] = {}
+        spamd: dict[bytes, bytes] = {}
+        prefs = []
+        for record in self._file[self._rows_at :].split(b"\n")[1:]:
+            key, _, rest = record.partition(b"\0")
+            flags, options = rest[0], rest[1:].split(b"\0") if rest[0] & OPTIONS else (b"", b"")
+            if flags & CLAMAV:
+                clamav[key] = EXEMPT if flags & CLAMAV_EXEMPT else options[0]
+            if flags & SPAMD:
+                spamd[key] = EXEMPT if flags & SPAMD_EXEMPT else options[1]
+            if flags & PREFS:
+                prefs.append(key)
+        return Rows(clamav, spamd, self.header.default_domain, self.header.sources, prefs)
 
     def close(self) -> None:
         """Unmap. Safe to call twice; a look-up afterwards is a ValueError."""

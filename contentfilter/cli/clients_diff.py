@@ -1,0 +1,124 @@
+"""``contentfilter clients diff`` and ``accept``: what the source has now, beside the tables in force.
+
+The daemon does not take over a table that lost most of its rows. ``diff`` shows what would change and names the present
+rows by a checksum; ``accept`` confirms exactly these.
+"""
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import click
+
+from contentfilter.config.load import load_settings
+from contentfilter.config.settings import Settings
+from contentfilter.errors import ConfigError, Problem
+from contentfilter.model import readable
+from contentfilter.service import bus
+from contentfilter.tables import shrink
+from contentfilter.tables.keeper import read_source
+from contentfilter.tables.rows import TABLES, Rows, row_text
+from contentfilter.tables.snapshot import FILE, Snapshot
+
+SAMPLES = 10  # rows of each kind, as examples
+WAIT = 120.0  # seconds for the daemon to take them
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One table: how many rows, and some of them."""
+
+    in_force: int
+    now: int
+    added: int
+    removed: int
+    changed: int
+    samples: tuple[str, ...]  # as rows are written, after + (added), - (removed) or ~ (changed)
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_obj
+def diff(config_path: str, as_json: bool) -> None:
+    """Compare the tables in force with what their source has now. Status 1: they differ."""
+    settings = load_settings(config_path)
+    old, new = _in_force(settings), _now(settings)
+    tables = {
+        name: _difference(*pair)
+        for name, pair in zip(TABLES, ((old.clamav, new.clamav), (old.spamd, new.spamd)), strict=True)
+    }
+    name = shrink.checksum(new)
+    before = (len(old.clamav), len(old.spamd))
+    less = shrink.shrunk(before, (len(new.clamav), len(new.spamd)), settings.tables)
+    differs = any(d.added or d.removed or d.changed for d in tables.values())
+    if as_json:
+        facts = {"checksum": name, "refused": less, "tables": {key: asdict(d) for key, d in tables.items()}}
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        for key, d in tables.items():
+            counts = f"{d.removed:,} removed, {d.added:,} added, {d.changed:,} changed"
+            click.echo(f"{key}: {d.in_force:,} rows in force, {d.now:,} now: {counts}")
+            for sample in d.samples:
+                click.echo(f"    {sample}")
+        if less:
+            click.echo(f"{less}. If that is right: contentfilter clients accept {name}")
+    sys.exit(1 if differs else 0)
+
+
+@click.command()
+@click.argument("checksum")
+@click.pass_obj
+def accept(config_path: str, checksum: str) -> None:
+    """Let the tables that diff showed as CHECKSUM go live, although they are so much smaller."""
+    settings = load_settings(config_path)
+    name = shrink.checksum(_now(settings))
+    if name != checksum.lower():
+        click.echo(
+            f"contentfilter: the tables are not (or no longer) {checksum}; look again with: clients diff", err=True
+        )
+        sys.exit(1)
+    state = settings.service.state
+    try:
+        shrink.accept(state, name)
+    except OSError as e:
+        raise ConfigError((Problem(state, 0, f"cannot note it there: {e.strerror}"),)) from e
+    reply = bus.ask(settings.service.run, bus.AskReload(), WAIT)
+    if not isinstance(reply, bus.Done):
+        click.echo("accepted; no daemon answers, it will take them when it starts")
+        return
+    for problem in reply.problems:
+        click.echo(problem, err=True)
+    click.echo(f"accepted; configuration {reply.generation} is in force")
+    sys.exit(1 if reply.problems else 0)
+
+
+def _in_force(settings: Settings) -> Rows:
+    """The daemon's tables; none where there is no snapshot yet."""
+    path = os.path.join(settings.service.state, FILE)
+    if not os.path.lexists(path):
+        return Rows()
+    snapshot = Snapshot.open(path)
+    try:
+        return snapshot.rows()
+    finally:
+        snapshot.close()
+
+
+def _now(settings: Settings) -> Rows:
+    found = asyncio.run(read_source(settings))
+    return found[0] if found else Rows()  # None only where something was known before
+
+
+def _difference(old: Mapping[bytes, bytes], new: Mapping[bytes, bytes]) -> Difference:
+    added = sorted(new.keys() - old.keys())
+    removed = sorted(old.keys() - new.keys())
+    changed = sorted(key for key, value in new.items() if old.get(key, value) != value)
+    samples = [f"- {readable(row_text(key, old[key]))}" for key in removed[:SAMPLES]]
+    samples += [f"+ {readable(row_text(key, new[key]))}" for key in added[:SAMPLES]]
+    samples += [
+        f"~ {readable(row_text(key, old[key]))} -> {readable(row_text(key, new[key]))}" for key in changed[:SAMPLES]
+    ]
+    return Difference(len(old), len(new), len(added), len(removed), len(changed), tuple(samples))

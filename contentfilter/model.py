@@ -46,7 +46,7 @@ class Envelope:
 
 @dataclass(slots=True)
 class Message:
-    """The message's bytes, mapped from the descriptor that the hook passed: no copy.
+    """The message's bytes, from the descriptor that the hook passed; mapped where a copy would cost more.
 
     ``fd`` is open for reading, a regular file or memfd, and nobody else can change it
     (sealed, or copied before trust). Close it when the answer is out.
@@ -54,7 +54,7 @@ class Message:
 
     fd: int
     size: int
-    data: mmap.mmap | bytes  # bytes only when empty: an empty file cannot be mapped
+    data: mmap.mmap | bytes
 
     def close(self) -> None:
         """Unmap and close. Safe to call twice."""

@@ -1,4 +1,4 @@
-"""From the two descriptors that a hook passes to a mapped message and the envelope's bytes.
+"""From the two descriptors that a hook passes to the message, mapped unless it is small, and the envelope's bytes.
 
 A message is mapped without a copy when nobody can change it any more (a sealed memfd) or when its owner
 is a system user. Otherwise it is copied into a file of our own first: a local user could truncate
@@ -19,6 +19,7 @@ from contentfilter.model import Message
 
 ENVELOPE_LIMIT = 128 * 1024 * 1024  # 100,000 recipients of the longest legal address fit
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+SMALL = 64 * 1024  # bytes; up to here one read costs less than to map, touch and unmap
 _CHUNK = 4 * 1024 * 1024
 _O_PATH = getattr(os, "O_PATH", 0)
 
@@ -51,15 +52,17 @@ def open_pair(fds: Sequence[int], sizes: tuple[int, int], *, trusted: bool, spoo
 
 
 def open_message(fd: int, size: int, *, trusted: bool, spool: Spool) -> Message:
-    """Map ``size`` bytes of ``fd``; takes ownership of ``fd``. Raises MessageError."""
+    """Map or read ``size`` bytes of ``fd``; takes ownership of ``fd``. Raises MessageError."""
     try:
-        sealed = _check(fd, size, "message")
+        _check(fd, size, "message")
+        sealed = _sealed(fd)
         if size and not (trusted or sealed):
             fd, doubtful = _copy(fd, size, spool), fd
             os.close(doubtful)
+        if size <= SMALL:
+            return Message(fd, size, _read(fd, size, "message"))
         # MAP_PRIVATE: older kernels refuse a shared mapping of a write-sealed memfd.
-        data = mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ) if size else b""
-        return Message(fd, size, data)
+        return Message(fd, size, mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ))
     except OSError as e:
         os.close(fd)
         raise MessageError(f"message: {e.strerror}") from e
@@ -74,24 +77,33 @@ def read_envelope(fd: int, size: int) -> bytes:
         raise MessageError(f"envelope of {size} bytes")
     try:
         _check(fd, size, "envelope")
-        block = os.pread(fd, size, 0)
+        return _read(fd, size, "envelope")
     except OSError as e:
         raise MessageError(f"envelope: {e.strerror}") from e
-    if len(block) != size:
-        raise MessageError("envelope changed while it was read")
-    return block
 
 
-def _check(fd: int, size: int, what: str) -> bool:
-    """True when sealed against every change. Raises MessageError or OSError."""
-    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-    if flags & os.O_ACCMODE == os.O_WRONLY or flags & _O_PATH:
-        raise MessageError(f"{what}: descriptor is not open for reading")
+def _check(fd: int, size: int, what: str) -> None:
+    """Raises MessageError or OSError unless it is a regular file of ``size`` bytes: nothing else is read."""
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         raise MessageError(f"{what}: not a regular file")
     if status.st_size != size:
         raise MessageError(f"{what}: {status.st_size} bytes where {size} were announced")
+
+
+def _read(fd: int, size: int, what: str) -> bytes:
+    """Raises MessageError, or OSError where ``fd`` is not open for reading."""
+    data = os.pread(fd, size, 0)
+    if len(data) != size:
+        raise MessageError(f"{what} changed while it was read")
+    return data
+
+
+def _sealed(fd: int) -> bool:
+    """True when nobody can change the message any more. Raises MessageError or OSError."""
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)  # clamd calls what it cannot read clean
+    if flags & os.O_ACCMODE == os.O_WRONLY or flags & _O_PATH:
+        raise MessageError("message: descriptor is not open for reading")
     try:
         return fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS == SEALS
     except OSError:  # EINVAL: this kind of file cannot be sealed

@@ -11,9 +11,9 @@ import pytest
 from lab.offer import sealed, unnamed
 
 from contentfilter.errors import MessageError
-from contentfilter.intake.message import ENVELOPE_LIMIT, SEALS, Spool, open_message, open_pair, read_envelope
+from contentfilter.intake.message import ENVELOPE_LIMIT, SEALS, SMALL, Spool, open_message, open_pair, read_envelope
 
-CONTENT = b"Subject: x\n\nbody\n" * 300
+CONTENT = b"Subject: x\n\nbody\n" * 5000  # large enough to be mapped
 SIZE = len(CONTENT)
 
 
@@ -99,7 +99,7 @@ def test_an_envelope_over_the_limit_is_refused_before_memory_is_taken(spool: Spo
 
 @pytest.mark.parametrize("trusted", [True, False])
 @pytest.mark.parametrize("make", [sealed, unnamed, writable_memfd])
-@pytest.mark.parametrize("content", [b"", b"x", CONTENT, b"\0" * 70000])
+@pytest.mark.parametrize("content", [b"", b"x", b"s" * SMALL, b"m" * (SMALL + 1), CONTENT])
 def test_the_bytes_are_exact(make: Callable[[bytes], int], content: bytes, trusted: bool, spool: Spool) -> None:
     message = open_message(make(content), len(content), trusted=trusted, spool=spool)
     assert bytes(message.data) == content
@@ -107,10 +107,12 @@ def test_the_bytes_are_exact(make: Callable[[bytes], int], content: bytes, trust
     message.close()
 
 
-def test_a_sealed_message_is_mapped_and_not_copied(spool: Spool) -> None:
-    fd = sealed(CONTENT)
-    message = open_message(fd, SIZE, trusted=False, spool=spool)
+@pytest.mark.parametrize(("size", "kind"), [(SMALL, bytes), (SMALL + 1, mmap.mmap)])
+def test_a_sealed_message_goes_on_in_its_own_file(size: int, kind: type, spool: Spool) -> None:
+    fd = sealed(b"m" * size)
+    message = open_message(fd, size, trusted=False, spool=spool)
     assert message.fd == fd
+    assert isinstance(message.data, kind)
     message.close()
 
 
@@ -159,7 +161,6 @@ def test_the_offset_that_the_hook_left_does_not_matter(spool: Spool) -> None:
     fds = [sealed(CONTENT), sealed(b"F\0\0")]
     assert os.lseek(fds[0], 0, os.SEEK_CUR) == SIZE
     message, envelope = open_pair(fds, (SIZE, 3), trusted=False, spool=spool)
-    assert isinstance(message.data, mmap.mmap)
     assert (bytes(message.data), envelope) == (CONTENT, b"F\0\0")
     message.close()
 

@@ -53,17 +53,13 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.
 _dry_run_option = click.option("--dry-run", is_flag=True, help="Only say what would change.")
 
 
-@click.group()
+@click.group(commands=[diff, accept])
 def clients() -> None:
     """List and change the recipient tables.
 
     A key is user@domain, @domain or domain, .domain (all its sub-domains) or * (everybody). The most specific one that
     is there decides, whether it protects or exempts.
     """
-
-
-clients.add_command(diff)
-clients.add_command(accept)
 
 
 @clients.command("list")

@@ -132,6 +132,11 @@ action = "y"
     assert settings.clamd.timeout == Settings().clamd.timeout
 
 
+def test_lists_over_several_lines_are_not_taken_for_sections(read):
+    _, problems = read('[clamd]\nbackends = [\n["a"],\n]\ntimeout = "x"\n')
+    assert [line for line, _ in problems] == [2, 5]
+
+
 def test_dotted_keys_and_inline_tables_have_lines_too(read):
     _, problems = read('clamd.timeout = "x"\n\nspamd = { timeout = "y", action = "z" }\n')
     assert [line for line, _ in problems] == [1, 3, 3]

@@ -75,6 +75,11 @@ def test_an_extension_never_leaves_an_empty_local_part(ask, recipient):
     )
 
 
+def test_a_name_that_is_all_extension_is_only_itself():
+    kinds = [kind for kind, _ in candidates(b"-a@d", b"-")]
+    assert kinds == [Kind.ADDRESS, Kind.DOMAIN, Kind.EVERYBODY]
+
+
 def test_a_dotted_key_means_sub_domains_at_any_depth_but_not_the_domain(ask):
     table = {b".example.com": b""}
     assert ask(table, b"u@example.com") is None

@@ -20,6 +20,7 @@ spamd          spamd                                demo bench test
 mailfront      smtpfront-qmail                      test
 mandoc         mandoc                               test
 mariadb-server mariadbd                             test
+libdbd-mariadb-perl /usr/share/doc/libdbd-mariadb-perl test
 prometheus     promtool                             test
 END
 }

@@ -9,3 +9,5 @@ CREATE USER IF NOT EXISTS 'contentfilter'@'localhost' IDENTIFIED BY 'change me' 
 
 GRANT SELECT ON clamavclients TO 'contentfilter'@'localhost';
 GRANT SELECT ON spamdclients TO 'contentfilter'@'localhost';
+
+-- With [mariadb] prefs_table, SpamAssassin's user preferences: see userpref.sql.

@@ -1,8 +1,10 @@
 """A real spamd with Debian's rules and plug-ins, no network tests, on a Unix socket and on TCP.
 
-Preferences of a user are files (:meth:`Spamd.prefer`), so the ``User:`` header can be seen at work.
+Preferences of a user are files (:meth:`Spamd.prefer`), so the ``User:`` header can be seen at work, or rows of a
+database (``sql``).
 """
 
+import re
 import shutil
 from pathlib import Path
 from typing import Self
@@ -16,14 +18,16 @@ PLUGINS = Path("/etc/spamassassin")
 class Spamd(Daemon):
     """``with Spamd(directory) as spamd:`` then ``spamd.socket``, ``spamd.tcp``, ``spamd.pid``.
 
-    ``extra``: lines for local.cf. ``directory`` is made where it is missing; its path must be short
-    enough for a Unix socket. As root its children run as nobody where the directory lets them.
+    ``extra``: lines for local.cf. ``sql``: the preferences come from the database that these lines name.
+    ``directory`` is made where it is missing; its path must be short enough for a Unix socket. As root its
+    children run as nobody where the directory lets them.
     """
 
-    def __init__(self, directory: Path, *extra: str, children: int = 2) -> None:
+    def __init__(self, directory: Path, *extra: str, children: int = 2, sql: bool = False) -> None:
         super().__init__(directory)
         self._extra = extra
         self._children = children
+        self._sql = sql
         self._user: str | None = None
         self._users = directory / "users"
         self.socket = str(directory / "spamd.sock")
@@ -45,6 +49,11 @@ class Spamd(Daemon):
         if self._user is not None:
             shutil.chown(home, self._user)
 
+    def users(self) -> list[str]:
+        """Whose preferences each question so far asked for, in spamd's order; "(unknown)": nobody's."""
+        text = self.log.read_text("latin-1")
+        return re.findall(r"spamd: (?:checking|processing) message .* for (\S+):\d+$", text, re.MULTILINE)
+
     def start(self) -> Self:
         program = find_program("spamd", "spamd")
         site, home = self.directory / "site", self.directory / "home"
@@ -59,7 +68,7 @@ class Spamd(Daemon):
             program,
             "--local",
             "--nouser-config",
-            f"--virtual-config-dir={self._users}/%u",
+            "--sql-config" if self._sql else f"--virtual-config-dir={self._users}/%u",
             f"--siteconfigpath={site}",
             f"--helper-home-dir={home}",
             f"--max-children={self._children}",

@@ -2,15 +2,17 @@
 
 import itertools
 
+import msgspec
 import pytest
 
 from contentfilter.config.settings import Clamd, Failure, Settings, Signatures, Spamd, Tables
 from contentfilter.errors import Cause
 from contentfilter.model import OriginKind, Scanner, ScanOutcome, ScanStatus
-from contentfilter.policy.decide import Action, Reason, decide, needed
+from contentfilter.policy.decide import Action, Reason, decide, needed, open_owners
 from contentfilter.policy.failure import on_fault
 from contentfilter.policy.options import DEFAULTS, Options, read_options
 from contentfilter.policy.plan import ScanPlan, Step, Treatment
+from contentfilter.wire.hook import SUBMISSIONS_MAX
 
 BOTH = Treatment(True, True, "v", "s")
 VIRUS = Treatment(True, False, "v", "")
@@ -285,3 +287,108 @@ def test_scanners_are_asked_on_while_a_rows_action_lets_the_message_through():
 def test_a_move_without_an_address_is_no_move():
     assert read_options(b"virus=move", b"spam=move:") == DEFAULTS
     assert read_options(b"virus=move:a@x", b"score=high") == Options(virus="move", virus_to=b"a@x")
+
+
+# Preferences of their own
+
+
+ANNA, BEN = Treatment(True, True, "v", "s", owner=b"anna@x"), Treatment(True, True, "v", "s", owner=b"ben@x")
+
+
+def said(owner, score, threshold=5.0, headers=b""):
+    status = ScanStatus.FOUND if score >= threshold else ScanStatus.CLEAN
+    return ScanOutcome(Scanner.SPAMD, status, score=score, threshold=threshold, owner=owner, rewritten=headers)
+
+
+def test_each_recipient_has_the_answer_by_its_own_preferences():
+    answers = [said(b"anna@x", 3.0, 2.0), said(b"ben@x", -97.0, 2.0), said(b"", 3.0)]
+    d = run([ANNA, BEN, SPAM], answers, spamd=Spamd(action="remove"))
+    assert (d.action, d.quarantined, d.rule) == (Action.QUEUE, (0,), "spamd: 3 / 2")
+    forms = {delivery.recipients: (delivery.virus, delivery.spam) for delivery in d.deliveries}
+    assert forms == {(1, 2): (ScanStatus.SKIPPED, ScanStatus.CLEAN)}
+
+
+def test_a_refusal_by_everybodys_preferences_is_a_refusal():
+    answers = [said(b"anna@x", 3.0, 2.0), said(b"ben@x", 3.0, 1.0)]
+    assert run([ANNA, BEN], answers, spamd=Spamd(action="reject")).action is Action.REJECT
+
+
+@pytest.mark.parametrize("wish", ["pass", "defer"])
+def test_one_owners_fault_is_that_owners_by_the_failure_table(wish):
+    away = ScanOutcome(Scanner.SPAMD, ScanStatus.UNCHECKED, cause=Cause.DOWN, owner=b"anna@x")
+    d = run([ANNA, BEN], [away, said(b"ben@x", 1.0)], failure=Failure(spamd=wish))
+    if wish == "defer":
+        assert (d.action, d.rule) == (Action.DEFER, "spamd: down")  # for all: the client offers the message as a whole
+        return
+    assert {delivery.recipients: delivery.spam for delivery in d.deliveries} == {
+        (0,): ScanStatus.UNCHECKED,
+        (1,): ScanStatus.CLEAN,
+    }
+    assert d.rule == "passed unchecked: spamd"
+
+
+def test_a_fault_of_those_who_are_withheld_anyway_defers_nobody():
+    strict = Treatment(True, True, "v", "s", Options(virus="remove"), b"anna@x")
+    p = plan(strict, BEN)
+    heard = (found(Scanner.CLAMD),)
+    config = Settings(clamd=Clamd(action="mark"))
+    assert open_owners(Scanner.SPAMD, p, heard, OriginKind.STRANGER, config) == {b"ben@x"}
+    assert needed(Scanner.SPAMD, p, heard, OriginKind.STRANGER, config)
+    both = Settings(clamd=Clamd(action="remove"))
+    assert open_owners(Scanner.SPAMD, p, heard, OriginKind.STRANGER, both) == frozenset()
+    assert not needed(Scanner.SPAMD, p, heard, OriginKind.STRANGER, both)
+
+
+def test_different_headers_of_spamd_travel_apart_and_equal_ones_together():
+    lines = b"X-Spam-Status: No, score=1 tests=IN_MY_WHITELIST\n\n"
+    apart = run(
+        [ANNA, BEN], [said(b"anna@x", 1.0, headers=lines), said(b"ben@x", 1.0, headers=b"X-Spam-Status: No\n\n")]
+    )
+    assert [(d.recipients, d.owner) for d in apart.deliveries] == [((0,), b"anna@x"), ((1,), b"ben@x")]
+    together = run([ANNA, BEN], [said(b"anna@x", 1.0, headers=lines), said(b"ben@x", 1.0, headers=lines)])
+    assert [d.recipients for d in together.deliveries] == [(0, 1)]
+    bare = run([ANNA, BEN], [said(b"anna@x", 1.0), said(b"ben@x", 0.5, 2.0)])
+    assert [d.recipients for d in bare.deliveries] == [(0, 1)]
+
+
+# More forms of one message than the hook can take
+
+
+def movers(count):
+    return [Treatment(False, True, "", "s", Options(spam="move", spam_to=b"spam%d@x" % n)) for n in range(count)]
+
+
+def test_moves_to_more_addresses_than_fit_are_kept_and_nobody_is_lost():
+    d = run([NONE, *movers(200)], [said(b"", 9.0)])
+    assert d.action is Action.QUEUE
+    assert len(d.deliveries) == SUBMISSIONS_MAX
+    assert d.deliveries[0].recipients == (0,)
+    served = sorted(index for delivery in d.deliveries for index in delivery.recipients)
+    assert sorted((*served, *d.quarantined)) == list(range(201))
+    assert d.quarantined == tuple(range(SUBMISSIONS_MAX, 201))  # the last ones
+    assert d.rule == f"spamd: 9 / 5, and more than {SUBMISSIONS_MAX} forms of one message"
+
+
+def test_as_many_moves_as_fit_are_all_delivered():
+    d = run([NONE, *movers(SUBMISSIONS_MAX - 1)], [said(b"", 9.0)])
+    assert (len(d.deliveries), d.quarantined, d.rule) == (SUBMISSIONS_MAX, (), "spamd: 9 / 5")
+
+
+def test_the_most_owners_with_everything_that_tells_recipients_apart_still_fit():
+    most = 30
+    owners = [b"", *(b"o%d@x" % n for n in range(most))]
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert({"max_users": most + 1}, Spamd)
+    treatments = [
+        Treatment(virus, spam, "v", "s", options, owner if spam else b"")
+        for owner in owners
+        for virus in (True, False)
+        for spam in (True, False)
+        for options in (Options(score=1.0), Options(score=100.0), Options(spam="move", spam_to=b"j@x", score=1.0))
+    ]
+    answers = [found(Scanner.CLAMD), *(said(owner, 9.0, headers=b"X-Spam-Of: %b\n\n" % owner) for owner in owners)]
+    d = run(treatments, answers, clamd=Clamd(action="mark"))
+    assert len(d.deliveries) == SUBMISSIONS_MAX
+    kept = set(d.quarantined)
+    assert all(treatments[index].options.spam == "move" for index in kept)
+    assert len(kept) + sum(len(delivery.recipients) for delivery in d.deliveries) == len(treatments)

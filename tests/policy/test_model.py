@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from contentfilter.config.settings import Clamd, Failure, Settings, Signatures, Spamd, Tables
 from contentfilter.errors import Cause
 from contentfilter.model import Envelope, Origin, OriginKind, Scanner, ScanOutcome, ScanStatus
-from contentfilter.policy.decide import Action, decide, needed
+from contentfilter.policy.decide import Action, decide, needed, open_owners
 from contentfilter.policy.failure import on_fault
 from contentfilter.policy.plan import Switches, make_plan
 from contentfilter.tables.rows import Rows, parse_table
@@ -22,6 +22,7 @@ SPAM = [
     "", "spam=mark", "spam=remove", "spam=reject", "spam=move:jail@x.example", "score=2",
     "score=permissive spam=reject", "reject_score=9", "reject_score=0", "spam=remove score=aggressive reject_score=12",
 ]  # fmt: skip
+OWNERS = ["a@x.example", "b@x.example", "@x.example", "@sub.x.example", "a@y.example"]
 LEVELS = {"permissive": 14.0, "aggressive": 4.0}
 
 
@@ -37,13 +38,24 @@ def outcomes(draw):
         status = draw(st.sampled_from([ScanStatus.CLEAN, ScanStatus.CLEAN, ScanStatus.FOUND, ScanStatus.UNCHECKED]))
         if status is ScanStatus.UNCHECKED:
             said[scanner] = ScanOutcome(scanner, status, cause=draw(st.sampled_from([Cause.DOWN, Cause.TOO_BIG])))
-        elif scanner is Scanner.SPAMD:
-            score = draw(st.sampled_from([0.0, 2.0, 3.9, 4.0, 5.0, 9.0, 12.0, 14.0, 20.0]))
-            status = ScanStatus.FOUND if score >= 5 else ScanStatus.CLEAN
-            said[scanner] = ScanOutcome(scanner, status, score=score, threshold=5.0)
-        else:
+        elif scanner is not Scanner.SPAMD:
             said[scanner] = ScanOutcome(scanner, status, "Name")
+        said |= {owner: draw(answers(owner)) for owner in ["", *OWNERS]}
     return said
+
+
+@st.composite
+def answers(draw, owner):
+    """What spamd would say by somebody's preferences; headers where a message may be marked."""
+    name = owner.encode()
+    if draw(st.integers(0, 9)) == 0:
+        cause = draw(st.sampled_from([Cause.DOWN, Cause.TOO_BIG]))
+        return ScanOutcome(Scanner.SPAMD, ScanStatus.UNCHECKED, cause=cause, owner=name)
+    score = draw(st.sampled_from([0.0, 2.0, 3.9, 4.0, 5.0, 9.0, 12.0, 14.0, 20.0]))
+    threshold = draw(st.sampled_from([5.0, 5.0, 2.0, 10.0]))
+    status = ScanStatus.FOUND if score >= threshold else ScanStatus.CLEAN
+    headers = b"X-Spam-Score: %.1f/%.1f\n\n" % (score, threshold)
+    return ScanOutcome(Scanner.SPAMD, status, score=score, threshold=threshold, owner=name, rewritten=headers)
 
 
 ACTIONS = st.sampled_from(["mark", "remove", "reject"])
@@ -53,11 +65,11 @@ SETTINGS = st.builds(
         tables=Tables(recipients=choice[0]),
         clamd=Clamd(action=choice[1]),
         signatures=Signatures(action=choice[2]),
-        spamd=Spamd(action=choice[3], reject_score=choice[4]),
+        spamd=Spamd(action=choice[3], reject_score=choice[4], user=choice[8], max_users=choice[9]),
         failure=Failure(clamd=choice[5], spamd=choice[6], signatures=choice[7], too_big="pass"),
     ),
     st.sampled_from(["split", "strictest"]), ACTIONS, ACTIONS, ACTIONS, st.sampled_from([0.0, 10.0]),
-    FAULTS, FAULTS, FAULTS,
+    FAULTS, FAULTS, FAULTS, st.sampled_from(["table", "table", "none"]), st.sampled_from([1, 2, 16]),
 )  # fmt: skip
 SWITCHES = st.builds(
     Switches,
@@ -104,8 +116,8 @@ def fate_of(scanner, said, options, config, origin):
     limit = float(options.get("reject_score", config.spamd.reject_score))
     if limit and said.score >= limit:
         return "reject"
-    score = options.get("score", "5")  # 5 is what spamd itself compares with here
-    if said.score >= (LEVELS[score] if score in LEVELS else float(score)):
+    score = options.get("score")
+    if said.score >= (said.threshold if score is None else LEVELS[score] if score in LEVELS else float(score)):
         return options.get("spam", config.spamd.action)
     return "deliver"
 
@@ -113,20 +125,34 @@ def fate_of(scanner, said, options, config, origin):
 ORDER = ["deliver", "mark", "move", "remove", "reject", "defer"]
 
 
-def model(clamav, spamd, switches, recipients, said, config, origin):
-    """The fate of each recipient, or the one word for the whole message."""
-    people = []
+def owner_for(owners, recipient):
+    """Whose preferences are the recipient's."""
+    address = recipient.lower()
+    domain = "@" + address.partition("@")[2]
+    return address if address in owners else domain if domain in owners else ""
+
+
+def model(clamav, spamd, owners, switches, recipients, said, config, origin):
+    """The fate of each recipient and whose preferences hold, or the one word for the whole message."""
+    people, known = [], []
     for recipient in recipients:
         virus, virus_options = wish(clamav, switches.clamglobal, recipient)
         spam, spam_options = wish(spamd, switches.spamglobal, recipient)
-        people.append([virus, spam, virus_options | spam_options, "deliver"])
+        owner = owner_for(owners, recipient) if spam and config.spamd.user == "table" else ""
+        if owner and owner not in known:
+            if len(known) == config.spamd.max_users:
+                owner = ""
+            else:
+                known.append(owner)
+        people.append([virus, spam, virus_options | spam_options, "deliver", owner])
     for scanner in Scanner:
         for person in people:
-            virus, spam, options, fate = person
+            virus, spam, options, fate, owner = person
             wanted = spam if scanner is Scanner.SPAMD else virus
             if not wanted or fate in ("remove", "reject"):
                 continue
-            new = fate_of(scanner, said[scanner], options, config, origin)
+            word = said[owner] if scanner is Scanner.SPAMD else said[scanner]
+            new = fate_of(scanner, word, options, config, origin)
             rank = ORDER.index(new.partition(":")[0])
             if rank > ORDER.index(fate.partition(":")[0]):
                 person[3] = new
@@ -137,30 +163,34 @@ def model(clamav, spamd, switches, recipients, said, config, origin):
             return "drop" if origin is OriginKind.BOUNCE else "reject"
     if set(fates) == {"reject"}:
         return "drop" if origin is OriginKind.BOUNCE else "reject"
-    return fates
+    return [(fate, owner if spam else None) for _, spam, _, fate, owner in people]
 
 
 @settings(max_examples=400, deadline=None)
 @given(
     clamav=table(VIRUS),
     spamd=table(SPAM),
+    owners=st.sets(st.sampled_from(OWNERS)),
     switches=SWITCHES,
     recipients=st.lists(st.sampled_from(RECIPIENTS), min_size=1, max_size=6),
     said=outcomes(),
     config=SETTINGS,
     origin=st.sampled_from(list(OriginKind)),
 )
-def test_every_recipient_gets_what_the_rules_say(clamav, spamd, switches, recipients, said, config, origin):
-    lookup = compiled(clamav, spamd)
+def test_every_recipient_gets_what_the_rules_say(clamav, spamd, owners, switches, recipients, said, config, origin):
+    snapshot = compiled(clamav, spamd, owners)
     envelope = Envelope(b"s@x.example", tuple(r.encode() for r in recipients))
-    plan = make_plan(envelope, 100, Origin(origin, 1), config, switches, lookup)
+    plan = make_plan(envelope, 100, Origin(origin, 1), config, switches, snapshot.lookup, snapshot.owners)
     heard = ()
     for scanner in Scanner:
         if needed(scanner, plan, heard, origin, config):
-            heard += (said[scanner],)
+            asked = open_owners(scanner, plan, heard, origin, config)
+            assert asked <= {owner for owner, _ in plan.users} or scanner is not Scanner.SPAMD
+            assert asked, "needed, but by nobody"
+            heard += tuple(said[owner.decode()] for owner in asked) if scanner is Scanner.SPAMD else (said[scanner],)
     decision = decide(plan, heard, origin, len(recipients), config)
 
-    expected = model(clamav, spamd, switches, recipients, said, config, origin)
+    expected = model(clamav, spamd, owners, switches, recipients, said, config, origin)
     event(expected if isinstance(expected, str) else "each their own")
     if expected in ("defer", "reject"):
         assert decision.action.value == expected
@@ -176,12 +206,22 @@ def test_every_recipient_gets_what_the_rules_say(clamav, spamd, switches, recipi
             assert index not in got, "twice"
             marked = delivery.marked.fate.value if delivery.marked else "deliver"
             got[index] = f"move:{delivery.moved_to.decode()}" if delivery.moved_to else marked
-    wanted = {index: "kept" if fate in ("remove", "reject") else fate for index, fate in enumerate(expected)}
+            owner = expected[index][1]
+            if owner is not None and delivery.spam is not ScanStatus.SKIPPED:  # nobody reads another one's headers
+                shown = next(o for o in heard if o.scanner is Scanner.SPAMD and o.owner == delivery.owner)
+                assert shown.rewritten == said[owner].rewritten
+    wanted = {index: "kept" if fate in ("remove", "reject") else fate for index, (fate, _) in enumerate(expected)}
     assert got == wanted
+    headers = {o.owner: o.rewritten for o in heard if o.scanner is Scanner.SPAMD}
+    forms = [
+        (d.virus, d.spam, d.marked and d.marked.fate, d.moved_to, d.spam is not ScanStatus.SKIPPED and headers[d.owner])
+        for d in decision.deliveries
+    ]
+    assert len(set(forms)) == len(forms), "equal ones travel apart"
     assert (decision.action is Action.DROP) is (set(wanted.values()) == {"kept"})
 
 
-def compiled(clamav, spamd):
+def compiled(clamav, spamd, owners):
     """Through the text form and the snapshot, as in life."""
     parsed = []
     for rows in (clamav, spamd):
@@ -191,5 +231,5 @@ def compiled(clamav, spamd):
         parsed.append(found)
     with tempfile.TemporaryDirectory() as directory:
         path = str(Path(directory) / "snapshot")
-        compile_snapshot(Rows(*parsed), path)
-        return Snapshot.open(path).lookup
+        compile_snapshot(Rows(*parsed, prefs=sorted(owner.encode() for owner in owners)), path)
+        return Snapshot.open(path)

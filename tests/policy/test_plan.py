@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 
-from contentfilter.config.settings import Settings, Spamd
+from contentfilter.config.settings import MariaDb, Settings, Spamd, Tables
 from contentfilter.model import Envelope, Origin, OriginKind, Scanner, Want
 from contentfilter.policy.decide import Action, decide
-from contentfilter.policy.plan import Row, Switches, make_plan
+from contentfilter.policy.plan import FULL_REWRITES, Row, Switches, make_plan
 
 ROW = Row(b"@protected.example", exempt=False)
 EXEMPT = Row(b"boss@protected.example", exempt=True)
@@ -120,11 +120,80 @@ def test_size_and_recipient_limits_hold_for_smtp_only(kind):
     assert plan_for(kind, size=10, databytes=10).limit == ""
 
 
-def test_the_user_header_needs_a_single_recipient_who_wants_it():
-    one = (b"Anna@Protected.example".replace(b"Protected", b"protected"), b"u@elsewhere.example")
-    assert plan_for(to=one).spam_user == b"anna@protected.example"
-    assert plan_for(to=(b"a@protected.example", b"b@protected.example")).spam_user == b""
-    assert plan_for(settings=Settings(spamd=Spamd(user="none"))).spam_user == b""
+def owners(recipient):
+    """Anna and Ben have preferences of their own, the others of the domain share its."""
+    address = recipient.lower()
+    if address.startswith((b"anna@", b"ben@")):
+        return address, address
+    return (b"@protected.example", address) if address.endswith(b"@protected.example") else (b"", b"")
+
+
+def asked(*to, owners=owners, switches=None, size=1000, **keys):
+    names = tuple(name if b"@" in name else name + b"@protected.example" for name in to)
+    config = Settings(spamd=Spamd(**keys))
+    origin = Origin(OriginKind.STRANGER, uid=1)
+    return make_plan(Envelope(b"s@x", names), size, origin, config, switches or Switches(), lookup, owners)
+
+
+def test_spamd_is_asked_once_for_each_owner_of_preferences():
+    plan = asked(b"Anna", b"carl", b"ANNA", b"dora", b"boss", b"u@elsewhere.example")
+    assert plan.users == (
+        (b"anna@protected.example", b"anna@protected.example"),
+        (b"@protected.example", b"carl@protected.example"),  # one mailbox stands for all that the domain speaks for
+    )
+    members = {t.owner: indices for t, indices in plan.groups if t.spam}
+    assert members == {b"anna@protected.example": (0, 2), b"@protected.example": (1, 3)}
+
+
+def test_those_without_preferences_share_one_question_without_a_user():
+    plan = asked(b"anna", b"a@elsewhere.example", b"b@elsewhere.example", switches=Switches(spamglobal=True))
+    assert plan.users == ((b"anna@protected.example",) * 2, (b"", b""))
+    assert asked(b"anna", b"ben", owners=None).users == ((b"", b""),)
+
+
+@pytest.mark.parametrize("switches", [Switches(spamglobal=True), Switches(clamglobal=True, spamglobal=True)])
+def test_a_global_switch_leaves_everybody_their_preferences(switches):
+    assert asked(b"anna", switches=switches).users == ((b"anna@protected.example",) * 2,)
+
+
+def test_preferences_of_those_who_want_no_spam_check_cost_nothing():
+    assert asked(b"boss", b"anna@elsewhere.example").users == ()
+    assert [t.owner for t, _ in asked(b"boss", b"anna@elsewhere.example").groups] == [b"", b""]
+
+
+def test_the_setting_says_whose_preferences_count():
+    assert asked(b"anna", b"ben", user="none").users == ((b"", b""),)
+    everybody = asked(b"Anna", b"carl", b"dora", owners=None, user="recipient")
+    names = [name + b"@protected.example" for name in (b"anna", b"carl", b"dora")]
+    assert everybody.users == tuple((name, name) for name in names)
+
+
+def test_owners_beyond_the_limit_are_treated_like_those_without_and_counted():
+    plan = asked(b"anna", b"ben", b"carl", b"dora", b"anna", max_users=1)
+    assert plan.users == ((b"anna@protected.example",) * 2, (b"", b""))
+    assert plan.left_out == 3
+    members = {t.owner: indices for t, indices in plan.groups}
+    assert members == {b"anna@protected.example": (0, 4), b"": (1, 2, 3)}
+    (rule,) = [t.spam_rule for t, _ in plan.groups if not t.owner]
+    assert rule.endswith("own preferences left out: [spamd] max_users=1")
+    assert asked(b"anna", b"ben", max_users=2).left_out == 0
+
+
+def test_a_full_rewrite_for_many_owners_is_bounded():
+    sizes = {"rewrite": "full", "size": FULL_REWRITES // 2}
+    assert asked(b"anna", b"ben", **sizes).want is Want.PROCESS
+    assert asked(b"anna", b"ben", b"carl", **sizes).want is Want.HEADERS
+
+
+def test_without_tables_nobody_guesses_who_has_preferences():
+    def plan(**sections):
+        config = Settings(**{"tables": Tables(source="mariadb"), "mariadb": MariaDb(prefs_table="userpref")} | sections)
+        switches = Switches(clamglobal=True, spamglobal=True)
+        return make_plan(Envelope(b"", (b"a@x",)), 9, Origin(OriginKind.STRANGER, 1), config, switches, None)
+
+    assert plan().hold
+    assert not plan(mariadb=MariaDb()).hold
+    assert not plan(spamd=Spamd(user="none")).hold
 
 
 @pytest.mark.parametrize(

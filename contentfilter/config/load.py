@@ -157,8 +157,8 @@ class _Reader:
             text = f'[tables] extension: {extension!r} cannot separate an extension; usual are "-" and "+"'
             self._note(("tables", "extension"), text)
         tag = settings.spamd.subject_tag
-        if not (tag.isascii() and tag.isprintable() and len(tag) <= 100) and tag:
-            self._note(("spamd", "subject_tag"), "[spamd] subject_tag: printable ASCII, at most 100 characters")
+        if not tag.isprintable() or len(tag) > 100:
+            self._note(("spamd", "subject_tag"), "[spamd] subject_tag: at most 100 printable characters")
 
     def _backends(self, section: str, backends: tuple[str, ...]) -> None:
         for backend in backends:

@@ -94,7 +94,7 @@ def test_every_key_is_read_and_a_wrong_type_is_told_with_its_line(read, section,
         (f'[service]\nrun = "/{"x" * 94}"', "has 108 bytes; a socket's path has at most 107"),
         ('[service]\nstate = "state"', "[service] state: expected an absolute path"),
         ('[tables]\nextension = "@"', "[tables] extension: '@' cannot separate an extension"),
-        ('[spamd]\nsubject_tag = "a\\nBcc: x"', "[spamd] subject_tag: printable ASCII"),
+        ('[spamd]\nsubject_tag = "a\\nBcc: x"', "[spamd] subject_tag: at most 100 printable"),
     ],
 )
 def test_what_is_wrong_is_said_in_words(read, line, says):

@@ -15,9 +15,10 @@ import msgspec
 from msgspec import inspect
 
 from contentfilter.config import DEFAULT_PATH
-from contentfilter.config.settings import Settings
+from contentfilter.config.settings import MariaDb, Settings
 from contentfilter.errors import ConfigError, Problem
 from contentfilter.ops.http import parse_listen
+from contentfilter.policy.options import SPAM_OPTIONS, VIRUS_OPTIONS
 from contentfilter.scanners.stream import Address
 
 MAX_SIZE = 1 << 20
@@ -152,6 +153,7 @@ class _Reader:
             parse_listen(settings.http.listen)
         except ValueError as e:
             self._note(("http", "listen"), f"[http] listen: {e}")
+        self._mariadb(settings.mariadb)
         extension = settings.tables.extension
         if not re.fullmatch(r"[!#-/=?^_{-~]?", extension) or extension == ".":
             text = f'[tables] extension: {extension!r} cannot separate an extension; usual are "-" and "+"'
@@ -159,6 +161,22 @@ class _Reader:
         tag = settings.spamd.subject_tag
         if not tag.isprintable() or len(tag) > 100:
             self._note(("spamd", "subject_tag"), "[spamd] subject_tag: at most 100 printable characters")
+
+    def _mariadb(self, db: MariaDb) -> None:
+        for key, options in (("clamav_columns", VIRUS_OPTIONS), ("spamd_columns", SPAM_OPTIONS)):
+            known = ["address", "exempt", *(option.decode("ascii") for option in options)]
+            meanings = [entry.partition("=")[0] for entry in getattr(db, key)]
+            if not {"address"} <= set(meanings) <= set(known) or len(set(meanings)) < len(meanings):
+                text = f"expected {', '.join(known)}, each at most once as NAME or NAME=column, address always"
+                self._note(("mariadb", key), f"[mariadb] {key}: {text}")
+        for key, path in (("socket", db.socket), ("password_file", db.password_file)):
+            if path:
+                self._absolute("mariadb", key, path, socket=key == "socket")
+        if db.socket and db.tls != "off":
+            self._note(("mariadb", "tls"), "[mariadb] tls: over a Unix socket there is none; leave it off")
+        if not db.socket and db.tls == "off" and db.host not in ("localhost", "127.0.0.1", "::1"):
+            text = f"[mariadb] tls: off; whoever is between us and {db.host} can change who is protected"
+            self._note(("mariadb", "host"), text, warning=True)
 
     def _backends(self, section: str, backends: tuple[str, ...]) -> None:
         for backend in backends:

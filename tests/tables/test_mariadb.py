@@ -1,10 +1,13 @@
 """Tables from a real MariaDB: what is read, what is refused, what a fault costs, and that nothing waits for ever."""
 
 import asyncio
+import re
 import signal
 import socket
 import subprocess
+import textwrap
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +17,11 @@ from lab.mariadb import MariaDb
 from lab.peers import Peer
 from tables.conftest import prepare
 
+from contentfilter.config.load import read_settings
 from contentfilter.config.settings import MariaDb as Section
 from contentfilter.config.settings import Service, Settings
 from contentfilter.errors import ConfigError
-from contentfilter.tables.mariadb import fingerprint_query, read_tables
+from contentfilter.tables.mariadb import fingerprint_query, read_tables, server_name
 from contentfilter.tables.rows import Rows
 
 
@@ -168,6 +172,42 @@ def test_a_wrong_password_is_refused_and_not_repeated(db: MariaDb, place: Path) 
     said = refused(db, place)
     assert "Access denied" in said
     assert "secret" not in said
+
+
+DOCUMENTED = re.findall(
+    r"^    \[mariadb\]\n(?:    .*\n)+", (Path(__file__).parents[2] / "docs" / "tables.md").read_text(), re.MULTILINE
+)
+PANELS = """
+    CREATE TABLE mailbox (username VARCHAR(99), spam_level DECIMAL(4,1), modified TIMESTAMP(6));
+    CREATE TABLE vpopmail (pw_name CHAR(32), pw_domain CHAR(96), pw_gid INT);
+    CREATE TABLE domains (name VARCHAR(99), antivirus ENUM('yes', 'no'), changed TIMESTAMP(6));
+    CREATE TABLE mailboxes (email VARCHAR(99), antivirus ENUM('yes', 'no'), av_action VARCHAR(9), changed TIMESTAMP(6));
+    INSERT INTO mailbox VALUES ('a@x.example', 7, NULL);
+    INSERT INTO vpopmail VALUES ('a', 'x.example', 0), ('b', 'x.example', 16384), ('c', 'x.example', 32768);
+    INSERT INTO domains VALUES ('x.example', 'yes', '2026-01-01'), ('y.example', 'no', '2026-01-01');
+    INSERT INTO mailboxes VALUES ('a@y.example', 'yes', 'tag', '2026-01-01'), ('b@y.example', 'yes', 'remove', NULL);
+    GRANT SELECT ON mail.* TO 'contentfilter'@'localhost';
+"""
+
+
+def test_the_documented_settings_for_other_panels_read_them(db: MariaDb, place: Path) -> None:
+    db.run(PANELS)
+    found = {}
+    for text in DOCUMENTED:
+        section = tomllib.loads(textwrap.dedent(text))["mariadb"]
+        if "socket" not in section:  # the one of our own schema
+            rows, problems = read(db, place, **{key: value for key, value in section.items() if key != "database"})
+            assert problems == []
+            found[next(word for word in ("vpopmail", "mailboxes", "mailbox") if word in text)] = rows
+    assert found["mailbox"].clamav == {b"a@x.example": b""}
+    assert found["mailbox"].spamd == {b"a@x.example": b"score=7"}
+    assert found["vpopmail"].spamd == {b"a@x.example": b"", b"b@x.example": b"!", b"c@x.example": b"spam=remove"}
+    assert found["mailboxes"].clamav == {
+        b"@x.example": b"",
+        b"a@y.example": b"virus=mark",
+        b"b@y.example": b"virus=remove",
+    }
+    db.run("DROP TABLE mailbox, vpopmail, domains, mailboxes; REVOKE SELECT ON mail.* FROM 'contentfilter'@'localhost'")
 
 
 # Whether anything changed
@@ -373,3 +413,30 @@ def test_a_million_rows_load_in_seconds_and_the_loop_still_answers(own_db: Maria
     assert spent < 30
     assert max(lags) < 1.0
     assert unchanged < 5
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("line", "says", "warning"),
+    [
+        ('clamav_columns = ["exempt"]', "clamav_columns: expected address, exempt, virus", False),
+        ('clamav_columns = ["address", "score"]', "clamav_columns: expected address, exempt, virus", False),
+        ('spamd_columns = ["address", "address=email"]', "each at most once", False),
+        ('socket = "run/db"', "socket: expected an absolute path", False),
+        ('password_file = "secret"', "password_file: expected an absolute path", False),
+        ('socket = "/run/db"\ntls = "verify"', "tls: over a Unix socket", False),
+        ('host = "db.example"', "whoever is between us and db.example", True),
+        ('password = "x"', "unknown key 'password' in [mariadb]", False),
+    ],
+)
+def test_what_is_wrong_in_the_settings_is_said(tmp_path: Path, line: str, says: str, warning: bool) -> None:
+    (tmp_path / "toml").write_text(f"[mariadb]\n{line}\n")
+    (problem,) = read_settings(str(tmp_path / "toml"))[1]
+    assert says in problem.text
+    assert problem.warning is warning
+
+
+def test_a_password_never_shows(place: Path) -> None:
+    assert "change" not in server_name(settings(None, place).mariadb)

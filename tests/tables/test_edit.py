@@ -40,6 +40,13 @@ def test_a_row_with_the_other_meaning_is_changed_in_its_place():
     assert edit == Edit(changed=2)
 
 
+def test_adding_a_row_that_has_options_of_its_own_leaves_them():
+    text = b"a@x.example score=5\n"
+    assert edited(text, {b"a@x.example": b""}) == (text, Edit(same=1))
+    assert edited(text, {b"a@x.example": b"!"}) == (b"!a@x.example\n", Edit(changed=1))
+    assert edited(text, {b"a@x.example": b""}, only=True) == (b"a@x.example\n", Edit(changed=1))
+
+
 def test_removing_takes_the_rows_and_leaves_the_comments():
     text, edit = edited(TEXT, {}, {b"a@x.example", b"@x.example", b"nobody@x.example"})
     assert text == b"# our clients\n\n!b@x.example\nbad line here\n"

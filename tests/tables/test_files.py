@@ -25,7 +25,8 @@ def refused(directory):
 def test_missing_files_are_empty_tables(tmp_path):
     rows, problems = load(tmp_path)
     assert (rows.clamav, rows.spamd, rows.default_domain, problems) == ({}, {}, b"", ())
-    assert [source.size for source in rows.sources] == [-1] * 4
+    assert rows.sources == sources(str(tmp_path))
+    assert {source.size for source in rows.sources} == {-1}
 
 
 def test_both_tables_their_problems_and_the_default_domain_are_read(tmp_path):

@@ -26,7 +26,8 @@ def test_allow_is_live_at_once_and_ends_when_it_is_removed(make_system, clamd) -
     d = system.deliver(VIRUS)
     assert d.status == 0
     assert b"virus=clean" in d.only.message
-    scan = next(s for s in system.records()[-1]["scans"] if s["scanner"] == "clamd")
+    record = system.daemon.wait_for("mail.done", count=2)[1]
+    scan = next(s for s in record["scans"] if s["scanner"] == "clamd")
     assert "test of the test" in scan["detail"]
     (listed,) = json.loads(run(system, "list", "--json"))
     assert (listed["signature"], listed["reason"]) == (EICAR_NAME, "test of the test")

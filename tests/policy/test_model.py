@@ -157,10 +157,10 @@ def model(clamav, spamd, owners, switches, recipients, said, config, origin):
             if rank > ORDER.index(fate.partition(":")[0]):
                 person[3] = new
         fates = [person[3] for person in people]
+        if config.tables.recipients == "strictest" and "reject" in fates:  # whatever a fault hides from the others
+            return "drop" if origin is OriginKind.BOUNCE else "reject"
         if "defer" in fates:
             return "defer"
-        if config.tables.recipients == "strictest" and "reject" in fates:
-            return "drop" if origin is OriginKind.BOUNCE else "reject"
     if set(fates) == {"reject"}:
         return "drop" if origin is OriginKind.BOUNCE else "reject"
     return [(fate, owner if spam else None) for _, spam, _, fate, owner in people]

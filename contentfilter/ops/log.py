@@ -9,6 +9,7 @@ import logging
 import os
 import select
 from collections.abc import Mapping, MutableMapping
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 import msgspec
@@ -95,19 +96,18 @@ def make_logger(style: Literal["json", "logfmt"], level: str, fd: int = 2, **fie
     render = _json if style == "json" else _logfmt
     writer = LineWriter(fd)
 
-    def finish(_logger: Any, _method: str, event: EventDict) -> bytes:
+    def finish(logger: Any, method: str, event: EventDict) -> bytes:
+        """All in one step: this runs for every message. When, how bad and what come first, as people read it."""
+        if "exc_info" in event:
+            event = structlog.processors.format_exc_info(logger, method, event)
         if writer.lost:
             event["lines_lost"] = writer.lost
-        return bounded(_in_order(event), render)
+        now = datetime.now(UTC).isoformat(timespec="microseconds")[:-6] + "Z"
+        return bounded({"time": now, "level": method, "event": event.pop("event"), **event}, render)
 
     logger: Logger = structlog.wrap_logger(
         writer,
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
-            structlog.processors.format_exc_info,
-            finish,
-        ],
+        processors=[finish],
         wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
         cache_logger_on_first_use=True,
     )
@@ -128,11 +128,6 @@ def bounded(event: EventDict, render: Any) -> bytes:
         event[longest] = f"{text[:keep]} … {text[-keep:]}"
         line = render(event)
     return line
-
-
-def _in_order(event: EventDict) -> EventDict:
-    """When, how bad and what come first: people read these lines too."""
-    return {"time": event.pop("time"), "level": event.pop("level"), "event": event.pop("event"), **event}
 
 
 def _json(event: EventDict) -> bytes:

@@ -107,6 +107,9 @@ def _places(settings: Settings, findings: Findings) -> None:
     """The directories of the daemon, as far as the present user can tell."""
     service = settings.service
     sockets = os.path.dirname(settings.listen.socket)
+    password = settings.mariadb.password_file
+    if password and os.path.exists(password) and os.stat(password).st_mode & 0o007:
+        findings.add(password, "[mariadb] password_file: everybody here can read it; chmod 600", warning=True)
     if os.path.isdir(service.control) and not os.access(service.control, os.R_OK | os.X_OK):
         findings.add(service.control, "[service] control: not readable for this user")
     for path, use in dict.fromkeys(((service.state, "[service] state"), (service.run, "[service] run"))):

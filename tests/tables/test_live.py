@@ -226,6 +226,10 @@ def test_the_command_line_reads_the_database_and_changes_it_not(db: MariaDb, sta
     said = command(system, "clients", "add", "new@x.example")
     assert said.returncode == 78
     assert 'source is "mariadb"' in said.stderr
-    assert "1 clamavclients rows" in command(system, "check").stdout
+    checked = command(system, "check").stdout
+    assert "1 clamavclients rows" in checked
+    assert "chmod 600" not in checked
+    (system.directory / "password").chmod(0o644)
+    assert "everybody here can read it; chmod 600" in command(system, "check").stdout
     db.run("DROP TABLE spamdclients")
     assert "doesn't exist" in command(system, "check").stdout

@@ -45,6 +45,8 @@ class Metric:
     buckets: tuple[float, ...] = ()
 
 
+_SCANS, _SCAN_SECONDS = ("scanner", "backend", "status", "cause"), ("scanner", "backend")
+
 # Counted here, as it happens.
 COUNTED = (
     Metric("counter", "contentfilter_messages_total", "Decided messages.", ("decision", "rule", "origin")),
@@ -52,8 +54,8 @@ COUNTED = (
     Metric("counter", "contentfilter_message_bytes_total", "Bytes of decided messages."),
     Metric("counter", "contentfilter_unchecked_total", "Messages let through without a check.", ("scanner", "cause")),
     Metric("counter", "contentfilter_quarantined_total", "Messages kept in quarantine for at least one recipient."),
-    Metric("counter", "contentfilter_scans_total", "Scans.", ("scanner", "backend", "status", "cause")),
-    Metric("histogram", "contentfilter_scan_seconds", "One scan, waiting included.", ("scanner", "backend"), SECONDS),
+    Metric("counter", "contentfilter_scans_total", "Scans.", _SCANS),
+    Metric("histogram", "contentfilter_scan_seconds", "One scan, waiting included.", _SCAN_SECONDS, SECONDS),
     Metric("counter", "contentfilter_commits_total", "Messages that went on in several parts.", ("result",)),
     Metric("counter", "contentfilter_connections_total", "Connections that workers accepted."),
     Metric("counter", "contentfilter_answers_total", "Answers that were sent to hooks."),
@@ -270,9 +272,10 @@ class Metrics:
         """The only values that ``backend`` may have; the numbers of others are forgotten."""
         names = frozenset(name for backends in configured.values() for name in backends)
         scans, seconds = self._counters["contentfilter_scans_total"], self._histograms["contentfilter_scan_seconds"]
-        for metric in (scans, seconds):
-            for gone in _label_values(metric, "backend") - names - {""}:
-                metric.remove_by_labels({"backend": gone})
+        for metric, labels in ((scans, _SCANS), (seconds, _SCAN_SECONDS)):
+            for series in _series(metric, labels):
+                if series[labels.index("backend")] not in names | {""}:
+                    metric.remove(*series)
         for scanner, backends in configured.items():
             for backend in backends:
                 seconds.labels(scanner.value, backend)
@@ -320,5 +323,7 @@ def _known(word: str, words: frozenset[str]) -> str:
     return word if word in words else OTHER
 
 
-def _label_values(metric: Counter | Histogram, label: str) -> set[str]:
-    return {sample.labels[label] for family in metric.collect() for sample in family.samples if label in sample.labels}
+def _series(metric: Counter | Histogram, labels: tuple[str, ...]) -> set[tuple[str, ...]]:
+    """The label values of all that a metric has counted."""
+    samples = (sample for family in metric.collect() for sample in family.samples)
+    return {tuple(sample.labels[label] for label in labels) for sample in samples}

@@ -139,7 +139,7 @@ _anything = st.recursive(
 _word = (
     st.sampled_from(["clamd", "clamd: x", "none", "queue", "clean", "found", "unchecked", "down", CLAMD]) | st.text()
 )
-_number = st.floats(allow_nan=True) | st.integers(min_value=-1, max_value=2**70)
+_number = st.floats(0, 1e9) | st.integers(0, 10**9)
 _scan = st.fixed_dictionaries(
     {"scanner": _word, "status": _word, "ms": _number}, optional={"cause": _word, "backend": _word}
 )

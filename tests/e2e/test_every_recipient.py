@@ -45,7 +45,7 @@ ACTION, FAULT = st.sampled_from(["mark", "remove", "reject"]), st.sampled_from([
 
 
 def table(options: list[str]) -> st.SearchStrategy[dict[str, str]]:
-    return st.dictionaries(st.sampled_from(KEYS), st.sampled_from(["!", *options]), min_size=2, max_size=7)
+    return st.dictionaries(st.sampled_from(KEYS), st.sampled_from(["!", *options]), min_size=3, max_size=8)
 
 
 def seldom(value: object, *others: object) -> st.SearchStrategy[object]:
@@ -54,14 +54,14 @@ def seldom(value: object, *others: object) -> st.SearchStrategy[object]:
 
 WORLDS = st.builds(
     World,
-    clamav=table(VIRUS), spamd=table(SPAM), strictest=st.booleans(), signatures=ACTION, virus=ACTION,
+    clamav=table(VIRUS), spamd=table(SPAM), strictest=seldom(False, True), signatures=ACTION, virus=ACTION,
     pua=st.sampled_from(["", "pass", "mark", "remove"]), spam=ACTION, reject_score=st.sampled_from([0.0, 10.0]),
     tag=st.sampled_from(list(TAGS)), full=st.booleans(), own=st.booleans(),
     faults=st.fixed_dictionaries(dict.fromkeys(("clamd", "spamd", "too_big", "limits"), FAULT)),
     trace=seldom(True, False), scanned=seldom(True, False), caller=seldom("smtp", "local", "bounce"),
     clamglobal=seldom(False, True), spamglobal=seldom(False, True),
     skipcachk=seldom(0, 1, 2), skipsachk=seldom(0, 1, 2),
-    samsgsize=seldom(0, 400), chksignature=st.booleans(), maxrecipients=seldom(0, 4), envelope_to=st.booleans(),
+    samsgsize=seldom(0, 400), chksignature=st.booleans(), maxrecipients=seldom(0, 6), envelope_to=st.booleans(),
     originating=st.booleans(),
 )  # fmt: skip
 
@@ -83,11 +83,11 @@ def mails(draw: st.DrawFn, clamd: st.SearchStrategy[str], spamd: st.SearchStrate
         lines += ["MIME-Version: 1.0", "Content-Transfer-Encoding: base64"]
         body = base64.encodebytes(b"MZ\x90\0\x03\0\0\0\x04" + bytes(200)).decode()
     message = "\n".join([*lines, "Subject: offer", "", body]).encode("latin-1")
-    to = draw(st.lists(st.sampled_from(RECIPIENTS), min_size=1, max_size=6))
+    to = draw(st.lists(st.sampled_from(RECIPIENTS), min_size=1, max_size=8))
     return Mail(message, tuple(to), draw(st.sampled_from(["stranger", "relay", "authenticated"])))
 
 
-ANSWERS = st.sampled_from(["clean", "clean", "clean", "Lab.Malware-1", "PUA.Lab.Tool", "limits", "too-big"])
+ANSWERS = st.sampled_from([*["clean"] * 5, "Lab.Malware-1", "PUA.Lab.Tool", "limits", "too-big"])
 CALM = mails(ANSWERS, st.one_of(SCORES, SCORES, st.just("busy")))
 FAULTY = mails(st.sampled_from(["clean", *CLAMD_FAULTS]), st.one_of(SCORES, st.sampled_from(list(SPAMD_FAULTS))))
 """These make a backend rest, so they come last under a configuration."""

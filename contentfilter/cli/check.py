@@ -91,6 +91,8 @@ async def examine(config_path: str, queue_conf: str) -> Findings:
         rows, problems = await read_source(settings) or (Rows(), ())
         findings.problems += problems
         findings.counts |= {"clamavclients rows": len(rows.clamav), "spamdclients rows": len(rows.spamd)}
+        if rows.prefs:
+            findings.counts["owners of preferences"] = len(rows.prefs)
     except ConfigError as e:
         findings.problems += e.problems
     _queue_conf(queue_conf, settings, findings)

@@ -98,6 +98,14 @@ def test_json_has_the_same(check, place):
     assert report["ok"] is False
     assert [(os.path.basename(e["path"]), e["line"]) for e in report["errors"]] == [("clamavclients", 2)]
     assert report["counts"]["clamavclients rows"] == 1
+    assert "owners of preferences" not in report["counts"]
+
+
+def test_owners_of_preferences_are_counted_and_a_bad_one_is_named(check, place):
+    (place / "control" / "spamprefs").write_bytes(b"a@x.example\n@y.example\n")
+    assert "2 owners of preferences" in check()[-1]
+    (place / "control" / "spamprefs").write_bytes(b"a@x.example\n*\n")
+    assert "spamprefs: *: an owner is user@domain or @domain" in check(status=78)[0]
 
 
 def test_users_that_do_not_exist_are_warnings(check, place):

@@ -34,9 +34,9 @@ def db(shared_db: MariaDb) -> MariaDb:
 
 
 @pytest.fixture(scope="module")
-def own_db(lab_directory: Path) -> Iterator[MariaDb]:
+def own_db(lab_directory: Path, request: pytest.FixtureRequest) -> Iterator[MariaDb]:
     """One that may be killed and started again. It has the schema, and no rows."""
-    with MariaDb(lab_directory / "owndb") as db:
+    with MariaDb(lab_directory / request.module.__name__.rpartition(".")[2]) as db:
         prepare(db)
         yield db
 

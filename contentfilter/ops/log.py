@@ -52,6 +52,8 @@ EVENTS: Mapping[str, str] = {
     "service.drain": "no new messages; those under way are finished",
     "service.stop": "the supervisor ends",
     "bus.malformed": "a frame on the bus that could not be decoded; dropped",
+    "tables.stale": "the recipient tables are not brought up to date, and why; the last good ones stay in force",
+    "tables.current": "they are again what their source has",
     "worker.start": "a worker process was started",
     "worker.ready": "a worker accepts messages",
     "worker.died": "a worker ended without being asked to",

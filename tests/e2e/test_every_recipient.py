@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from e2e.rules import TAGS, Expected, Mail, World, expect
-from hypothesis import HealthCheck, Phase, event, given, note, settings
+from hypothesis import HealthCheck, Phase, event, example, given, note, settings
 from hypothesis import strategies as st
 from lab.peers import Peer
 from lab.scripted import CLAMD_FAULTS, SPAMD_FAULTS, scripted
@@ -35,11 +35,11 @@ RECIPIENTS = [
     "a@y.test",
     "lone",
 ]
-VIRUS = ["", "virus=mark", "virus=remove", "virus=reject", "virus=move:jail@x.example"]
+VIRUS = ["", "virus=mark", "virus=remove", "virus=reject", "virus=move:jail@x.example", "virus=move:Junk@y.test"]
 SPAM = [
     "", "spam=mark", "spam=remove", "spam=reject", "spam=move:jail@x.example", "spam=move:Junk@y.test",
     "score=aggressive", "score=permissive spam=reject", "spam=remove reject_score=9", "reject_score=0",
-    "score=2.5 spam=mark reject_score=12",
+    "score=2.5 spam=mark reject_score=12", "spam=move:jail@x.example score=2.5", "spam=move:Junk@y.test reject_score=0",
 ]  # fmt: skip
 ACTION, FAULT = st.sampled_from(["mark", "remove", "reject"]), st.sampled_from(["pass", "pass", "defer"])
 
@@ -91,6 +91,12 @@ ANSWERS = st.sampled_from([*["clean"] * 5, "Lab.Malware-1", "PUA.Lab.Tool", "lim
 CALM = mails(ANSWERS, st.one_of(SCORES, SCORES, st.just("busy")))
 FAULTY = mails(st.sampled_from(["clean", *CLAMD_FAULTS]), st.one_of(SCORES, st.sampled_from(list(SPAMD_FAULTS))))
 """These make a backend rest, so they come last under a configuration."""
+MOVES = World(
+    clamav={"c@x.example": "virus=move:jail@x.example"},
+    spamd={"a@x.example": "spam=move:jail@x.example", "b@x.example": "spam=move:Junk@y.test", "*": "spam=mark"},
+    faults=dict.fromkeys(("clamd", "spamd", "too_big", "limits"), "pass"),
+)
+SPAM_TO_MOVE = Mail(b"X-Test: clamd=Lab.Malware-1 spamd=9/5\nSubject: offer\n\nletter\n", (*RECIPIENTS, *RECIPIENTS))
 CLIENTS = {"stranger": {}, "relay": {"RELAYCLIENT": ""}, "authenticated": {"SMTPAUTHUSER": "anna"}}
 
 
@@ -169,7 +175,8 @@ def running(lab_directory: Path) -> Iterator[Running]:
     suppress_health_check=list(HealthCheck),
     phases=[Phase.explicit, Phase.generate, Phase.shrink],
 )
-@given(world=WORLDS, calm=st.lists(CALM, min_size=3, max_size=8), last=FAULTY)
+@given(world=WORLDS, calm=st.lists(CALM, min_size=5, max_size=10), last=FAULTY)
+@example(world=MOVES, calm=[SPAM_TO_MOVE], last=SPAM_TO_MOVE)
 def test_every_recipient_gets_what_the_rules_say(running: Running, world: World, calm: list[Mail], last: Mail) -> None:
     running.becomes(world)
     for mail in (*calm, last):

@@ -1,5 +1,6 @@
 """SpamAssassin's own preferences: real spamd with the sample's query on a real MariaDB, through hook and daemon."""
 
+import asyncio
 import email
 import json
 import re
@@ -15,6 +16,18 @@ from lab.system import Delivered, System
 from tables.conftest import SQL, prepare
 
 from contentfilter.cli.main import cli
+from contentfilter.config.settings import Service, Settings
+from contentfilter.config.settings import Spamd as Section
+from contentfilter.deadline import Deadline
+from contentfilter.errors import BackendError, Cause
+from contentfilter.intake.message import message_of
+from contentfilter.model import Envelope, Message, Origin, OriginKind, Scanner, ScanOutcome, ScanStatus, Want
+from contentfilter.pipeline import Pipeline, Scanners
+from contentfilter.policy.plan import Row, Switches
+from contentfilter.scanners.clamd import ClamdScanner
+from contentfilter.scanners.spamd import SpamdScanner
+from contentfilter.verdict.case import Case
+from contentfilter.verdict.quarantine import Quarantine
 
 SAMPLE = SQL.parent / "spamassassin" / "sql.cf"
 WORDS = ("body CF_WORDS /three points of spam/", "score CF_WORDS 3.0", "describe CF_WORDS a rule of this test")
@@ -205,6 +218,36 @@ def test_preferences_that_cannot_be_read_go_by_the_failure_table(make: Make, db:
             assert (done.queued, done.text.startswith("Zspam check not possible now (down)")) == ((), True)
     finally:
         db.start()
+
+
+def test_all_owners_are_asked_at_the_same_time_and_a_fault_is_its_owners_alone(tmp_path: Path) -> None:
+    met = asyncio.Barrier(3)  # nobody gets past it alone
+
+    class Asked(SpamdScanner):
+        async def scan(
+            self, message: Message, deadline: Deadline, *, user: bytes = b"", want: Want = Want.CHECK
+        ) -> Any:
+            async with deadline.timeout():
+                await met.wait()
+            if user.startswith(b"b"):
+                raise BackendError(Cause.DOWN, "here", "69 no preferences")
+            return ScanOutcome(Scanner.SPAMD, ScanStatus.CLEAN, score=1.0, threshold=5.0)
+
+    config = Settings(spamd=Section(user="recipient"), service=Service(state=str(tmp_path)))
+    scanners = Scanners(None, ClamdScanner(config.clamd), Asked(config.spamd, 3))
+    row = Row(b"@x", False)
+    pipeline = Pipeline(config, Switches(), lambda _: (None, row), scanners, Quarantine.of(config))
+    envelope, origin = Envelope(b"", (b"a@x", b"b@x", b"c@x")), Origin(OriginKind.STRANGER, 1)
+
+    async def examined() -> Case:
+        message = message_of(MESSAGE)
+        try:
+            return await pipeline.examine("i", envelope, message, origin, Deadline.after(20))
+        finally:
+            message.close()
+
+    said = {outcome.owner: outcome.status for outcome in asyncio.run(examined()).outcomes}
+    assert said == {b"a@x": ScanStatus.CLEAN, b"b@x": ScanStatus.UNCHECKED, b"c@x": ScanStatus.CLEAN}
 
 
 def test_explain_tells_whose_preferences_hold(make: Make, tmp_path: Path) -> None:

@@ -3,12 +3,13 @@
 import hashlib
 import os
 import random
+from pathlib import Path
 
 import pytest
-from lab.hook import HookLab, accepted, split
+from lab.hook import HookLab, Offer, accepted, split
 
 from contentfilter.wire import envelope
-from contentfilter.wire.hook import Submission
+from contentfilter.wire.hook import Answer, Submission
 
 TRACE = b"X-ContentFilter: 1; virus=clean\n"
 MIB = 1 << 20  # up to here, less a page for what goes in front, a message goes on in a pipe
@@ -54,6 +55,20 @@ def test_only_what_no_pipe_can_hold_is_copied(lab: HookLab, size: int, kind: str
     lab.daemon(accepted(TRACE))
     assert lab.run(noise(size)).status == 0
     assert lab.standin.queued()[0].descriptors[0].startswith(kind)
+
+
+@pytest.mark.parametrize("size", [8_000, 4 * MIB])
+def test_a_waiting_hook_has_little_memory_of_its_own(lab: HookLab, size: int) -> None:
+    private = []
+
+    def look(offer: Offer) -> Answer:
+        lines = Path(f"/proc/{offer.pid}/smaps_rollup").read_text().splitlines()
+        private.append(sum(int(line.split()[1]) for line in lines if line.startswith("Private_")))
+        return accepted()
+
+    lab.daemon(look)
+    assert lab.run(noise(size)).status == 0
+    assert 0 < private[0] <= 512  # KiB; the message is in a memfd
 
 
 def test_the_real_program_has_the_hooks_pid_user_name_and_nothing_more(lab: HookLab) -> None:

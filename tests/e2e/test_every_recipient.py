@@ -169,6 +169,7 @@ def running(lab_directory: Path) -> Iterator[Running]:
             yield Running(system, clamd, spamd)
 
 
+@pytest.mark.timeout(300 + EXAMPLES)  # a failure takes its time to be made small
 @settings(
     max_examples=EXAMPLES,
     deadline=None,

@@ -104,7 +104,7 @@ async def test_a_supervisor_that_slept_does_not_kill_its_healthy_workers(monkeyp
         def kill(self) -> None:
             killed.append(self.pid)
 
-    pool = Pool(lambda slot, ended: Child(slot), make_logger("json", "error", -1), lambda: None)
+    pool = Pool(lambda slot, ended: Child(slot), make_logger("json", "error"), lambda: None)
     pool.resize(1)
     for moment in (1001.0, 1031.0):  # thirty seconds between two looks: it was us who slept
         now = moment

@@ -437,7 +437,7 @@ def _read(path: Path, stop: Any, results: Any) -> None:
 
 
 def test_two_read_whole_transactions_while_one_writes(path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # a spawned child could not import this module
     ready, stop, results = context.Event(), context.Event(), context.Queue()
     writer = context.Process(target=_write, args=(path, ready, stop))
     writer.start()
@@ -457,7 +457,7 @@ def test_two_read_whole_transactions_while_one_writes(path: Path) -> None:
 
 
 def test_a_writer_killed_in_the_middle_leaves_whole_transactions(path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # a spawned child could not import this module
     ready, stop = context.Event(), context.Event()
     writer = context.Process(target=_write, args=(path, ready, stop))
     writer.start()

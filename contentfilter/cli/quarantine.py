@@ -25,13 +25,12 @@ from contentfilter.cli.quarantine_view import print_entries, print_message, prog
 from contentfilter.config.load import load_settings
 from contentfilter.config.settings import Settings
 from contentfilter.deadline import Deadline
-from contentfilter.errors import ConfigError, QuarantineError
+from contentfilter.errors import QuarantineError
 from contentfilter.verdict.entry import Entry, Search, plain
 from contentfilter.verdict.headers import HEADER_LIMIT, header_block
 from contentfilter.verdict.quarantine import Quarantine
 from contentfilter.verdict.release import Releaser, load_secret
 
-EX_CONFIG = 78
 SUBMISSION = 300.0
 """Seconds for one qmail-queue."""
 
@@ -44,10 +43,6 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except ConfigError as error:
-            for problem in error.problems:
-                click.echo(f"contentfilter: {problem}", err=True)
-            ctx.exit(EX_CONFIG)
         except (QuarantineError, OSError) as error:
             if isinstance(error, OSError) and error.errno == errno.EPIPE:
                 raise

@@ -15,10 +15,11 @@ import stat
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from contentfilter.ops.durable import replace_file, sync_directory
 
 DIALECTS = ("auto", "stock", "notqmail", "sagredo", "simscan", "indimail", "sqmail")
 DEFAULT_CONF = "/etc/contentfilter/queue.conf"
@@ -131,30 +132,9 @@ def same_bytes(one: Path, other: Path) -> bool:
     return len(digests) == 2 and digests[0] == digests[1]
 
 
-def sync(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def place_file(target: Path, content: bytes, mode: int) -> None:
-    """Complete or not at all: written beside ``target``, then renamed over it."""
-    fd, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fchmod(fd, mode)
-            if os.geteuid() == 0:
-                os.fchown(fd, 0, 0)
-            os.fsync(fd)
-        os.replace(name, target)
-    except BaseException:
-        os.unlink(name)
-        raise
-    sync(target.parent)
+def root() -> tuple[int, int] | None:
+    """Who owns what is installed; None where we cannot give it away."""
+    return (0, 0) if os.geteuid() == 0 else None
 
 
 def keep_original(place: Place) -> None:
@@ -164,7 +144,7 @@ def keep_original(place: Place) -> None:
     os.replace(name, place.real)
     with contextlib.suppress(FileNotFoundError):
         name.unlink()  # rename does nothing when both names are one file already
-    sync(place.real.parent)
+    sync_directory(place.real.parent)
 
 
 def check_original(program: Path) -> list[str]:
@@ -212,14 +192,17 @@ def plan_install(place: Place, conf: Path, dialect: str, binary: Path, *, force:
     if not same_bytes(place.queue, binary):
         verb = "install" if present is None else f"replace version {present} of"
         steps.append(
-            Step(f"{verb} the hook as {place.queue}", lambda: place_file(place.queue, binary.read_bytes(), 0o755))
+            Step(
+                f"{verb} the hook as {place.queue}",
+                lambda: replace_file(place.queue, (binary.read_bytes(),), 0o755, root()),
+            )
         )
     return steps, warnings
 
 
 def write_conf(conf: Path, text: bytes) -> None:
     conf.parent.mkdir(parents=True, exist_ok=True)
-    place_file(conf, text, 0o644)
+    replace_file(conf, (text,), 0o644, root())
 
 
 def check_conf(read: Conf, place: Place, conf: Path, dialect: str) -> list[str]:
@@ -256,7 +239,7 @@ def plan_uninstall(place: Place, conf: Path) -> tuple[list[Step], list[str]]:
 
 def restore(place: Place) -> None:
     os.replace(place.real, place.queue)
-    sync(place.queue.parent)
+    sync_directory(place.queue.parent)
 
 
 def carry_out(steps: list[Step]) -> None:

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from contentfilter.ops.qmail import RefusedError, place_file, sync
+from contentfilter.ops.durable import replace_file, sync_directory
+from contentfilter.ops.qmail import RefusedError, root
 
 USER = "contentfilter"
 STATE = "/var/lib/contentfilter"
@@ -99,7 +100,7 @@ class System:
             temporary.symlink_to(os.fsdecode(thing.content))
             os.replace(temporary, path)
         elif thing.kind == "file":
-            place_file(path, thing.content, thing.mode)
+            replace_file(path, (thing.content,), thing.mode, root())
         else:
             path.mkdir(mode=thing.mode)
             path.chmod(thing.mode)  # whatever the umask is
@@ -168,7 +169,7 @@ class Inventory:
             for t, digest in self.made.values()
         ]
         text = json.dumps({"qmail": self.qmail, "made": rows}, indent=1) + "\n"
-        place_file(system.at(self.PATH), text.encode(), 0o644)
+        replace_file(system.at(self.PATH), (text.encode(),), 0o644, root())
 
     def with_things(self, qmail: str, things: Iterable[Thing]) -> "Inventory":
         """This one and ``things``; a thing made again keeps its place."""
@@ -177,7 +178,7 @@ class Inventory:
     def remove_file(self, system: System) -> None:
         path = system.at(self.PATH)
         path.unlink(missing_ok=True)
-        sync(path.parent)
+        sync_directory(path.parent)
 
 
 def _thing(row: dict[str, Any]) -> Thing:

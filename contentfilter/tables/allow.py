@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import msgspec
 
 from contentfilter.errors import ConfigError, Problem
+from contentfilter.ops.durable import replace_file
 from contentfilter.policy.tolerance import Allowance
-from contentfilter.tables.files import replace_file
 
 FILE = "allow.json"
 SIZE_MAX = 1 << 20

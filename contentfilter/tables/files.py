@@ -5,11 +5,8 @@ that is not there is an empty table; one that cannot be read is an error, becaus
 """
 
 import asyncio
-import contextlib
 import os
 import stat
-import tempfile
-from collections.abc import Iterable
 
 import aiofiles
 
@@ -96,27 +93,3 @@ def file_state(path: str) -> Source:
         return _state(path, os.stat(path))
     except OSError:
         return Source(path)
-
-
-def replace_file(path: str, parts: Iterable[bytes], mode: int, owner: tuple[int, int] | None = None) -> None:
-    """Write beside ``path``, sync, rename, sync the directory: after a crash the old or the new file is there."""
-    directory = os.path.dirname(path) or "."
-    fd, temporary = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.", dir=directory)
-    try:
-        with open(fd, "wb") as file:
-            file.writelines(parts)
-            if owner is not None and owner != (os.geteuid(), os.getegid()):
-                os.fchown(fd, *owner)
-            os.fchmod(fd, mode)
-            file.flush()
-            os.fsync(fd)
-        os.rename(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -8,7 +8,7 @@ import os
 from hashlib import blake2b
 
 from contentfilter.config.settings import Tables
-from contentfilter.tables.files import replace_file
+from contentfilter.ops.durable import replace_file
 from contentfilter.tables.rows import TABLES, Rows
 
 FILE = "tables.accepted"

@@ -31,6 +31,7 @@ from contentfilter.config.settings import Settings
 from contentfilter.deadline import Deadline
 from contentfilter.errors import QuarantineError
 from contentfilter.model import Message
+from contentfilter.ops.durable import sync_directory
 from contentfilter.verdict.entry import Entry, Release, Search, described, parse, valid_incident
 from contentfilter.verdict.expiry import NEW, Limits, outdated, scan, survey, unreferenced
 
@@ -149,7 +150,7 @@ class Quarantine:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        await asyncio.to_thread(_sync_directory, self._entries)
+        await asyncio.to_thread(sync_directory, self._entries)
 
     def _below(self, *names: str) -> Path:
         """The folder of that name; each level is ours alone, whatever the umask, and no symbolic link."""
@@ -161,7 +162,7 @@ class Quarantine:
             folder /= name
             try:
                 folder.mkdir(mode=0o700)
-                _sync_directory(folder.parent)
+                sync_directory(folder.parent)
             except FileExistsError:
                 if folder.is_symlink():
                     raise OSError(errno.ELOOP, f"{folder} is a symbolic link") from None
@@ -329,12 +330,3 @@ class Quarantine:
 
 def _private(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-
-
-def _sync_directory(folder: Path) -> None:
-    """Make the rename last through a crash."""
-    directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

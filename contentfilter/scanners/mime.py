@@ -15,6 +15,7 @@ The leaves of one kind don't overlap, so the sum of their sizes, and the work, i
 
 import enum
 import re
+import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -31,21 +32,23 @@ LONGEST_LINE = 1000  # of a delimiter line or a field's value: what is looked at
 FIELD_WINDOW = 4096
 RUN = 342  # letters, 256 bytes: shorter undeclared base64 is a quotation, not an attachment
 
+# No possessive groups: Python before 3.11.5 (Debian 12 has 3.11.2) does not undo what a group matched in part when it
+# fails. Groups repeat at most so often per match, and `_end` goes on from there: their memory stays bounded.
 _HEADER = re.compile(
-    rb"(?:(?!--)[!-9;-~]++[ \t]*+:[^\r\n]*+(?:\r\n?|\n|\Z)(?:[ \t]++[^\s][^\r\n]*+(?:\r\n?|\n|\Z))*+)*+"
+    rb"(?:(?!--)[!-9;-~]++[ \t]*+:[^\r\n]*+(?:\r\n?|\n|\Z)|[ \t]++[^\s][^\r\n]*+(?:\r\n?|\n|\Z)){0,1000}"
 )
 _BLANK = re.compile(rb"[ \t\r\n]*+")
 _EMPTY_LINES = (b"\n\n", b"\n\r\n", b"\r\r", b"\n \n", b"\n--", b"\r--")  # the last two end a section
 _EMPTY = ahocorasick_rs.BytesAhoCorasick(_EMPTY_LINES)
 _LINE = re.compile(rb"([^\r\n]*+)(?:\r\n?|\n)?")
 _BEGIN = re.compile(rb"begin(-base64)?[ \t]++[^\r\n]*+(?:\r\n?|\n)")
-_VALUE = re.compile(rb"[^\r\n]*+(?:(?:\r\n?|\n)[ \t][^\r\n]*+)*+")
+_VALUE = re.compile(rb"[^\r\n]*+(?:(?:\r\n?|\n)[ \t][^\r\n]*+)*")
 _BOUNDARY = re.compile(
-    rb"boundary(?:\*[0-9]*+\*?+)?[ \t\r\n]*+=[ \t\r\n]*+(?:\"((?:[^\"\\]|\\.)*+)\"?|([^\s;\"(]*+))",
+    rb"boundary(?:\*[0-9]*+\*?+)?[ \t\r\n]*+=[ \t\r\n]*+(?:\"((?:[^\"\\]|\\.)*)\"?|([^\s;\"(]*+))",
     re.IGNORECASE | re.DOTALL,
 )
 _LETTERS = rb"[A-Za-z0-9+/=]++"
-BASE64_RUN = re.compile(rb"(?:" + _LETTERS + rb"[ \t]*+(?:[\r\n]++[ \t]*+|\Z))*+")
+_BASE64_LINES = re.compile(rb"(?:" + _LETTERS + rb"[ \t]*+(?:[\r\n]++[ \t]*+|\Z)){0,1000}")
 _BASE64_LINE = re.compile(_LETTERS + rb"[ \t]*+\Z")
 
 
@@ -216,7 +219,7 @@ def _open(
     section = _Section(path, declared=declared)
     starts, at, kind = section.starts, start, 0
     for depth in range(NESTED):
-        end = _end(_HEADER, data, at)
+        end = at if data[at : at + 1] in (b" ", b"\t") else _end(_HEADER, data, at)
         if end == at and depth and not kind & _COMPOSITE:
             break
         body = _end(_BLANK, data, end)
@@ -248,9 +251,16 @@ def _empty_line(data: Text, at: int) -> int:
     return len(data)
 
 
-def _end(pattern: re.Pattern[bytes], data: Text, at: int) -> int:
-    found = pattern.match(data, at)
-    return found.end() if found else at
+def _end(pattern: re.Pattern[bytes], data: Text, at: int, end: int = sys.maxsize) -> int:
+    """Where the repeated group of ``pattern`` ends, which starts at ``at``."""
+    while (found := pattern.match(data, at, end)) and found.end() > at:
+        at = found.end()
+    return at
+
+
+def base64_run(data: Text, start: int = 0, end: int = sys.maxsize) -> int:
+    """Where whole lines of base64 letters end, which start at ``start``."""
+    return _end(_BASE64_LINES, data, start, end)
 
 
 def _fields(data: Text, start: int, end: int, path: tuple[int, ...], boundaries: dict[bytes, _Level]) -> int:
@@ -300,6 +310,6 @@ def _blob(data: Text, at: int, path: tuple[int, ...]) -> Iterator[Leaf]:
     line = before[max(before.rfind(b"\n"), before.rfind(b"\r")) + 1 :]
     if len(line) >= 40 and _BASE64_LINE.match(line):
         return
-    end = _end(BASE64_RUN, data, at)
+    end = base64_run(data, at)
     if end - at >= RUN:
         yield Leaf(at, end, int(As.RUN), path, declared=False)

@@ -164,10 +164,8 @@ class _Scan:
             if b"=" in head.rstrip(_NO_LETTERS):
                 readings.append(("base64", mime_decode.base64(data, start, end, joined=True)))
         else:
-            run = mime.BASE64_RUN.match(head)
-            if run is not None and run.end() >= mime.RUN:
-                run = mime.BASE64_RUN.match(data, start, end)
-                readings.append(("base64", mime_decode.base64(data, start, run.end() if run else end)))
+            if mime.base64_run(head) >= mime.RUN:
+                readings.append(("base64", mime_decode.base64(data, start, mime.base64_run(data, start, end))))
         if head.startswith(engine.raw):
             readings.append(("8bit", mime_decode.raw(data, start, end)))
         if kind & _QUOTED or head.startswith(engine.firsts):
@@ -200,9 +198,8 @@ class _Scan:
             return self._program(first, windows) if engine.fragments else None
         if layers + 1 >= LAYERS or not (binary or (kind & _QUOTED and encoding == "quoted-printable")):
             return None
-        run = mime.BASE64_RUN.match(first)
         text = binary and b"\0" not in head and not head.startswith(b"%PDF-")
-        if text or kind & _COMPOSITE or _FIELD.match(first) or (run is not None and run.end() >= mime.RUN):
+        if text or kind & _COMPOSITE or _FIELD.match(first) or mime.base64_run(first) >= mime.RUN:
             return self._documents(first, windows, layers + 1)
         return None
 
@@ -273,8 +270,7 @@ def _meant(signature: Signature, first: bytes) -> bool:
     """Whether text that begins as a signature's bytes does is meant so: if these are base64, base64 must follow."""
     if not signature.base64:
         return True
-    run = mime.BASE64_RUN.match(first)
-    return run is not None and run.end() >= min(mime.RUN, len(first))
+    return mime.base64_run(first) >= min(mime.RUN, len(first))
 
 
 def _name(block: bytes, start: int, end: int) -> str:

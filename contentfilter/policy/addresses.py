@@ -20,7 +20,7 @@ EXEMPT = b"!"
 MAX_KEY = 1000  # bytes; qmail-queue refuses addresses over 1002
 
 PLAIN_KEYS = re.compile(rb"(?:(?:[0-9a-z_+=][0-9a-z_.+=-]*+)?@[0-9a-z-]++(?:\.[0-9a-z-]++)+\n){0,10000}")
-"""Matches as many folded lines (at most ten thousand) as hold a canonical address or @domain beyond doubt, nothing else.
+"""Matches as many folded lines (at most ten thousand) as hold a canonical address or @domain beyond doubt.
 
 Spares :func:`parse_key` for most rows of a large table.
 """

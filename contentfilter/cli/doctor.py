@@ -65,7 +65,7 @@ def doctor(
         hook = None
     site = ops.Site(
         settings=settings,
-        workers=worker_count(settings),
+        workers=daemon.wanted if daemon else worker_count(settings),
         children=children,
         unknown_users=resolve(settings.origin)[1],
         daemon=daemon,

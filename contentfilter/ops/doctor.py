@@ -15,8 +15,8 @@ from pathlib import Path
 
 from contentfilter.config.settings import Settings
 from contentfilter.ops import doctor_scanners
-from contentfilter.ops.finding import Finding, Level, Probe
-from contentfilter.ops.qmail import Place, answers, examine, read_conf, version_of
+from contentfilter.ops.finding import AS_ROOT, Finding, Level, Probe
+from contentfilter.ops.qmail import Conf, Place, answers, examine, read_conf, version_of
 from contentfilter.tables.keeper import State
 
 OK, WARNING, ERROR = Level.OK, Level.WARNING, Level.ERROR
@@ -88,7 +88,9 @@ def daemon(site: Site) -> Iterator[Finding]:
     said, run = site.daemon, site.settings.service.run
     control = Path(run, "control.sock")
     if said is None:
-        yield Finding(ERROR, "daemon", f"no daemon answers at {control}", START)
+        forbidden = control.exists() and not os.access(control, os.R_OK | os.W_OK)
+        what = f"{control} is closed to this user" if forbidden else f"no daemon answers at {control}"
+        yield Finding(ERROR, "daemon", what, AS_ROOT if forbidden else START)
         return
     if control.stat().st_mode & 0o002:
         yield Finding(ERROR, "daemon", f"{control} is open to everybody", f"Close it: chmod 660 {control}")
@@ -184,9 +186,8 @@ def hook(site: Site) -> Iterator[Finding]:
     if not state.installed:
         lost = place.real.exists()  # once installed, and something has taken its place
         remedy = "Install it: contentfilter hook install" + (" --force" if lost and place.queue.exists() else "")
-        what = f"{place.queue} is not the hook: " + (
-            "mail goes by the filter" if lost else "only QMAILQUEUE can name it"
-        )
+        unless = "" if lost else ", unless QMAILQUEUE names the hook"
+        what = f"{place.queue} is not the hook: mail goes past the filter{unless}"
         yield Finding(ERROR if lost else WARNING, "hook", what, remedy)
     for problem in state.problems if state.installed else ():
         what, _, remedy = problem.partition("; ")
@@ -216,7 +217,10 @@ def dialect(site: Site) -> Iterator[Finding]:
     """By strings in the program that reads the refusal; it is not run."""
     program = site.place.qmail / "bin" / "qmail-smtpd"
     reader = site.place.queue if version_of(site.place.queue) else site.hook
-    told = read_conf(reader, site.queue_conf).values.get("dialect", "auto") if reader else "auto"
+    conf = read_conf(reader, site.queue_conf) if reader else Conf({})
+    if conf.problem:
+        return  # told under the hook
+    told = conf.values.get("dialect", "auto")
     try:
         image = program.read_bytes()
     except FileNotFoundError:
@@ -249,6 +253,8 @@ def tables(site: Site) -> Iterator[Finding]:
 def disk(site: Site) -> Iterator[Finding]:
     """Where quarantine and journal lie."""
     path = site.settings.service.state
+    if not os.path.exists(path):
+        return  # told under directories
     about = os.statvfs(path)
     free, size = about.f_bavail * about.f_frsize, about.f_blocks * about.f_frsize
     remedy = "Make room: contentfilter quarantine expire, or a lower max_size in [journal]."

@@ -5,6 +5,7 @@ we ask. Sources: clamd.conf(5); clamd says OK, without a look, to what is above 
 """
 
 import asyncio
+import os
 import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ from contentfilter.ops.finding import Finding, Level, Probe
 from contentfilter.scanners.clamd import ClamdScanner
 from contentfilter.scanners.stream import Address, Limits, converse
 from contentfilter.wire import spamd as spamd_wire
+from contentfilter.wire.clamd import Version
 
 OK, WARNING, ERROR = Level.OK, Level.WARNING, Level.ERROR
 CLAMD_CONF = "/etc/clamav/clamd.conf"
@@ -58,14 +60,18 @@ def clamd(settings: Settings, backend: str) -> Iterator[Finding]:
     except BackendError as error:
         yield Finding(ERROR, "clamd", str(error), _RESTART_CLAMD)
         return
+    yield freshness(backend, version, datetime.now(UTC))
+
+
+def freshness(backend: str, version: Version, now: datetime) -> Finding:
+    """Of clamd's database."""
     remedy = "See what keeps it: systemctl status clamav-freshclam; by hand: freshclam"
     if version.built is None:
-        yield Finding(WARNING, "clamd", f"{backend}: {version.product}, no official database", remedy)
-        return
-    age = (datetime.now(UTC) - _utc(version.built)).total_seconds() / 86_400
+        return Finding(WARNING, "clamd", f"{backend}: {version.product}, no official database", remedy)
+    age = (now - version.built).total_seconds() / 86_400
     level = ERROR if age > TOO_OLD else WARNING if age > OLD else OK
     what = f"{backend}: {version.product}, database {version.database}, {max(0.0, age):.1f} days old"
-    yield Finding(level, "clamd", what, "" if level is OK else remedy)
+    return Finding(level, "clamd", what, "" if level is OK else remedy)
 
 
 def clamd_limits(settings: Settings, workers: int, path: Path) -> Iterator[Finding]:
@@ -117,12 +123,8 @@ def size(text: str) -> int | None:
 def _is_of(values: dict[str, str], address: Address) -> bool:
     """Whether the clamd with this configuration is the one at ``address``."""
     if address.path:
-        return values.get("LocalSocket") == address.path
+        return os.path.realpath(values.get("LocalSocket", "")) == os.path.realpath(address.path)  # /var/run is /run
     return address.host in ("127.0.0.1", "::1", "localhost") and values.get("TCPSocket") == str(address.port)
-
-
-def _utc(moment: datetime) -> datetime:
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def spamd(backend: str) -> Iterator[Finding]:

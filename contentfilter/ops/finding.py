@@ -15,6 +15,8 @@ from contentfilter.deadline import Deadline
 
 T = TypeVar("T")
 
+AS_ROOT = "Call the doctor as root."
+
 
 class Level(enum.Enum):
     OK = "ok"
@@ -63,8 +65,9 @@ def examine(probes: Mapping[str, Probe], deadline: Deadline) -> tuple[Finding, .
             what, remedy = f"{name}: no answer in time", "See what it waits for: a file system or a daemon that hangs."
             found.append(Finding(Level.ERROR, topic, what, remedy))
         elif isinstance(result, OSError):
-            what = f"{name}: {result.filename or ''} {result.strerror or result}".replace("  ", " ")
-            found.append(Finding(Level.ERROR, topic, what, "Call the doctor as root."))
+            what = f"{result.filename or name}: {result.strerror or result}"
+            remedy = AS_ROOT if isinstance(result, PermissionError) else "See what is wrong with it, and try again."
+            found.append(Finding(Level.ERROR, topic, what, remedy))
         elif isinstance(result, Exception):
             what, remedy = f"{name}: {type(result).__name__}: {result}", "Report this as a defect of the doctor."
             found.append(Finding(Level.ERROR, topic, what, remedy))

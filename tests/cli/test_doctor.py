@@ -2,12 +2,14 @@
 
 import itertools
 import json
+import resource
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from contentfilter.cli.main import cli
 from contentfilter.deadline import Deadline
 from contentfilter.ops import doctor_scanners
 from contentfilter.ops.finding import Finding, Level, examine
+from contentfilter.wire.clamd import Version
 
 _numbers = itertools.count(1)
 
@@ -263,6 +266,45 @@ def test_clamd_s_limits_are_compared_with_ours(shared: Server, lines: str, level
     shared.clamd_conf.write_text(f"# a comment\nLocalSocket {shared.clamd.socket}\n{lines}")
     try:
         assert [word in what for what in shared.of("clamd", level, int(level == "error")) if word in what]
+    finally:
+        shared.clamd_conf = kept
+
+
+@pytest.mark.parametrize(
+    ("days", "level"),
+    [(-0.1, "ok"), (1.9, "ok"), (2.1, "warning"), (6.9, "warning"), (8, "error"), (None, "warning")],
+)
+def test_an_old_database_is_told(days: float | None, level: str) -> None:
+    now = datetime(2026, 6, 1, tzinfo=UTC)
+    version = Version("ClamAV", 1, None if days is None else now - timedelta(days=days))
+    assert doctor_scanners.freshness("unix:/there", version, now).level.value == level
+
+
+def test_a_worker_that_may_open_too_few_files_is_a_warning(make_server: Callable[..., Server]) -> None:
+    server = make_server()
+    assert server.of("limits", "warning") == []
+    for pid in server.system.daemon.workers():
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (1024, 2048))
+    assert ["may open 1024 files" in what for what in server.of("limits", "warning")] == [True]
+
+
+def test_users_that_are_not_there_are_told_by_name(shared: Server) -> None:
+    config = shared.system.daemon.config
+    kept = config.read_text()
+    try:
+        config.write_text(kept.replace("bounce_users = []", 'bounce_users = ["no-such-user"]'))
+        assert any("'no-such-user'" in what for what in shared.of("users", "warning"))
+    finally:
+        config.write_text(kept)
+
+
+def test_a_socket_by_another_name_is_the_same_clamd(shared: Server) -> None:
+    kept, other = shared.clamd_conf, shared.directory / "run"
+    other.symlink_to(Path(shared.clamd.socket).parent)
+    shared.clamd_conf = shared.directory / "linked.conf"
+    shared.clamd_conf.write_text(f"LocalSocket {other}/{Path(shared.clamd.socket).name}\n")
+    try:
+        assert not any("cannot be known" in what for what in shared.of("clamd", "warning"))
     finally:
         shared.clamd_conf = kept
 

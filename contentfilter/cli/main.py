@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "quarantine": ("contentfilter.cli.quarantine", "quarantine", "Look at, release and remove what was kept."),
     "status": ("contentfilter.cli.control", "status", "Say what the daemon does right now."),
     "reload": ("contentfilter.cli.control", "reload", "Make the daemon read its configuration again."),
+    "doctor": ("contentfilter.cli.doctor", "doctor", "Say what is wrong with this server, and what to do about it."),
     "hook": ("contentfilter.cli.hook", "hook", "Install the hook in a qmail, remove it, show its state."),
     "migrate": ("contentfilter.cli.migrate", "migrate", "Turn the controls of H-Sphere or simscan into ours."),
     "spamd-options": ("contentfilter.cli.spamd_options", "spamd_options", "Print what spamd must be started with."),

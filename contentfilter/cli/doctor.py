@@ -1,0 +1,117 @@
+"""``contentfilter doctor``: what is wrong with this server, and what to do about it.
+
+Exit statuses: 0 no errors, warnings allowed; 1 errors; 78 the settings themselves are wrong. It ends within ten
+seconds, whatever hangs.
+"""
+
+import asyncio
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from contentfilter.cli.common import printable
+from contentfilter.config.controls import Controls, read_controls
+from contentfilter.config.load import load_settings
+from contentfilter.config.settings import Settings
+from contentfilter.deadline import Deadline
+from contentfilter.errors import ConfigError, Problem
+from contentfilter.intake.origin import resolve
+from contentfilter.ops import doctor as ops
+from contentfilter.ops.doctor_scanners import CLAMD_CONF
+from contentfilter.ops.finding import Finding, Level, examine, run
+from contentfilter.ops.qmail import DEFAULT_CONF, Place, RefusedError, packaged_hook
+from contentfilter.service import bus
+from contentfilter.service.supervisor import worker_count
+
+QUESTION = 2.5  # seconds for the daemon and the control directory
+PROBES = 6.0  # seconds for everything else
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--qmail", metavar="DIR", default="/var/qmail", show_default=True, type=click.Path(path_type=Path))
+@click.option(
+    "--queue-conf",
+    metavar="FILE",
+    envvar="CONTENTFILTER_QUEUE_CONF",
+    default=DEFAULT_CONF,
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="The hook's configuration.",
+)
+@click.option("--binary", metavar="FILE", help="The compiled hook, if not the one of this package.")
+@click.option(
+    "--clamd-conf",
+    metavar="FILE",
+    default=CLAMD_CONF,
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="clamd's configuration, for its limits.",
+)
+@click.pass_context
+def doctor(
+    ctx: click.Context, qmail: Path, queue_conf: Path, binary: str | None, clamd_conf: Path, *, as_json: bool
+) -> None:
+    """Say what is wrong with this server, and what to do about it."""
+    settings = load_settings(ctx.obj)
+    daemon, children = _ask(settings)
+    try:
+        hook: Path | None = packaged_hook(binary)
+    except RefusedError as error:
+        if binary is not None:
+            raise click.BadParameter(str(error), ctx, param_hint="--binary") from None
+        hook = None
+    site = ops.Site(
+        settings=settings,
+        workers=daemon.wanted if daemon else worker_count(settings),
+        children=children,
+        unknown_users=resolve(settings.origin)[1],
+        daemon=daemon,
+        place=Place(qmail),
+        queue_conf=queue_conf,
+        hook=hook,
+        clamd_conf=clamd_conf,
+    )
+    findings = examine(ops.probes(site), Deadline.after(PROBES))
+    errors = sum(finding.level is Level.ERROR for finding in findings)
+    if as_json:
+        shown = [asdict(finding) | {"level": finding.level.value} for finding in findings]
+        click.echo(json.dumps({"ok": not errors, "findings": shown}, indent=2))
+    else:
+        _print(findings, errors)
+    ctx.exit(1 if errors else 0)
+
+
+def _ask(settings: Settings) -> tuple[ops.Daemon | None, int]:
+    """What the running daemon says, and spamdchildren. Raises ConfigError."""
+
+    def controls() -> Controls:
+        return asyncio.run(read_controls(settings.service.control))[0]
+
+    def status() -> bus.Reply | None:
+        return bus.ask(settings.service.run, bus.AskStatus(), QUESTION - 0.5)
+
+    results = run({"status": status, "controls": controls}, Deadline.after(QUESTION))
+    read, said = results["controls"], results["status"]
+    if isinstance(read, ConfigError):
+        raise read
+    if not isinstance(read, Controls):
+        raise ConfigError((Problem(settings.service.control, 0, f"cannot be read in time: {read!r}"),))
+    return _daemon(said) if isinstance(said, bus.Status) else None, read.values["spamdchildren"]
+
+
+def _daemon(said: bus.Status) -> ops.Daemon:
+    ready = tuple(worker.pid for worker in said.workers if worker.state == "ready")
+    return ops.Daemon(said.pid, said.state, said.socket, said.wanted, ready, said.problems, said.tables)
+
+
+def _print(findings: tuple[Finding, ...], errors: int) -> None:
+    """One line for each, its remedy below it."""
+    for finding in findings:
+        click.echo(printable(f"{finding.level.value + ':':9}{finding.topic}: {finding.what}"))
+        if finding.remedy:
+            click.echo(printable(f"{'':9}-> {finding.remedy}"))
+    warnings = sum(finding.level is Level.WARNING for finding in findings)
+    click.echo(f"{errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}")

@@ -1,0 +1,153 @@
+"""The doctor's examinations of clamd and spamd: reachable, fresh, and with limits that fit ours.
+
+clamd does not tell its limits, so they are read from its configuration file, where that is the file of a clamd that
+we ask. Sources: clamd.conf(5); clamd says OK, without a look, to what is above MaxFileSize.
+"""
+
+import asyncio
+import os
+import re
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+from contentfilter.config.settings import Settings
+from contentfilter.deadline import Deadline
+from contentfilter.errors import BackendError
+from contentfilter.ops.finding import Finding, Level, Probe
+from contentfilter.scanners.clamd import ClamdScanner
+from contentfilter.scanners.stream import Address, Limits, converse
+from contentfilter.wire import spamd as spamd_wire
+from contentfilter.wire.clamd import Version
+
+OK, WARNING, ERROR = Level.OK, Level.WARNING, Level.ERROR
+CLAMD_CONF = "/etc/clamav/clamd.conf"
+PATIENCE = 4.0  # seconds for one backend
+OLD, TOO_OLD = 2.0, 7.0  # days
+DEFAULT_SIZE = 25 << 20  # of older versions of clamd; newer ones have 100 MiB
+DEFAULT_THREADS = 10
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_RESTART_CLAMD = "See why: systemctl status clamav-daemon; then: systemctl restart clamav-daemon"
+_RESTART_SPAMD = "See why: systemctl status spamd; then: systemctl restart spamd"
+
+
+def probes(settings: Settings, workers: int, children: int, clamd_conf: Path) -> dict[str, Probe]:
+    found: dict[str, Probe] = {}
+    if not settings.clamd.backends:
+        found["clamd"] = partial(_switched_off, "clamd")
+    for backend in settings.clamd.backends:
+        found[f"clamd {backend}"] = partial(clamd, settings, backend)
+    if settings.clamd.backends:
+        found["clamd limits"] = partial(clamd_limits, settings, workers, clamd_conf)
+    if not settings.spamd.backends:
+        found["spamd"] = partial(_switched_off, "spamd")
+    for backend in settings.spamd.backends:
+        found[f"spamd {backend}"] = partial(spamd, backend)
+    if settings.spamd.backends:
+        found["spamd children"] = partial(spamd_children, workers, children)
+    return found
+
+
+def _switched_off(scanner: str) -> Iterator[Finding]:
+    yield Finding(OK, scanner, f"{scanner} is switched off: no backends")
+
+
+def clamd(settings: Settings, backend: str) -> Iterator[Finding]:
+    scanner = ClamdScanner(settings.clamd)
+    try:
+        version = asyncio.run(scanner.probe(Address.parse(backend), Deadline.after(PATIENCE)))
+    except BackendError as error:
+        yield Finding(ERROR, "clamd", str(error), _RESTART_CLAMD)
+        return
+    yield freshness(backend, version, datetime.now(UTC))
+
+
+def freshness(backend: str, version: Version, now: datetime) -> Finding:
+    """Of clamd's database."""
+    remedy = "See what keeps it: systemctl status clamav-freshclam; by hand: freshclam"
+    if version.built is None:
+        return Finding(WARNING, "clamd", f"{backend}: {version.product}, no official database", remedy)
+    age = (now - version.built).total_seconds() / 86_400
+    level = ERROR if age > TOO_OLD else WARNING if age > OLD else OK
+    what = f"{backend}: {version.product}, database {version.database}, {max(0.0, age):.1f} days old"
+    return Finding(level, "clamd", what, "" if level is OK else remedy)
+
+
+def clamd_limits(settings: Settings, workers: int, path: Path) -> Iterator[Finding]:
+    try:
+        values = parse_conf(path.read_text(errors="replace"))
+    except OSError as error:
+        what = f"clamd's limits cannot be known: {path}: {error.strerror}"
+        yield Finding(WARNING, "clamd", what, "Name its configuration with --clamd-conf, or compare by hand.")
+        return
+    asked = [Address.parse(backend) for backend in settings.clamd.backends]
+    if not any(_is_of(values, address) for address in asked):
+        what = f"clamd's limits cannot be known: {path} is of none of the backends"
+        yield Finding(WARNING, "clamd", what, "Name its configuration with --clamd-conf, or compare by hand.")
+        return
+    ours = settings.clamd.max_size
+    for name, level, meaning in (
+        ("MaxFileSize", ERROR, "clamd says OK without a look in between"),
+        ("StreamMaxLength", WARNING, "clamd refuses streams in between"),
+    ):
+        limit = size(values.get(name, ""))
+        shown = "not set, 25 MiB in older versions" if limit is None else f"{limit} bytes"
+        limit = DEFAULT_SIZE if limit is None else limit
+        what = f"{name} in {path} is {shown}; [clamd] max_size is {ours or 'without limit'}"
+        if limit and not 0 < ours <= limit:
+            remedy = f"Set max_size to at most {limit}, or raise {name} and restart clamd."
+            yield Finding(level, "clamd", f"{what}: {meaning}", remedy)
+        else:
+            yield Finding(OK, "clamd", what)
+    threads, ours = size(values.get("MaxThreads", "")) or DEFAULT_THREADS, settings.clamd.concurrency * workers
+    what = f"MaxThreads in {path} is {threads}; concurrency times workers is {ours}"
+    if ours > threads:
+        remedy = "Raise MaxThreads, or lower concurrency in [clamd]: what is above it waits in clamd."
+        yield Finding(WARNING, "clamd", what, remedy)
+    else:
+        yield Finding(OK, "clamd", what)
+
+
+def parse_conf(text: str) -> dict[str, str]:
+    """``Name value`` lines of clamd.conf; the last one of a name counts."""
+    return dict(re.findall(r"^[ \t]*([A-Za-z]\w*)[ \t]+([^\s#]+)", text, re.MULTILINE))
+
+
+def size(text: str) -> int | None:
+    """A number with K, M or G behind it, or None."""
+    match = re.fullmatch(r"([0-9]{1,15})([KMG]?)", text.upper())
+    return int(match[1]) * _UNITS[match[2]] if match else None
+
+
+def _is_of(values: dict[str, str], address: Address) -> bool:
+    """Whether the clamd with this configuration is the one at ``address``."""
+    if address.path:
+        return os.path.realpath(values.get("LocalSocket", "")) == os.path.realpath(address.path)  # /var/run is /run
+    return address.host in ("127.0.0.1", "::1", "localhost") and values.get("TCPSocket") == str(address.port)
+
+
+def spamd(backend: str) -> Iterator[Finding]:
+    address, reader = Address.parse(backend), spamd_wire.ResponseReader("PING", 0)
+    batches = iter([(spamd_wire.request("PING", 0),)])
+    limits, deadline = Limits(PATIENCE, PATIENCE), Deadline.after(PATIENCE)
+    try:
+        answer, _ = asyncio.run(converse(address, batches, reader, limits, deadline))
+    except BackendError as error:
+        yield Finding(ERROR, "spamd", str(error), _RESTART_SPAMD)
+        return
+    if answer.code:
+        yield Finding(ERROR, "spamd", f"{backend}: {answer.code} {answer.text}", _RESTART_SPAMD)
+    else:
+        yield Finding(OK, "spamd", f"{backend} answers")
+
+
+def spamd_children(workers: int, children: int) -> Iterator[Finding]:
+    """Workers share them (app.py); each asks at least one question at once. spamd's own number it does not tell."""
+    at_once = workers * max(1, children // workers)
+    what = f"spamdchildren is {children}; {workers} workers ask at most {at_once} questions at once"
+    if at_once > children:
+        remedy = f"Set spamdchildren to {at_once} and restart spamd with: contentfilter spamd-options"
+        yield Finding(WARNING, "spamd", what, remedy)
+    else:
+        yield Finding(OK, "spamd", f"{what}; spamd itself must allow as many (contentfilter spamd-options)")

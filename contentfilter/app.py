@@ -30,7 +30,7 @@ from contentfilter.scanners.signatures import (
     parse_signatures,
 )
 from contentfilter.scanners.spamd import SpamdScanner
-from contentfilter.service.bus import Event
+from contentfilter.service.frames import Event
 from contentfilter.service.housekeeping import Chore
 from contentfilter.service.source import Loaded
 from contentfilter.service.supervisor import worker_count

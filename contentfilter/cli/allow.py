@@ -19,7 +19,7 @@ from contentfilter.cli.common import become_owner, print_rows, span, when
 from contentfilter.config.load import load_settings
 from contentfilter.model import readable
 from contentfilter.policy.tolerance import UNOFFICIAL, Allowance
-from contentfilter.service import bus
+from contentfilter.service import bus, frames
 from contentfilter.tables.allow import change_allowed, read_allowed
 
 RELOAD_WAIT = 60.0
@@ -101,10 +101,10 @@ def _change(config_path: str, change: Callable[[tuple[Allowance, ...]], tuple[Al
 
 def _go_live(config_path: str) -> None:
     """The running daemon takes it now; one that does not run takes it when it starts."""
-    reply = bus.ask(load_settings(config_path).service.run, bus.AskReload(), RELOAD_WAIT)
+    reply = bus.ask(load_settings(config_path).service.run, frames.AskReload(), RELOAD_WAIT)
     if reply is None:
         click.echo("no daemon answers; it holds from its next start", err=True)
-    elif isinstance(reply, bus.Done) and not reply.ok:
+    elif isinstance(reply, frames.Done) and not reply.ok:
         for problem in reply.problems:
             click.echo(f"contentfilter: {problem}", err=True)
         click.echo("saved, but not live: the daemon refuses the configuration", err=True)

@@ -17,7 +17,7 @@ from contentfilter.config.load import load_settings
 from contentfilter.config.settings import Settings
 from contentfilter.errors import ConfigError, Problem
 from contentfilter.model import readable
-from contentfilter.service import bus
+from contentfilter.service import bus, frames
 from contentfilter.tables import shrink
 from contentfilter.tables.keeper import read_source
 from contentfilter.tables.rows import TABLES, Rows, row_text
@@ -85,8 +85,8 @@ def accept(config_path: str, checksum: str) -> None:
         shrink.accept(state, name)
     except OSError as e:
         raise ConfigError((Problem(state, 0, f"cannot note it there: {e.strerror}"),)) from e
-    reply = bus.ask(settings.service.run, bus.AskReload(), WAIT)
-    if not isinstance(reply, bus.Done):
+    reply = bus.ask(settings.service.run, frames.AskReload(), WAIT)
+    if not isinstance(reply, frames.Done):
         click.echo("accepted; no daemon answers, it will take them when it starts")
         return
     for problem in reply.problems:

@@ -10,7 +10,7 @@ import click
 import msgspec
 
 from contentfilter.config.load import read_settings
-from contentfilter.service import bus
+from contentfilter.service import bus, frames
 from contentfilter.tables.keeper import State
 
 WAIT = 5.0  # seconds
@@ -22,8 +22,8 @@ RELOAD_WAIT = 120.0  # a database may take its time
 @click.pass_obj
 def status(config_path: str, as_json: bool) -> None:
     """Say what the daemon does right now."""
-    reply = _ask(config_path, bus.AskStatus(), WAIT)
-    assert isinstance(reply, bus.Status)  # noqa: S101 - the daemon answers this question with nothing else
+    reply = _ask(config_path, frames.AskStatus(), WAIT)
+    assert isinstance(reply, frames.Status)  # noqa: S101 - the daemon answers this question with nothing else
     if as_json:
         click.echo(json.dumps(msgspec.to_builtins(reply)))
         return
@@ -56,8 +56,8 @@ def _tables(state: State) -> str:
 @click.pass_obj
 def reload(config_path: str, restart: bool, as_json: bool) -> None:
     """Read the configuration again. A bad one changes nothing."""
-    reply = _ask(config_path, bus.AskReload(restart), RELOAD_WAIT)
-    assert isinstance(reply, bus.Done)  # noqa: S101 - see above
+    reply = _ask(config_path, frames.AskReload(restart), RELOAD_WAIT)
+    assert isinstance(reply, frames.Done)  # noqa: S101 - see above
     if as_json:
         click.echo(json.dumps(msgspec.to_builtins(reply)))
     else:
@@ -67,7 +67,7 @@ def reload(config_path: str, restart: bool, as_json: bool) -> None:
     sys.exit(0 if reply.ok and not reply.problems else 1)
 
 
-def _ask(config_path: str, question: bus.Question, seconds: float) -> bus.Reply:
+def _ask(config_path: str, question: frames.Question, seconds: float) -> frames.Reply:
     settings, _ = read_settings(config_path)  # with problems in it, too: the daemon may run on an older one
     run = settings.service.run
     reply = bus.ask(run, question, seconds)

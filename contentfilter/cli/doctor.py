@@ -22,7 +22,7 @@ from contentfilter.ops import doctor as ops
 from contentfilter.ops.doctor_scanners import CLAMD_CONF
 from contentfilter.ops.finding import Finding, Level, examine, run
 from contentfilter.ops.qmail import DEFAULT_CONF, Place, RefusedError, packaged_hook
-from contentfilter.service import bus
+from contentfilter.service import bus, frames
 from contentfilter.service.supervisor import worker_count
 
 QUESTION = 2.5  # seconds for the daemon and the control directory
@@ -90,8 +90,8 @@ def _ask(settings: Settings) -> tuple[ops.Daemon | None, int]:
     def controls() -> Controls:
         return asyncio.run(read_controls(settings.service.control))[0]
 
-    def status() -> bus.Reply | None:
-        return bus.ask(settings.service.run, bus.AskStatus(), QUESTION - 0.5)
+    def status() -> frames.Reply | None:
+        return bus.ask(settings.service.run, frames.AskStatus(), QUESTION - 0.5)
 
     results = run({"status": status, "controls": controls}, Deadline.after(QUESTION))
     read, said = results["controls"], results["status"]
@@ -99,10 +99,10 @@ def _ask(settings: Settings) -> tuple[ops.Daemon | None, int]:
         raise read
     if not isinstance(read, Controls):
         raise ConfigError((Problem(settings.service.control, 0, f"cannot be read in time: {read!r}"),))
-    return _daemon(said) if isinstance(said, bus.Status) else None, read.values["spamdchildren"]
+    return _daemon(said) if isinstance(said, frames.Status) else None, read.values["spamdchildren"]
 
 
-def _daemon(said: bus.Status) -> ops.Daemon:
+def _daemon(said: frames.Status) -> ops.Daemon:
     ready = tuple(worker.pid for worker in said.workers if worker.state == "ready")
     return ops.Daemon(said.pid, said.state, said.socket, said.wanted, ready, said.problems, said.tables)
 

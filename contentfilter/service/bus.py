@@ -1,7 +1,7 @@
 """The inside of the pool: what workers and supervisor say to each other over ZeroMQ, never a message's bytes.
 
 Workers PUSH reports, the supervisor PUBlishes commands and the event feed, a ROUTER answers the command
-line. A frame is one version byte and a msgpack map with a type tag. What cannot be decoded is
+line and learns from the kernel who asks. What cannot be decoded is
 counted and dropped. Sending never waits: above the high-water mark a frame is lost, mail is not.
 The sockets lie in the run directory with the modes given here; contexts are made after exec.
 """
@@ -10,6 +10,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
@@ -17,156 +18,36 @@ import zmq
 import zmq.asyncio
 
 from contentfilter.errors import RemoteProtocolError
-from contentfilter.tables.keeper import State
+from contentfilter.service.frames import (
+    COMMANDS,
+    QUESTIONS,
+    REPLIES,
+    REPORTS,
+    VERSION,
+    Command,
+    Event,
+    Happened,
+    Heartbeat,
+    Question,
+    Reply,
+    Report,
+    decode,
+    encode,
+)
 
-VERSION = b"\x01"
+T = TypeVar("T")
 HIGH_WATER = 10_000  # frames
 LIMIT = 64 * 1024 * 1024  # bytes in one frame; a configuration with long signature lists is the largest
 BATCH = 64  # events in one frame
 BATCH_DELAY = 0.05  # seconds
 
 
-class Frame(msgspec.Struct, frozen=True, tag=True):
-    """Base of all frames."""
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """Who put a question."""
 
-
-# Worker to supervisor
-
-
-class Busy(msgspec.Struct, frozen=True):
-    """A connection that a worker has open."""
-
-    incident: str
-    stage: str
-    seconds: float
-
-
-class Heartbeat(Frame, frozen=True):
-    """A sign of life from a worker's event loop. The first one says that it accepts messages."""
-
-    pid: int
-    generation: int
-    refused: int  # a generation that this worker could not build, or 0
-    lag: float  # seconds by which the loop was late
-    in_flight: tuple[Busy, ...]  # the oldest ones
-    open: int
-    counters: dict[str, int]
-    bytes: int = 0  # of the messages in flight
-
-
-class Event(msgspec.Struct, frozen=True):
-    """Something that happened; ``fields`` are those of the log line, ``account`` (JSON) is what has no room there."""
-
-    name: str
-    fields: dict[str, Any]
-    account: bytes = b""
-
-
-class Happened(Frame, frozen=True):
-    pid: int
-    events: list[Event]
-
-
-Report = Heartbeat | Happened
-
-
-# Supervisor to workers
-
-
-class Configure(Frame, frozen=True):
-    """What holds from now on. Repeated until every worker has it."""
-
-    generation: int
-    blob: bytes
-
-
-Command = Configure
-
-
-# Command line to supervisor, and back
-
-
-class Ping(Frame, frozen=True):
-    pass
-
-
-class AskStatus(Frame, frozen=True):
-    pass
-
-
-class AskReload(Frame, frozen=True):
-    """``restart`` also replaces every worker process, each new one before its old one goes."""
-
-    restart: bool = False
-
-
-Question = Ping | AskStatus | AskReload
-
-
-class WorkerStatus(msgspec.Struct, frozen=True):
-    slot: int
-    pid: int
-    state: str  # starting, ready, retiring
-    generation: int
-    age: float  # seconds since it was started
-    silent: float  # seconds since its last heartbeat
-    lag: float
-    open: int
-    in_flight: tuple[Busy, ...]
-    counters: dict[str, int]
-    bytes: int = 0
-
-
-class Status(Frame, frozen=True):
-    """The daemon at a glance."""
-
-    version: str
-    pid: int
-    state: str  # starting, ready, draining
-    generation: int
-    uptime: float
-    socket: str
-    restarts: int  # workers that died or were killed
-    malformed: int  # frames dropped
-    problems: tuple[str, ...]  # of the last reload; empty when it was good
-    workers: tuple[WorkerStatus, ...]
-    not_recorded: int = 0  # events that the journal lost
-    tables: State | None = None  # the recipient tables in force
-    wanted: int = 0  # workers
-    deaths: dict[str, int] = {}  # restarts by reason
-
-
-class Done(Frame, frozen=True):
-    """The answer to everything but AskStatus."""
-
-    ok: bool
-    generation: int
-    problems: tuple[str, ...] = ()  # with ok: what is not as it should be all the same
-
-
-Reply = Status | Done
-
-T = TypeVar("T")
-
-
-def encode(frame: Frame) -> bytes:
-    return VERSION + msgspec.msgpack.encode(frame)
-
-
-def decode(data: bytes, decoder: msgspec.msgpack.Decoder[T]) -> T:
-    """Raises RemoteProtocolError."""
-    if data[:1] != VERSION:
-        raise RemoteProtocolError("frame of another version")
-    try:
-        return decoder.decode(memoryview(data)[1:])
-    except (msgspec.DecodeError, UnicodeDecodeError) as e:
-        raise RemoteProtocolError(str(e)) from e
-
-
-REPORTS: msgspec.msgpack.Decoder[Report] = msgspec.msgpack.Decoder(Report)
-COMMANDS: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
-QUESTIONS: msgspec.msgpack.Decoder[Question] = msgspec.msgpack.Decoder(Question)
-REPLIES: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+    identity: bytes  # ZeroMQ's name for the connection
+    uid: int  # as the kernel told it; -1 where it did not
 
 
 def addresses(run: str) -> dict[str, str]:
@@ -248,10 +129,11 @@ class SupervisorBus:
         """Whether a report is there, or comes within so long."""
         return bool(await self._pull.poll(int(seconds * 1000)))
 
-    async def question(self) -> tuple[bytes, Question]:
+    async def question(self) -> tuple[Asker, Question]:
         """The next question from the command line, and whom to answer."""
-        parts = await self._router.recv_multipart()
-        return parts[0], self._decoded(parts, 2, QUESTIONS)
+        parts = await self._router.recv_multipart(copy=False)
+        question = self._decoded([part.bytes for part in parts], 2, QUESTIONS)
+        return Asker(parts[0].bytes, _peer_uid(parts[1])), question
 
     def _decoded(self, parts: list[bytes], count: int, decoder: msgspec.msgpack.Decoder[T]) -> T:
         try:
@@ -262,8 +144,8 @@ class SupervisorBus:
             self.malformed += 1
             raise
 
-    async def answer(self, asker: bytes, reply: Reply) -> None:
-        await self._router.send_multipart([asker, encode(reply)], zmq.NOBLOCK)
+    async def answer(self, asker: Asker, reply: Reply) -> None:
+        await self._router.send_multipart([asker.identity, encode(reply)], zmq.NOBLOCK)
 
     async def command(self, frame: Command) -> None:
         await self._commands.send(encode(frame), zmq.NOBLOCK)
@@ -297,6 +179,15 @@ def ask(run: str, question: Question, seconds: float) -> Reply | None:
         return decode(dealer.recv(), REPLIES)
     finally:
         context.destroy(linger=0)
+
+
+def _peer_uid(frame: Any) -> int:
+    """ZeroMQ keeps SO_PEERCRED of a Unix socket as ``host:uid:gid:pid``."""
+    try:
+        uid = int(frame.get("Peer-Address").rsplit(":", 3)[1])
+    except (zmq.ZMQError, ValueError, IndexError):
+        return -1
+    return uid
 
 
 def _limits(each: Any) -> None:

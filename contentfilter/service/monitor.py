@@ -26,7 +26,7 @@ from contentfilter.ops.measure import Sample, backlog, measure
 from contentfilter.ops.metrics import Metrics, Registry
 from contentfilter.scanners.clamd import ClamdScanner
 from contentfilter.scanners.stream import Address
-from contentfilter.service.bus import Happened, Report, Status
+from contentfilter.service.frames import Happened, Report, Status
 
 MEASURE_EVERY = 30.0  # seconds between two looks at the disk
 PROBE_EVERY = 120.0  # seconds between two questions to clamd for its version

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from contentfilter.deadline import Deadline
 from contentfilter.ops.log import Logger
-from contentfilter.service.bus import Heartbeat
+from contentfilter.service.frames import Heartbeat
 from contentfilter.service.process import Process
 
 SETTLED = 10.0  # seconds after which a death no longer counts as trouble at the start

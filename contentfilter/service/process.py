@@ -12,7 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 
-from contentfilter.service.bus import Busy, Heartbeat, WorkerStatus
+from contentfilter.service.frames import Busy, Heartbeat, WorkerStatus
 
 
 class Process:

@@ -17,7 +17,7 @@ from contentfilter.config.settings import Settings
 from contentfilter.errors import JournalError
 from contentfilter.intake.connection import Rarely
 from contentfilter.ops.log import Logger
-from contentfilter.service.bus import Event
+from contentfilter.service.frames import Event
 from contentfilter.verdict.journal import Journal, journal_path, set_aside
 
 GATHER = 0.2  # seconds for which events are collected; a crash loses no more than these

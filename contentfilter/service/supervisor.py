@@ -25,7 +25,7 @@ from contentfilter.intake.listener import OwnSocket, SocketError, hold_lock, inh
 from contentfilter.intake.origin import resolve
 from contentfilter.ops.log import Logger, adopt_standard_logging, make_logger
 from contentfilter.ops.systemd import Notifier, listen_fds, watchdog_interval
-from contentfilter.service import bus
+from contentfilter.service import bus, frames
 from contentfilter.service.housekeeping import Chore, keep_house
 from contentfilter.service.monitor import Monitor
 from contentfilter.service.pool import Pool
@@ -225,7 +225,7 @@ class Supervisor:
     async def _send_configuration(self) -> None:
         self._last_sent = time.monotonic()
         try:
-            await self._bus.command(bus.Configure(self._generation, self._loaded.blob))
+            await self._bus.command(frames.Configure(self._generation, self._loaded.blob))
         except zmq.Again:
             pass  # their heartbeats will ask for it again
 
@@ -239,7 +239,7 @@ class Supervisor:
         except TimeoutError:
             pass
 
-    def _lacks(self, beat: bus.Heartbeat | None) -> bool:
+    def _lacks(self, beat: frames.Heartbeat | None) -> bool:
         return beat is None or max(beat.generation, beat.refused) < self._generation
 
     async def _reload_on_demand(self) -> None:
@@ -279,7 +279,7 @@ class Supervisor:
             self._malformed("reports", error)
             return
         self._monitor.heard(report)
-        if isinstance(report, bus.Happened):
+        if isinstance(report, frames.Happened):
             for event in report.events:
                 self._recorder.put(event)
                 await self._publish(event)
@@ -288,7 +288,7 @@ class Supervisor:
             if self._lacks(report) and not process.retiring and time.monotonic() > self._last_sent + REPEAT:
                 await self._send_configuration()
 
-    async def _publish(self, event: bus.Event) -> None:
+    async def _publish(self, event: frames.Event) -> None:
         try:
             await self._bus.publish(event)
         except zmq.Again:
@@ -302,20 +302,24 @@ class Supervisor:
                 except RemoteProtocolError as error:
                     self._malformed("control", error)
                     continue
-                if isinstance(question, bus.AskReload):
+                if isinstance(question, frames.CHANGES) and asker.uid not in (0, os.geteuid()):
+                    self._log.warning("control.refused", uid=asker.uid, question=type(question).__name__)
+                    refused = f"only root and the user of the daemon may do that, not uid {asker.uid}"
+                    await self._reply(asker, frames.Done(False, self._generation, (refused,)))
+                elif isinstance(question, frames.AskReload):
                     group.create_task(self._reload_for(asker, question))
-                elif isinstance(question, bus.AskStatus):
+                elif isinstance(question, frames.AskStatus):
                     await self._reply(asker, self.status())
                 else:
-                    await self._reply(asker, bus.Done(True, self._generation))
+                    await self._reply(asker, frames.Done(True, self._generation))
 
-    async def _reload_for(self, asker: bytes, question: bus.AskReload) -> None:
+    async def _reload_for(self, asker: bus.Asker, question: frames.AskReload) -> None:
         problems = await self.reload(restart=question.restart)
         state = self._source.tables()
         trouble = (f"tables: {state.trouble}",) if state and state.trouble else ()
-        await self._reply(asker, bus.Done(not problems, self._generation, (*problems, *trouble)))
+        await self._reply(asker, frames.Done(not problems, self._generation, (*problems, *trouble)))
 
-    async def _reply(self, asker: bytes, reply: bus.Reply) -> None:
+    async def _reply(self, asker: bus.Asker, reply: frames.Reply) -> None:
         try:
             await self._bus.answer(asker, reply)
         except zmq.ZMQError:
@@ -349,8 +353,8 @@ class Supervisor:
     def _summary(self) -> str:
         return f"{worker_count(self._loaded.settings)} workers, configuration {self._generation}"
 
-    def status(self) -> bus.Status:
-        return bus.Status(
+    def status(self) -> frames.Status:
+        return frames.Status(
             version=__version__,
             pid=os.getpid(),
             state=self._state,

@@ -27,7 +27,8 @@ from contentfilter.intake.listener import Listener, inherited_socket
 from contentfilter.intake.message import Spool
 from contentfilter.intake.origin import resolve
 from contentfilter.ops.log import Logger, adopt_standard_logging, make_logger
-from contentfilter.service.bus import BATCH_DELAY, Busy, Event, Heartbeat, WorkerBus
+from contentfilter.service.bus import BATCH_DELAY, WorkerBus
+from contentfilter.service.frames import Busy, Event, Heartbeat
 from contentfilter.wire import hook
 
 SHOWN = 8  # messages in flight that a heartbeat tells about

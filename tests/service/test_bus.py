@@ -16,50 +16,50 @@ from lab.daemon import WAIT, Daemon
 from lab.offer import Offer, offer
 
 from contentfilter.errors import RemoteProtocolError
-from contentfilter.service import bus
+from contentfilter.service import bus, frames
 from contentfilter.wire import hook
 
 Make = Callable[..., Daemon]
 
-BEAT = bus.Heartbeat(1, 2, 0, 0.5, (bus.Busy("ab", "handling", 1.5),), 1, {"accepted": 3})
+BEAT = frames.Heartbeat(1, 2, 0, 0.5, (frames.Busy("ab", "handling", 1.5),), 1, {"accepted": 3})
 FRAMES = [
-    (BEAT, bus.REPORTS),
-    (bus.Happened(1, [bus.Event("mail.done", {"id": "ab", "ms": 1.5})]), bus.REPORTS),
-    (bus.Configure(7, b"\0blob"), bus.COMMANDS),
-    (bus.Ping(), bus.QUESTIONS),
-    (bus.AskReload(True), bus.QUESTIONS),
-    (bus.Done(False, 3, ("a: b",)), bus.REPLIES),
+    (BEAT, frames.REPORTS),
+    (frames.Happened(1, [frames.Event("mail.done", {"id": "ab", "ms": 1.5})]), frames.REPORTS),
+    (frames.Configure(7, b"\0blob"), frames.COMMANDS),
+    (frames.Ping(), frames.QUESTIONS),
+    (frames.AskReload(True), frames.QUESTIONS),
+    (frames.Done(False, 3, ("a: b",)), frames.REPLIES),
 ]
 
 
 @pytest.mark.parametrize(("frame", "decoder"), FRAMES)
-def test_a_frame_survives_the_way(frame: bus.Frame, decoder: msgspec.msgpack.Decoder[bus.Frame]) -> None:
-    assert bus.decode(bus.encode(frame), decoder) == frame
+def test_a_frame_survives_the_way(frame: frames.Frame, decoder: msgspec.msgpack.Decoder[frames.Frame]) -> None:
+    assert frames.decode(frames.encode(frame), decoder) == frame
 
 
 @pytest.mark.parametrize(
     "data",
     [
         b"",
-        bus.VERSION,
-        b"\x02" + bus.encode(BEAT)[1:],
-        bus.encode(BEAT)[:-1],
-        bus.encode(BEAT) + b"x",
-        bus.encode(bus.Ping()),
-        bus.VERSION + msgspec.msgpack.encode({"type": "Heartbeat"}),
-        bus.VERSION + msgspec.msgpack.encode(["Heartbeat", "pid", 1]),
+        frames.VERSION,
+        b"\x02" + frames.encode(BEAT)[1:],
+        frames.encode(BEAT)[:-1],
+        frames.encode(BEAT) + b"x",
+        frames.encode(frames.Ping()),
+        frames.VERSION + msgspec.msgpack.encode({"type": "Heartbeat"}),
+        frames.VERSION + msgspec.msgpack.encode(["Heartbeat", "pid", 1]),
     ],
 )
 def test_a_malformed_frame_is_an_error_of_its_own_kind(data: bytes) -> None:
     with pytest.raises(RemoteProtocolError):
-        bus.decode(data, bus.REPORTS)
+        frames.decode(data, frames.REPORTS)
 
 
 @given(st.binary(max_size=200))
 def test_noise_never_does_anything_else(noise: bytes) -> None:
     for _, decoder in FRAMES:
         try:
-            bus.decode(bus.VERSION + noise, decoder)
+            frames.decode(frames.VERSION + noise, decoder)
         except RemoteProtocolError:
             pass
 
@@ -71,9 +71,9 @@ def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
     made.destroy(linger=1000)
 
 
-def status(running: Daemon) -> bus.Status:
-    reply = bus.ask(str(running.directory), bus.AskStatus(), WAIT)
-    assert isinstance(reply, bus.Status)
+def status(running: Daemon) -> frames.Status:
+    reply = bus.ask(str(running.directory), frames.AskStatus(), WAIT)
+    assert isinstance(reply, frames.Status)
     return reply
 
 
@@ -85,7 +85,7 @@ def test_noise_on_the_bus_is_counted_and_disturbs_nobody(where: str, daemon: Mak
         each.connect(bus.addresses(str(running.directory))[where])
         each.send(b"garbage")
         each.send_multipart([b"one", b"two", b"three", b"four"])
-        each.send(bus.encode(bus.Heartbeat(999_999, 1, 0, 0.0, (), 0, {})) if where == "reports" else b"")
+        each.send(frames.encode(frames.Heartbeat(999_999, 1, 0, 0.0, (), 0, {})) if where == "reports" else b"")
         line = running.wait_for("bus.malformed")[0]
         assert line["where"] == where
         seen = status(running).malformed
@@ -110,7 +110,7 @@ def test_the_status_tells_what_each_worker_does(daemon: Make, gate: Any) -> None
 
 
 def test_nobody_home_is_told_in_time(tmp_path: Path) -> None:
-    assert bus.ask(str(tmp_path), bus.Ping(), 0.1) is None
+    assert bus.ask(str(tmp_path), frames.Ping(), 0.1) is None
 
 
 def test_every_message_is_an_event_for_subscribers(daemon: Make, context: zmq.Context) -> None:
@@ -123,7 +123,7 @@ def test_every_message_is_an_event_for_subscribers(daemon: Make, context: zmq.Co
         while not feed.poll(100):
             assert offer(running.socket)
         topic, frame = feed.recv_multipart()
-        event = msgspec.msgpack.decode(frame[1:], type=bus.Event)
+        event = msgspec.msgpack.decode(frame[1:], type=frames.Event)
         assert (topic, event.name) == (b"mail.done", "mail.done")
         assert len(event.fields["id"]) == 16
 
@@ -142,12 +142,12 @@ async def test_what_a_worker_said_last_is_still_heard_when_it_has_ended() -> Non
     with tempfile.TemporaryDirectory(prefix="cf-", dir="/tmp") as run:
         supervisor, worker = bus.SupervisorBus(run), bus.WorkerBus(run, 7)
         try:
-            worker.add(bus.Event("mail.done", {"id": "x"}, b"account"))
+            worker.add(frames.Event("mail.done", {"id": "x"}, b"account"))
             worker.close()
             assert await supervisor.waiting(WAIT)
             report = await supervisor.report()
-            assert isinstance(report, bus.Happened)
-            assert report.events == [bus.Event("mail.done", {"id": "x"}, b"account")]
+            assert isinstance(report, frames.Happened)
+            assert report.events == [frames.Event("mail.done", {"id": "x"}, b"account")]
             assert not await supervisor.waiting(0.0)
         finally:
             supervisor.close()

@@ -17,7 +17,7 @@ from contentfilter.config.settings import Service, Settings
 from contentfilter.errors import JournalError
 from contentfilter.ops.log import Logger, make_logger
 from contentfilter.service import recorder as module
-from contentfilter.service.bus import Event
+from contentfilter.service.frames import Event
 from contentfilter.service.recorder import Recorder
 from contentfilter.verdict.journal import FILE, SET_ASIDE, Journal, Query
 

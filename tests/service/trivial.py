@@ -16,7 +16,7 @@ from contentfilter.config.settings import Settings
 from contentfilter.errors import ConfigError, Problem
 from contentfilter.intake.connection import Job
 from contentfilter.intake.listener import SocketError
-from contentfilter.service.bus import Event
+from contentfilter.service.frames import Event
 from contentfilter.service.source import Loaded
 from contentfilter.service.supervisor import Supervisor
 from contentfilter.service.worker import Surroundings

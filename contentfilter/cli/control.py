@@ -74,4 +74,7 @@ def _ask(config_path: str, question: frames.Question, seconds: float) -> frames.
     if reply is None:
         click.echo(f"contentfilter: no daemon answers at {run}/control.sock", err=True)
         sys.exit(1)
+    if isinstance(reply, frames.Refused):
+        click.echo(f"contentfilter: {reply.why}", err=True)
+        sys.exit(1)
     return reply

@@ -23,6 +23,7 @@ EventDict = MutableMapping[str, Any]
 
 # Every event name that the daemon uses, with its meaning. A test compares this table with the source.
 EVENTS: Mapping[str, str] = {
+    "control.failed": "a defect: a question of the command line was not answered",
     "control.refused": "somebody who may only look asked the daemon to change something",
     "http.ready": "metrics and state of health are served at this address",
     "http.failed": "the address of [http] cannot be used; mail goes on, and it is tried again",

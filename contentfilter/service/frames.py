@@ -126,14 +126,20 @@ class Status(Frame, frozen=True):
 
 
 class Done(Frame, frozen=True):
-    """The answer to everything but AskStatus."""
+    """It was done, or tried."""
 
     ok: bool
     generation: int
     problems: tuple[str, ...] = ()  # with ok: what is not as it should be all the same
 
 
-Reply = Status | Done
+class Refused(Frame, frozen=True):
+    """Nothing was done."""
+
+    why: str
+
+
+Reply = Status | Done | Refused
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from operator import attrgetter
 
 import zmq
@@ -26,6 +26,7 @@ from contentfilter.intake.origin import resolve
 from contentfilter.ops.log import Logger, adopt_standard_logging, make_logger
 from contentfilter.ops.systemd import Notifier, listen_fds, watchdog_interval
 from contentfilter.service import bus, frames
+from contentfilter.service.control import Answer, answer_questions
 from contentfilter.service.housekeeping import Chore, keep_house
 from contentfilter.service.monitor import Monitor
 from contentfilter.service.pool import Pool
@@ -120,7 +121,7 @@ class Supervisor:
                     group.create_task(work)
                     for work in (
                         self._hear(),
-                        self._answer(),
+                        answer_questions(self._bus, self._answers(), self._log, self._malformed),
                         self._check(),
                         self._say_ready(),
                         self._reload_on_demand(),
@@ -294,36 +295,23 @@ class Supervisor:
         except zmq.Again:
             pass  # a slow reader of the feed loses events
 
-    async def _answer(self) -> None:
-        async with asyncio.TaskGroup() as group:
-            while True:
-                try:
-                    asker, question = await self._bus.question()
-                except RemoteProtocolError as error:
-                    self._malformed("control", error)
-                    continue
-                if isinstance(question, frames.CHANGES) and asker.uid not in (0, os.geteuid()):
-                    self._log.warning("control.refused", uid=asker.uid, question=type(question).__name__)
-                    refused = f"only root and the user of the daemon may do that, not uid {asker.uid}"
-                    await self._reply(asker, frames.Done(False, self._generation, (refused,)))
-                elif isinstance(question, frames.AskReload):
-                    group.create_task(self._reload_for(asker, question))
-                elif isinstance(question, frames.AskStatus):
-                    await self._reply(asker, self.status())
-                else:
-                    await self._reply(asker, frames.Done(True, self._generation))
+    def _answers(self) -> Mapping[type, Answer]:
+        """What the command line may ask, and what answers it."""
 
-    async def _reload_for(self, asker: bus.Asker, question: frames.AskReload) -> None:
-        problems = await self.reload(restart=question.restart)
-        state = self._source.tables()
-        trouble = (f"tables: {state.trouble}",) if state and state.trouble else ()
-        await self._reply(asker, frames.Done(not problems, self._generation, (*problems, *trouble)))
+        async def ping(question: frames.Question, uid: int) -> frames.Reply:
+            return frames.Done(True, self._generation)
 
-    async def _reply(self, asker: bus.Asker, reply: frames.Reply) -> None:
-        try:
-            await self._bus.answer(asker, reply)
-        except zmq.ZMQError:
-            pass  # the asker is gone
+        async def status(question: frames.Question, uid: int) -> frames.Reply:
+            return self.status()
+
+        async def reload(question: frames.Question, uid: int) -> frames.Reply:
+            assert isinstance(question, frames.AskReload)  # noqa: S101 - it stands for this type below
+            problems = await self.reload(restart=question.restart)
+            state = self._source.tables()
+            trouble = (f"tables: {state.trouble}",) if state and state.trouble else ()
+            return frames.Done(not problems, self._generation, (*problems, *trouble))
+
+        return {frames.Ping: ping, frames.AskStatus: status, frames.AskReload: reload}
 
     def _malformed(self, where: str, error: RemoteProtocolError) -> None:
         if (held := self._bad_frames.allow()) is not None:

@@ -1,6 +1,8 @@
-"""The image's HEALTHCHECK: asks /ready where the settings say, prints the answer, exits 0 only when it is "ready".
+"""The image's HEALTHCHECK: asks /ready at the place that the settings name, and exits 0 only when the daemon is ready.
 
-What it prints stands in `docker inspect`. It asks this container itself, whatever address the daemon listens on.
+    python healthy.py [SETTINGS]
+
+What keeps the daemon from being ready is printed; `docker inspect` shows it.
 """
 
 import http.client
@@ -8,30 +10,29 @@ import sys
 
 from contentfilter.config import DEFAULT_PATH
 from contentfilter.config.load import read_settings
-from contentfilter.errors import ConfigError
 from contentfilter.ops.http import parse_listen
 
 WAIT = 5.0  # seconds; below the HEALTHCHECK's own limit
-EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - looked for, not listened on
+ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - looked up, not listened on
 
 
-def main() -> int:
+def main(path: str = DEFAULT_PATH) -> int:
+    """The exit status."""
+    where = parse_listen(read_settings(path)[0].http.listen)  # of a file with faults, what is right in it
+    if where is None:
+        print('[http] listen is "off": without it nobody can see whether the daemon is ready')
+        return 1
+    host, port = where
     try:
-        settings, _ = read_settings(DEFAULT_PATH)  # of a file with faults what is right, as the daemon goes on with
-        where = parse_listen(settings.http.listen)
-        if where is None:
-            print('[http] listen is "off": the health check needs it, or switch the health check off')
-            return 1
-        host, port = where
-        connection = http.client.HTTPConnection(EVERYWHERE.get(host, host), port, timeout=WAIT)
+        connection = http.client.HTTPConnection(ANY.get(host, host), port, timeout=WAIT)  # no proxy of the environment
         connection.request("GET", "/ready")
         answer = connection.getresponse()
         print(answer.read(4096).decode("utf-8", "replace"), end="")
-    except (OSError, ValueError, http.client.HTTPException, ConfigError) as error:
-        print(f"no answer: {error}")
+    except (OSError, http.client.HTTPException) as error:
+        print(f"no answer from {host}:{port}: {error}")
         return 1
     return 0 if answer.status == http.client.OK else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:2]))

@@ -282,6 +282,8 @@ def test_an_old_database_is_told(days: float | None, level: str) -> None:
 
 def test_a_worker_that_may_open_too_few_files_is_a_warning(make_server: Callable[..., Server]) -> None:
     server = make_server()
+    for pid in server.system.daemon.workers():  # a shell's own limit is often 1024
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (4096, 4096))
     assert server.of("limits", "warning") == []
     for pid in server.system.daemon.workers():
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (1024, 2048))

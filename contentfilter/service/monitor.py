@@ -20,6 +20,7 @@ from contentfilter.deadline import Deadline
 from contentfilter.errors import BackendError
 from contentfilter.intake.connection import Rarely
 from contentfilter.model import Scanner
+from contentfilter.ops.history import History
 from contentfilter.ops.http import Page, Response, Server, parse_listen
 from contentfilter.ops.log import Logger
 from contentfilter.ops.measure import Sample, backlog, measure
@@ -47,6 +48,7 @@ class Monitor:
         self._status = status
         self._listener = listener
         self._metrics = Metrics(Registry())
+        self.history = History()
         self._renderer = ThreadPoolExecutor(1, thread_name_prefix="metrics")
         self._started = time.time()
         self._measured: tuple[Sample, ...] = ()
@@ -64,6 +66,8 @@ class Monitor:
             if isinstance(report, Happened):
                 for event in report.events:
                     self._metrics.event(event.name, event.fields)
+                    if event.name == "mail.done":
+                        self.history.event(event.fields, event.account, time.monotonic())
             else:
                 self._metrics.worker(report.pid, report.lag, report.counters)
         except Exception:

@@ -40,7 +40,7 @@ from contentfilter.tables.keeper import Keeper, State, read_source
 from contentfilter.tables.snapshot import FILE as SNAPSHOT
 from contentfilter.tables.snapshot import Snapshot, compile_snapshot
 from contentfilter.verdict.quarantine import Quarantine
-from contentfilter.verdict.record import Account, Record, fields
+from contentfilter.verdict.record import Account, Record, fields, ordinary, steps, troubled
 from contentfilter.verdict.release import load_secret
 from contentfilter.wire import envelope as envelope_format
 from contentfilter.wire import hook
@@ -61,6 +61,8 @@ class Runtime(msgspec.Struct, frozen=True):
 # The supervisor's side
 
 
+    smtplog: int = 0
+    sysfacility: str = ""
 class Files:
     """The configuration from files, for the supervisor. ``workers`` and ``socket`` override the settings."""
 
@@ -107,7 +109,8 @@ class Files:
 
     def _loaded(self, runtime: Runtime, table_problems: tuple[Problem, ...]) -> Loaded:
         runtime = msgspec.structs.replace(runtime, snapshot=self._keeper.path)
-        return Loaded(runtime.settings, msgspec.msgpack.encode(runtime), (*self._problems, *table_problems))
+        blob = msgspec.msgpack.encode(runtime)
+        return Loaded(runtime.settings, blob, (*self._problems, *table_problems), runtime.sysfacility)
 
 
 def chores() -> tuple[Chore, ...]:
@@ -160,6 +163,8 @@ def make_runtime(settings: Settings, controls: Controls, snapshot: str) -> tuple
 
 
 # The worker's side
+        controls.values["smtplog"],
+        controls.values["sysfacility"],
 
 
 class Workbench:
@@ -225,7 +230,7 @@ class Application:
             return b""
 
     async def handle(self, job: Job) -> hook.Answer:
-        """The answer, and one line in the log and on the bus."""
+        """The answer, and one line in the log and on the bus; the whole story where smtplog asks for it."""
         try:
             envelope = envelope_format.parse(job.envelope)
         except EnvelopeError as error:  # the hook checks it too: this is somebody else's program
@@ -236,14 +241,21 @@ class Application:
         )
 
     def _emit(self, record: Record, account: Account) -> None:
-        plain = fields(record)
-        self._surroundings.log.info("mail.done", **plain)
+        plain, log = fields(record), self._surroundings.log
+        if troubled(record):
+            log.warning("mail.done", **plain)
+        else:
+            log.info("mail.done", **plain)
+        if self._smtplog > 1 or (self._smtplog and not ordinary(record)):
+            for stage, text in steps(account):
+                log.info("mail.step", id=record.id, stage=stage, text=text)
         self._surroundings.emit(Event("mail.done", plain, msgspec.json.encode(account)))
 
     async def close(self) -> None:
         await self._workbench.aclose()
 
 
+        self._smtplog = runtime.smtplog
 async def build(blob: bytes, surroundings: Surroundings) -> Application:
     """The configuration blob becomes an application."""
     return Application(msgspec.msgpack.decode(blob, type=Runtime), surroundings)

@@ -174,6 +174,7 @@ class Settings(Section, frozen=True):
     spamd: Spamd = msgspec.field(default_factory=Spamd)
     classes: Classes = msgspec.field(default_factory=Classes)
     failure: Failure = msgspec.field(default_factory=Failure)
+    to: Literal["stderr", "syslog"] = "stderr"
     headers: Headers = msgspec.field(default_factory=Headers)
     quarantine: Quarantine = msgspec.field(default_factory=Quarantine)
     journal: Journal = msgspec.field(default_factory=Journal)

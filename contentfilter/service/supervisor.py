@@ -24,6 +24,7 @@ from contentfilter.intake.connection import Rarely
 from contentfilter.intake.listener import OwnSocket, SocketError, hold_lock, inherited_socket, open_socket
 from contentfilter.intake.origin import resolve
 from contentfilter.ops.log import Logger, adopt_standard_logging, make_logger
+from contentfilter.ops.log_target import open_target
 from contentfilter.ops.systemd import Notifier, listen_fds, watchdog_interval
 from contentfilter.service import bus, frames
 from contentfilter.service.control import Answer, answer_questions
@@ -73,7 +74,8 @@ class Supervisor:
         self._notify = Notifier.from_environment(self._environ)
         self._loaded = await self._source.load()
         settings = self._loaded.settings
-        self._log: Logger = make_logger(settings.log.format, settings.log.level, pid=pid)
+        target = open_target(settings.log.to, self._loaded.sysfacility, self._environ)
+        self._log: Logger = make_logger(settings.log.format, settings.log.level, target, pid=pid)
         adopt_standard_logging(self._log)
         self._tell(self._loaded)
         self._staleness = Staleness(self._log)
@@ -149,8 +151,10 @@ class Supervisor:
     def _spawn(self, slot: int, ended: Callable[[Process], None]) -> Process:
         runtime = memory_file("configuration", self._loaded.blob)
         try:
-            fds = {"listen": self._listener.fileno(), "lifeline": self._lifeline, "runtime": runtime}
-            words = command_line(self._app, self._loaded.settings, slot, self._generation, fds)
+            fds = {"listen": self._listener.fileno(), "lifeline": self._lifeline, "runtime": runtime, "orders": orders}
+            words = command_line(
+                self._app, self._loaded.settings, self._loaded.sysfacility, slot, self._generation, fds
+            )
             return Process(slot, words, tuple(fds.values()), ended)
         finally:
             os.close(runtime)
@@ -214,9 +218,9 @@ class Supervisor:
         old, self._loaded = self._loaded.settings, loaded
         self._monitor.loaded("changed")
         new = loaded.settings
-        for name in ("listen", "http", "service.run"):
-            if attrgetter(name)(old) != attrgetter(name)(new):
-                self._log.warning("service.restart-needed", setting=name)
+        for name in ("settings.listen", "settings.http", "settings.service.run", "settings.log", "sysfacility"):
+            if attrgetter(name)(before) != attrgetter(name)(loaded):
+                self._log.warning("service.restart-needed", setting=name.removeprefix("settings."))
         self._generation += 1
         self._recorder.change(new)
         self._log.info("service.reload", generation=self._generation, bytes=len(loaded.blob))

@@ -27,6 +27,9 @@ from contentfilter.intake.listener import Listener, inherited_socket
 from contentfilter.intake.message import Spool
 from contentfilter.intake.origin import resolve
 from contentfilter.ops.log import Logger, adopt_standard_logging, make_logger
+from contentfilter.ops.log_target import open_target
+from contentfilter.policy.bypass import Bypass
+from contentfilter.scanners.backends import BackendHealth
 from contentfilter.service.bus import BATCH_DELAY, WorkerBus
 from contentfilter.service.frames import Busy, Event, Heartbeat
 from contentfilter.wire import hook
@@ -251,7 +254,9 @@ def load_build(name: str) -> Build:
     return build
 
 
-def command_line(app: str, settings: Settings, slot: int, generation: int, fds: dict[str, int]) -> list[str]:
+def command_line(
+    app: str, settings: Settings, facility: str, slot: int, generation: int, fds: dict[str, int]
+) -> list[str]:
     """How the supervisor starts a worker. ``-P``: never import from the current directory."""
     words = [sys.executable, "-P", "-m", "contentfilter.service.worker"]
     options: dict[str, Any] = {
@@ -268,18 +273,21 @@ def command_line(app: str, settings: Settings, slot: int, generation: int, fds: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="contentfilter worker", description="Started by contentfilter serve only.")
-    for name in ("app", "run", "log", "level"):
+    for name in ("app", "run", "log", "level", "to", "facility"):
         parser.add_argument(f"--{name}", required=True)
     for name in ("slot", "generation", "listen", "lifeline", "runtime"):
         parser.add_argument(f"--{name}", type=int, required=True)
     options = parser.parse_args()
     for fd in (options.listen, options.lifeline, options.runtime):
         os.set_inheritable(fd, False)
-    log = make_logger(options.log, options.level, worker=options.slot, pid=os.getpid())
+    target = open_target(options.to, options.facility, os.environ)
+    log = make_logger(options.log, options.level, target, worker=options.slot, pid=os.getpid())
     adopt_standard_logging(log)
     selector = Exclusive(options.listen)
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector)) as runner:
         runner.run(Worker(options, load_build(options.app), log).run())
+        "to": settings.log.to,
+        "facility": facility,
 
 
 if __name__ == "__main__":

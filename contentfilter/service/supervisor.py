@@ -215,7 +215,7 @@ class Supervisor:
         self._problems = texts
 
     async def _take(self, loaded: Loaded) -> None:
-        old, self._loaded = self._loaded.settings, loaded
+        before, self._loaded = self._loaded, loaded
         self._monitor.loaded("changed")
         new = loaded.settings
         for name in ("settings.listen", "settings.http", "settings.service.run", "settings.log", "sysfacility"):

@@ -8,6 +8,8 @@ the snapshot. ``explain`` does both in one process.
 import dataclasses
 import os
 import tempfile
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -18,8 +20,10 @@ from contentfilter.config.settings import Settings
 from contentfilter.errors import ConfigError, EnvelopeError, Problem
 from contentfilter.intake.connection import Job, deferral
 from contentfilter.pipeline import Pipeline, Scanners
+from contentfilter.policy.bypass import Bypass
 from contentfilter.policy.plan import Switches
 from contentfilter.policy.tolerance import Allowance
+from contentfilter.scanners.backends import BackendHealth
 from contentfilter.scanners.clamd import ClamdScanner
 from contentfilter.scanners.signatures import (
     Engine,
@@ -36,6 +40,7 @@ from contentfilter.service.source import Loaded
 from contentfilter.service.supervisor import worker_count
 from contentfilter.service.worker import Surroundings
 from contentfilter.tables.allow import read_allowed
+from contentfilter.tables.bypass import read_bypasses
 from contentfilter.tables.keeper import Keeper, State, read_source
 from contentfilter.tables.snapshot import FILE as SNAPSHOT
 from contentfilter.tables.snapshot import Snapshot, compile_snapshot
@@ -56,13 +61,13 @@ class Runtime(msgspec.Struct, frozen=True):
     loadertypes: Rules | None
     snapshot: str  # empty: there are no tables yet
     allowed: tuple[Allowance, ...] = ()
+    smtplog: int = 0
+    sysfacility: str = ""
 
 
 # The supervisor's side
 
 
-    smtplog: int = 0
-    sysfacility: str = ""
 class Files:
     """The configuration from files, for the supervisor. ``workers`` and ``socket`` override the settings."""
 
@@ -158,20 +163,22 @@ def make_runtime(settings: Settings, controls: Controls, snapshot: str) -> tuple
         loadertypes if switches.chkloadertype else None,
         snapshot,
         allowed,
+        controls.values["smtplog"],
+        controls.values["sysfacility"],
     )
     return runtime, (*problems, *damaged)
 
 
 # The worker's side
-        controls.values["smtplog"],
-        controls.values["sysfacility"],
 
 
 class Workbench:
     """A pipeline with everything that it holds open."""
 
-    def __init__(self, runtime: Runtime, secret: bytes = b"") -> None:
-        """``secret``: see Pipeline. Raises ConfigError for a snapshot that cannot be used."""
+    def __init__(
+        self, runtime: Runtime, secret: bytes = b"", bypasses: Callable[[], tuple[Bypass, ...]] = tuple
+    ) -> None:
+        """``secret``, ``bypasses``: see Pipeline. Raises ConfigError for a snapshot that cannot be used."""
         settings = runtime.settings
         self.snapshot = (
             Snapshot.open(runtime.snapshot, settings.tables.extension.encode()) if runtime.snapshot else None
@@ -185,7 +192,15 @@ class Workbench:
         )
         lookup, owners = (self.snapshot.lookup, self.snapshot.owners) if self.snapshot else (None, None)
         self.pipeline = Pipeline(
-            settings, runtime.switches, lookup, scanners, Quarantine.of(settings), secret, runtime.allowed, owners
+            settings,
+            runtime.switches,
+            lookup,
+            scanners,
+            Quarantine.of(settings),
+            secret,
+            runtime.allowed,
+            owners,
+            bypasses,
         )
 
     @classmethod
@@ -195,6 +210,9 @@ class Workbench:
         Tables that cannot be read are those that the daemon goes on with, if there are any.
         """
         settings = load_settings(config_path)
+        bypasses: tuple[Bypass, ...] = ()
+        with suppress(ConfigError):  # a damaged file bypasses nothing; the daemon tells about it
+            bypasses = read_bypasses(settings.service.state)
         controls, _ = await read_controls(settings.service.control)
         try:
             found = await read_source(settings)
@@ -202,12 +220,24 @@ class Workbench:
             kept = os.path.join(settings.service.state, SNAPSHOT)
             if not os.path.exists(kept):  # noqa: ASYNC240 - one look, and nobody else is on this loop
                 raise
-            return cls(make_runtime(settings, controls, kept)[0])
+            return cls(make_runtime(settings, controls, kept)[0], bypasses=lambda: bypasses)
         assert found is not None, "nothing was known"  # noqa: S101
         with tempfile.TemporaryDirectory(prefix="contentfilter-") as directory:
             runtime, _ = make_runtime(settings, controls, os.path.join(directory, SNAPSHOT))
             compile_snapshot(found[0], runtime.snapshot)
-            return cls(runtime)
+            return cls(runtime, bypasses=lambda: bypasses)
+
+    def backends(self) -> tuple[BackendHealth, ...]:
+        """How clamd and spamd stand, and whether there is mail that needs them."""
+        switches, header = self.pipeline.switches, self.snapshot.header if self.snapshot else None
+        clamd = switches.clamglobal or header is None or header.clamav_rows > 0
+        spamd = switches.spamglobal or header is None or header.spamd_rows > 0
+        scanners = self.pipeline.scanners
+        return tuple(
+            dataclasses.replace(health, wanted=wanted)
+            for pool, wanted in ((scanners.clamd.pool, clamd), (scanners.spamd.pool, spamd))
+            for health in pool.describe()
+        )
 
     async def aclose(self) -> None:
         if self.snapshot:
@@ -219,8 +249,9 @@ class Application:
 
     def __init__(self, runtime: Runtime, surroundings: Surroundings) -> None:
         self.settings = runtime.settings
+        self._smtplog = runtime.smtplog
         self._surroundings = surroundings
-        self._workbench = Workbench(runtime, self._secret())
+        self._workbench = Workbench(runtime, self._secret(), surroundings.bypasses)
 
     def _secret(self) -> bytes:
         try:
@@ -240,6 +271,9 @@ class Application:
             job.incident, envelope, job.message, job.origin, job.deadline, self._emit, job.request.attempt
         )
 
+    def backends(self) -> tuple[BackendHealth, ...]:
+        return self._workbench.backends()
+
     def _emit(self, record: Record, account: Account) -> None:
         plain, log = fields(record), self._surroundings.log
         if troubled(record):
@@ -255,7 +289,6 @@ class Application:
         await self._workbench.aclose()
 
 
-        self._smtplog = runtime.smtplog
 async def build(blob: bytes, surroundings: Surroundings) -> Application:
     """The configuration blob becomes an application."""
     return Application(msgspec.msgpack.decode(blob, type=Runtime), surroundings)

@@ -24,6 +24,10 @@ EventDict = MutableMapping[str, Any]
 
 # Every event name that the daemon uses, with its meaning. A test compares this table with the source.
 EVENTS: Mapping[str, str] = {
+    "canary.done": "all samples were treated as they should be; told when that is new",
+    "canary.failed": "a sample was not treated as it should be, and how; told when it changes, then every 10 minutes",
+    "canary.off": "no samples are sent, and why",
+    "canary.defect": "a defect in what sends the samples; mail goes on",
     "control.failed": "a defect: a question of the command line was not answered",
     "control.refused": "somebody who may only look asked the daemon to change something",
     "http.ready": "metrics and state of health are served at this address",

@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "resume": ("contentfilter.cli.bypass", "resume", "Accept mail again, after drain."),
     "failures": ("contentfilter.cli.failures", "failures", "Say what each fault of a scanner does to mail."),
     "doctor": ("contentfilter.cli.doctor", "doctor", "Say what is wrong with this server, and what to do about it."),
+    "canary": ("contentfilter.cli.canary", "canary", "See that mail is scanned: send samples through the hook."),
     "hook": ("contentfilter.cli.hook", "hook", "Install the hook in a qmail, remove it, show its state."),
     "migrate": ("contentfilter.cli.migrate", "migrate", "Turn the controls of H-Sphere or simscan into ours."),
     "spamd-options": ("contentfilter.cli.spamd_options", "spamd_options", "Print what spamd must be started with."),

@@ -34,6 +34,8 @@ class Health:
     failures: int = 0  # in a row
     rest_until: float = 0.0
     cause: Cause = Cause.DOWN  # of the last failure
+    since: float = 0.0  # when the first of them was
+    last: float = 0.0
 
     def resting(self, now: float) -> bool:
         return now < self.rest_until
@@ -52,7 +54,25 @@ class Health:
         failures = self.failures + 1
         beyond = min(failures - REST_AFTER, 16)
         rest = min(FIRST_REST * 2**beyond, LONGEST_REST) if beyond >= 0 else 0.0
-        return Health(failures, now + rest, cause)
+        return Health(failures, now + rest, cause, self.since if self.failures else now, now)
+
+
+@dataclass(frozen=True, slots=True)
+class BackendHealth:
+    """How one backend stands, for whoever watches. Times are seconds that have passed."""
+
+    scanner: str
+    backend: str
+    state: str  # well, doubtful (it failed, and has not answered since), resting (nobody asks it)
+    failures: int  # in a row
+    cause: str  # of the last of them; empty without
+    since: float  # the first of them
+    failed: float  # the last of them
+    answered: float | None  # its last sound answer; None: there was none yet
+    outstanding: int
+    limit: int
+    waiting: int  # questions that wait for a place at any backend of this scanner
+    wanted: bool = True  # there is mail that needs this scanner
 
 
 @dataclass(slots=True, eq=False)
@@ -64,6 +84,7 @@ class Backend:
     outstanding: int = 0
     turn: int = 0  # when it was last chosen: breaks ties, so that equals share the load
     health: Health = field(default_factory=Health)
+    answered: float | None = None  # when it last gave a sound answer
 
     def free(self) -> bool:
         return self.outstanding < (1 if self.health.doubtful() else self.limit)
@@ -115,9 +136,32 @@ class Pool:
                 retried = True
             else:
                 backend.health = Health()
+                backend.answered = self._clock()
                 return answer
             finally:
                 self._release(backend)
+
+    def describe(self) -> tuple[BackendHealth, ...]:
+        """How each backend stands right now."""
+        now = self._clock()
+        return tuple(self._described(backend, now) for backend in self.backends)
+
+    def _described(self, backend: Backend, now: float) -> BackendHealth:
+        health = backend.health
+        sick = health.failures > 0
+        return BackendHealth(
+            scanner=self._service,
+            backend=str(backend.address),
+            state="resting" if health.resting(now) else "doubtful" if sick else "well",
+            failures=health.failures,
+            cause=health.cause.value if sick else "",
+            since=now - health.since if sick else 0.0,
+            failed=now - health.last if sick else 0.0,
+            answered=None if backend.answered is None else now - backend.answered,
+            outstanding=backend.outstanding,
+            limit=backend.limit,
+            waiting=len(self._waiting),
+        )
 
     async def _acquire(self, deadline: Deadline, avoid: Backend | None) -> Backend:
         self._refuse_if_hopeless(avoid)

@@ -13,6 +13,7 @@ from contentfilter.config import settings
 from contentfilter.deadline import Deadline
 from contentfilter.errors import BackendError, Cause
 from contentfilter.model import Message, Scanner, ScanOutcome, ScanStatus, Want
+from contentfilter.policy.budget import one_try
 from contentfilter.scanners.backends import Pool
 from contentfilter.scanners.stream import Address, Limits, converse
 from contentfilter.wire import spamd
@@ -31,7 +32,7 @@ class SpamdScanner:
         addresses = tuple(Address.parse(text) for text in config.backends)
         self.pool = Pool("spamd", addresses, max(1, children), clock)
         self._limits = Limits(config.connect_timeout, config.timeout)
-        self._compress = config.compress
+        self._config = config
 
     async def scan(
         self, message: Message, deadline: Deadline, *, user: bytes = b"", want: Want = Want.CHECK
@@ -47,13 +48,13 @@ class SpamdScanner:
         user = user if spamd.usable_user(user) else b""
         body = await self._body(message, deadline)
         try:
-            head = spamd.request(want.value, len(body), user=user, compress=self._compress)
+            head = spamd.request(want.value, len(body), user=user, compress=self._config.compress)
             max_body = 2 * message.size + GROWTH  # line ends may double
+            seconds = one_try(message.size, self._config)
 
             async def ask(address: Address) -> tuple[Address, spamd.Response]:
-                return address, await self._ask(
-                    address, head, body, spamd.ResponseReader(want.value, max_body), deadline
-                )
+                reader = spamd.ResponseReader(want.value, max_body)
+                return address, await self._ask(address, head, body, reader, deadline.within(seconds))
 
             address, response = await self.pool.run(ask, deadline)
         finally:
@@ -67,6 +68,17 @@ class SpamdScanner:
             threshold=response.threshold,
             rewritten=b"" if want is Want.CHECK else response.body,
         )
+
+    async def probe(self, address: Address, deadline: Deadline) -> None:
+        """Is this one backend there? PING, apart from the pool: takes no scan's place. Raises BackendError.
+
+        spamd's parent forks children that answer; one that has none free does not answer in time.
+        """
+        head = spamd.request("PING", 0)
+        reader = spamd.ResponseReader("PING", 0)
+        response, _ = await converse(address, iter([(head,)]), reader, self._limits, deadline, half_close=True)
+        if response.code:
+            raise BackendError(spamd.cause(response.code), str(address), f"{response.code} {response.text}")
 
     async def _ask(
         self, address: Address, head: bytes, body: memoryview, reader: spamd.ResponseReader, deadline: Deadline
@@ -82,7 +94,7 @@ class SpamdScanner:
     async def _body(self, message: Message, deadline: Deadline) -> memoryview:
         """What follows the head. Compressing is our own work, in steps that leave others their turn."""
         view = memoryview(message.data)
-        if not self._compress:
+        if not self._config.compress:
             return view
         with view:
             deflate = zlib.compressobj(1)

@@ -91,6 +91,7 @@ class Daemon:
         base: dict[str, dict[str, Any]] = {
             "listen": {"socket": self.socket},
             "http": {"listen": "off"},
+            "canary": {"enabled": False},
             "service": {
                 "workers": 2,
                 "run": str(self.directory),

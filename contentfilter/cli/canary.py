@@ -1,4 +1,4 @@
-"""``contentfilter canary``: is mail really scanned? Sends the samples through the hook now and prints what became of them.
+"""``contentfilter canary``: is mail really scanned? Sends the samples through the hook and prints what became of them.
 
 Exit status 0 when every sample was treated as it should be, 1 when one was not or nothing could be sent.
 """

@@ -27,6 +27,8 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "allow": ("contentfilter.cli.allow", "allow", "Let a signature pass for a while."),
     "quarantine": ("contentfilter.cli.quarantine", "quarantine", "Look at, release and remove what was kept."),
     "status": ("contentfilter.cli.status", "status", "Say whether mail flows, and what is wrong."),
+    "top": ("contentfilter.cli.top", "top", "Watch it: rates, scanners, workers, the last decisions."),
+    "tail": ("contentfilter.cli.tail", "tail", "Print what happens to mail, as it happens."),
     "reload": ("contentfilter.cli.control", "reload", "Make the daemon read its configuration again."),
     "bypass": ("contentfilter.cli.bypass", "bypass", "Leave a scanner out for a while, when mail must flow."),
     "drain": ("contentfilter.cli.bypass", "drain", "Finish the messages under way and accept no more."),

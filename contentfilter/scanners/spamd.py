@@ -78,7 +78,9 @@ class SpamdScanner:
         reader = spamd.ResponseReader("PING", 0)
         response, _ = await converse(address, iter([(head,)]), reader, self._limits, deadline, half_close=True)
         if response.code:
-            raise BackendError(spamd.cause(response.code), str(address), f"{response.code} {response.text}")
+            raise BackendError(
+                spamd.cause(response.code, response.text), str(address), f"{response.code} {response.text}"
+            )
 
     async def _ask(
         self, address: Address, head: bytes, body: memoryview, reader: spamd.ResponseReader, deadline: Deadline
@@ -86,7 +88,9 @@ class SpamdScanner:
         batches = iter([(head, body)])
         response, complete = await converse(address, batches, reader, self._limits, deadline, half_close=True)
         if response.code:
-            raise BackendError(spamd.cause(response.code), str(address), f"{response.code} {response.text}")
+            raise BackendError(
+                spamd.cause(response.code, response.text), str(address), f"{response.code} {response.text}"
+            )
         if not complete:
             raise BackendError(Cause.BAD_REPLY, str(address), "a verdict before it had the whole message")
         return response

@@ -175,6 +175,10 @@ class Daemon:
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
+    def use(self, package: Path) -> None:
+        """From the next start on, run the package that lies in this directory."""
+        self._environ["PYTHONPATH"] = str(package)
+
     def wait_exit(self, seconds: float = WAIT) -> int:
         """The exit status, once the daemon is gone and its log is read (its workers' too)."""
         assert self._process is not None

@@ -115,7 +115,7 @@ def _service(status: Status, now: float) -> Iterator[Trouble]:
         yield Trouble(
             what + (f" ({status.drain.reason})" if status.drain.reason else ""),
             "contentfilter resume",
-            "The daemon is not ready",
+            "Mail is drained",
             "stops",
         )
     elif not able:
@@ -151,7 +151,7 @@ def _scanners(status: Status, now: float) -> Iterator[Trouble]:
         yield Trouble(
             f"{name} is bypassed{only} by {bypass.by} until {clock(bypass.until, now)} ({bypass.reason})",
             f"contentfilter bypass end {name}",
-            "Mail passes unchecked",
+            "A scanner is bypassed",
             "unchecked",
         )
     for backend in status.backends:

@@ -6,7 +6,6 @@ Everything that a sender wrote is printable ASCII here, except the raw message w
 import json
 import re
 import sys
-from collections.abc import Iterable
 
 import click
 
@@ -16,12 +15,6 @@ from contentfilter.verdict.entry import Entry, plain
 
 SHOWN = 20
 """Recipients named in ``show``; all of them are in ``--json``."""
-
-
-def progress(chosen: list[Entry], verb: str) -> Iterable[Entry]:
-    from rich.progress import track
-
-    return track(chosen, description=verb)
 
 
 def print_entries(entries: list[Entry], as_json: bool) -> None:

@@ -52,10 +52,17 @@ def story(entry: Entry) -> list[tuple[str, str]]:
         words = (scan.scanner, scan.status, scan.name, scan.cause, scan.detail, scan.backend, f"{scan.ms:g} ms")
         lines.append(("scan", " ".join(filter(None, words))))
     lines += [("version", f"{name} {version}") for name, version in entry.versions.items()]
+    lines += [("released", release) for release in releases(entry)]
+    return [(name, value) for name, value in lines if value]
+
+
+def releases(entry: Entry) -> list[str]:
+    """When it was let go, by whom, and to whom: a line for each time."""
+    found = []
     for done in entry.released:
         more = f" and {len(done.to) - SHOWN} more" if len(done.to) > SHOWN else ""
-        lines.append(("released", f"{when(done.time)} by {done.by} to {', '.join(done.to[:SHOWN])}{more}"))
-    return [(name, value) for name, value in lines if value]
+        found.append(f"{when(done.time)} by {done.by} to {', '.join(done.to[:SHOWN])}{more}")
+    return found
 
 
 def _named(addresses: tuple[bytes, ...]) -> str:

@@ -17,12 +17,10 @@ import click
 import msgspec
 
 from contentfilter.cli.common import address_pattern, glob, printable
-from contentfilter.cli.control import unreachable
-from contentfilter.config.load import read_settings
+from contentfilter.cli.control import find_feed
 from contentfilter.deadline import Deadline
 from contentfilter.model import OriginKind
 from contentfilter.policy.decide import Action
-from contentfilter.service import bus
 from contentfilter.service.feed import Feed, Link
 from contentfilter.service.frames import Event
 from contentfilter.verdict.record import Account
@@ -68,10 +66,7 @@ def tail(config_path: str, /, *, count: int | None, verbose: bool, as_json: bool
     Conditions must all hold; one that is repeated holds in any of its forms. Ctrl-C ends it. What happened before:
     contentfilter why.
     """
-    settings, _ = read_settings(config_path)
-    run = settings.service.run
-    if bus.trouble_at(bus.addresses(run)["events"].removeprefix("ipc://")):
-        unreachable(run, "events")
+    run = find_feed(config_path)
     shown = as_json_line if as_json else as_text
     try:
         with Feed(run) as feed:

@@ -101,6 +101,7 @@ class Clamd(Section, frozen=True):
     timeout_per_megabyte: Annotated[float, Meta(ge=0, le=86400)] = 5.0  # … so much for each 1,000,000 bytes …
     timeout: Seconds = 120.0  # … but never more
     max_size: Size = 26_214_400  # clamd's MaxFileSize: above it clamd's OK means nothing
+    proof: Annotated[float, Meta(ge=0, le=86400)] = 10.0  # its OK counts so long after it found a test virus; 0: ever
     action: VirusAction = "reject"
 
 

@@ -179,7 +179,7 @@ class Canary(Section, frozen=True):
     """Samples that go through the hook as mail does, to see that it is scanned."""
 
     enabled: bool = True  # where a hook is found
-    every: Seconds = 60.0  # from the start of one round to the next
+    every: Annotated[float, Meta(ge=1, le=86400)] = 60.0  # seconds from the start of one round to the next
     hook: str = ""  # empty: bin/qmail-queue beside the control directory if it is the hook, else the packaged one
     conf: str = "/etc/contentfilter/queue.conf"  # its configuration; the socket that mail goes to stands there
 

@@ -158,7 +158,7 @@ def _scanners(status: Status, now: float) -> Iterator[Trouble]:
         if sample.ok is False and sample.result != "bypassed":
             blind = sample.result == "passed"  # what should have been found was called clean
             what = f"the canary's {sample.sample} was not treated as it should be: {sample.text}"
-            yield Trouble(what, "contentfilter canary", "Mail passes unchecked", "unchecked" if blind else "")
+            yield Trouble(what, "contentfilter canary", "The canary is red", "unchecked" if blind else "")
     for backend in status.backends:
         if backend.state == "failing" and backend.wanted:
             others = any(b.scanner == backend.scanner and b.state == "well" for b in status.backends)

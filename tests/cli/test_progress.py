@@ -1,8 +1,6 @@
 """Long work says how far it is: drawn on a terminal, a line now and then elsewhere, and never on standard output."""
 
 import json
-import os
-import pty
 import subprocess
 import sys
 import time
@@ -10,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from lab import terminal
 
 from contentfilter.cli.progress import progress
 
@@ -52,26 +51,6 @@ def test_quick_work_without_a_terminal_says_nothing_and_ends_at_once(capfd: pyte
     assert capfd.readouterr() == ("", "")
 
 
-def in_terminal(arguments: list[str], environ: dict[str, str]) -> tuple[bytes, bytes]:
-    """(standard output, what a terminal at standard error got) of the command, which must end well."""
-    ours, theirs = pty.openpty()
-    with subprocess.Popen(
-        [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=theirs, env={**os.environ, **environ}
-    ) as process:
-        os.close(theirs)
-        shown = b""
-        while True:
-            try:
-                shown += os.read(ours, 65536)
-            except OSError:  # EIO: nobody has the other end any more
-                break
-        os.close(ours)
-        assert process.stdout is not None
-        out = process.stdout.read()
-        assert process.wait(WAIT) == 0, shown
-    return out, shown
-
-
 @pytest.mark.parametrize("term", ["xterm", "dumb"])
 def test_an_import_draws_on_the_terminal_only_and_json_stays_clean(term: str, tmp_path: Path) -> None:
     (tmp_path / "control").mkdir()
@@ -79,7 +58,7 @@ def test_an_import_draws_on_the_terminal_only_and_json_stays_clean(term: str, tm
     config.write_text(f'[service]\ncontrol = "{tmp_path}/control"\nstate = "{tmp_path}"\nrun = "{tmp_path}"\n')
     (tmp_path / "rows").write_text("".join(f"user{number}@example.com\n" for number in range(5_000)))
     words = ["-m", "contentfilter", "--config", str(config), "clients", "import", "--json", str(tmp_path / "rows")]
-    out, shown = in_terminal(words, {"TERM": term})
+    out, shown = terminal.run(words, {"TERM": term})
     assert json.loads(out)["tables"]["clamavclients"]["added"] == 5_000
     if term == "dumb":
         assert b"\x1b[" not in shown
@@ -98,7 +77,7 @@ def test_what_is_drawn_is_never_taken_for_markup(tmp_path: Path) -> None:
         "with progress('[bold]x[/nonsense]', 3) as bar:\n"
         "    bar.step(); bar.say('[red]a1[/]: gone'); bar.step(); bar.step()\n"
     )
-    out, shown = in_terminal(["-c", code], {"TERM": "xterm"})
+    out, shown = terminal.run(["-c", code], {"TERM": "xterm"})
     assert out == b""
     assert b"[bold]x[/nonsense]" in shown
     assert b"[red]a1[/]: gone" in shown

@@ -7,12 +7,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from lab.peers import Peer, closes, read_clamd, read_spamd, says, says_and_stays
+from lab.peers import Peer, closes, in_turn, read_clamd, read_spamd, says, says_and_stays
 
 from contentfilter.config.settings import Clamd, Settings, Spamd
 from contentfilter.deadline import Deadline
 from contentfilter.errors import Cause
 from contentfilter.model import Scanner
+from contentfilter.service import probe
 from contentfilter.service.probe import Prober
 
 pytestmark = pytest.mark.asyncio
@@ -122,6 +123,20 @@ async def test_with_a_rhythm_the_start_and_changed_settings_are_a_reason(tmp_pat
             prober.changed()
             await until(lambda: (Scanner.CLAMD, two.backend) in prober.results)
             assert (Scanner.CLAMD, one.backend) not in prober.results
+
+
+async def test_one_that_does_not_answer_is_asked_again_until_it_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "AGAIN", 0.02)
+    with Peer(tmp_path, in_turn(closes(), closes(), VERSION), read_clamd) as clamd:
+        given = settings(clamd=(clamd.backend,))
+        backend = Scanner.CLAMD, clamd.backend
+        async with probing(lambda: given) as prober:
+            await prober.fresh(Deadline.after(10))
+            assert prober.results[backend].cause is not None
+            await until(lambda: prober.results[backend].cause is None)
+            assert clamd.connections == 3
 
 
 async def test_failing_probes_in_a_row_have_one_beginning() -> None:

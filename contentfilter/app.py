@@ -8,6 +8,8 @@ the snapshot. ``explain`` does both in one process.
 import dataclasses
 import os
 import tempfile
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -18,8 +20,10 @@ from contentfilter.config.settings import Settings
 from contentfilter.errors import ConfigError, EnvelopeError, Problem
 from contentfilter.intake.connection import Job, deferral
 from contentfilter.pipeline import Pipeline, Scanners
+from contentfilter.policy.bypass import Bypass
 from contentfilter.policy.plan import Switches
 from contentfilter.policy.tolerance import Allowance
+from contentfilter.scanners.backends import BackendHealth
 from contentfilter.scanners.clamd import ClamdScanner
 from contentfilter.scanners.signatures import (
     Engine,
@@ -36,11 +40,12 @@ from contentfilter.service.source import Loaded
 from contentfilter.service.supervisor import worker_count
 from contentfilter.service.worker import Surroundings
 from contentfilter.tables.allow import read_allowed
+from contentfilter.tables.bypass import read_bypasses
 from contentfilter.tables.keeper import Keeper, State, read_source
 from contentfilter.tables.snapshot import FILE as SNAPSHOT
 from contentfilter.tables.snapshot import Snapshot, compile_snapshot
 from contentfilter.verdict.quarantine import Quarantine
-from contentfilter.verdict.record import Account, Record, fields
+from contentfilter.verdict.record import Account, Record, fields, ordinary, steps, troubled
 from contentfilter.verdict.release import load_secret
 from contentfilter.wire import envelope as envelope_format
 from contentfilter.wire import hook
@@ -56,6 +61,8 @@ class Runtime(msgspec.Struct, frozen=True):
     loadertypes: Rules | None
     snapshot: str  # empty: there are no tables yet
     allowed: tuple[Allowance, ...] = ()
+    smtplog: int = 0
+    sysfacility: str = ""
 
 
 # The supervisor's side
@@ -107,7 +114,8 @@ class Files:
 
     def _loaded(self, runtime: Runtime, table_problems: tuple[Problem, ...]) -> Loaded:
         runtime = msgspec.structs.replace(runtime, snapshot=self._keeper.path)
-        return Loaded(runtime.settings, msgspec.msgpack.encode(runtime), (*self._problems, *table_problems))
+        blob = msgspec.msgpack.encode(runtime)
+        return Loaded(runtime.settings, blob, (*self._problems, *table_problems), runtime.sysfacility)
 
 
 def chores() -> tuple[Chore, ...]:
@@ -155,6 +163,8 @@ def make_runtime(settings: Settings, controls: Controls, snapshot: str) -> tuple
         loadertypes if switches.chkloadertype else None,
         snapshot,
         allowed,
+        controls.values["smtplog"],
+        controls.values["sysfacility"],
     )
     return runtime, (*problems, *damaged)
 
@@ -165,8 +175,10 @@ def make_runtime(settings: Settings, controls: Controls, snapshot: str) -> tuple
 class Workbench:
     """A pipeline with everything that it holds open."""
 
-    def __init__(self, runtime: Runtime, secret: bytes = b"") -> None:
-        """``secret``: see Pipeline. Raises ConfigError for a snapshot that cannot be used."""
+    def __init__(
+        self, runtime: Runtime, secret: bytes = b"", bypasses: Callable[[], tuple[Bypass, ...]] = tuple
+    ) -> None:
+        """``secret``, ``bypasses``: see Pipeline. Raises ConfigError for a snapshot that cannot be used."""
         settings = runtime.settings
         self.snapshot = (
             Snapshot.open(runtime.snapshot, settings.tables.extension.encode()) if runtime.snapshot else None
@@ -180,7 +192,15 @@ class Workbench:
         )
         lookup, owners = (self.snapshot.lookup, self.snapshot.owners) if self.snapshot else (None, None)
         self.pipeline = Pipeline(
-            settings, runtime.switches, lookup, scanners, Quarantine.of(settings), secret, runtime.allowed, owners
+            settings,
+            runtime.switches,
+            lookup,
+            scanners,
+            Quarantine.of(settings),
+            secret,
+            runtime.allowed,
+            owners,
+            bypasses,
         )
 
     @classmethod
@@ -190,6 +210,9 @@ class Workbench:
         Tables that cannot be read are those that the daemon goes on with, if there are any.
         """
         settings = load_settings(config_path)
+        bypasses: tuple[Bypass, ...] = ()
+        with suppress(ConfigError):  # a damaged file bypasses nothing; the daemon tells about it
+            bypasses = read_bypasses(settings.service.state)
         controls, _ = await read_controls(settings.service.control)
         try:
             found = await read_source(settings)
@@ -197,12 +220,24 @@ class Workbench:
             kept = os.path.join(settings.service.state, SNAPSHOT)
             if not os.path.exists(kept):  # noqa: ASYNC240 - one look, and nobody else is on this loop
                 raise
-            return cls(make_runtime(settings, controls, kept)[0])
+            return cls(make_runtime(settings, controls, kept)[0], bypasses=lambda: bypasses)
         assert found is not None, "nothing was known"  # noqa: S101
         with tempfile.TemporaryDirectory(prefix="contentfilter-") as directory:
             runtime, _ = make_runtime(settings, controls, os.path.join(directory, SNAPSHOT))
             compile_snapshot(found[0], runtime.snapshot)
-            return cls(runtime)
+            return cls(runtime, bypasses=lambda: bypasses)
+
+    def backends(self) -> tuple[BackendHealth, ...]:
+        """How clamd and spamd stand, and whether there is mail that needs them."""
+        switches, header = self.pipeline.switches, self.snapshot.header if self.snapshot else None
+        clamd = switches.clamglobal or header is None or header.clamav_rows > 0
+        spamd = switches.spamglobal or header is None or header.spamd_rows > 0
+        scanners = self.pipeline.scanners
+        return tuple(
+            dataclasses.replace(health, wanted=wanted)
+            for pool, wanted in ((scanners.clamd.pool, clamd), (scanners.spamd.pool, spamd))
+            for health in pool.describe()
+        )
 
     async def aclose(self) -> None:
         if self.snapshot:
@@ -214,8 +249,9 @@ class Application:
 
     def __init__(self, runtime: Runtime, surroundings: Surroundings) -> None:
         self.settings = runtime.settings
+        self._smtplog = runtime.smtplog
         self._surroundings = surroundings
-        self._workbench = Workbench(runtime, self._secret())
+        self._workbench = Workbench(runtime, self._secret(), surroundings.bypasses)
 
     def _secret(self) -> bytes:
         try:
@@ -225,7 +261,7 @@ class Application:
             return b""
 
     async def handle(self, job: Job) -> hook.Answer:
-        """The answer, and one line in the log and on the bus."""
+        """The answer, and one line in the log and on the bus; the whole story where smtplog asks for it."""
         try:
             envelope = envelope_format.parse(job.envelope)
         except EnvelopeError as error:  # the hook checks it too: this is somebody else's program
@@ -235,9 +271,18 @@ class Application:
             job.incident, envelope, job.message, job.origin, job.deadline, self._emit, job.request.attempt
         )
 
+    def backends(self) -> tuple[BackendHealth, ...]:
+        return self._workbench.backends()
+
     def _emit(self, record: Record, account: Account) -> None:
-        plain = fields(record)
-        self._surroundings.log.info("mail.done", **plain)
+        plain, log = fields(record), self._surroundings.log
+        if troubled(record):
+            log.warning("mail.done", **plain)
+        else:
+            log.info("mail.done", **plain)
+        if self._smtplog > 1 or (self._smtplog and not ordinary(record)):
+            for stage, text in steps(account):
+                log.info("mail.step", id=record.id, stage=stage, text=text)
         self._surroundings.emit(Event("mail.done", plain, msgspec.json.encode(account)))
 
     async def close(self) -> None:

@@ -101,6 +101,10 @@ class Clamd(Section, frozen=True):
 
 class Spamd(Section, frozen=True):
     backends: tuple[str, ...] = ("tcp:127.0.0.1:783",)
+    tls_ca: str = ""  # for tls:host:port. PEM; empty: the authorities that the system trusts
+    tls_cert: str = ""  # our own certificate, where spamd asks for one
+    tls_key: str = ""
+    tls_name: str = ""  # in spamd's certificate; empty: the backend's host
     connect_timeout: Seconds = 5.0
     timeout: Seconds = 120.0
     max_size: Size = 268_435_456  # safety cap where samsgsize sets none
@@ -174,6 +178,7 @@ class Settings(Section, frozen=True):
     spamd: Spamd = msgspec.field(default_factory=Spamd)
     classes: Classes = msgspec.field(default_factory=Classes)
     failure: Failure = msgspec.field(default_factory=Failure)
+    to: Literal["stderr", "syslog"] = "stderr"
     headers: Headers = msgspec.field(default_factory=Headers)
     quarantine: Quarantine = msgspec.field(default_factory=Quarantine)
     journal: Journal = msgspec.field(default_factory=Journal)

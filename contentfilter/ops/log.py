@@ -1,19 +1,20 @@
-"""Log lines: events with fixed names and fields, one line each, JSON or logfmt, to one descriptor.
+"""Log lines: events with fixed names and fields, one line each, JSON or logfmt.
 
-A line is written with a single write(2) and is at most PIPE_BUF long, so the lines of several
-workers on one pipe never mix. Nothing here is global: whoever starts a process makes its logger.
+A line is written at once and is at most PIPE_BUF long, so the lines of several workers on one pipe
+never mix; where they go is a matter of log_target.py. docs/logs.md describes every event and field. Nothing here
+is global: whoever starts a process makes its logger.
 """
 
 import json
 import logging
-import os
-import select
 from collections.abc import Mapping, MutableMapping
 from datetime import UTC, datetime
 from typing import Any, Literal
 
 import msgspec
 import structlog
+
+from contentfilter.ops.log_target import Stream, Target
 
 LINE_LIMIT = 4096  # PIPE_BUF: up to here a write to a pipe is atomic
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
@@ -36,6 +37,7 @@ EVENTS: Mapping[str, str] = {
     "intake.internal-error": "a defect: the handling raised; the message was deferred",
     "intake.bad-envelope": "a request whose envelope is malformed, which our hook never sends; deferred",
     "mail.done": "what happened to one message: the record with the fixed fields",
+    "mail.step": "one step of the story of a message, where `smtplog` asks for it",
     "mail.report": "what the hook's several submissions came to",
     "housekeeping.done": "a chore was done; the fields count what it removed",
     "housekeeping.failed": "a chore failed; it is tried again with the next round",
@@ -53,6 +55,13 @@ EVENTS: Mapping[str, str] = {
     "service.restart-needed": "a changed setting takes effect only after a restart of the daemon",
     "service.drain": "no new messages; those under way are finished",
     "service.stop": "the supervisor ends",
+    "bypass.begin": "an operator ordered that a scanner is not asked for a while: who, why, until when",
+    "bypass.active": "that still holds; said every few minutes",
+    "bypass.end": "the scanner is asked again, and who or what ended it",
+    "drain.begin": "an operator ordered that no mail is accepted: who, why, until when",
+    "drain.active": "that still holds; said every few minutes",
+    "drain.end": "mail is accepted again, and who or what ended it",
+    "orders.not-saved": "bypasses could not be written down: they hold, but a restart forgets the change",
     "bus.malformed": "a frame on the bus that could not be decoded; dropped",
     "tables.stale": "the recipient tables are not brought up to date, and why; the last good ones stay in force",
     "tables.current": "they are again what their source has",
@@ -69,48 +78,35 @@ EVENTS: Mapping[str, str] = {
 }
 
 
-class LineWriter:
-    """What structlog calls last: one finished line, one write.
+class Writer:
+    """What structlog calls last, with the finished line and its level."""
 
-    A log that is gone must not stop mail, and neither must one whose reader has stalled: into a full pipe
-    nothing is written. ``lost`` counts the lines since the last one that got through.
-    """
+    def __init__(self, target: Target) -> None:
+        self._target = target
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._room = select.poll()
-        self._room.register(fd, select.POLLOUT)
-        self.lost = 0
-
-    def msg(self, line: bytes) -> None:
-        try:
-            if self._room.poll(0):
-                os.write(self._fd, line)
-                self.lost = 0
-                return
-        except OSError:
-            pass
-        self.lost += 1
+    def msg(self, line: bytes, level: str) -> None:
+        self._target.write(line, level)
 
     debug = info = warning = warn = error = critical = exception = log = msg
 
 
-def make_logger(style: Literal["json", "logfmt"], level: str, fd: int = 2, **fields: Any) -> Logger:
-    """A logger that writes to ``fd`` with ``fields`` bound to every line."""
+def make_logger(style: Literal["json", "logfmt"], level: str, target: Target | int = 2, **fields: Any) -> Logger:
+    """A logger that writes to ``target`` (or a descriptor) with ``fields`` bound to every line."""
     render = _json if style == "json" else _logfmt
-    writer = LineWriter(fd)
+    target = Stream(target) if isinstance(target, int) else target
 
-    def finish(logger: Any, method: str, event: EventDict) -> bytes:
+    def finish(logger: Any, method: str, event: EventDict) -> tuple[tuple[bytes, str], dict[str, Any]]:
         """All in one step: this runs for every message. When, how bad and what come first, as people read it."""
         if "exc_info" in event:
             event = structlog.processors.format_exc_info(logger, method, event)
-        if writer.lost:
-            event["lines_lost"] = writer.lost
+        if target.lost:
+            event["lines_lost"] = target.lost
         now = datetime.now(UTC).isoformat(timespec="microseconds")[:-6] + "Z"
-        return bounded({"time": now, "level": method, "event": event.pop("event"), **event}, render)
+        line = bounded({"time": now, "level": method, "event": event.pop("event"), **event}, render)
+        return (line, method), {}
 
     logger: Logger = structlog.wrap_logger(
-        writer,
+        Writer(target),
         processors=[finish],
         wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
         cache_logger_on_first_use=True,

@@ -15,7 +15,8 @@ from typing import TypeVar
 
 from contentfilter.deadline import Deadline
 from contentfilter.errors import BackendError, Cause
-from contentfilter.scanners.health import Backend, Health, choose, due, usable
+from contentfilter.scanners.health import Backend, Health, choose, describe, due, usable
+from contentfilter.scanners.health import BackendHealth as BackendHealth
 from contentfilter.scanners.stream import Address, ClosedError, UnreachableError
 
 T = TypeVar("T")
@@ -81,6 +82,7 @@ class Pool:
             else:
                 backend.health = Health()
                 self._heard(backend)
+                backend.answered = backend.heard
                 return answer
             finally:
                 self._release(backend)
@@ -104,6 +106,11 @@ class Pool:
             raise
         finally:
             backend.movable.discard(scope)
+
+    def describe(self) -> tuple[BackendHealth, ...]:
+        """How each backend stands right now."""
+        now = self._clock()
+        return tuple(describe(self._service, b, now, self._silence, len(self._waiting)) for b in self.backends)
 
     # Watching
 
@@ -143,8 +150,8 @@ class Pool:
                 alarm.cancel()
 
     def _set_aside(self, backend: Backend, began: float) -> None:
-        if backend.heard <= began:
-            backend.silent = True
+        if backend.heard <= began and not backend.silent:
+            backend.silent_since = began
             self._hand_out()
 
     def _move(self, backend: Backend, began: float) -> None:
@@ -157,12 +164,12 @@ class Pool:
 
     def _heard(self, backend: Backend) -> None:
         backend.heard = self._clock()
-        backend.silent = False
+        backend.silent_since = None
 
     def _failed(self, backend: Backend, cause: Cause, now: float, seconds: float) -> None:
         backend.health = backend.health.failed(cause, now, seconds)
         if cause in (Cause.DOWN, Cause.BAD_REPLY, Cause.MEMORY):
-            backend.silent = False  # it is not silent but broken
+            backend.silent_since = None  # it is not silent but broken
             backend.heard = now
 
     # The queue

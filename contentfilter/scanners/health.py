@@ -29,6 +29,8 @@ class Health:
     failures: int = 0  # in a row
     rest_until: float = 0.0
     cause: Cause = Cause.DOWN  # of the last failure
+    since: float = 0.0  # when the first of them was
+    last: float = 0.0
     proven: bool = False  # it answered a PING since
 
     def resting(self, now: float) -> bool:
@@ -48,11 +50,29 @@ class Health:
         failures = self.failures + 1
         beyond = min(failures - REST_AFTER, 16)
         rest = min(FIRST_REST * 2**beyond, LONGEST_REST) if beyond >= 0 else 0.0
-        return Health(failures, now + rest, cause)
+        return Health(failures, now + rest, cause, self.since if self.failures else now, now)
 
     def answered_ping(self) -> "Health":
         """It is there. Whether it can scan only a scan tells, so its failures are not forgotten."""
         return replace(self, proven=True)
+
+
+@dataclass(frozen=True, slots=True)
+class BackendHealth:
+    """How one backend stands, for whoever watches. Times are seconds that have passed."""
+
+    scanner: str
+    backend: str
+    state: str  # well, doubtful (it failed, and has not answered since), silent (not even to PING), resting (left alone)
+    failures: int  # in a row
+    cause: str  # of the last of them; empty without
+    since: float  # the first of them
+    failed: float  # the last of them
+    answered: float | None  # its last sound answer; None: there was none yet
+    outstanding: int
+    limit: int
+    waiting: int  # questions that wait for a place at any backend of this scanner
+    wanted: bool = True  # there is mail that needs this scanner
 
 
 @dataclass(slots=True, eq=False)
@@ -65,12 +85,17 @@ class Backend:
     turn: int = 0  # when it was last chosen: breaks ties, so that equals share the load
     health: Health = field(default_factory=Health)
     watched: bool = False  # PINGs find out about it, so no mail needs to
-    heard: float = float("-inf")  # the last word from it, or the question that broke its silence
-    silent: bool = False
+    heard: float = float("-inf")  # the last word from it, or the question that began its silence
+    answered: float | None = None  # when it last gave a sound answer
+    silent_since: float | None = None  # when it left a PING unanswered
     movable: set[asyncio.Timeout] = field(default_factory=set)  # questions that may still be asked elsewhere
 
     def free(self) -> bool:
         return self.outstanding < (1 if self.health.doubtful() else self.limit)
+
+    @property
+    def silent(self) -> bool:
+        return self.silent_since is not None
 
     def trusted(self) -> bool:
         """Mail may go there without paying for the finding that it is not well."""
@@ -101,3 +126,24 @@ def choose(backends: Sequence[Backend], now: float, avoid: Collection[Backend] =
     """The best one with room: proven before unproven, then the least outstanding, then the longest unused."""
     free = [b for b in usable(backends, now, avoid) if b.free()]
     return min(free, key=lambda b: (b.unproven(), b.outstanding, b.turn), default=None)
+
+
+def describe(service: str, backend: Backend, now: float, silence: Cause, waiting: int) -> BackendHealth:
+    """``silence``: what a backend that answers no PING is called."""
+    health, silent = backend.health, backend.silent_since
+    since, last, cause = (health.since, health.last, health.cause) if silent is None else (silent, silent, silence)
+    sick = health.failures > 0 or silent is not None
+    state = "resting" if health.resting(now) else "silent" if backend.silent else "doubtful" if sick else "well"
+    return BackendHealth(
+        scanner=service,
+        backend=str(backend.address),
+        state=state,
+        failures=max(health.failures, int(sick)),
+        cause=cause.value if sick else "",
+        since=now - since if sick else 0.0,
+        failed=now - last if sick else 0.0,
+        answered=None if backend.answered is None else now - backend.answered,
+        outstanding=backend.outstanding,
+        limit=backend.limit,
+        waiting=waiting,
+    )

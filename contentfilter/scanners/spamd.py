@@ -13,8 +13,11 @@ from contentfilter.config import settings
 from contentfilter.deadline import Deadline
 from contentfilter.errors import BackendError, Cause
 from contentfilter.model import Message, Scanner, ScanOutcome, ScanStatus, Want
+from contentfilter.policy.budget import one_try
+from contentfilter.scanners import tls
 from contentfilter.scanners.backends import Pool
-from contentfilter.scanners.stream import Address, Limits, converse
+from contentfilter.scanners.resolve import Resolver
+from contentfilter.scanners.stream import Address, Limits, Surroundings, converse
 from contentfilter.wire import spamd
 
 GROWTH = 1_048_576  # bytes that spamd's report may add to a message
@@ -25,13 +28,16 @@ class SpamdScanner:
     """spamd behind a pool of backends. ``config`` is the [spamd] section, ``children`` H-Sphere's spamdchildren.
 
     spamd has no queue but its listen backlog, so each backend gets at most ``children`` questions at once.
+    Raises ConfigError for certificates that cannot be used.
     """
 
     def __init__(self, config: settings.Spamd, children: int, *, clock: Callable[[], float] = time.monotonic) -> None:
         addresses = tuple(Address.parse(text) for text in config.backends)
         self.pool = Pool("spamd", addresses, max(1, children), clock)
         self._limits = Limits(config.connect_timeout, config.timeout)
-        self._compress = config.compress
+        secure = any(address.tls for address in addresses)
+        self._around = Surroundings(Resolver(), tls.client(config) if secure else None)
+        self._config = config
 
     async def scan(
         self, message: Message, deadline: Deadline, *, user: bytes = b"", want: Want = Want.CHECK
@@ -47,13 +53,13 @@ class SpamdScanner:
         user = user if spamd.usable_user(user) else b""
         body = await self._body(message, deadline)
         try:
-            head = spamd.request(want.value, len(body), user=user, compress=self._compress)
+            head = spamd.request(want.value, len(body), user=user, compress=self._config.compress)
             max_body = 2 * message.size + GROWTH  # line ends may double
+            seconds = one_try(message.size, self._config)
 
             async def ask(address: Address) -> tuple[Address, spamd.Response]:
-                return address, await self._ask(
-                    address, head, body, spamd.ResponseReader(want.value, max_body), deadline
-                )
+                reader = spamd.ResponseReader(want.value, max_body)
+                return address, await self._ask(address, head, body, reader, deadline.within(seconds))
 
             address, response = await self.pool.run(ask, deadline)
         finally:
@@ -68,11 +74,28 @@ class SpamdScanner:
             rewritten=b"" if want is Want.CHECK else response.body,
         )
 
+    async def watch(self) -> None:
+        """Until it is cancelled: ask backends that are in doubt with PING, so that no mail has to."""
+        await self.pool.watch(self.probe)
+
+    async def probe(self, address: Address, deadline: Deadline) -> None:
+        """PING, apart from the pool: takes no scan's place. Raises BackendError.
+
+        spamd's children answer it: one that has none free does not answer in time.
+        """
+        limits = Limits(self._limits.connect, deadline.left())
+        batches, reader = iter([(spamd.request("PING", 0),)]), spamd.ResponseReader("PING", 0)
+        response, _ = await converse(address, batches, reader, limits, deadline, half_close=True, around=self._around)
+        if response.code:
+            raise BackendError(spamd.cause(response.code), str(address), f"{response.code} {response.text}")
+
     async def _ask(
         self, address: Address, head: bytes, body: memoryview, reader: spamd.ResponseReader, deadline: Deadline
     ) -> spamd.Response:
         batches = iter([(head, body)])
-        response, complete = await converse(address, batches, reader, self._limits, deadline, half_close=True)
+        response, complete = await converse(
+            address, batches, reader, self._limits, deadline, half_close=True, around=self._around
+        )
         if response.code:
             raise BackendError(spamd.cause(response.code), str(address), f"{response.code} {response.text}")
         if not complete:
@@ -82,7 +105,7 @@ class SpamdScanner:
     async def _body(self, message: Message, deadline: Deadline) -> memoryview:
         """What follows the head. Compressing is our own work, in steps that leave others their turn."""
         view = memoryview(message.data)
-        if not self._compress:
+        if not self._config.compress:
             return view
         with view:
             deflate = zlib.compressobj(1)

@@ -44,7 +44,7 @@ class Address:
 
     @classmethod
     def parse(cls, text: str) -> "Address":
-        """``unix:/path``, ``tcp:host:port``, ``tcp:[v6]:port``, the same with ``tls:``; else a ValueError that says why."""
+        """``unix:/path``, ``tcp:host:port``, ``tls:host:port``, ``tcp:[v6]:port``; else a ValueError that says why."""
         kind, _, rest = text.partition(":")
         if kind == "unix":
             if not rest.startswith("/") or "\0" in rest or len(rest.encode()) > 107:
@@ -196,7 +196,10 @@ async def _connect(address: Address, limits: Limits, deadline: Deadline, around:
 async def _under_tls(sock: socket.socket, address: Address, tls: Tls | None) -> TlsSocket:
     if tls is None:
         raise OSError(f"{address}: TLS is not set up for it")
-    endpoint = TlsSocket(sock, tls, address.host)
+    try:
+        endpoint = TlsSocket(sock, tls, address.host)
+    except ValueError as error:
+        raise OSError(f"TLS: not a name for a certificate: {error}") from error
     try:
         while True:
             try:

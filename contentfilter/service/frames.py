@@ -7,7 +7,12 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from contentfilter.config.settings import Failure
 from contentfilter.errors import RemoteProtocolError
+from contentfilter.model import OriginKind, Scanner
+from contentfilter.ops.history import Window
+from contentfilter.policy.bypass import Bypass
+from contentfilter.scanners.backends import BackendHealth
 from contentfilter.tables.keeper import State
 
 VERSION = b"\x01"
@@ -39,6 +44,8 @@ class Heartbeat(Frame, frozen=True):
     open: int
     counters: dict[str, int]
     bytes: int = 0  # of the messages in flight
+    backends: tuple[BackendHealth, ...] = ()  # as this worker knows them
+    orders: int = 0  # the number of the orders that it follows
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -60,6 +67,23 @@ Report = Heartbeat | Happened
 # Supervisor to workers
 
 
+class Drain(msgspec.Struct, frozen=True):
+    """An order to accept no mail for a while. Times are seconds since 1970."""
+
+    since: float
+    until: float | None  # None: until somebody ends it
+    reason: str
+    by: str
+
+
+class Orders(Frame, frozen=True):
+    """What operators ordered, as it holds from now on. Repeated until every worker has it."""
+
+    number: int  # grows with each change
+    bypasses: tuple[Bypass, ...] = ()
+    drain: Drain | None = None
+
+
 class Configure(Frame, frozen=True):
     """What holds from now on. Repeated until every worker has it."""
 
@@ -67,7 +91,7 @@ class Configure(Frame, frozen=True):
     blob: bytes
 
 
-Command = Configure
+Command = Configure | Orders
 
 
 # Command line to supervisor, and back
@@ -81,14 +105,49 @@ class AskStatus(Frame, frozen=True):
     pass
 
 
+class AskFailures(Frame, frozen=True):
+    """What the failure table in force is made of."""
+
+
 class AskReload(Frame, frozen=True):
     """``restart`` also replaces every worker process, each new one before its old one goes."""
 
     restart: bool = False
 
 
-Question = Ping | AskStatus | AskReload
-CHANGES = (AskReload,)
+class AskBypass(Frame, frozen=True):
+    """Leave a scanner out for ``seconds``. In place of an earlier order for the same scanner."""
+
+    scanner: Scanner
+    seconds: float
+    reason: str
+    origins: tuple[OriginKind, ...] = ()
+    claimed: str = ""  # who the asker says to be; believed by nobody, but noted
+
+
+class AskBypassEnd(Frame, frozen=True):
+    """Ask a scanner again; all of them where none is named."""
+
+    scanner: Scanner | None = None
+    claimed: str = ""
+
+
+class AskDrain(Frame, frozen=True):
+    """Accept no more mail, for ``seconds`` or until AskResume. What is under way is finished."""
+
+    seconds: float | None = None
+    reason: str = ""
+    claimed: str = ""
+
+
+class AskResume(Frame, frozen=True):
+    """Accept mail again."""
+
+    claimed: str = ""
+
+
+Question = Ping | AskStatus | AskFailures | AskReload | AskBypass | AskBypassEnd | AskDrain | AskResume
+CHANGES = (AskReload, AskBypass, AskBypassEnd, AskDrain, AskResume)
 """Questions that change something: for root and the user of the daemon only. The rest is for their group, too."""
 
 
@@ -104,6 +163,25 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     in_flight: tuple[Busy, ...]
     counters: dict[str, int]
     bytes: int = 0
+    backends: tuple[BackendHealth, ...] = ()
+
+
+class BackendStatus(msgspec.Struct, frozen=True):
+    """How one backend stands, by all that workers and probes know. Moments are seconds since 1970."""
+
+    scanner: str
+    backend: str
+    state: str  # well, failing, unknown (nobody has asked it yet)
+    cause: str = ""  # of the last failure, while it is failing
+    detail: str = ""
+    since: float = 0.0  # failing since; 0 while it is not
+    failures: int = 0  # in a row, those of all workers
+    heard: float = 0.0  # its last sound answer, to a probe or a scan; 0: none yet
+    outstanding: int = 0
+    limit: int = 0
+    waiting: int = 0
+    wanted: bool = True  # there is mail that needs this scanner
+    meanwhile: dict[str, str] = {}  # origin -> what a message of it gets that needs this scanner: defer, pass
 
 
 class Status(Frame, frozen=True):
@@ -111,7 +189,7 @@ class Status(Frame, frozen=True):
 
     version: str
     pid: int
-    state: str  # starting, ready, draining
+    state: str  # starting, ready, drained, draining
     generation: int
     uptime: float
     socket: str
@@ -123,6 +201,21 @@ class Status(Frame, frozen=True):
     tables: State | None = None  # the recipient tables in force
     wanted: int = 0  # workers
     deaths: dict[str, int] = {}  # restarts by reason
+    backends: tuple[BackendStatus, ...] = ()
+    waiting: int | None = None  # hooks that no worker has accepted yet; None where the kernel does not tell
+    waiting_limit: int | None = None
+    window: Window | None = None  # what came of the mail of the last 15 minutes
+    recent: Window | None = None  # and of the last two
+    bypasses: tuple[Bypass, ...] = ()  # those that hold now
+    drain: Drain | None = None
+    orders_problem: str = ""  # why orders do not survive a restart, or why older ones are not in force
+
+
+class Failures(Frame, frozen=True):
+    """``[failure]`` as it is in force."""
+
+    generation: int
+    failure: Failure
 
 
 class Done(Frame, frozen=True):
@@ -133,13 +226,22 @@ class Done(Frame, frozen=True):
     problems: tuple[str, ...] = ()  # with ok: what is not as it should be all the same
 
 
+class Ordered(Frame, frozen=True):
+    """Orders as they are in force now."""
+
+    bypasses: tuple[Bypass, ...]
+    drain: Drain | None
+    problems: tuple[str, ...] = ()  # what is not as it should be all the same
+    in_flight: int = 0  # messages under way
+
+
 class Refused(Frame, frozen=True):
     """Nothing was done."""
 
     why: str
 
 
-Reply = Status | Done | Refused
+Reply = Status | Failures | Done | Ordered | Refused
 
 T = TypeVar("T")
 
@@ -159,6 +261,7 @@ def decode(data: bytes, decoder: msgspec.msgpack.Decoder[T]) -> T:
 
 
 REPORTS: msgspec.msgpack.Decoder[Report] = msgspec.msgpack.Decoder(Report)
+ORDERS: msgspec.msgpack.Decoder[Orders] = msgspec.msgpack.Decoder(Orders)
 COMMANDS: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
 QUESTIONS: msgspec.msgpack.Decoder[Question] = msgspec.msgpack.Decoder(Question)
 REPLIES: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)

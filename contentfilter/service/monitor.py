@@ -1,4 +1,4 @@
-"""What the supervisor does for those who watch it: counts, measures, probes clamd, and serves /metrics, /live, /ready.
+"""What the supervisor does for those who watch it: counts, measures, probes, and serves /metrics, /live, /ready.
 
 Mail never waits for any of it. The disk is looked at in a thread of its own that may hang, the text is made in
 another, the probe has a deadline, and an address that cannot be had is logged and tried again.
@@ -15,24 +15,24 @@ from typing import Any, Literal
 
 import msgspec
 
-from contentfilter.config.settings import Clamd, Settings
+from contentfilter.config.settings import Settings
 from contentfilter.deadline import Deadline
-from contentfilter.errors import BackendError
 from contentfilter.intake.connection import Rarely
 from contentfilter.model import Scanner
+from contentfilter.ops.history import History
 from contentfilter.ops.http import Page, Response, Server, parse_listen
 from contentfilter.ops.log import Logger
 from contentfilter.ops.measure import Sample, backlog, measure
 from contentfilter.ops.metrics import Metrics, Registry
-from contentfilter.scanners.clamd import ClamdScanner
-from contentfilter.scanners.stream import Address
+from contentfilter.ops.page import PATHS, make_pages
+from contentfilter.policy.bypass import SCANNERS
 from contentfilter.service.frames import Happened, Report, Status
+from contentfilter.service.health import backend_statuses
+from contentfilter.service.probe import UP, Prober
 
 MEASURE_EVERY = 30.0  # seconds between two looks at the disk
-PROBE_EVERY = 120.0  # seconds between two questions to clamd for its version
-PROBE_WAIT = 10.0
+WINDOW, RECENT = 900.0, 120.0  # seconds that the status tells about
 LISTEN_AGAIN = 30.0  # seconds until an address that is in use is tried again
-VERSION_SHOWN = 64  # characters of clamd's version
 
 
 class Monitor:
@@ -47,12 +47,12 @@ class Monitor:
         self._status = status
         self._listener = listener
         self._metrics = Metrics(Registry())
+        self.history = History()
         self._renderer = ThreadPoolExecutor(1, thread_name_prefix="metrics")
         self._started = time.time()
         self._measured: tuple[Sample, ...] = ()
-        self._probed: tuple[Sample, ...] = ()
+        self._prober = Prober(settings)
         self._end = threading.Event()
-        self._changed = asyncio.Event()
         self._defects = Rarely(60.0)
         self._adopt()
 
@@ -64,8 +64,13 @@ class Monitor:
             if isinstance(report, Happened):
                 for event in report.events:
                     self._metrics.event(event.name, event.fields)
+                    if event.name == "mail.done":
+                        self.history.event(event.fields, event.account, time.monotonic())
             else:
                 self._metrics.worker(report.pid, report.lag, report.counters)
+                for backend in report.backends:
+                    if backend.failures:
+                        self._prober.suspect(backend.failed)
         except Exception:
             if (held := self._defects.allow()) is not None:
                 self._log.exception("monitor.failed", not_logged=held)
@@ -79,18 +84,19 @@ class Monitor:
     def _adopt(self) -> None:
         settings = self._settings()
         self._metrics.backends({Scanner.CLAMD: settings.clamd.backends, Scanner.SPAMD: settings.spamd.backends})
-        self._changed.set()
+        self._prober.changed()
 
     # In the background
 
     async def run(self) -> None:
-        """Until it is cancelled. Where nobody can ask, nothing is looked at."""
+        """Until it is cancelled. Without HTTP the disk is not looked at, and scanners are probed only with a reason."""
         where = parse_listen(self._settings().http.listen)
         if where is None:
+            await self._alone(self._prober.run(rhythm=False))
             return
         threading.Thread(target=self._measure, name="measure", daemon=True).start()
         try:
-            await asyncio.gather(self._alone(self._serve(*where)), self._alone(self._probe()))
+            await asyncio.gather(self._alone(self._serve(*where)), self._alone(self._prober.run(rhythm=True)))
         finally:
             self._end.set()
             self._renderer.shutdown(wait=False, cancel_futures=True)
@@ -110,7 +116,9 @@ class Monitor:
 
     async def _serve(self, host: str, port: int) -> None:
         pages: dict[str, Page] = {"/metrics": self._page_metrics, "/live": self._page_live, "/ready": self._page_ready}
-        server = Server(pages, self._log)
+        if self._settings().http.page == "on":
+            pages |= make_pages(self._look, self.history)
+        server = Server(pages, self._log, private=PATHS, names=(host,))
         told = False
         try:
             while True:
@@ -128,26 +136,31 @@ class Monitor:
         finally:
             await server.close()
 
-    async def _probe(self) -> None:
-        """Ask every clamd for its version, now and then and after each change of the settings."""
-        config: Clamd | None = None
-        while True:
-            self._changed.clear()
-            if config is None or config != self._settings().clamd:
-                config = self._settings().clamd
-                scanner = ClamdScanner(config)
-            answers = await asyncio.gather(*(_version(scanner, name) for name in config.backends))
-            self._probed = tuple(sample for samples in answers for sample in samples)
-            try:
-                async with Deadline.after(PROBE_EVERY).timeout():
-                    await self._changed.wait()
-            except TimeoutError:
-                pass
+    # What the status tells beside the workers
+
+    async def look(self, deadline: Deadline) -> None:
+        """Somebody wants to know how things are: ask the scanners, unless that was just done."""
+        await self._prober.fresh(deadline)
+
+    def complete(self, status: Status) -> Status:
+        """``status`` with backends, queue and the last minutes."""
+        queue, now = backlog(self._listener.fileno()), time.monotonic()
+        return msgspec.structs.replace(
+            status,
+            backends=backend_statuses(status.workers, self._prober.results, self._settings()),
+            waiting=queue[0] if queue else None,
+            waiting_limit=queue[1] if queue else None,
+            window=self.history.window(WINDOW, now),
+            recent=self.history.window(RECENT, now),
+        )
 
     # What is served
 
     async def _page_metrics(self, accept: str) -> Response:
-        samples = (*self._now(self._status()), *self._measured, *self._probed)
+        status = self._status()
+        unwanted = {(backend.backend,) for backend in status.backends if not backend.wanted}
+        probed = (s for s in self._prober.samples if s[0] != UP[Scanner.SPAMD] or s[1] not in unwanted)
+        samples = (*self._now(status), *self._measured, *probed)
         values: dict[str, list[tuple[tuple[str, ...], float]]] = {}
         for name, labels, value in samples:
             values.setdefault(name, []).append((labels, value))
@@ -161,11 +174,18 @@ class Monitor:
     async def _page_ready(self, accept: str) -> Response:
         return _told(accept, "ready", self._unready(self._status()))
 
+    def _look(self) -> tuple[Status, tuple[str, ...]]:
+        """For the page in the browser."""
+        status = self._status()
+        return status, self._unready(status)
+
     def _unready(self, status: Status) -> tuple[str, ...]:
         """What keeps the daemon from being ready, in words; empty when it is."""
         found = []
         if status.state == "draining":
             found.append("draining: no new mail is accepted")
+        if status.drain is not None:
+            found.append(f"draining: no new mail is accepted, by order of {status.drain.by}: contentfilter resume")
         able = {
             w.slot for w in status.workers if w.state == "ready" and w.silent < self._settings().service.stuck_after
         }
@@ -194,11 +214,17 @@ class Monitor:
         yield "contentfilter_in_flight_bytes", (), sum(worker.bytes for worker in workers)
         ages = [busy.seconds + worker.silent for worker in workers for busy in worker.in_flight]
         yield "contentfilter_in_flight_oldest_seconds", (), max(ages, default=0.0)
-        if (queue := backlog(self._listener.fileno())) is not None:
-            yield "contentfilter_waiting", (), queue[0]
-            yield "contentfilter_waiting_limit", (), queue[1]
+        if status.waiting is not None and status.waiting_limit is not None:
+            yield "contentfilter_waiting", (), status.waiting
+            yield "contentfilter_waiting_limit", (), status.waiting_limit
         yield "contentfilter_frames_malformed_total", (), status.malformed
         yield "contentfilter_generation", (), status.generation
+        ends = {bypass.scanner: bypass.until for bypass in status.bypasses}
+        for scanner in SCANNERS:
+            yield "contentfilter_bypass_active", (scanner.value,), scanner in ends
+            if scanner in ends:
+                yield "contentfilter_bypass_until_timestamp_seconds", (scanner.value,), ends[scanner]
+        yield "contentfilter_drained", (), status.drain is not None
         yield "contentfilter_configuration_problems", (), len(status.problems)
         if (tables := status.tables) is not None and tables.loaded:
             yield "contentfilter_table_rows", ("clamavclients",), tables.clamav_rows
@@ -215,21 +241,3 @@ def _told(accept: str, name: str, problems: tuple[str, ...]) -> Response:
         body = msgspec.json.encode({name: not problems, "problems": problems})
         return Response(body, "application/json", status)
     return Response("".join(f"{line}\n" for line in problems or (name,)).encode(), status=status)
-
-
-async def _version(scanner: ClamdScanner, backend: str) -> list[Sample]:
-    """What one clamd says about itself; only that it is not up when it says nothing."""
-    labels = (backend,)
-    try:
-        found = await scanner.probe(Address.parse(backend), Deadline.after(PROBE_WAIT))
-    except BackendError:
-        return [("contentfilter_clamd_up", labels, 0)]
-    samples: list[Sample] = [
-        ("contentfilter_clamd_up", labels, 1),
-        ("contentfilter_clamd_info", (backend, found.product[:VERSION_SHOWN]), 1),
-    ]
-    if found.database is not None:
-        samples.append(("contentfilter_clamd_database_version", labels, found.database))
-    if found.built is not None:
-        samples.append(("contentfilter_clamd_database_timestamp_seconds", labels, found.built.timestamp()))
-    return samples

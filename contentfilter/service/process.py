@@ -84,6 +84,7 @@ class Process:
             in_flight=in_flight,
             counters=beat.counters if beat else {},
             bytes=beat.bytes if beat else 0,
+            backends=beat.backends if beat else (),
         )
 
 

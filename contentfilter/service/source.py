@@ -19,6 +19,7 @@ class Loaded:
     settings: Settings
     blob: bytes  # all that a worker needs; only the application knows what is in it
     problems: tuple[Problem, ...] = ()  # bad lines that were left out
+    sysfacility: str = ""  # of a log in syslog
 
 
 class Source(Protocol):

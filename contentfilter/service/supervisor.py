@@ -24,8 +24,10 @@ from contentfilter.intake.connection import Rarely
 from contentfilter.intake.listener import OwnSocket, SocketError, hold_lock, inherited_socket, open_socket
 from contentfilter.intake.origin import resolve
 from contentfilter.ops.log import Logger, adopt_standard_logging, make_logger
+from contentfilter.ops.log_target import open_target
 from contentfilter.ops.systemd import Notifier, listen_fds, watchdog_interval
 from contentfilter.service import bus, frames
+from contentfilter.service.breakglass import BreakGlass
 from contentfilter.service.control import Answer, answer_questions
 from contentfilter.service.housekeeping import Chore, keep_house
 from contentfilter.service.monitor import Monitor
@@ -40,6 +42,7 @@ DRAIN_GRACE = 5.0  # seconds on top of service.drain before workers are killed
 RELOAD_WAIT = 10.0  # seconds to wait for all workers to take a new configuration
 LAST_WORDS = 0.1  # seconds of silence after which workers that have ended have said everything
 RECORD_WAIT = 5.0  # seconds for the journal to be written at the end
+LOOK_WAIT = 1.0  # seconds that who asks for the status waits for the scanners' answers
 REPEAT = 2.0  # seconds before a configuration is sent again to a worker that lacks it
 
 
@@ -73,7 +76,8 @@ class Supervisor:
         self._notify = Notifier.from_environment(self._environ)
         self._loaded = await self._source.load()
         settings = self._loaded.settings
-        self._log: Logger = make_logger(settings.log.format, settings.log.level, pid=pid)
+        target = open_target(settings.log.to, self._loaded.sysfacility, self._environ)
+        self._log: Logger = make_logger(settings.log.format, settings.log.level, target, pid=pid)
         adopt_standard_logging(self._log)
         self._tell(self._loaded)
         self._staleness = Staleness(self._log)
@@ -105,6 +109,8 @@ class Supervisor:
         self._lifeline, self._lifeline_held = os.pipe2(os.O_CLOEXEC)
         self._bus = bus.SupervisorBus(settings.service.run)
         self._pool = Pool(self._spawn, self._log, self._moved.set)
+        wires = self._bus.command, self._ordered, lambda: self._pool.processes, self._moved
+        self._glass = BreakGlass(self._log, lambda: self._loaded.settings, *wires)
         self._recorder = recorder = Recorder(self._log, settings)
         chores = (*self._chores, Chore("journal", lambda _: {"messages": recorder.expire()}))
         self._monitor = Monitor(self._log, lambda: self._loaded.settings, self.status, self._listener)
@@ -128,6 +134,7 @@ class Supervisor:
                         self._watch_tables(),
                         self._keep_watchdog(),
                         self._monitor.run(),
+                        self._glass.run(),
                         keep_house(chores, lambda: self._loaded.settings, self._log),
                     )
                 ]
@@ -147,13 +154,16 @@ class Supervisor:
         return 0
 
     def _spawn(self, slot: int, ended: Callable[[Process], None]) -> Process:
-        runtime = memory_file("configuration", self._loaded.blob)
+        runtime, orders = memory_file("configuration", self._loaded.blob), self._glass.inherited()
         try:
-            fds = {"listen": self._listener.fileno(), "lifeline": self._lifeline, "runtime": runtime}
-            words = command_line(self._app, self._loaded.settings, slot, self._generation, fds)
+            fds = {"listen": self._listener.fileno(), "lifeline": self._lifeline, "runtime": runtime, "orders": orders}
+            words = command_line(
+                self._app, self._loaded.settings, self._loaded.sysfacility, slot, self._generation, fds
+            )
             return Process(slot, words, tuple(fds.values()), ended)
         finally:
             os.close(runtime)
+            os.close(orders)
 
     # The end
 
@@ -211,12 +221,12 @@ class Supervisor:
         self._problems = texts
 
     async def _take(self, loaded: Loaded) -> None:
-        old, self._loaded = self._loaded.settings, loaded
+        before, self._loaded = self._loaded, loaded
         self._monitor.loaded("changed")
         new = loaded.settings
-        for name in ("listen", "http", "service.run"):
-            if attrgetter(name)(old) != attrgetter(name)(new):
-                self._log.warning("service.restart-needed", setting=name)
+        for name in ("settings.listen", "settings.http", "settings.service.run", "settings.log", "sysfacility"):
+            if attrgetter(name)(before) != attrgetter(name)(loaded):
+                self._log.warning("service.restart-needed", setting=name.removeprefix("settings."))
         self._generation += 1
         self._recorder.change(new)
         self._log.info("service.reload", generation=self._generation, bytes=len(loaded.blob))
@@ -286,6 +296,7 @@ class Supervisor:
                 await self._publish(event)
         elif (process := self._pool.heard(report)) is not None:
             self._moved.set()
+            await self._glass.heard(process)
             if self._lacks(report) and not process.retiring and time.monotonic() > self._last_sent + REPEAT:
                 await self._send_configuration()
 
@@ -295,6 +306,11 @@ class Supervisor:
         except zmq.Again:
             pass  # a slow reader of the feed loses events
 
+    async def _ordered(self, event: frames.Event) -> None:
+        await self._publish(event)
+        if self._state == "ready":
+            self._notify.status(self._summary())
+
     def _answers(self) -> Mapping[type, Answer]:
         """What the command line may ask, and what answers it."""
 
@@ -302,7 +318,11 @@ class Supervisor:
             return frames.Done(True, self._generation)
 
         async def status(question: frames.Question, uid: int) -> frames.Reply:
+            await self._monitor.look(Deadline.after(LOOK_WAIT))
             return self.status()
+
+        async def failures(question: frames.Question, uid: int) -> frames.Reply:
+            return frames.Failures(self._generation, self._loaded.settings.failure)
 
         async def reload(question: frames.Question, uid: int) -> frames.Reply:
             assert isinstance(question, frames.AskReload)  # noqa: S101 - it stands for this type below
@@ -311,7 +331,13 @@ class Supervisor:
             trouble = (f"tables: {state.trouble}",) if state and state.trouble else ()
             return frames.Done(not problems, self._generation, (*problems, *trouble))
 
-        return {frames.Ping: ping, frames.AskStatus: status, frames.AskReload: reload}
+        return {
+            frames.Ping: ping,
+            frames.AskStatus: status,
+            frames.AskReload: reload,
+            **self._glass.answers(),
+            frames.AskFailures: failures,
+        }
 
     def _malformed(self, where: str, error: RemoteProtocolError) -> None:
         if (held := self._bad_frames.allow()) is not None:
@@ -339,13 +365,13 @@ class Supervisor:
             await asyncio.sleep(self._watchdog)
 
     def _summary(self) -> str:
-        return f"{worker_count(self._loaded.settings)} workers, configuration {self._generation}"
+        return f"{worker_count(self._loaded.settings)} workers, configuration {self._generation}{self._glass.summary()}"
 
     def status(self) -> frames.Status:
-        return frames.Status(
+        status = frames.Status(
             version=__version__,
             pid=os.getpid(),
-            state=self._state,
+            state="drained" if self._glass.orders.drain and self._state == "ready" else self._state,
             generation=self._generation,
             uptime=round(time.monotonic() - self._began, 3),
             socket=self._loaded.settings.listen.socket,
@@ -357,7 +383,11 @@ class Supervisor:
             problems=self._problems,
             workers=tuple(process.describe() for process in self._pool.processes),
             tables=self._source.tables(),
+            bypasses=self._glass.bypasses(),
+            drain=self._glass.orders.drain,
+            orders_problem=self._glass.problem,
         )
+        return self._monitor.complete(status)
 
 
 def worker_count(settings: Settings) -> int:

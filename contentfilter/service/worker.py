@@ -1,8 +1,8 @@
 """A worker process: one event loop that accepts hooks, hands their messages to the application, and
 tells the supervisor that it lives.
 
-Started by exec with the listening socket, the lifeline and the configuration as inherited
-descriptors. The heartbeat comes from the event loop itself, so a stuck loop falls silent. It drains on
+Started by exec with the listening socket, the lifeline, the configuration and the operators' orders as
+inherited descriptors. The heartbeat comes from the event loop itself, so a stuck loop falls silent. It drains on
 SIGTERM and when the lifeline closes, which means that the supervisor is gone; a second signal ends it at once.
 """
 
@@ -27,8 +27,11 @@ from contentfilter.intake.listener import Listener, inherited_socket
 from contentfilter.intake.message import Spool
 from contentfilter.intake.origin import resolve
 from contentfilter.ops.log import Logger, adopt_standard_logging, make_logger
+from contentfilter.ops.log_target import open_target
+from contentfilter.policy.bypass import Bypass
+from contentfilter.scanners.backends import BackendHealth
 from contentfilter.service.bus import BATCH_DELAY, WorkerBus
-from contentfilter.service.frames import Busy, Event, Heartbeat
+from contentfilter.service.frames import ORDERS, Busy, Event, Heartbeat, Orders, decode
 from contentfilter.wire import hook
 
 SHOWN = 8  # messages in flight that a heartbeat tells about
@@ -42,6 +45,10 @@ class Application(Protocol):
 
     async def handle(self, job: Job) -> hook.Answer: ...
 
+    def backends(self) -> tuple[BackendHealth, ...]:
+        """How the scanners that it asks stand, for the heartbeat."""
+        ...
+
     async def close(self) -> None:
         """Called once, when the last message under this configuration is answered."""
 
@@ -52,6 +59,7 @@ class Surroundings:
 
     log: Logger
     emit: Callable[[Event], None]  # to the supervisor and the event feed; never waits
+    bypasses: Callable[[], tuple[Bypass, ...]] = tuple  # those that are ordered at this moment
 
 
 Build = Callable[[bytes, Surroundings], Awaitable[Application]]
@@ -109,6 +117,7 @@ class Worker:
         loop.add_reader(self._options.lifeline, self._orphaned)
         self._bus = WorkerBus(self._options.run, os.getpid())
         blob = read_all(self._options.runtime)
+        self._orders = decode(read_all(self._options.orders), ORDERS)
         self._serving = await self._built(self._options.generation, blob)
         self._listener = Listener(
             inherited_socket(self._options.listen),
@@ -118,6 +127,7 @@ class Worker:
         )
         gc.collect()
         gc.freeze()  # modules and configuration are for good; collections need not visit them
+        self._listener.hold(self._orders.drain is not None)
         self._listener.start()
         try:
             async with asyncio.TaskGroup() as group:
@@ -133,8 +143,11 @@ class Worker:
         self._log.info("worker.stop")
 
     async def _built(self, generation: int, blob: bytes) -> Serving:
-        application = await self._build(blob, Surroundings(self._log, self._emit))
+        application = await self._build(blob, Surroundings(self._log, self._emit, self._bypasses))
         return Serving(application, generation)
+
+    def _bypasses(self) -> tuple[Bypass, ...]:
+        return self._orders.bypasses
 
     def _emit(self, event: Event) -> None:
         if self._bus.add(event):
@@ -194,6 +207,8 @@ class Worker:
             open=len(connections),
             counters=asdict(self._listener.counters) | {"events_lost": self._bus.lost},
             bytes=sum(c.size for c in connections),
+            backends=self._serving.application.backends(),
+            orders=self._orders.number,
         )
 
     async def _obey(self, group: asyncio.TaskGroup) -> None:
@@ -203,8 +218,17 @@ class Worker:
             except RemoteProtocolError as error:
                 self._log.warning("bus.malformed", why=str(error))
                 continue
-            if command.generation > max(self._serving.generation, self._refused):
+            if isinstance(command, Orders):
+                self._follow(command)
+            elif command.generation > max(self._serving.generation, self._refused):
                 await self._configure(command.generation, command.blob, group)
+
+    def _follow(self, orders: Orders) -> None:
+        """From the next message on. They hold whatever becomes of the configuration."""
+        if orders.number > self._orders.number:
+            self._orders = orders
+            self._listener.hold(orders.drain is not None)
+            self._bus.send(self._heartbeat(0.0))
 
     async def _configure(self, generation: int, blob: bytes, group: asyncio.TaskGroup) -> None:
         try:
@@ -251,7 +275,9 @@ def load_build(name: str) -> Build:
     return build
 
 
-def command_line(app: str, settings: Settings, slot: int, generation: int, fds: dict[str, int]) -> list[str]:
+def command_line(
+    app: str, settings: Settings, facility: str, slot: int, generation: int, fds: dict[str, int]
+) -> list[str]:
     """How the supervisor starts a worker. ``-P``: never import from the current directory."""
     words = [sys.executable, "-P", "-m", "contentfilter.service.worker"]
     options: dict[str, Any] = {
@@ -259,6 +285,8 @@ def command_line(app: str, settings: Settings, slot: int, generation: int, fds: 
         "run": settings.service.run,
         "log": settings.log.format,
         "level": settings.log.level,
+        "to": settings.log.to,
+        "facility": facility,
         "slot": slot,
         "generation": generation,
         **fds,
@@ -268,14 +296,15 @@ def command_line(app: str, settings: Settings, slot: int, generation: int, fds: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="contentfilter worker", description="Started by contentfilter serve only.")
-    for name in ("app", "run", "log", "level"):
+    for name in ("app", "run", "log", "level", "to", "facility"):
         parser.add_argument(f"--{name}", required=True)
-    for name in ("slot", "generation", "listen", "lifeline", "runtime"):
+    for name in ("slot", "generation", "listen", "lifeline", "runtime", "orders"):
         parser.add_argument(f"--{name}", type=int, required=True)
     options = parser.parse_args()
-    for fd in (options.listen, options.lifeline, options.runtime):
+    for fd in (options.listen, options.lifeline, options.runtime, options.orders):
         os.set_inheritable(fd, False)
-    log = make_logger(options.log, options.level, worker=options.slot, pid=os.getpid())
+    target = open_target(options.to, options.facility, os.environ)
+    log = make_logger(options.log, options.level, target, worker=options.slot, pid=os.getpid())
     adopt_standard_logging(log)
     selector = Exclusive(options.listen)
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector)) as runner:

@@ -4,11 +4,12 @@ Addresses stand here as printable ASCII; at most RECIPIENTS_SHOWN of them, with 
 What is too long for a line is the account: the story as it was told, and what else a message is found by.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 
-from contentfilter.model import readable
+from contentfilter.model import ScanStatus, readable
 from contentfilter.policy.decide import Action
 from contentfilter.policy.explain import story
 from contentfilter.verdict.case import Case
@@ -98,6 +99,18 @@ def make_record(case: Case, attempt: int, seconds: float) -> Record:
     )
 
 
+def troubled(record: Record) -> bool:
+    """Whether somebody should look: deferred, or let through without the answer of a scanner."""
+    return record.decision == Action.DEFER.value or any(s.status == ScanStatus.UNCHECKED.value for s in record.scans)
+
+
+def ordinary(record: Record) -> bool:
+    """Delivered to everybody, with nothing found and nothing left unchecked."""
+    dull = (ScanStatus.CLEAN.value, ScanStatus.SKIPPED.value)
+    delivered = record.decision == Action.QUEUE.value and not record.quarantined
+    return delivered and all(scan.status in dull for scan in record.scans)
+
+
 class Account(msgspec.Struct, frozen=True, omit_defaults=True):
     """What the log line has no room for."""
 
@@ -121,6 +134,15 @@ def case_story(case: Case) -> tuple[tuple[str, str], ...]:
     """The story as plain pairs."""
     lines = story(case.envelope, case.origin, case.message.size, case.plan, case.outcomes, case.decision)
     return tuple((line.stage, line.text) for line in lines)
+
+
+def steps(account: Account) -> Iterator[tuple[str, str]]:
+    """The story and what else the log tells step by step, as pairs of a stage and a text."""
+    if account.message_id:
+        yield "message-id", account.message_id
+    yield from account.story
+    if account.text:
+        yield "answer", account.text
 
 
 def _bounded(lines: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:

@@ -16,6 +16,7 @@ from contentfilter.config.settings import Settings
 from contentfilter.errors import ConfigError, Problem
 from contentfilter.intake.connection import Job
 from contentfilter.intake.listener import SocketError
+from contentfilter.scanners.backends import BackendHealth
 from contentfilter.service.frames import Event
 from contentfilter.service.source import Loaded
 from contentfilter.service.supervisor import Supervisor
@@ -48,6 +49,9 @@ class Trivial:
         elif words[0] == "WHO":
             return hook.Answer(hook.Action.DEFER, text=f"{os.getpid()} {self.settings.service.budget}")
         return QUEUE
+
+    def backends(self) -> tuple[BackendHealth, ...]:
+        return ()
 
     async def close(self) -> None:
         self._surroundings.log.debug("worker.reload", closed=True)

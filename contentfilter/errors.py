@@ -71,6 +71,7 @@ class Cause(enum.Enum):
     BAD_REPLY = "bad-reply"
     RELOADING = "reloading"
     MEMORY = "memory"  # the scanner itself ran out of memory
+    BYPASSED = "bypassed"  # an operator ordered that it is not asked for a while
 
 
 class BackendError(ContentFilterError):

@@ -14,6 +14,8 @@ from contentfilter.config.settings import Settings
 from contentfilter.deadline import Deadline
 from contentfilter.errors import BackendError, Cause
 from contentfilter.model import Envelope, Message, Origin, Scanner, ScanOutcome, ScanStatus
+from contentfilter.policy.budget import kept_back
+from contentfilter.policy.bypass import Bypass, find_bypass, left_out
 from contentfilter.policy.decide import Action, Decision, Reason, decide, needed, open_owners
 from contentfilter.policy.plan import Lookup, Owners, ScanPlan, Switches, make_plan
 from contentfilter.policy.tolerance import Allowance, tolerate
@@ -53,9 +55,11 @@ class Pipeline:
         secret: bytes = b"",
         allowed: tuple[Allowance, ...] = (),
         owners: Owners | None = None,
+        bypasses: Callable[[], tuple[Bypass, ...]] = lambda: (),
     ) -> None:
         """``lookup``: None while there are no tables. ``owners``: None where nobody has preferences.
 
+        ``bypasses`` is asked for each message: those that are ordered at this moment.
         ``secret`` proves what was released from quarantine; empty: nothing is taken as released.
         """
         self.settings = settings
@@ -66,6 +70,7 @@ class Pipeline:
         self.secret = secret
         self.allowed = allowed
         self.owners = owners
+        self.bypasses = bypasses
 
     async def handle(
         self,
@@ -95,9 +100,16 @@ class Pipeline:
             plan = plan.released_by(by)
         outcomes: tuple[ScanOutcome, ...] = ()
         for together, ask in self._stages():
-            if any(needed(scanner, plan, outcomes, origin.kind, self.settings) for scanner in together):
-                said = await ask(message, self._open(plan, outcomes, origin), deadline)
-                outcomes += tuple(tolerate(outcome, self.settings, self.allowed, time.time()) for outcome in said)
+            if not any(needed(scanner, plan, outcomes, origin.kind, self.settings) for scanner in together):
+                continue
+            still = self._open(plan, outcomes, origin)
+            bypass = find_bypass(self.bypasses(), together[0], origin.kind, time.time())
+            if bypass is not None:
+                outcomes += tuple(outcome for scanner in together for outcome in left_out(bypass, scanner, still))
+                continue
+            kept = kept_back(deadline.left(), together[-1], plan, message.size, self.settings)
+            said = await ask(message, still, deadline.before(kept))
+            outcomes += tuple(tolerate(outcome, self.settings, self.allowed, time.time()) for outcome in said)
         decision = decide(plan, outcomes, origin.kind, len(envelope.recipients), self.settings)
         return Case(incident, origin, envelope, message, self.settings, self.switches, plan, outcomes, decision)
 

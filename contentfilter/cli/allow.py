@@ -104,6 +104,10 @@ def _go_live(config_path: str) -> None:
     reply = bus.ask(load_settings(config_path).service.run, frames.AskReload(), RELOAD_WAIT)
     if reply is None:
         click.echo("no daemon answers; it holds from its next start", err=True)
+    elif isinstance(reply, frames.Refused):
+        click.echo(f"contentfilter: saved, but not live yet: {reply.why}", err=True)
+        click.echo("the daemon takes it with its next look at the tables ([tables] refresh)", err=True)
+        sys.exit(1)
     elif isinstance(reply, frames.Done) and not reply.ok:
         for problem in reply.problems:
             click.echo(f"contentfilter: {problem}", err=True)

@@ -86,6 +86,10 @@ def accept(config_path: str, checksum: str) -> None:
     except OSError as e:
         raise ConfigError((Problem(state, 0, f"cannot note it there: {e.strerror}"),)) from e
     reply = bus.ask(settings.service.run, frames.AskReload(), WAIT)
+    if isinstance(reply, frames.Refused):
+        click.echo(f"contentfilter: accepted, but not in force yet: {reply.why}", err=True)
+        click.echo("the daemon takes them with its next look at the tables ([tables] refresh)", err=True)
+        sys.exit(1)
     if not isinstance(reply, frames.Done):
         click.echo("accepted; no daemon answers, it will take them when it starts")
         return

@@ -179,6 +179,8 @@ class Settings(Section, frozen=True):
     classes: Classes = msgspec.field(default_factory=Classes)
     failure: Failure = msgspec.field(default_factory=Failure)
     to: Literal["stderr", "syslog"] = "stderr"
+    to: Literal["stderr", "syslog"] = "stderr"
+    socket: str = "/dev/log"  # of syslog
     headers: Headers = msgspec.field(default_factory=Headers)
     quarantine: Quarantine = msgspec.field(default_factory=Quarantine)
     journal: Journal = msgspec.field(default_factory=Journal)

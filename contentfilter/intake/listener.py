@@ -135,6 +135,7 @@ class Listener:
         self._open: set[Connection] = set()
         self._accepting = False
         self._stopped = False
+        self._held = False
         self._empty = asyncio.Event()
         self._empty.set()
         self._failure_log = Rarely(10.0)
@@ -156,6 +157,14 @@ class Listener:
         """New terms for messages from now on; those under way end under the old ones."""
         self._room.terms = terms
         self._resume()
+
+    def hold(self, held: bool) -> None:
+        """Accept nothing while this is so: hooks wait in the socket's queue. Connections go on."""
+        self._held = held
+        if held:
+            self._suspend()
+        else:
+            self._resume()
 
     def stop(self) -> None:
         """Accept no more and let go of the listening socket. Connections go on."""
@@ -217,7 +226,7 @@ class Listener:
             self._accepting = False
 
     def _resume(self) -> None:
-        if not (self._accepting or self._stopped or self._pause):
+        if not (self._accepting or self._stopped or self._held or self._pause):
             self._loop.add_reader(self._socket.fileno(), self._accept)
             self._accepting = True
 

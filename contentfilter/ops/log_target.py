@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping
 from typing import Literal, Protocol
 
-SYSLOG = "/dev/log"
 TAG = b"contentfilter"
 FACILITIES = {"": 2} | {f"LOG_LOCAL{number}": 16 + number for number in range(8)}
 """By the names that sysfacility may have; 2 is LOG_MAIL."""
@@ -57,7 +56,7 @@ class Syslog:
     A syslogd that was restarted has a new socket at the same path: a line that the old one refuses is sent to that.
     """
 
-    def __init__(self, facility: str, instead: Target, path: str = SYSLOG) -> None:
+    def __init__(self, path: str, facility: str, instead: Target) -> None:
         self._facility = FACILITIES.get(facility.upper(), FACILITIES[""]) << 3
         self._instead = instead
         self._path = path
@@ -99,11 +98,11 @@ class Syslog:
 
 
 def open_target(
-    to: Literal["stderr", "syslog"], facility: str, environ: Mapping[str, str], fd: int = 2, path: str = SYSLOG
+    to: Literal["stderr", "syslog"], path: str, facility: str, environ: Mapping[str, str], fd: int = 2
 ) -> Target:
-    """What ``[log] to`` and sysfacility ask for; ``fd`` is standard error."""
+    """What ``[log] to`` and ``socket`` and sysfacility ask for; ``fd`` is standard error."""
     stream = Stream(fd, marked=is_journal(fd, environ))
-    return Syslog(facility, stream, path) if to == "syslog" else stream
+    return Syslog(path, facility, stream) if to == "syslog" else stream
 
 
 def is_journal(fd: int, environ: Mapping[str, str]) -> bool:

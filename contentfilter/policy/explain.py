@@ -5,6 +5,7 @@ The same story for ``explain`` (what would happen) and for the journal (what hap
 
 from dataclasses import dataclass
 
+from contentfilter.errors import Cause
 from contentfilter.model import Envelope, Origin, OriginKind, Scanner, ScanOutcome, ScanStatus, readable
 from contentfilter.policy.decide import Action, Decision
 from contentfilter.policy.plan import ScanPlan, Treatment
@@ -56,7 +57,7 @@ def story(
         lines.append(Line("tables", plan.hold))
     for step in plan.steps:
         said = [outcome for outcome in outcomes if outcome.scanner is step.scanner]
-        lines += (Line(step.scanner.value, f"{_outcome(outcome)} (asked: {step.reason})") for outcome in said)
+        lines += (Line(step.scanner.value, f"{_outcome(o)} ({_asked(o)}: {step.reason})") for o in said)
         if said:
             continue
         if step.run:
@@ -85,6 +86,10 @@ def _treatment(treatment: Treatment) -> str:
     virus = f"virus check {'yes' if treatment.virus else 'no'} ({treatment.virus_rule})"
     own = f", by the preferences of {readable(treatment.owner)}" if treatment.owner else ""
     return f"{virus}, spam check {'yes' if treatment.spam else 'no'} ({treatment.spam_rule}{own})"
+
+
+def _asked(outcome: ScanOutcome) -> str:
+    return "not asked, though wanted" if outcome.cause is Cause.BYPASSED else "asked"
 
 
 def _outcome(outcome: ScanOutcome) -> str:

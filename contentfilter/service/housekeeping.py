@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from contentfilter.config.settings import Settings
 from contentfilter.ops.log import Logger
 
+T = TypeVar("T")
 DELAY = 60.0  # seconds from the start to the first round
 INTERVAL = 3600.0
 
@@ -45,7 +47,7 @@ async def keep_house(
 async def _do(chore: Chore, settings: Settings, log: Logger) -> None:
     began = time.monotonic()
     try:
-        counts = await _in_thread(lambda: chore.run(settings))
+        counts = await in_thread(lambda: chore.run(settings))
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
         log.error("housekeeping.failed", chore=chore.name, why=why)  # noqa: TRY400 - a full disk is no defect
@@ -53,27 +55,22 @@ async def _do(chore: Chore, settings: Settings, log: Logger) -> None:
         log.info("housekeeping.done", chore=chore.name, seconds=round(time.monotonic() - began, 3), **counts)
 
 
-async def _in_thread(act: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+async def in_thread(act: Callable[[], T]) -> T:
     """What ``act`` returns or raises, from a thread that nobody waits for at the end of the process."""
     loop = asyncio.get_running_loop()
-    done: asyncio.Future[Mapping[str, Any]] = loop.create_future()
+    done: asyncio.Future[T] = loop.create_future()
 
-    def settle(result: Mapping[str, Any] | None, error: Exception | None) -> None:
-        if done.done():
-            return  # cancelled: the service ends
-        if error is not None:
-            done.set_exception(error)
-        else:
-            done.set_result(result or {})
+    def settle(settled: Callable[[], None]) -> None:
+        if not done.done():  # else cancelled: the service ends
+            settled()
 
     def work() -> None:
-        result, failure = None, None
         try:
-            result = act()
+            settled = partial(done.set_result, act())
         except Exception as error:
-            failure = error
+            settled = partial(done.set_exception, error)
         with suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(settle, result, failure)
+            loop.call_soon_threadsafe(settle, settled)
 
     threading.Thread(target=work, name="housekeeping", daemon=True).start()
     return await done

@@ -76,7 +76,7 @@ class Supervisor:
         self._notify = Notifier.from_environment(self._environ)
         self._loaded = await self._source.load()
         settings = self._loaded.settings
-        target = open_target(settings.log.to, self._loaded.sysfacility, self._environ)
+        target = open_target(settings.log.to, settings.log.socket, self._loaded.sysfacility, self._environ)
         self._log: Logger = make_logger(settings.log.format, settings.log.level, target, pid=pid)
         adopt_standard_logging(self._log)
         self._tell(self._loaded)

@@ -286,6 +286,7 @@ def command_line(
         "log": settings.log.format,
         "level": settings.log.level,
         "to": settings.log.to,
+        "syslog": settings.log.socket,
         "facility": facility,
         "slot": slot,
         "generation": generation,
@@ -296,14 +297,14 @@ def command_line(
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="contentfilter worker", description="Started by contentfilter serve only.")
-    for name in ("app", "run", "log", "level", "to", "facility"):
+    for name in ("app", "run", "log", "level", "to", "syslog", "facility"):
         parser.add_argument(f"--{name}", required=True)
     for name in ("slot", "generation", "listen", "lifeline", "runtime", "orders"):
         parser.add_argument(f"--{name}", type=int, required=True)
     options = parser.parse_args()
     for fd in (options.listen, options.lifeline, options.runtime, options.orders):
         os.set_inheritable(fd, False)
-    target = open_target(options.to, options.facility, os.environ)
+    target = open_target(options.to, options.syslog, options.facility, os.environ)
     log = make_logger(options.log, options.level, target, worker=options.slot, pid=os.getpid())
     adopt_standard_logging(log)
     selector = Exclusive(options.listen)

@@ -1,0 +1,189 @@
+"""``contentfilter bypass``, ``drain`` and ``resume``: break-glass orders to the running daemon.
+
+Exit statuses: 0 in force in every worker and saved; 1 not, or not fully (it says why); 2 wrong usage.
+"""
+
+import json
+import os
+import sys
+from typing import NoReturn
+
+import click
+import msgspec
+
+from contentfilter.cli.common import print_rows, printable, span, when
+from contentfilter.config.load import read_settings
+from contentfilter.model import OriginKind, Scanner
+from contentfilter.policy.bypass import SCANNERS, Bypass, objection
+from contentfilter.service import bus, frames
+
+WAIT = 30.0  # seconds; the daemon itself waits up to 15 for its workers and the disk
+
+as_json_option = click.option("--json", "as_json", is_flag=True, help="The answer as JSON.")
+reason_option = click.option("--reason", default="", help="Why; it stands in the log and in every status.")
+
+
+@click.group(invoke_without_command=True)
+@as_json_option
+@click.pass_context
+def bypass(ctx: click.Context, as_json: bool) -> None:
+    """Leave a scanner out for a while: its mail passes, marked unchecked.
+
+    For the night when clamd is down and mail must flow. Without a command: what is bypassed now. Everything is
+    noted in audit.jsonl in the state directory. Each bypass ends by itself.
+    """
+    if ctx.invoked_subcommand is None:
+        _list(ctx.obj, as_json)
+
+
+def _command(scanner: Scanner) -> click.Command:
+    """``contentfilter bypass clamd`` and its like."""
+
+    @bypass.command(scanner.value, help=_HELP[scanner])
+    @click.option(
+        "--origin",
+        "origins",
+        multiple=True,
+        type=click.Choice([kind.value for kind in OriginKind]),
+        help="Only mail of this origin; may be repeated. Without: all mail.",
+    )
+    @click.option("--for", "seconds", required=True, callback=span, metavar="TIME", help="1m to 7d: 30m, 12h, 3d.")
+    @click.option("--reason", required=True, help="Why; it stands in the log line of each message that passes.")
+    @as_json_option
+    @click.pass_obj
+    def command(config_path: str, origins: tuple[str, ...], seconds: float, reason: str, as_json: bool) -> None:
+        _check(seconds, reason, needed=True)
+        kinds = tuple(map(OriginKind, origins))
+        reply = _order(config_path, frames.AskBypass(scanner, seconds, reason, kinds, _claim()))
+        new = next((b for b in reply.bypasses if b.scanner is scanner), None)
+        text = _told(new) if new else f"{scanner.value} is asked again already"
+        _answer(reply, as_json, text)
+
+    return command
+
+
+_HELP = {
+    Scanner.SIGNATURES: "Leave out the lists of signatures and of loader types.",
+    Scanner.CLAMD: "Leave out clamd: no virus is found.",
+    Scanner.SPAMD: "Leave out spamd: no spam is found.",
+}
+
+
+def _told(order: Bypass) -> str:
+    names = ", ".join(kind.value for kind in order.origins) or "every"
+    return f"{order.scanner.value} is not asked for mail of {names} origin until {when(order.until)}: passes unchecked"
+
+
+for _scanner in SCANNERS:
+    _command(_scanner)
+
+
+@bypass.command("list")
+@as_json_option
+@click.pass_obj
+def list_(config_path: str, as_json: bool) -> None:
+    """What is bypassed or drained now: who ordered it, why and until when."""
+    _list(config_path, as_json)
+
+
+@bypass.command()
+@click.argument("scanner", type=click.Choice([*(scanner.value for scanner in SCANNERS), "all"]))
+@as_json_option
+@click.pass_obj
+def end(config_path: str, scanner: str, as_json: bool) -> None:
+    """Ask SCANNER again, before the bypass ends by itself. Status 1: there was none."""
+    which = None if scanner == "all" else Scanner(scanner)
+    reply = _order(config_path, frames.AskBypassEnd(which, _claim()))
+    _answer(reply, as_json, "every scanner is asked again" if which is None else f"{scanner} is asked again")
+
+
+@click.command()
+@click.option("--for", "seconds", callback=lambda c, p, v: v and span(c, p, v), metavar="TIME", help="1m to 7d.")
+@reason_option
+@as_json_option
+@click.pass_obj
+def drain(config_path: str, seconds: float | None, reason: str, as_json: bool) -> None:
+    """Finish the messages under way and accept no more.
+
+    Hooks wait, with their message, until mail is accepted again or their budget in queue.conf is over; nothing is
+    refused for good. Without --for it lasts until `contentfilter resume` or a restart of the daemon.
+    """
+    _check(seconds, reason)
+    reply = _order(config_path, frames.AskDrain(seconds, reason, _claim()))
+    until = reply.drain.until if reply.drain else None
+    text = f"no mail is accepted until {when(until) if until else 'contentfilter resume'}"
+    _answer(reply, as_json, f"{text}; messages under way: {reply.in_flight}")
+
+
+@click.command()
+@as_json_option
+@click.pass_obj
+def resume(config_path: str, as_json: bool) -> None:
+    """Accept mail again, after `contentfilter drain`. Status 1: nothing was drained."""
+    _answer(_order(config_path, frames.AskResume(_claim())), as_json, "mail is accepted again")
+
+
+def _check(seconds: float | None, reason: str, *, needed: bool = False) -> None:
+    """Wrong usage is told before the daemon is asked."""
+    if why := objection(seconds, reason):
+        raise click.UsageError(why)
+    if needed and not reason.strip():
+        raise click.UsageError("a bypass needs a reason")
+
+
+def _claim() -> str:
+    """Who is behind root; the daemon notes it as a claim."""
+    return os.environ.get("SUDO_USER", "")
+
+
+def _list(config_path: str, as_json: bool) -> None:
+    status = _ask(config_path, frames.AskStatus())
+    assert isinstance(status, frames.Status)  # noqa: S101 - the daemon answers this question with nothing else
+    if as_json:
+        facts = {"bypasses": status.bypasses, "drain": status.drain, "problem": status.orders_problem}
+        click.echo(json.dumps(msgspec.to_builtins(facts), indent=2))
+        return
+    rows = [
+        (b.scanner.value, ",".join(kind.value for kind in b.origins) or "all mail", when(b.until), b.by, b.reason)
+        for b in status.bypasses
+    ]
+    if (order := status.drain) is not None:
+        until = when(order.until) if order.until is not None else "resume"
+        rows.append(("drained", "all mail", until, order.by, order.reason))
+    if rows:
+        print_rows(("what", "origins", "until", "by", "reason"), rows)
+    else:
+        click.echo("nothing is bypassed", err=True)
+    if status.orders_problem:
+        click.echo(f"contentfilter: {printable(status.orders_problem)}", err=True)
+
+
+def _answer(reply: frames.Ordered, as_json: bool, text: str) -> None:
+    click.echo(json.dumps(msgspec.to_builtins(reply)) if as_json else text)
+    for problem in reply.problems:
+        click.echo(f"contentfilter: {printable(problem)}", err=True)
+    sys.exit(1 if reply.problems else 0)
+
+
+def _order(config_path: str, question: frames.Question) -> frames.Ordered:
+    reply = _ask(config_path, question)
+    assert isinstance(reply, frames.Ordered)  # noqa: S101 - see above
+    return reply
+
+
+def _ask(config_path: str, question: frames.Question) -> frames.Reply:
+    settings, _ = read_settings(config_path)  # with problems in it, too: the daemon runs on an older one
+    path = f"{settings.service.run}/control.sock"
+    reply = bus.ask(settings.service.run, question, WAIT)
+    if isinstance(reply, frames.Refused):
+        _fail(reply.why)
+    if reply is None and os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):
+        _fail(f"{path}: you may not ask the daemon; try again as root")
+    if reply is None:
+        _fail(f"no daemon answers at {path}; start it first: systemctl start contentfilter")
+    return reply
+
+
+def _fail(why: str) -> NoReturn:
+    click.echo(f"contentfilter: {printable(why)}", err=True)
+    sys.exit(1)

@@ -1,0 +1,119 @@
+"""A bypass holds for what it names, ends to the second, and always lets mail pass marked unchecked."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from contentfilter.config.settings import Failure, Settings
+from contentfilter.errors import Cause
+from contentfilter.model import Envelope, Origin, OriginKind, Scanner, ScanStatus
+from contentfilter.policy.bypass import (
+    LONGEST,
+    SCANNERS,
+    SHORTEST,
+    SLACK,
+    Bypass,
+    find_bypass,
+    left_out,
+    objection,
+)
+from contentfilter.policy.decide import Action, decide
+from contentfilter.policy.explain import story
+from contentfilter.policy.plan import ScanPlan, Switches, make_plan
+
+NOW = 1_800_000_000.0
+CLAMD = Bypass(Scanner.CLAMD, NOW, NOW + 600, "ticket 1", "root")
+SIGNATURES = replace(CLAMD, scanner=Scanner.SIGNATURES)
+SPAMD = replace(CLAMD, scanner=Scanner.SPAMD)
+ORIGIN = Origin(OriginKind.STRANGER, 100)
+SWITCHES = Switches(clamglobal=True, spamglobal=True, chksignature=True, chkloadertype=True)
+ENVELOPE = Envelope(b"s@example.net", (b"r@example.org",))
+
+
+def plan(switches: Switches = SWITCHES, settings: Settings | None = None) -> ScanPlan:
+    return make_plan(ENVELOPE, 100, ORIGIN, settings or Settings(), switches, lambda recipient: (None, None))
+
+
+def test_a_bypass_ends_to_the_second() -> None:
+    assert CLAMD.covers(Scanner.CLAMD, OriginKind.STRANGER, NOW + 599.999)
+    assert not CLAMD.covers(Scanner.CLAMD, OriginKind.STRANGER, NOW + 600)
+
+
+def test_a_clock_set_back_makes_no_bypass_last() -> None:
+    longest = replace(CLAMD, until=NOW + LONGEST)
+    assert longest.active(NOW - SLACK), "a small correction ends nothing"
+    assert not longest.active(NOW - SLACK - 1)
+    assert not longest.active(0.0)
+
+
+@given(st.sampled_from(Scanner), st.sampled_from(OriginKind), st.sets(st.sampled_from(OriginKind)))
+def test_it_holds_for_what_it_names_and_nothing_else(
+    scanner: Scanner, origin: OriginKind, origins: set[OriginKind]
+) -> None:
+    orders = (replace(CLAMD, origins=tuple(origins)), SIGNATURES)
+    found = find_bypass(orders, scanner, origin, NOW)
+    if scanner is Scanner.CLAMD:
+        assert (found is orders[0]) == (not origins or origin in origins)
+    else:
+        assert (found is SIGNATURES) == (scanner in (Scanner.SIGNATURES, Scanner.LOADERTYPES))
+
+
+@pytest.mark.parametrize("origin", OriginKind)
+@pytest.mark.parametrize("scanner", Scanner)
+def test_what_is_bypassed_passes_whatever_the_failure_table_says(scanner: Scanner, origin: OriginKind) -> None:
+    settings = Settings(failure=Failure("defer", "defer", "defer", "defer", "defer"))
+    outcomes = left_out(CLAMD, scanner, plan())
+    decision = decide(plan(), outcomes, origin, 1, settings)
+    assert (decision.action, decision.rule) == (Action.QUEUE, f"passed unchecked: {scanner.value}")
+    assert ScanStatus.UNCHECKED in (decision.deliveries[0].virus, decision.deliveries[0].spam)
+
+
+def test_the_outcome_says_who_until_when_and_why_in_printable_ascii() -> None:
+    (outcome,) = left_out(replace(CLAMD, reason="café\n"), Scanner.CLAMD, plan())
+    assert (outcome.status, outcome.cause) == (ScanStatus.UNCHECKED, Cause.BYPASSED)
+    assert outcome.detail == "by root until 2027-01-15T08:10:00Z: caf???"
+
+
+def test_a_scanner_that_nobody_wants_is_not_bypassed_but_skipped() -> None:
+    unwanted = plan(replace(SWITCHES, chkloadertype=False))
+    assert left_out(SIGNATURES, Scanner.LOADERTYPES, unwanted) == ()
+    assert len(left_out(SIGNATURES, Scanner.SIGNATURES, unwanted)) == 1
+
+
+def test_every_owner_of_preferences_is_told_that_spamd_was_left_out() -> None:
+    several = replace(plan(), users=((b"", b""), (b"a", b"a@example.org"), (b"b", b"b@example.org")))
+    assert [outcome.owner for outcome in left_out(SPAMD, Scanner.SPAMD, several)] == [b"", b"a", b"b"]
+
+
+def test_the_story_tells_that_nobody_was_asked() -> None:
+    outcomes = left_out(CLAMD, Scanner.CLAMD, plan())
+    decision = decide(plan(), outcomes, ORIGIN.kind, 1, Settings())
+    (line,) = (line for line in story(ENVELOPE, ORIGIN, 100, plan(), outcomes, decision) if line.stage == "clamd")
+    assert "unchecked, bypassed: by root until" in line.text
+    assert "(not asked, though wanted: clamglobal)" in line.text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "reason", "refused"),
+    [
+        (SHORTEST, "r", False),
+        (LONGEST, "r" * 200, False),
+        (None, "", False),
+        (SHORTEST - 1, "r", True),
+        (LONGEST + 1, "r", True),
+        (float("nan"), "r", True),
+        (-1.0, "r", True),
+        (600.0, "r" * 201, True),
+        (600.0, "two\nlines", True),
+        (600.0, "\x1b[31m", True),
+        (600.0, "\udce4", True),
+    ],
+)
+def test_bounds_of_an_order(seconds: float | None, reason: str, refused: bool) -> None:
+    assert bool(objection(seconds, reason)) is refused
+
+
+def test_loader_types_go_with_the_signatures() -> None:
+    assert set(SCANNERS) == set(Scanner) - {Scanner.LOADERTYPES}

@@ -5,6 +5,7 @@ directory, and ships one blob. A worker turns the blob into a pipeline; it opens
 the snapshot. ``explain`` does both in one process.
 """
 
+import asyncio
 import dataclasses
 import os
 import tempfile
@@ -239,6 +240,11 @@ class Workbench:
             for health in pool.describe()
         )
 
+    async def watch(self) -> None:
+        """Until it is cancelled: keep what is known about the backends fresh."""
+        scanners = self.pipeline.scanners
+        await asyncio.gather(scanners.clamd.watch(), scanners.spamd.watch())
+
     async def aclose(self) -> None:
         if self.snapshot:
             self.snapshot.close()
@@ -252,6 +258,7 @@ class Application:
         self._smtplog = runtime.smtplog
         self._surroundings = surroundings
         self._workbench = Workbench(runtime, self._secret(), surroundings.bypasses)
+        self._watching = asyncio.create_task(self._watch())
 
     def _secret(self) -> bytes:
         try:
@@ -285,7 +292,16 @@ class Application:
                 log.info("mail.step", id=record.id, stage=stage, text=text)
         self._surroundings.emit(Event("mail.done", plain, msgspec.json.encode(account)))
 
+    async def _watch(self) -> None:
+        """Mail goes on without it: then mail finds out which backend is well."""
+        try:
+            await self._workbench.watch()
+        except Exception:
+            self._surroundings.log.exception("backends.watch-failed")
+
     async def close(self) -> None:
+        self._watching.cancel()
+        await asyncio.gather(self._watching, return_exceptions=True)
         await self._workbench.aclose()
 
 

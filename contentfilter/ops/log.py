@@ -24,6 +24,7 @@ EventDict = MutableMapping[str, Any]
 
 # Every event name that the daemon uses, with its meaning. A test compares this table with the source.
 EVENTS: Mapping[str, str] = {
+    "backends.watch-failed": "a defect: PINGs to clamd and spamd have ended; mail finds out by itself who is well",
     "control.failed": "a defect: a question of the command line was not answered",
     "control.refused": "somebody who may only look asked the daemon to change something",
     "http.ready": "metrics and state of health are served at this address",

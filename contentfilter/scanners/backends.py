@@ -15,18 +15,13 @@ from typing import TypeVar
 
 from contentfilter.deadline import Deadline
 from contentfilter.errors import BackendError, Cause
-from contentfilter.scanners.health import Backend, Health, choose, describe, due, usable
+from contentfilter.scanners.health import USUAL, Backend, Health, Patience, choose, describe, due, usable
 from contentfilter.scanners.health import BackendHealth as BackendHealth
 from contentfilter.scanners.stream import Address, ClosedError, UnreachableError
 
 T = TypeVar("T")
 Ping = Callable[[Address, Deadline], Awaitable[object]]
 """Returns when the backend has answered. Raises BackendError."""
-
-LOOK_EVERY = 0.5  # seconds between two looks whether a PING is due
-PING_SHORT = 2.0  # seconds without an answer to PING until no more mail is sent there
-MOVE_AFTER = 10.0  # … and until the questions that it holds are asked elsewhere
-PING_WAIT = 30.0  # one PING waits so long: its answer tells at once that a reload has ended
 
 _NO_RETRY = frozenset({Cause.TOO_BIG, Cause.LIMITS})
 Tried = frozenset[Backend]
@@ -46,11 +41,13 @@ class Pool:
         concurrency: int,
         clock: Callable[[], float] = time.monotonic,
         silence: Cause = Cause.TIMEOUT,
+        patience: Patience = USUAL,
     ) -> None:
         self.backends = tuple(Backend(address, concurrency) for address in addresses)
         self._service = service
         self._clock = clock
         self._silence = silence
+        self._patience = patience
         self._turn = 0
         self._waiting: deque[tuple[asyncio.Future[Backend], Tried]] = deque()
 
@@ -98,7 +95,7 @@ class Pool:
         except TimeoutError:
             if not scope.expired():
                 raise
-            text = f"no answer to PING for {MOVE_AFTER:.0f} s; asked elsewhere"
+            text = f"no answer to PING for {self._patience.move:g} s; asked elsewhere"
             raise BackendError(self._silence, str(backend.address), text) from None
         except BackendError as error:
             if backend.silent and error.cause is Cause.TIMEOUT and not isinstance(error, UnreachableError):
@@ -124,19 +121,19 @@ class Pool:
 
     async def _watch(self, backend: Backend, ping: Ping) -> None:
         while True:
-            await asyncio.sleep(LOOK_EVERY)
-            if due(backend, self._clock()):
+            await asyncio.sleep(self._patience.look)
+            if due(backend, self._clock(), self._patience):
                 await self.probe(backend, ping)
 
     async def probe(self, backend: Backend, ping: Ping) -> None:
         """One PING, and what follows from its answer or from none."""
         loop, began = asyncio.get_running_loop(), self._clock()
         alarms = (
-            loop.call_later(PING_SHORT, self._set_aside, backend, began),
-            loop.call_later(MOVE_AFTER, self._move, backend, began),
+            loop.call_later(self._patience.short, self._set_aside, backend, began),
+            loop.call_later(self._patience.move, self._move, backend, began),
         )
         try:
-            await ping(backend.address, Deadline.after(PING_WAIT))
+            await ping(backend.address, Deadline.after(self._patience.long))
         except BackendError as error:
             if backend.heard <= began:  # else mail was answered meanwhile
                 self._failed(backend, error.cause, self._clock(), math.inf)

@@ -21,6 +21,7 @@ from contentfilter.deadline import Deadline
 from contentfilter.errors import BackendError, Cause, RemoteProtocolError
 from contentfilter.model import Message, Scanner, ScanOutcome, ScanStatus
 from contentfilter.scanners.backends import Pool
+from contentfilter.scanners.health import USUAL, Patience
 from contentfilter.scanners.resolve import Resolver
 from contentfilter.scanners.stream import Address, Limits, Surroundings, converse
 from contentfilter.wire import clamd
@@ -30,9 +31,15 @@ from contentfilter.wire.buffer import printable
 class ClamdScanner:
     """clamd behind a pool of backends. ``config`` is the [clamd] section."""
 
-    def __init__(self, config: settings.Clamd, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        config: settings.Clamd,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        patience: Patience = USUAL,
+    ) -> None:
         addresses = tuple(Address.parse(text) for text in config.backends)
-        self.pool = Pool("clamd", addresses, config.concurrency, clock, silence=Cause.RELOADING)
+        self.pool = Pool("clamd", addresses, config.concurrency, clock, Cause.RELOADING, patience)
         self._around = Surroundings(Resolver())
         self._limits = Limits(config.connect_timeout, config.timeout)
         self._max_size = config.max_size

@@ -16,10 +16,23 @@ REST_AFTER = 3  # failures in a row
 FIRST_REST, LONGEST_REST = 1.0, 10.0  # seconds
 FAIR_TRY = 5.0  # a time-out sooner than this says more about the message's budget than about the backend
 
-# Seconds without a word from a backend until it gets a PING. Answers to mail are words, so a busy one gets none.
-SUSPECT, QUIET, IDLE = 1.0, 3.0, 30.0
-
 _NOT_ITS_FAULT = frozenset({Cause.TOO_BIG, Cause.LIMITS, Cause.BUSY, Cause.RELOADING})
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a backend may be silent, in seconds. Answers to mail are words too, so a busy one gets no PING."""
+
+    look: float = 0.5  # between two looks whether a PING is due
+    suspect: float = 1.0  # without a word until a PING: from one that failed or is silent
+    quiet: float = 3.0  # … from one that holds questions
+    idle: float = 30.0  # … from one that nobody asks
+    short: float = 2.0  # without an answer to PING until no more mail is sent there
+    move: float = 10.0  # … until the questions that it holds are asked elsewhere
+    long: float = 30.0  # one PING waits so long: its answer tells at once that a reload has ended
+
+
+USUAL = Patience()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +76,9 @@ class BackendHealth:
 
     scanner: str
     backend: str
-    state: str  # well, doubtful (it failed, and has not answered since), silent (not even to PING), resting (left alone)
+    state: (
+        str  # well, doubtful (it failed, and has not answered since), silent (not even to PING), resting (left alone)
+    )
     failures: int  # in a row
     cause: str  # of the last of them; empty without
     since: float  # the first of them
@@ -105,15 +120,15 @@ class Backend:
         return self.health.doubtful() and not self.health.proven
 
 
-def due(backend: Backend, now: float) -> bool:
+def due(backend: Backend, now: float, patience: Patience) -> bool:
     """Has it been silent for so long that a PING is worth its price?"""
     if backend.health.resting(now):
         return False
     if backend.silent or (backend.health.failures and not backend.health.proven):
-        patience = SUSPECT
+        limit = patience.suspect
     else:
-        patience = QUIET if backend.outstanding else IDLE
-    return now - backend.heard >= patience
+        limit = patience.quiet if backend.outstanding else patience.idle
+    return now - backend.heard >= limit
 
 
 def usable(backends: Sequence[Backend], now: float, avoid: Collection[Backend] = ()) -> list[Backend]:

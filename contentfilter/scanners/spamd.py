@@ -16,6 +16,7 @@ from contentfilter.model import Message, Scanner, ScanOutcome, ScanStatus, Want
 from contentfilter.policy.budget import one_try
 from contentfilter.scanners import tls
 from contentfilter.scanners.backends import Pool
+from contentfilter.scanners.health import USUAL, Patience
 from contentfilter.scanners.resolve import Resolver
 from contentfilter.scanners.stream import Address, Limits, Surroundings, converse
 from contentfilter.wire import spamd
@@ -31,9 +32,16 @@ class SpamdScanner:
     Raises ConfigError for certificates that cannot be used.
     """
 
-    def __init__(self, config: settings.Spamd, children: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        config: settings.Spamd,
+        children: int,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        patience: Patience = USUAL,
+    ) -> None:
         addresses = tuple(Address.parse(text) for text in config.backends)
-        self.pool = Pool("spamd", addresses, max(1, children), clock)
+        self.pool = Pool("spamd", addresses, max(1, children), clock, Cause.TIMEOUT, patience)
         self._limits = Limits(config.connect_timeout, config.timeout)
         secure = any(address.tls for address in addresses)
         self._around = Surroundings(Resolver(), tls.client(config) if secure else None)

@@ -133,7 +133,7 @@ async def converse(
     direction after the last byte. Raises BackendError only: UnreachableError where the question never left.
     """
     sock: Endpoint | None = None
-    failure = UnreachableError
+    failure: type[BackendError] = UnreachableError
     try:
         sock = await _connect(address, limits, deadline, around or Surroundings(Resolver()))
         failure = BackendError

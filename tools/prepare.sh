@@ -21,6 +21,7 @@ mailfront      smtpfront-qmail                      test
 mandoc         mandoc                               test
 mariadb-server mariadbd                             test
 libdbd-mariadb-perl /usr/share/doc/libdbd-mariadb-perl test
+chromium       chromium                             test
 prometheus     promtool                             test
 END
 }

@@ -37,6 +37,7 @@ names another file
 """
 
 _KEY = re.compile(r"#?([a-z][a-z0-9_]*) = (.*)")
+_TABLES = re.compile(r"# (\[\[[a-z.]+\]\])")
 
 
 def escaped(text: str) -> str:
@@ -54,7 +55,7 @@ def paragraphs(comment: list[str]) -> list[str]:
             lines.append(".Pp")
         text = re.sub(r"(?<=[a-z0-9)\"`\]][.?]) (?=[A-Z\"`])", "\n", " ".join(block.split()))
         for sentence in filter(None, text.split("\n")):
-            lines += [escaped(line) for line in textwrap.wrap(sentence, 64, break_long_words=False)]
+            lines += [escaped(line) for line in textwrap.wrap(sentence, 64, break_long_words=False, break_on_hyphens=False)]
     return lines
 
 
@@ -64,9 +65,12 @@ def page(sample: str) -> str:
     comment: list[str] = []
     head, _, body = sample.partition("\n[")
     out += paragraphs([line.removeprefix("#").strip() for line in head.splitlines()])
-    open_list = False
+    open_list = literal = False
     for line in ("[" + body).splitlines():
-        if line.startswith("["):
+        if literal:  # an example of a list of tables, up to the empty line
+            out.append(escaped(line.removeprefix("#").strip()) if line else ".Ed")
+            literal = bool(line)
+        elif line.startswith("["):
             out += [".El"] if open_list else []
             out += [f".Ss \\&{line.strip()}\\&"]
             open_list, comment = False, []
@@ -77,6 +81,9 @@ def page(sample: str) -> str:
             out.append(f".It Ic {match[1]} No = {escaped(match[2])}")
             out += paragraphs(comment)
             comment = []
+        elif match := _TABLES.fullmatch(line):
+            out += [f".It Ic \\&{match[1]}\\&", *paragraphs(comment), ".Bd -literal -offset indent", match[1]]
+            comment, literal = [], True
         elif line.startswith("#"):
             comment.append(line.removeprefix("#").strip())
         elif not line and comment and not open_list:

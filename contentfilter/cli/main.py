@@ -26,7 +26,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "clients": ("contentfilter.cli.clients", "clients", "List and change the recipient tables."),
     "allow": ("contentfilter.cli.allow", "allow", "Let a signature pass for a while."),
     "quarantine": ("contentfilter.cli.quarantine", "quarantine", "Look at, release and remove what was kept."),
-    "status": ("contentfilter.cli.control", "status", "Say what the daemon does right now."),
+    "status": ("contentfilter.cli.status", "status", "Say whether mail flows, and what is wrong."),
     "reload": ("contentfilter.cli.control", "reload", "Make the daemon read its configuration again."),
     "bypass": ("contentfilter.cli.bypass", "bypass", "Leave a scanner out for a while, when mail must flow."),
     "drain": ("contentfilter.cli.bypass", "drain", "Finish the messages under way and accept no more."),

@@ -56,8 +56,8 @@ PARAMETERS = (
     Parameter("xenveloptoheader", False, 1, help="adds X-Envelope-To where one recipient travels alone"),
     Parameter("databytes", 0, help="largest message, in bytes; 0: no limit"),
     Parameter("maxrecipients", 0, help="recipients of one message; 0: no limit"),
-    Parameter("smtplog", 0, 2, help="how much is logged"),
-    Parameter("sysfacility", "", help="syslog facility, LOG_LOCAL0 to LOG_LOCAL7"),
+    Parameter("smtplog", 0, 2, help="the log tells the story of: 0 no message, 1 those not simply delivered, 2 all"),
+    Parameter("sysfacility", "", help="facility of a log in syslog, LOG_LOCAL0 to LOG_LOCAL7; empty: LOG_MAIL"),
 )
 _BY_NAME = {parameter.name: parameter for parameter in PARAMETERS}
 

@@ -8,8 +8,9 @@ import difflib
 import math
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 from msgspec import inspect
@@ -18,15 +19,17 @@ from contentfilter.config import DEFAULT_PATH
 from contentfilter.config.settings import MariaDb, Settings
 from contentfilter.errors import ConfigError, Problem
 from contentfilter.ops.http import parse_listen
+from contentfilter.policy.failure import complaints
 from contentfilter.policy.options import SPAM_OPTIONS, VIRUS_OPTIONS
 from contentfilter.scanners.stream import Address
 
 MAX_SIZE = 1 << 20
+MAX_ROWS = 100  # of an array of tables
 MAX_SOCKET_PATH = 107  # sockaddr_un holds 108 bytes with the NUL
 SMTP_PATIENCE = 300.0  # seconds that clients wait in practice after the final dot, RFC 5321 4.5.3.2.6 says 600
 
 Where = dict[tuple[str, ...], int]
-"""Path of a section or key -> its line."""
+"""Path of a section or key -> its line. Rows of an array of tables are counted: ("failure", "rule", "1", "cause")."""
 
 
 def load_settings(path: str, *, must_exist: bool | None = None) -> Settings:
@@ -100,16 +103,22 @@ class _Reader:
             elif not isinstance(values, dict):
                 self._note((name,), f"{name!r} is a section; write [{name}] on a line of its own")
             else:
-                sections[name] = known[name](**self._section(name, known[name], values))
+                sections[name] = known[name](**self._section((name,), f"[{name}]", known[name], values))
         return Settings(**sections)
 
-    def _section(self, section: str, struct: type[msgspec.Struct], values: dict[str, Any]) -> dict[str, Any]:
-        """The values that are right; the others are noted."""
+    def _section(
+        self, section: tuple[str, ...], shown: str, struct: type[msgspec.Struct], values: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The values that are right; the others are noted. ``shown``: the section as the file names it."""
         good = {}
         known = {field.name: field.type for field in msgspec.structs.fields(struct)}
         for key, value in values.items():
             if key not in known:
-                self._note((section, key), f"unknown key {key!r} in [{section}]{_did_you_mean(key, known)}")
+                self._note((*section, key), f"unknown key {key!r} in {shown}{_did_you_mean(key, known)}")
+                continue
+            row = _row_type(known[key])
+            if row is not None and isinstance(value, list) and all(isinstance(each, dict) for each in value):
+                good[key] = self._rows((*section, key), row, value)
                 continue
             try:
                 good[key] = msgspec.convert(value, known[key])
@@ -118,9 +127,28 @@ class _Reader:
                 wrong = True
             if wrong:
                 expected = _in_words(inspect.type_info(known[key]))
-                self._note((section, key), f"[{section}] {key}: expected {expected}, got {_shown(value)}")
+                self._note((*section, key), f"{shown} {key}: expected {expected}, got {_shown(value)}")
                 good.pop(key, None)
         return good
+
+    def _rows(
+        self, section: tuple[str, ...], struct: type[msgspec.Struct], rows: list[dict[str, Any]]
+    ) -> tuple[msgspec.Struct, ...]:
+        """An array of tables; none of it when something is wrong in a row."""
+        shown = f"[[{'.'.join(section)}]]"
+        if len(rows) > MAX_ROWS:
+            self._note(section, f"{shown}: {len(rows)} of them; at most {MAX_ROWS} are read")
+            return ()
+        found = []
+        for number, values in enumerate(rows, 1):
+            place = (*section, str(number))
+            good = self._section(place, shown, struct, values)
+            missing = [f.name for f in msgspec.structs.fields(struct) if f.required and f.name not in values]
+            for name in missing:
+                self._note(place, f"{shown} {name}: it is missing")
+            if not missing and len(good) == len(values):
+                found.append(struct(**good))
+        return tuple(found) if len(found) == len(rows) else ()
 
     def cross_check(self, settings: Settings) -> None:
         """What only shows when values are seen together, or is not a matter of types."""
@@ -154,6 +182,9 @@ class _Reader:
         except ValueError as e:
             self._note(("http", "listen"), f"[http] listen: {e}")
         self._mariadb(settings.mariadb)
+        for wrong in complaints(settings.failure):
+            text = f"[[failure.rule]] {wrong.number}: {wrong.text}"
+            self._note(("failure", "rule", str(wrong.number)), text, warning=wrong.warning)
         extension = settings.tables.extension
         if not re.fullmatch(r"[!#-/=?^_{-~]?", extension) or extension == ".":
             text = f'[tables] extension: {extension!r} cannot separate an extension; usual are "-" and "+"'
@@ -200,6 +231,12 @@ def _did_you_mean(name: str, known: dict[str, Any]) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
 
 
+def _row_type(field: Any) -> type[msgspec.Struct] | None:
+    """The Struct of which a field holds a list, if it does."""
+    kinds = get_args(field)
+    return kinds[0] if kinds and isinstance(kinds[0], type) and issubclass(kinds[0], msgspec.Struct) else None
+
+
 def _in_words(kind: inspect.Type) -> str:
     """What values a field takes."""
     match kind:
@@ -211,6 +248,10 @@ def _in_words(kind: inspect.Type) -> str:
             return "a number" + _range(kind)
         case inspect.LiteralType():
             return "one of " + ", ".join(f'"{value}"' for value in kind.values)
+        case inspect.UnionType(types=(inspect.LiteralType() as one, inspect.VarTupleType())):
+            return f"{_in_words(one)}, or a list of them"
+        case inspect.VarTupleType(item_type=inspect.StructType()):
+            return "a list of tables"
         case inspect.VarTupleType():
             return f"a list of {_in_words(kind.item_type).removeprefix('a ')}s"
         case inspect.StrType(pattern="^0[0-7]{3}$"):
@@ -246,7 +287,7 @@ def _shown(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-_HEADER = re.compile(r"[ \t]*\[\[?([^\[\]\n]*)\]\]?")
+_HEADER = re.compile(r"[ \t]*\[(\[?)([^\[\]\n]*)\]\]?")
 _KEY = re.compile(
     r"[ \t]*((?:[\w-]+|\"[^\"\n]*\"|'[^'\n]*')(?:[ \t]*\.[ \t]*(?:[\w-]+|\"[^\"\n]*\"|'[^'\n]*'))*)[ \t]*="
 )
@@ -260,11 +301,16 @@ _TOKEN = re.compile(
 def _lines(text: str) -> Where:
     """The line of each section and key. The text is known to be TOML, so this need not be strict."""
     where: Where = {}
+    rows: Counter[tuple[str, ...]] = Counter()
     section: tuple[str, ...] = ()
     for start, line in _statements(text):
         if header := _HEADER.match(text, start):
-            section = _parts(header[1])
+            section = _parts(header[2])
             where.setdefault(section, line)
+            if header[1]:
+                rows[section] += 1
+                section = (*section, str(rows[section]))
+                where[section] = line
         elif key := _KEY.match(text, start):
             path = (*section, *_parts(key[1]))
             for n in range(len(section) + 1, len(path) + 1):

@@ -15,6 +15,9 @@ Count = Annotated[int, Meta(ge=1, le=100_000)]
 VirusAction = Literal["reject", "remove", "mark"]
 SpamAction = Literal["mark", "reject", "remove"]
 FaultAction = Literal["defer", "pass"]
+FaultScanner = Literal["signatures", "loadertypes", "clamd", "spamd"]
+FaultCause = Literal["down", "timeout", "busy", "too-big", "limits", "bad-reply", "reloading", "memory"]
+FaultOrigin = Literal["stranger", "relay", "authenticated", "local", "bounce"]
 ClassAction = Literal["", "reject", "remove", "mark", "pass"]
 
 
@@ -94,7 +97,9 @@ class Clamd(Section, frozen=True):
     backends: tuple[str, ...] = ("unix:/run/clamav/clamd.ctl",)
     concurrency: Count = 8  # scans at once per backend and worker
     connect_timeout: Seconds = 5.0
-    timeout: Seconds = 120.0
+    timeout_base: Seconds = 60.0  # one try: this and …
+    timeout_per_megabyte: Annotated[float, Meta(ge=0, le=86400)] = 5.0  # … so much for each 1,000,000 bytes …
+    timeout: Seconds = 120.0  # … but never more
     max_size: Size = 26_214_400  # clamd's MaxFileSize: above it clamd's OK means nothing
     action: VirusAction = "reject"
 
@@ -106,7 +111,9 @@ class Spamd(Section, frozen=True):
     tls_key: str = ""
     tls_name: str = ""  # in spamd's certificate; empty: the backend's host
     connect_timeout: Seconds = 5.0
-    timeout: Seconds = 120.0
+    timeout_base: Seconds = 60.0  # one try: this and …
+    timeout_per_megabyte: Annotated[float, Meta(ge=0, le=86400)] = 5.0  # … so much for each 1,000,000 bytes …
+    timeout: Seconds = 120.0  # … but never more
     max_size: Size = 268_435_456  # safety cap where samsgsize sets none
     user: Literal["table", "recipient", "none"] = "table"  # whose preferences spamd goes by
     max_users: Annotated[int, Meta(ge=1, le=30)] = 16  # owners of preferences for one message
@@ -129,6 +136,15 @@ class Classes(Section, frozen=True):
     unofficial: ClassAction = ""  # from databases that ClamAV does not sign
 
 
+class FaultRule(Section, frozen=True):
+    """Some cells of the failure table. A column that is left out means all of it."""
+
+    action: FaultAction
+    scanner: FaultScanner | tuple[FaultScanner, ...] = ()
+    cause: FaultCause | tuple[FaultCause, ...] = ()
+    origin: FaultOrigin | tuple[FaultOrigin, ...] = ()
+
+
 class Failure(Section, frozen=True):
     """What a scanner's fault does to the message: defer it, or pass it marked unchecked."""
 
@@ -137,6 +153,7 @@ class Failure(Section, frozen=True):
     signatures: FaultAction = "defer"
     too_big: FaultAction = "pass"  # above a scanner's own limit
     limits: FaultAction = "pass"  # clamd stopped at one of its limits (Heuristics.Limits.*)
+    rule: tuple[FaultRule, ...] = ()  # single cells of the table; they go before the keys above
 
 
 class Headers(Section, frozen=True):
@@ -158,9 +175,12 @@ class Journal(Section, frozen=True):
 
 class Http(Section, frozen=True):
     listen: str = "127.0.0.1:9464"  # "address:port", or "off"
+    page: Literal["off", "on"] = "off"  # the status page for a browser: it shows addresses
 
 
 class Log(Section, frozen=True):
+    to: Literal["stderr", "syslog"] = "stderr"
+    socket: str = "/dev/log"  # of syslog
     format: Literal["json", "logfmt"] = "json"
     level: Literal["debug", "info", "warning", "error"] = "info"
 
@@ -178,9 +198,6 @@ class Settings(Section, frozen=True):
     spamd: Spamd = msgspec.field(default_factory=Spamd)
     classes: Classes = msgspec.field(default_factory=Classes)
     failure: Failure = msgspec.field(default_factory=Failure)
-    to: Literal["stderr", "syslog"] = "stderr"
-    to: Literal["stderr", "syslog"] = "stderr"
-    socket: str = "/dev/log"  # of syslog
     headers: Headers = msgspec.field(default_factory=Headers)
     quarantine: Quarantine = msgspec.field(default_factory=Quarantine)
     journal: Journal = msgspec.field(default_factory=Journal)

@@ -3,13 +3,15 @@
 Everything is bounded: the head of a request, the time for it, the time for the answer, the number of
 connections. A page may take its time without holding others; when there is no room, whoever has been
 silent longest goes. Neither rubbish nor a slow reader reaches anything but its own connection.
+What is private is answered only under an address or a name of our own.
 RFC 9110 and 9112, no more of them than this needs; a library would bring routing, bodies and upgrades.
 """
 
 import asyncio
+import ipaddress
 import re
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from email.utils import formatdate
 from http import HTTPStatus
 
@@ -24,6 +26,7 @@ BACKLOG = 64
 
 _REQUEST = re.compile(rb"([A-Z]{1,16}) (/[!-~]{0,1023}) HTTP/1\.[01]")
 _FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*")
+_HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([0-9A-Za-z._-]+))(?::[0-9]{0,5})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,7 @@ class Response:
     body: bytes
     content_type: str = "text/plain; charset=utf-8"
     status: HTTPStatus = HTTPStatus.OK
+    header: Mapping[str, str] = field(default_factory=dict)  # further fields
 
 
 Page = Callable[[str], Awaitable[Response]]
@@ -56,10 +60,18 @@ def parse_listen(text: str) -> tuple[str, int] | None:
 
 
 class Server:
-    """Serves ``pages`` (path -> page). A page that raises is answered with 500 and logged."""
+    """Serves ``pages`` (path -> page). A page that raises is answered with 500 and logged.
 
-    def __init__(self, pages: Mapping[str, Page], log: Logger) -> None:
+    The paths in ``private`` answer only where the Host field is an address, localhost or one of ``names``. Somebody's
+    web site can make its own name lead to our address (DNS rebinding), and would then be allowed to read them.
+    """
+
+    def __init__(
+        self, pages: Mapping[str, Page], log: Logger, *, private: Collection[str] = (), names: Collection[str] = ()
+    ) -> None:
         self._pages = pages
+        self._private = frozenset(private)
+        self._names = frozenset(name.lower() for name in names) | {"localhost"}
         self._log = log
         self._server: asyncio.Server | None = None
         self._open: dict[asyncio.StreamWriter, asyncio.Task[None]] = {}
@@ -124,9 +136,21 @@ class Server:
         if method not in (b"GET", b"HEAD"):
             return _encode(_plain(HTTPStatus.METHOD_NOT_ALLOWED), "Allow: GET, HEAD\r\n")
         page = self._pages.get(target)
-        accept = b",".join(field[2] for field in fields if field is not None and field[1].lower() == b"accept")
+        accept = b",".join(_values(fields, b"accept"))
+        if target in self._private and not self._ours(_values(fields, b"host")):
+            return _encode(_plain(HTTPStatus.MISDIRECTED_REQUEST), with_body=method == b"GET")
         response = _plain(HTTPStatus.NOT_FOUND) if page is None else await self._made(page, target, accept)
         return _encode(response, with_body=method == b"GET")
+
+    def _ours(self, hosts: list[bytes]) -> bool:
+        found = _HOST.fullmatch(hosts[0].decode("latin-1")) if len(hosts) == 1 else None
+        if found is None:
+            return False
+        try:
+            ipaddress.ip_address(found[1] or found[2])
+        except ValueError:
+            return found[2] is not None and found[2].lower().removesuffix(".") in self._names
+        return True
 
     async def _made(self, page: Page, target: str, accept: bytes) -> Response:
         try:
@@ -136,11 +160,16 @@ class Server:
             return _plain(HTTPStatus.INTERNAL_SERVER_ERROR)
 
 
+def _values(fields: list[re.Match[bytes] | None], name: bytes) -> list[bytes]:
+    return [field[2] for field in fields if field is not None and field[1].lower() == name]
+
+
 def _plain(status: HTTPStatus) -> Response:
     return Response(f"{status.phrase}\n".encode(), status=status)
 
 
 def _encode(response: Response, more: str = "", *, with_body: bool = True) -> bytes:
+    more += "".join(f"{name}: {value}\r\n" for name, value in response.header.items())
     head = (
         f"HTTP/1.1 {response.status.value} {response.status.phrase}\r\n"
         f"Date: {formatdate(usegmt=True)}\r\n"

@@ -1,24 +1,199 @@
-"""The failure table: what a scanner's fault does to a message.
+"""The failure table: what a scanner's fault does to a message, for each scanner, cause and origin.
 
 A fault never refuses a message for good. It defers it, or lets it pass marked *unchecked*. Bounces
 from qmail-send always pass: a deferral would make qmail-send try again for ever (domain-spec 1.3).
+
+Theory. The table is painted in layers: the keys of ``[failure]``, then its rules, those that name
+fewer columns first, then what is fixed. So the most specific one wins. Rules that name equally
+many columns must not disagree; :func:`complaints` finds those that do, and those that do nothing.
 """
 
-from contentfilter.config.settings import FaultAction, Settings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from types import MappingProxyType
+
+from contentfilter.config.settings import Failure, FaultAction, FaultRule, Settings
 from contentfilter.errors import Cause
 from contentfilter.model import OriginKind, Scanner
 
+Key = tuple[Scanner, Cause, OriginKind]
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What a fault does, and what says so: a key or a rule of ``[failure]``, or a fixed rule."""
+
+    action: FaultAction
+    source: str
+    fixed: bool = False  # no setting changes it
+
+
+Table = Mapping[Key, Cell]
+
+
+@dataclass(frozen=True, slots=True)
+class Meaning:
+    """When a cause is given, and which scanners ever give it."""
+
+    text: str
+    scanners: tuple[Scanner, ...]
+
+
+_DAEMONS = (Scanner.CLAMD, Scanner.SPAMD)
+
+MEANINGS: Mapping[Cause, Meaning] = MappingProxyType(
+    {
+        Cause.DOWN: Meaning(
+            "nobody listens, we may not connect, it closes without a byte (killed, restarted, overloaded), or spamd "
+            "says that something it needs is missing",
+            _DAEMONS,
+        ),
+        Cause.TIMEOUT: Meaning("no whole answer within its time, or it says that it ran out of time", tuple(Scanner)),
+        Cause.BUSY: Meaning(
+            "its listen queue or our own limit of questions at once stayed full, or it asks us to come again", _DAEMONS
+        ),
+        Cause.TOO_BIG: Meaning(
+            "the message is above max_size in [clamd], or above clamd's StreamMaxLength", (Scanner.CLAMD,)
+        ),
+        Cause.LIMITS: Meaning(
+            "clamd stopped at a limit of its own (Heuristics.Limits.*) and has not seen everything", (Scanner.CLAMD,)
+        ),
+        Cause.BAD_REPLY: Meaning("an answer that is cut off, makes no sense, or tells of an error inside it", _DAEMONS),
+        Cause.RELOADING: Meaning("clamd says that it is loading its database", (Scanner.CLAMD,)),
+        Cause.MEMORY: Meaning("it says that it has no memory left for this message", _DAEMONS),
+        Cause.BYPASSED: Meaning("an administrator has switched the scanner off for a while", tuple(Scanner)),
+    }
+)
+
 
 def on_fault(scanner: Scanner, cause: Cause, origin: OriginKind, settings: Settings) -> FaultAction:
-    """One cell of the table."""
-    if origin is OriginKind.BOUNCE:
-        return "pass"
-    if cause is Cause.TOO_BIG:
-        return settings.failure.too_big
-    if cause is Cause.LIMITS:
-        return settings.failure.limits
-    if scanner is Scanner.CLAMD:
-        return settings.failure.clamd
-    if scanner is Scanner.SPAMD:
-        return settings.failure.spamd
-    return settings.failure.signatures
+    """One cell of the table in force."""
+    return failure_table(settings.failure)[scanner, cause, origin].action
+
+
+@lru_cache(8)  # one configuration at a time; a few more while a reload goes on
+def failure_table(failure: Failure) -> Table:
+    """All cells."""
+    cells: dict[Key, Cell] = {}
+    for layer in _layers(failure):
+        cells.update(dict.fromkeys(layer.cells(), layer.cell))
+    return MappingProxyType(cells)
+
+
+def named(number: int) -> str:
+    """How a rule is called: by its place in the file, from 1."""
+    return f"[[failure.rule]] {number}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """Cells that are painted together. An empty column stands for all of it."""
+
+    cell: Cell
+    scanners: tuple[Scanner, ...] = ()
+    causes: tuple[Cause, ...] = ()
+    origins: tuple[OriginKind, ...] = ()
+
+    def weight(self) -> int:
+        """How many columns it names."""
+        return sum(map(bool, (self.scanners, self.causes, self.origins)))
+
+    def cells(self) -> Iterator[Key]:
+        return product(self.scanners or Scanner, self.causes or Cause, self.origins or OriginKind)
+
+
+_FIXED = (
+    _Layer(Cell("pass", "bounces always pass", fixed=True), origins=(OriginKind.BOUNCE,)),
+    _Layer(Cell("pass", "what is bypassed passes", fixed=True), causes=(Cause.BYPASSED,)),
+)
+
+
+def _layers(failure: Failure) -> tuple[_Layer, ...]:
+    """The weakest first."""
+
+    def key(name: str, action: FaultAction) -> Cell:
+        return Cell(action, f"[failure] {name}")
+
+    return (
+        _Layer(key("signatures", failure.signatures), scanners=(Scanner.SIGNATURES, Scanner.LOADERTYPES)),
+        _Layer(key("clamd", failure.clamd), scanners=(Scanner.CLAMD,)),
+        _Layer(key("spamd", failure.spamd), scanners=(Scanner.SPAMD,)),
+        _Layer(key("too_big", failure.too_big), causes=(Cause.TOO_BIG,)),
+        _Layer(key("limits", failure.limits), causes=(Cause.LIMITS,)),
+        *sorted(_rules(failure), key=_Layer.weight),
+        *_FIXED,
+    )
+
+
+def _rules(failure: Failure) -> tuple[_Layer, ...]:
+    return tuple(_layer(number, rule) for number, rule in enumerate(failure.rule, 1))
+
+
+def _layer(number: int, rule: FaultRule) -> _Layer:
+    scanner, cause, origin = (
+        (column,) if isinstance(column, str) else column for column in (rule.scanner, rule.cause, rule.origin)
+    )
+    return _Layer(
+        Cell(rule.action, named(number)),
+        tuple(map(Scanner, scanner)),
+        tuple(map(Cause, cause)),
+        tuple(map(OriginKind, origin)),
+    )
+
+
+# ---------------------------------------------------------------- what is wrong with the rules
+
+
+@dataclass(frozen=True, slots=True)
+class Complaint:
+    """``number``: of the rule. ``warning``: it can be used, but perhaps is not as meant."""
+
+    number: int
+    text: str
+    warning: bool = False
+
+
+def complaints(failure: Failure) -> Iterator[Complaint]:
+    """Rules that contradict each other or what is fixed, and rules that change nothing."""
+    rules = _rules(failure)
+    table = failure_table(failure)
+    for number, rule in enumerate(rules, 1):
+        if not rule.weight():
+            yield Complaint(number, "names no scanner, no cause and no origin; it needs one of them at least")
+            continue
+        if OriginKind.BOUNCE in rule.origins and rule.cell.action == "defer":
+            yield Complaint(number, "bounces always pass: qmail-send would offer a deferred one for ever")
+            continue
+        if (wrong := _contradiction(rules, number)) is not None:
+            yield wrong
+            continue
+        decided = [table[key].source for key in rule.cells() if _gives(key)]
+        if not decided:
+            yield Complaint(number, "does nothing: none of these scanners ever gives one of these causes", True)
+        elif named(number) not in decided:
+            by = ", ".join(dict.fromkeys(decided))
+            yield Complaint(number, f"does nothing: what it covers is decided by {by}", True)
+
+
+def _contradiction(rules: tuple[_Layer, ...], number: int) -> Complaint | None:
+    """An earlier rule that names as many columns, covers one of the same cells, and says otherwise."""
+    rule = rules[number - 1]
+    mine = set(rule.cells())
+    for place, other in enumerate(rules[: number - 1], 1):
+        if other.weight() != rule.weight() or other.cell.action == rule.cell.action:
+            continue
+        if both := [key for key in other.cells() if key in mine and key[2] is not OriginKind.BOUNCE]:
+            scanner, cause, origin = both[0]
+            cell = f"{scanner.value}, {cause.value}, {origin.value}"
+            return Complaint(
+                number,
+                f"contradicts {named(place)}, which names as many columns: which holds for {cell}? "
+                "Name more in the one that shall win",
+            )
+    return None
+
+
+def _gives(key: Key) -> bool:
+    return key[0] in MEANINGS[key[1]].scanners

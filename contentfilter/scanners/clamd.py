@@ -20,6 +20,7 @@ from contentfilter.config import settings
 from contentfilter.deadline import Deadline
 from contentfilter.errors import BackendError, Cause, RemoteProtocolError
 from contentfilter.model import Message, Scanner, ScanOutcome, ScanStatus
+from contentfilter.policy.budget import one_try
 from contentfilter.scanners.backends import Pool
 from contentfilter.scanners.health import USUAL, Patience
 from contentfilter.scanners.resolve import Resolver
@@ -42,19 +43,20 @@ class ClamdScanner:
         self.pool = Pool("clamd", addresses, config.concurrency, clock, Cause.RELOADING, patience)
         self._around = Surroundings(Resolver())
         self._limits = Limits(config.connect_timeout, config.timeout)
-        self._max_size = config.max_size
+        self._config = config
         self._no_fildes: set[Address] = set()  # where FILDES was refused
         self._probes = {address: Probe(address) for address in addresses}
 
     async def scan(self, message: Message, deadline: Deadline) -> ScanOutcome:
         """CLEAN or FOUND. Raises BackendError when there is no verdict."""
-        if 0 < self._max_size < message.size:
+        if 0 < self._config.max_size < message.size:
             # clamd answers OK above its own limit, without a look.
-            raise BackendError(Cause.TOO_BIG, "clamd", f"{message.size} bytes, max_size is {self._max_size}")
+            raise BackendError(Cause.TOO_BIG, "clamd", f"{message.size} bytes, max_size is {self._config.max_size}")
         started = time.monotonic()
+        seconds = one_try(message.size, self._config)
 
         async def ask(address: Address) -> tuple[Address, clamd.Clean | clamd.Found]:
-            return address, await self._ask(address, message, deadline)
+            return address, await self._ask(address, message, deadline.within(seconds))
 
         address, answer = await self.pool.run(ask, deadline)
         found = isinstance(answer, clamd.Found)

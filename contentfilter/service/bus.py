@@ -6,6 +6,7 @@ counted and dropped. Sending never waits: above the high-water mark a frame is l
 The sockets lie in the run directory with the modes given here; contexts are made after exec.
 """
 
+import errno
 import os
 import socket
 from collections.abc import Iterator
@@ -163,11 +164,8 @@ class SupervisorBus:
 def ask(run: str, question: Question, seconds: float) -> Reply | None:
     """One question to the running daemon, for the command line. None when nobody answers in time."""
     address = addresses(run)["control"]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(address.removeprefix("ipc://"))  # ZeroMQ would wait for it to appear
-        except OSError:
-            return None
+    if trouble_at(address.removeprefix("ipc://")):
+        return None
     context = zmq.Context(io_threads=1)
     try:
         dealer = context.socket(zmq.DEALER)
@@ -179,6 +177,16 @@ def ask(run: str, question: Question, seconds: float) -> Reply | None:
         return decode(dealer.recv(), REPLIES)
     finally:
         context.destroy(linger=0)
+
+
+def trouble_at(path: str) -> int:
+    """The errno with which a socket cannot be reached, or 0. ZeroMQ would wait for it without a word."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except OSError as error:
+            return error.errno or errno.EIO
+    return 0
 
 
 def _peer_uid(frame: Any) -> int:

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from contentfilter.config.load import DEFAULT_PATH, load_settings, read_settings
-from contentfilter.config.settings import Settings
+from contentfilter.config.settings import FaultRule, Settings
 from contentfilter.errors import ConfigError
 
 SAMPLE = Path(__file__).parents[2] / "etc" / "contentfilter.toml"
@@ -36,8 +36,10 @@ def test_the_sample_is_the_defaults():
 def test_the_sample_shows_and_explains_every_key(section):
     text = SAMPLE.read_text()
     (part,) = re.findall(rf"^\[{section}\]\n(.*?)(?=^\[|\Z)", text, re.MULTILINE | re.DOTALL)
-    shown = re.findall(r"^(\w+) = ", part, re.MULTILINE)
-    assert shown == list(SECTIONS[section].__struct_fields__)
+    shown = re.findall(
+        rf"^(\w+) = |^# \[\[{section}\.(\w+)\]\]$", part, re.MULTILINE
+    )  # or, as a comment, a list of tables
+    assert ["".join(either) for either in shown] == list(SECTIONS[section].__struct_fields__)
     blocks = [block for block in part.strip().split("\n\n") if block]
     assert all(block.startswith("# ") for block in blocks), "a key without a comment"
 
@@ -204,3 +206,71 @@ def test_only_the_default_file_may_be_missing(tmp_path):
 def test_a_directory_in_its_place_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="cannot read it"):
         load_settings(str(tmp_path))
+
+
+# Rules of the failure table
+
+RULE = """[failure]
+clamd = "defer"
+
+[[failure.rule]]
+scanner = "clamd"
+cause = ["down", "timeout"]
+action = "pass"
+
+[[failure.rule]] # the second
+scanner = "clamd"
+origin = "local"
+action = "%s"
+"""
+
+
+def test_rules_are_read_with_one_word_or_several(read):
+    settings, problems = read(RULE % "pass")
+    assert problems == []
+    assert settings.failure.rule == (
+        FaultRule(action="pass", scanner="clamd", cause=("down", "timeout")),
+        FaultRule(action="pass", scanner="clamd", origin="local"),
+    )
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(settings), type=Settings) == settings
+    inline = 'failure.rule = [{scanner = "clamd", action = "pass"}, {cause = "down", action = "defer"}]'
+    assert len(read(inline)[0].failure.rule) == 2
+
+
+def test_the_commented_rule_of_the_sample_is_a_good_one(read):
+    rule = SAMPLE.read_text().partition("# [[failure.rule]]\n")[2].partition("\n\n")[0]
+    settings, problems = read("[[failure.rule]]\n" + rule.replace("# ", ""))
+    assert problems == []
+    assert settings.failure.rule == (
+        FaultRule(action="pass", scanner="clamd", cause=("down", "timeout"), origin="authenticated"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "says"),
+    [
+        (RULE % "defer", 9, "[[failure.rule]] 2: contradicts [[failure.rule]] 1"),
+        (RULE % "reject", 12, '[[failure.rule]] action: expected one of "defer", "pass", got a string "reject"'),
+        ((RULE % "pass").replace('"down",', '"donw",'), 6, "[[failure.rule]] cause: expected one of"),
+        ((RULE % "pass").replace('"local"', '"bypassed"'), 11, "[[failure.rule]] origin: expected one of"),
+        ((RULE % "pass").replace("origin", "orgin"), 11, "did you mean 'origin'?"),
+        ('[[failure.rule]]\nscanner = "clamd"\n', 1, "[[failure.rule]] action: it is missing"),
+        ("[failure]\nrule = 3\n", 2, "[failure] rule: expected a list of tables"),
+        ("[failure]\nrule = [3]\n", 2, "[failure] rule: expected a list of tables"),
+        ('[[failure.rule]]\ncause = "down"\naction = "pass"\n' * 101, 1, "101 of them; at most 100"),
+    ],
+)
+def test_what_is_wrong_in_a_rule_is_told_with_its_line(read, text, line, says):
+    settings, ((where, told),) = read(text)
+    assert where == line
+    assert says in told
+    assert settings.failure.rule == () or "contradicts" in told
+
+
+def test_a_rule_without_effect_is_a_warning_and_the_file_can_be_used(tmp_path):
+    path = tmp_path / "contentfilter.toml"
+    path.write_text('[[failure.rule]]\norigin = "bounce"\naction = "pass"\n')
+    assert load_settings(str(path)).failure.rule
+    ((problem,),) = read_settings(str(path))[1:]
+    assert (problem.line, problem.warning) == (1, True)
+    assert "does nothing" in problem.text

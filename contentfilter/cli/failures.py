@@ -1,0 +1,160 @@
+"""``contentfilter failures``: the failure table as it is in force, and what made each cell what it is.
+
+Asks the running daemon, because it may follow an older configuration than the files hold; where the two
+differ, says so. Without a daemon, or with ``--file``, it is the table that the file would give.
+Exit statuses: 0 printed; 1 the daemon follows another table than the file says; 2 wrong usage; 78 bad configuration.
+"""
+
+import json
+import sys
+import textwrap
+from typing import Any
+
+import click
+
+from contentfilter.config.load import read_settings
+from contentfilter.config.settings import Failure
+from contentfilter.errors import Cause, ConfigError, Problem
+from contentfilter.model import OriginKind, Scanner
+from contentfilter.policy.failure import MEANINGS, Cell, Key, Table, failure_table
+from contentfilter.service import bus, frames
+
+WAIT = 5.0  # seconds
+WIDTH = 80  # of the explanations
+
+
+@click.command()
+@click.option("--scanner", type=click.Choice([s.value for s in Scanner]), help="Only this scanner.")
+@click.option("--cause", type=click.Choice([c.value for c in Cause]), help="Only this cause.")
+@click.option("--origin", type=click.Choice([o.value for o in OriginKind]), help="Only this origin.")
+@click.option("--file", "only_file", is_flag=True, help="What the configuration file says; ask no daemon.")
+@click.option("-v", "--verbose", is_flag=True, help="Also explain each cause.")
+@click.option("--json", "as_json", is_flag=True, help="All cells as JSON.")
+@click.pass_obj
+def failures(
+    config_path: str,
+    scanner: str | None,
+    cause: str | None,
+    origin: str | None,
+    only_file: bool,
+    verbose: bool,
+    as_json: bool,
+) -> None:
+    """Say what each fault of a scanner does to mail: defer it, or pass it unchecked.
+
+    An asterisk marks what is not the default. The last column names the settings that decide.
+    """
+    settings, problems = read_settings(config_path)
+    wrong = tuple(problem for problem in problems if not problem.warning)
+    running = None if only_file else _running(settings.service.run)
+    if running is None and wrong:
+        raise ConfigError(wrong)
+    table = failure_table(running.failure if running else settings.failure)
+    current = running is None or (not wrong and table == failure_table(settings.failure))
+    shown = [key for key in table if _chosen(key, scanner, cause, origin)]
+    if as_json:
+        click.echo(json.dumps(_facts(table, shown, running, current), indent=2))
+    else:
+        if shown:
+            _print(table, shown)
+        else:
+            click.echo("this scanner never gives this cause", err=True)
+        if verbose:
+            _explain([cause for cause in Cause if any(key[1] is cause for key in shown)])
+        _comment(settings.failure, running, wrong, only_file, settings.service.run)
+    sys.exit(0 if current else 1)
+
+
+def _running(run: str) -> frames.Failures | None:
+    """None where no daemon answers."""
+    reply = bus.ask(run, frames.AskFailures(), WAIT)
+    if isinstance(reply, frames.Refused):
+        raise click.ClickException(f"{reply.why}; --file prints what the configuration file says")
+    return reply if isinstance(reply, frames.Failures) else None
+
+
+def _chosen(key: Key, scanner: str | None, cause: str | None, origin: str | None) -> bool:
+    """Is this cell asked for? What can never happen is left out."""
+    wanted = zip(key, (scanner, cause, origin), strict=True)
+    return key[0] in MEANINGS[key[1]].scanners and all(name in (None, part.value) for part, name in wanted)
+
+
+def _print(table: Table, shown: list[Key]) -> None:
+    """Aligned text, on a terminal and elsewhere: it fits into 80 columns as long as few rules are set."""
+    normal = failure_table(Failure())
+    origins = [origin for origin in OriginKind if any(key[2] is origin for key in shown)]
+    rows = [("scanner", "cause", *(origin.value for origin in origins), "set by")]
+    for scanner, cause in dict.fromkeys(key[:2] for key in shown):
+        cells = {origin: table[scanner, cause, origin] for origin in origins}
+        marked = (
+            cell.action + ("*" if cell.action != normal[scanner, cause, origin].action else "")
+            for origin, cell in cells.items()
+        )
+        rows.append((scanner.value, cause.value, *marked, _sources(tuple(cells.values()))))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        click.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    click.echo("\nSet by keys and rules of [failure]; bounces always pass. * is not the default.")
+
+
+def _sources(cells: tuple[Cell, ...]) -> str:
+    """What decides in one row. That bounces pass is said once, below."""
+    names = dict.fromkeys(cell.source for cell in cells if not cell.fixed)
+    names = names or dict.fromkeys(cell.source for cell in cells)
+    return ", ".join(name.removeprefix("[failure] ").replace("[[failure.rule]]", "rule") for name in names)
+
+
+def _explain(causes: list[Cause]) -> None:
+    click.echo()
+    for cause in causes:
+        text = f"{cause.value:<11}{MEANINGS[cause].text}"
+        click.echo(textwrap.fill(text, WIDTH, subsequent_indent=" " * 11))
+
+
+def _comment(
+    written: Failure, running: frames.Failures | None, wrong: tuple[Problem, ...], only_file: bool, run: str
+) -> None:
+    """What whoever reads the table must know about where it comes from; on stderr, to keep the table clean."""
+    if running is None:
+        if not only_file:
+            click.echo(f"no daemon answers at {run}/control.sock; this is what the file says", err=True)
+        return
+    for problem in wrong:
+        click.echo(f"not in force: {problem}", err=True)
+    if wrong:
+        click.echo(f"the daemon goes on with configuration {running.generation}, shown above", err=True)
+        return
+    there, here = failure_table(written), failure_table(running.failure)
+    differing = [key for key in there if there[key].action != here[key].action]
+    for scanner, cause, origin in differing[:20]:
+        cell = there[scanner, cause, origin]
+        place = f"{scanner.value}, {cause.value}, {origin.value}"
+        click.echo(f"not in force: {place}: the file says {cell.action} ({cell.source})", err=True)
+    if len(differing) > 20:
+        click.echo(f"not in force: {len(differing) - 20} more cells", err=True)
+    if there != here:
+        remedy = "the file has changed since; `contentfilter reload` makes it count"
+        click.echo(f"the daemon follows configuration {running.generation}, shown above; {remedy}", err=True)
+
+
+def _facts(table: Table, shown: list[Key], running: frames.Failures | None, current: bool) -> dict[str, Any]:
+    normal = failure_table(Failure())
+    return {
+        "source": "daemon" if running else "file",
+        "generation": running.generation if running else None,
+        "current": current,
+        "cells": [_fact(key, table[key], normal[key]) for key in shown],
+    }
+
+
+def _fact(key: Key, cell: Cell, normal: Cell) -> dict[str, Any]:
+    scanner, cause, origin = (part.value for part in key)
+    return {
+        "scanner": scanner,
+        "cause": cause,
+        "origin": origin,
+        "action": cell.action,
+        "default": normal.action,
+        "set_by": cell.source,
+        "fixed": cell.fixed,
+    }

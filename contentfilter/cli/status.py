@@ -1,0 +1,162 @@
+"""``contentfilter status``: one screen that says whether mail flows, what is wrong, and what to do.
+
+Exit statuses: 0 all is well; 1 something is wrong, or no daemon answers; 2 wrong usage. Nothing is changed, so
+whoever may open the control socket may ask.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+
+import click
+import msgspec
+
+from contentfilter.cli.common import printable
+from contentfilter.cli.control import ask
+from contentfilter.ops.history import Window
+from contentfilter.service import frames
+from contentfilter.service.glance import WORDS, Glance, clock, glance, length
+from contentfilter.tables.keeper import State
+
+WAIT = 5.0  # seconds
+WORKERS_SHOWN = 16
+"""So many workers get a line each; of more, those that do something."""
+
+Line = tuple[str, str]
+"""A style (good, bad, warning, plain, faint), and the text."""
+
+_COLOURS = {"good": {"fg": "green", "bold": True}, "bad": {"fg": "red", "bold": True}, "warning": {"fg": "yellow"}}
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
+@click.pass_obj
+def status(config_path: str, as_json: bool) -> None:
+    """Say whether mail flows, what is wrong, and what to do about it.
+
+    Status 0: all is well; 1: something is wrong, or no daemon answers.
+    """
+    reply = fetch(config_path)
+    now = time.time()
+    seen = glance(reply, now)
+    if as_json:
+        click.echo(json.dumps(msgspec.to_builtins(seen) | msgspec.to_builtins(reply)))
+    else:
+        for style, text in lines(reply, seen, now):
+            click.echo(styled(style, text))
+    sys.exit(0 if seen.ok else 1)
+
+
+def fetch(config_path: str) -> frames.Status:
+    """The daemon's answer. Ends the program with status 1 when there is none."""
+    reply = ask(config_path, frames.AskStatus(), WAIT)
+    assert isinstance(reply, frames.Status)  # noqa: S101 - the daemon answers this question with nothing else
+    return reply
+
+
+def styled(style: str, text: str) -> str:
+    """For a terminal; elsewhere click takes the colours away."""
+    text = printable(text)
+    if os.environ.get("NO_COLOR"):
+        return text
+    if style == "faint":
+        return click.style(text, dim=True)
+    colour = _COLOURS.get(style)
+    return click.style(text, **colour) if colour else text  # type: ignore[arg-type]
+
+
+def lines(reply: frames.Status, seen: Glance, now: float) -> Iterator[Line]:
+    """The screen, most important first."""
+    yield ("good" if seen.ok else "bad" if not seen.flowing or _unchecked(seen) else "warning"), seen.verdict
+    for trouble in seen.troubles:
+        yield "warning", f"! {trouble.what}"
+        yield "plain", f"  -> {trouble.remedy}; runbook: {trouble.runbook}"
+    for name, window in (("15 minutes", reply.window),):
+        if window is not None:
+            yield from _window(name, window)
+    if seen.oldest is not None:
+        oldest = seen.oldest
+        yield "plain", f"oldest message: {oldest.incident}, {oldest.stage} for {oldest.seconds:.1f} s"
+    if reply.waiting:
+        yield "plain", f"{reply.waiting} hooks wait for a worker"
+    for backend in reply.backends:
+        yield _backend(backend, now)
+    yield from _workers(reply.workers)
+    if reply.tables is not None:
+        yield "plain", _tables(reply.tables)
+    if reply.not_recorded:
+        lost = f"{reply.not_recorded} messages are not in the journal; the log says why (journal.failed)"
+        yield "warning", lost
+    yield "faint", _daemon(reply)
+
+
+def _unchecked(seen: Glance) -> bool:
+    return any(trouble.effect == "unchecked" for trouble in seen.troubles)
+
+
+def _window(name: str, window: Window) -> Iterator[Line]:
+    done = ", ".join(f"{count} {decision}" for decision, count in window.decisions.items() if count)
+    text = f"last {name}: {window.messages} messages" + (f" ({done})" if done else "")
+    if window.p50 is not None and window.p95 is not None:
+        text += f", half within {window.p50:.0f} ms, 95 % within {window.p95:.0f} ms"
+    yield "plain", text
+    for what, counts in (("deferred", window.deferred), ("passed unchecked", window.unchecked)):
+        if counts:
+            yield "warning", f"  {what}: " + ", ".join(f"{count} by {rule}" for rule, count in list(counts.items())[:5])
+
+
+def _backend(backend: frames.BackendStatus, now: float) -> Line:
+    name = f"{backend.scanner} {backend.backend}"
+    use = f", {backend.outstanding} of {backend.limit} questions" if backend.outstanding else ""
+    use += f", {backend.waiting} wait" if backend.waiting else ""
+    if not backend.wanted:
+        use += ", no recipient wants it"
+    if backend.state == "failing":
+        why = WORDS.get(backend.cause, backend.cause) + (f" ({backend.detail})" if backend.detail else "")
+        style = "warning" if backend.wanted else "faint"
+        return style, f"{name}: {why} since {clock(backend.since, now)}, {length(now - backend.since)}{use}"
+    if backend.state == "unknown":
+        return "plain", f"{name}: has not answered yet{use}"
+    return "plain" if backend.wanted else "faint", f"{name}: well, answered {length(now - backend.heard)} ago{use}"
+
+
+def _workers(workers: tuple[frames.WorkerStatus, ...]) -> Iterator[Line]:
+    ordered = sorted(workers, key=lambda worker: (worker.slot, worker.pid))
+    shown = ordered
+    if len(ordered) > WORKERS_SHOWN:
+        shown = [worker for worker in ordered if worker.open or worker.state != "ready"][:WORKERS_SHOWN]
+    for worker in shown:
+        yield ("plain" if worker.state == "ready" else "warning"), _worker(worker)
+    if len(shown) < len(ordered):
+        yield "faint", f"and {len(ordered) - len(shown)} more workers"
+
+
+def _worker(worker: frames.WorkerStatus) -> str:
+    text = f"worker {worker.slot} pid {worker.pid} {worker.state}"
+    if worker.state == "starting":
+        return f"{text} for {worker.age:.0f} s"
+    text += f", {worker.open} in flight" if worker.open else ", idle"
+    if worker.in_flight:
+        oldest = max(worker.in_flight, key=lambda busy: busy.seconds)
+        text += f": {oldest.incident} {oldest.stage} for {oldest.seconds + worker.silent:.1f} s"
+    text += f", {worker.counters.get('answered', 0)} answered"
+    if worker.silent > 5:
+        text += f", not heard for {worker.silent:.0f} s"
+    return text
+
+
+def _tables(state: State) -> str:
+    if not state.loaded:
+        return f"no recipient tables, mail that needs them is deferred: {state.trouble}"
+    rows = f"tables: {state.clamav_rows} rows in clamavclients, {state.spamd_rows} in spamdclients, from {state.source}"
+    stale = f"NOT CURRENT since {state.age:.0f} s: {state.trouble}"
+    return f"{rows}, {stale if state.trouble else f'seen current {state.age:.0f} s ago'}"
+
+
+def _daemon(reply: frames.Status) -> str:
+    text = f"contentfilter {reply.version} pid {reply.pid}, {reply.state}, configuration {reply.generation}, "
+    text += f"up {length(reply.uptime)}, {reply.socket}"
+    died = ", ".join(f"{count} {reason}" for reason, count in reply.deaths.items() if count)
+    return text + (f", workers replaced: {died}" if died else "")

@@ -93,16 +93,19 @@ class SpamdScanner:
         """
         limits = Limits(self._limits.connect, deadline.left())
         batches, reader = iter([(spamd.request("PING", 0),)]), spamd.ResponseReader("PING", 0)
-        response, _ = await converse(address, batches, reader, limits, deadline, half_close=True, around=self._around)
+        response, _ = await converse(address, batches, reader, limits, deadline, around=self._around)
         if response.code:
             raise BackendError(spamd.cause(response.code), str(address), f"{response.code} {response.text}")
 
     async def _ask(
         self, address: Address, head: bytes, body: memoryview, reader: spamd.ResponseReader, deadline: Deadline
     ) -> spamd.Response:
-        batches = iter([(head, body)])
+        # Over TLS our farewell is data: unread by spamd it makes the kernel reset the connection, and the answer
+        # may be lost. spamd reads that far only what is compressed, and after a last line without its end.
+        read_to_end = self._config.compress or body[-1:] != b"\n"
+        batches, half_close = iter([(head, body)]), read_to_end or not address.tls
         response, complete = await converse(
-            address, batches, reader, self._limits, deadline, half_close=True, around=self._around
+            address, batches, reader, self._limits, deadline, half_close=half_close, around=self._around
         )
         if response.code:
             raise BackendError(spamd.cause(response.code), str(address), f"{response.code} {response.text}")

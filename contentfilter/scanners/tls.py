@@ -60,8 +60,9 @@ def _wrong(path: str, what: str, error: Exception) -> ConfigError:
     known = {
         "NO_CERTIFICATE_OR_CRL_FOUND": "there is no certificate in it",
         "KEY_VALUES_MISMATCH": "certificate and key do not belong together",
-        "NO_START_LINE": "not a PEM file, or without the key",
     }
+    if isinstance(error, ssl.SSLError) and reason not in known:
+        why = "not PEM, or without the key"
     return ConfigError((Problem(path, 0, f"{what}: {known.get(str(reason), why)}"),))
 
 

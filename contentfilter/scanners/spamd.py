@@ -102,7 +102,7 @@ class SpamdScanner:
     ) -> spamd.Response:
         # Over TLS our farewell is data: unread by spamd it makes the kernel reset the connection, and the answer
         # may be lost. spamd reads that far only what is compressed, and after a last line without its end.
-        read_to_end = self._config.compress or body[-1:] != b"\n"
+        read_to_end = self._config.compress or bytes(body[-1:]) != b"\n"
         batches, half_close = iter([(head, body)]), read_to_end or not address.tls
         response, complete = await converse(
             address, batches, reader, self._limits, deadline, half_close=half_close, around=self._around

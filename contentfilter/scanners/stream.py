@@ -205,7 +205,7 @@ async def _under_tls(sock: socket.socket, address: Address, tls: Tls | None) -> 
             try:
                 endpoint.shake_hands()
             except BlockingIOError:
-                await _ready(endpoint, writing=False)
+                await _ready(endpoint, writing=endpoint.unsent)
             else:
                 return endpoint
     except BaseException:
@@ -262,21 +262,26 @@ async def _exchange(
             try:
                 data = sock.recv(RECEIVE)
             except BlockingIOError:
-                await _ready(sock, writing=writing)
+                await _ready(sock, writing=writing or _unsent(sock))
                 continue
             except ConnectionResetError:
                 data = b""
             if not data:
                 if not heard:
                     raise EOFError
-                return reader.end(), complete
+                return reader.end(), complete and not _unsent(sock)
             heard = True
             event = reader.feed(data)
             if event is not None:
-                return event, complete
+                return event, complete and not _unsent(sock)
             await asyncio.sleep(0)  # a peer that floods must not hold the loop
     finally:
         pending.clear()  # an exception keeps this frame alive, and the views would keep the message mapped
+
+
+def _unsent(sock: Endpoint) -> bool:
+    """Does TLS hold back what we have given it?"""
+    return isinstance(sock, TlsSocket) and sock.unsent
 
 
 def _flush(sock: Endpoint, batches: Iterator[Batch], pending: list[bytes | memoryview]) -> bool:

@@ -6,11 +6,13 @@ it ham. A context is made once for each configuration, never for a connection.
 
 import socket
 import ssl
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 from contentfilter.config.settings import Spamd
 from contentfilter.errors import ConfigError, Problem
+
+PIECE = 65_536  # bytes that are encrypted or received at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,52 +81,84 @@ class TlsSocket:
     """A connected socket under TLS with the few methods that the conversation uses.
 
     What cannot go on now is BlockingIOError, as with a plain socket. An end without TLS's own farewell is
-    ConnectionResetError: somebody may have cut the answer short.
+    ConnectionResetError: somebody may have cut the answer short. OpenSSL works on memory here, because its farewell on
+    a socket also reads, and would throw away an answer that is there already.
     """
 
     def __init__(self, sock: socket.socket, tls: Tls, host: str) -> None:
-        self._name = tls.name or host
-        self._sock = tls.context.wrap_socket(
-            sock, server_hostname=self._name, do_handshake_on_connect=False, suppress_ragged_eofs=False
-        )
-        self._ended = False
-
-    @property
-    def name(self) -> str:
-        return self._name
+        self._sock = sock
+        self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = tls.context.wrap_bio(self._in, self._out, server_hostname=tls.name or host)
+        self._unsent = b""  # encrypted, but not yet taken by the socket
 
     def fileno(self) -> int:
         return self._sock.fileno()
 
+    @property
+    def unsent(self) -> bool:
+        return bool(self._unsent or self._out.pending)
+
     def shake_hands(self) -> None:
-        """One step. BlockingIOError: wait for the peer, then call again. Raises OSError; ssl.SSLError is one."""
-        self._step(self._sock.do_handshake)
+        """BlockingIOError: wait for the peer, then call again. Raises OSError; ssl.SSLError is one."""
+        while True:
+            try:
+                self._tls.do_handshake()
+            except ssl.SSLWantReadError:
+                self._push()
+                self._pull()
+            except ssl.SSLEOFError as error:
+                raise ConnectionResetError("closed in the TLS handshake") from error
+            except ssl.SSLError:
+                self._push()  # the alert tells the other side what is wrong
+                raise
+            else:
+                self._push()
+                return
 
     def sendmsg(self, buffers: list[bytes | memoryview]) -> int:
-        sent: int = self._step(self._sock.send, next(filter(len, buffers), b""))
+        self._push()
+        if self._unsent:
+            raise BlockingIOError
+        buffer = next(filter(len, buffers), b"")
+        sent = self._tls.write(buffer[:PIECE]) if buffer else 0
+        self._push()
         return sent
 
     def recv(self, size: int) -> bytes:
-        if self._ended:
-            return b""
-        data: bytes = self._step(self._sock.recv, size)
-        return data
+        with suppress(OSError):  # who takes no more may still have answered
+            self._push()
+        while True:
+            try:
+                return self._tls.read(size)
+            except ssl.SSLWantReadError:
+                self._pull()
+            except ssl.SSLEOFError as error:
+                raise ConnectionResetError("closed in the middle of TLS") from error
 
     def shutdown(self, how: int) -> None:
         """Say that we send no more; the answer may still come."""
         try:
-            self._sock.unwrap()
-            self._ended = True  # the peer has said the same
-        except (ssl.SSLError, OSError):
-            pass  # sent, or it cannot be sent any more; what is there to be read tells which
+            self._tls.unwrap()
+        except ssl.SSLError:
+            pass  # it waits for the peer's farewell, which comes behind the answer
+        self._push()
 
     def close(self) -> None:
         self._sock.close()
 
-    def _step(self, do: Any, *arguments: Any) -> Any:
+    def _push(self) -> None:
+        """Send what is encrypted, as far as the socket takes it."""
         try:
-            return do(*arguments)
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            raise BlockingIOError from None
-        except (ssl.SSLEOFError, ssl.SSLZeroReturnError) as error:
-            raise ConnectionResetError("closed in the middle of TLS") from error
+            while self.unsent:
+                self._unsent = self._unsent or self._out.read()
+                self._unsent = self._unsent[self._sock.send(self._unsent) :]
+        except BlockingIOError:
+            pass
+
+    def _pull(self) -> None:
+        """Take what has arrived. BlockingIOError: nothing."""
+        data = self._sock.recv(PIECE)
+        if data:
+            self._in.write(data)
+        else:
+            self._in.write_eof()

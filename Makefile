@@ -30,6 +30,11 @@ bench: ## set everything up, then measure: messages per second, latency, CPU per
 	@$(MAKE) --silent .venv/installed
 	@$(BIN)/python bench/run.py
 
+soak: ## set everything up, then ten minutes of mail under load while the daemon is ended in every way
+	@tools/prepare.sh packages bench
+	@$(MAKE) --silent .venv/installed
+	@$(BIN)/python bench/soak.py
+
 setup: ## Debian packages, and .venv with contentfilter and the tools of its tests
 	@tools/prepare.sh packages setup
 	@$(MAKE) --silent .venv/testing
@@ -87,4 +92,4 @@ build/hook/warnings: $(C_SOURCES) $(C_HEADERS) Makefile
 	@gcc -fsyntax-only $(STRICT) $(C_SOURCES)
 	@touch $@
 
-.PHONY: help demo test bench setup lint hook wheel clean
+.PHONY: help demo test bench soak setup lint hook wheel clean

@@ -17,7 +17,7 @@ from contentfilter.model import Envelope, Message, Origin, Scanner, ScanOutcome,
 from contentfilter.policy.budget import kept_back
 from contentfilter.policy.bypass import Bypass, find_bypass, left_out
 from contentfilter.policy.decide import Action, Decision, Reason, decide, needed, open_owners
-from contentfilter.policy.plan import Lookup, Owners, ScanPlan, Switches, make_plan
+from contentfilter.policy.plan import Lookup, Owners, ScanPlan, Step, Switches, make_plan
 from contentfilter.policy.tolerance import Allowance, tolerate
 from contentfilter.scanners.clamd import ClamdScanner
 from contentfilter.scanners.signatures import Engine
@@ -112,6 +112,31 @@ class Pipeline:
             outcomes += tuple(tolerate(outcome, self.settings, self.allowed, time.time()) for outcome in said)
         decision = decide(plan, outcomes, origin.kind, len(envelope.recipients), self.settings)
         return Case(incident, origin, envelope, message, self.settings, self.switches, plan, outcomes, decision)
+
+    async def probe(
+        self, message: Message, scanners: tuple[Scanner, ...], deadline: Deadline
+    ) -> tuple[ScanOutcome, ...]:
+        """What ``scanners`` say about a canary, as far as they are configured; nobody's tables or switches count."""
+        on = {
+            Scanner.SIGNATURES: self.switches.chksignature,
+            Scanner.LOADERTYPES: self.switches.chkloadertype,
+            Scanner.CLAMD: bool(self.settings.clamd.backends),
+            Scanner.SPAMD: bool(self.settings.spamd.backends),
+        }
+        steps = tuple(Step(scanner, scanner in scanners and on[scanner], "canary") for scanner in Scanner)
+        plan = ScanPlan((), steps, users=((b"", b""),))
+        outcomes: tuple[ScanOutcome, ...] = ()
+        for together, ask in self._stages():
+            if not any(map(plan.runs, together)):
+                continue
+            now = time.time()
+            bypass = next((b for b in self.bypasses() if b.scanner is together[0] and b.active(now)), None)
+            if bypass is not None:
+                outcomes += tuple(outcome for scanner in together for outcome in left_out(bypass, scanner, plan))
+                continue
+            said = await ask(message, plan, deadline)
+            outcomes += tuple(tolerate(outcome, self.settings, self.allowed, now) for outcome in said)
+        return outcomes
 
     def _open(self, plan: ScanPlan, outcomes: tuple[ScanOutcome, ...], origin: Origin) -> ScanPlan:
         """The plan without the owners of preferences for whom it is decided by now."""

@@ -69,6 +69,38 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
+def address_pattern(pattern: str) -> str:
+    """A whole address is looked up; a domain, a part or a pattern is searched for."""
+    plain = pattern.strip("<> ")
+    if "*" in plain or "?" in plain or not plain:
+        return plain
+    if plain.startswith("@"):
+        return "*" + plain
+    return plain if "@" in plain else f"*{plain}*"
+
+
+def glob(pattern: str, text: str) -> bool:
+    """Whether ``*`` and ``?`` in the pattern can stand for what is in the text; case does not matter.
+
+    Goes back to the last ``*`` only, so the time is bounded by the product of the lengths.
+    """
+    pattern, text = pattern.lower(), text.lower()
+    at = here = 0
+    star, resume = -1, 0
+    while here < len(text):
+        if at < len(pattern) and pattern[at] == "*":
+            star, resume = at, here
+            at += 1
+        elif at < len(pattern) and pattern[at] in ("?", text[here]):
+            at, here = at + 1, here + 1
+        elif star >= 0:
+            resume += 1
+            at, here = star + 1, resume
+        else:
+            return False
+    return not pattern[at:].strip("*")
+
+
 def become_owner(directory: Path) -> None:
     """Root gives its rights up: no file appears that the daemon cannot read, no link leads root astray."""
     try:

@@ -19,6 +19,7 @@ from contentfilter.deadline import Deadline
 from contentfilter.errors import ConfigError, Problem
 from contentfilter.intake.origin import resolve
 from contentfilter.ops import doctor as ops
+from contentfilter.ops.doctor_freshclam import FRESHCLAM_CONF
 from contentfilter.ops.doctor_scanners import CLAMD_CONF
 from contentfilter.ops.finding import Finding, Level, examine, run
 from contentfilter.ops.qmail import DEFAULT_CONF, Place, RefusedError, packaged_hook
@@ -50,9 +51,24 @@ PROBES = 6.0  # seconds for everything else
     type=click.Path(path_type=Path),
     help="clamd's configuration, for its limits.",
 )
+@click.option(
+    "--freshclam-conf",
+    metavar="FILE",
+    default=FRESHCLAM_CONF,
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="freshclam's configuration.",
+)
 @click.pass_context
 def doctor(
-    ctx: click.Context, qmail: Path, queue_conf: Path, binary: str | None, clamd_conf: Path, *, as_json: bool
+    ctx: click.Context,
+    qmail: Path,
+    queue_conf: Path,
+    binary: str | None,
+    clamd_conf: Path,
+    freshclam_conf: Path,
+    *,
+    as_json: bool,
 ) -> None:
     """Say what is wrong with this server, and what to do about it."""
     settings = load_settings(ctx.obj)
@@ -73,6 +89,7 @@ def doctor(
         queue_conf=queue_conf,
         hook=hook,
         clamd_conf=clamd_conf,
+        freshclam_conf=freshclam_conf,
     )
     findings = examine(ops.probes(site), Deadline.after(PROBES))
     errors = sum(finding.level is Level.ERROR for finding in findings)

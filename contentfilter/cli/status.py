@@ -71,7 +71,8 @@ def lines(reply: frames.Status, seen: Glance, now: float) -> Iterator[Line]:
     """The screen, most important first."""
     yield ("good" if seen.ok else "bad" if not seen.flowing or _unchecked(seen) else "warning"), seen.verdict
     for trouble in seen.troubles:
-        yield "warning", f"! {trouble.what}"
+        if not seen.verdict.endswith(trouble.what):  # said already
+            yield "warning", f"! {trouble.what}"
         yield "plain", f"  -> {trouble.remedy}; runbook: {trouble.runbook}"
     for name, window in (("15 minutes", reply.window),):
         if window is not None:
@@ -100,7 +101,7 @@ def _window(name: str, window: Window) -> Iterator[Line]:
     done = ", ".join(f"{count} {decision}" for decision, count in window.decisions.items() if count)
     text = f"last {name}: {window.messages} messages" + (f" ({done})" if done else "")
     if window.p50 is not None and window.p95 is not None:
-        text += f", half within {window.p50:.0f} ms, 95 % within {window.p95:.0f} ms"
+        text += f", half within {window.p50:.3g} ms, 95 % within {window.p95:.3g} ms"
     yield "plain", text
     for what, counts in (("deferred", window.deferred), ("passed unchecked", window.unchecked)):
         if counts:

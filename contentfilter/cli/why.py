@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from contentfilter.cli.common import become_owner, moment, print_rows, print_story, when
+from contentfilter.cli.common import address_pattern, become_owner, moment, print_rows, print_story, when
 from contentfilter.config.load import read_settings
 from contentfilter.errors import JournalError
 from contentfilter.policy.decide import Action
@@ -42,11 +42,11 @@ def why(config_path: str, /, text: tuple[str, ...], limit: int, as_json: bool, *
     """Say what happened to a message, and why.
 
     INCIDENT is its identifier or the beginning of one; a pasted SMTP reply, header or log line will do too. Without
-    it, the options search; one match is told in full.
+    it, the options search; one match is told in full. Without anything, the latest messages are listed.
     """
     asked = {name: value for name, value in wanted.items() if value is not None}
-    if bool(text) == bool(asked):
-        raise click.UsageError("name an incident, or say by --sender, --recipient, --since … what is meant")
+    if text and asked:
+        raise click.UsageError("name an incident, or say by --sender, --recipient, --since … what is meant; not both")
     query = None if text else _query(asked)
     incidents = _incidents(" ".join(text)) if text else ()
     settings, _ = read_settings(config_path)
@@ -88,20 +88,10 @@ def _query(asked: dict[str, Any]) -> Query:
     for name, value in asked.items():
         kind = name.replace("_", "-")
         if name in ("sender", "recipient", "message_id"):
-            words.append((kind, _address(value)))
+            words.append((kind, address_pattern(value)))
         elif name not in ("since", "until"):
             words.append((kind, value))
     return Query(tuple(words), since=asked.get("since", 0.0), until=asked.get("until", float("inf")))
-
-
-def _address(pattern: str) -> str:
-    """A whole address is looked up; a domain, a part or a pattern is searched for."""
-    plain = pattern.strip("<> ")
-    if "*" in plain or "?" in plain or not plain:
-        return plain
-    if plain.startswith("@"):
-        return "*" + plain
-    return plain if "@" in plain else f"*{plain}*"
 
 
 def _print(found: list[Mail], as_json: bool, *, alone: bool) -> None:

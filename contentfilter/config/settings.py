@@ -178,6 +178,15 @@ class Http(Section, frozen=True):
     page: Literal["off", "on"] = "off"  # the status page for a browser: it shows addresses
 
 
+class Canary(Section, frozen=True):
+    """Samples that go through the hook as mail does, to see that it is scanned."""
+
+    enabled: bool = True  # where a hook is found
+    every: Seconds = 60.0  # from the start of one round to the next
+    hook: str = ""  # empty: bin/qmail-queue beside the control directory if it is the hook, else the packaged one
+    conf: str = "/etc/contentfilter/queue.conf"  # its configuration; the socket that mail goes to stands there
+
+
 class Log(Section, frozen=True):
     to: Literal["stderr", "syslog"] = "stderr"
     socket: str = "/dev/log"  # of syslog
@@ -202,4 +211,5 @@ class Settings(Section, frozen=True):
     quarantine: Quarantine = msgspec.field(default_factory=Quarantine)
     journal: Journal = msgspec.field(default_factory=Journal)
     http: Http = msgspec.field(default_factory=Http)
+    canary: Canary = msgspec.field(default_factory=Canary)
     log: Log = msgspec.field(default_factory=Log)

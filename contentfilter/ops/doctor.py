@@ -28,11 +28,15 @@ DESCRIPTORS = 8  # for one message: connection, message, envelope, answer, scann
 SPARE_DESCRIPTORS = 64  # of a worker without messages
 
 # Strings in bin/qmail-smtpd, the first that is found counts: what it shows, the dialects that are right for it.
-# Whether an errors-to-client patch is in a netqmail or qmail cannot be seen, nor the version of notqmail.
+# From the sources of indimail-mta, sagredo's qmail, notqmail 1.07 to 1.09, netqmail 1.06, SPAMCONTROL 2.7.33 and a
+# fork of s/qmail 3; those of s/qmail 4 were not to be had. Whether an errors-to-client patch is in a netqmail or
+# qmail cannot be seen, nor the version of notqmail.
 MARKS: tuple[tuple[bytes, str, tuple[str, ...]], ...] = (
-    (b"indimail", "indimail", ("indimail",)),
+    (b"indimail-mta", "indimail", ("indimail",)),
+    (b"IndiMail", "indimail", ("indimail",)),
     (b"ERROR_FD", "sagredo's qmail", ("sagredo",)),
-    (b"fehcom", "s/qmail or SPAMCONTROL", ("sqmail",)),
+    (b"fehcom.de/sqmail", "s/qmail", ("sqmail", "stock")),
+    (b"control/badloadertypes", "s/qmail or SPAMCONTROL", ("sqmail", "stock")),
     (b"notqmail", "notqmail (1.09 and later: notqmail, before: stock)", ("notqmail", "stock")),
     (b"netqmail", "netqmail (with the custom error patch: simscan)", ("stock", "simscan")),
 )
@@ -64,6 +68,7 @@ class Site:
     queue_conf: Path
     hook: Path | None  # the packaged one
     clamd_conf: Path
+    freshclam_conf: Path
 
 
 def probes(site: Site) -> dict[str, Probe]:
@@ -81,7 +86,7 @@ def probes(site: Site) -> dict[str, Probe]:
         "disk": partial(disk, site),
         "memory": memory,
     }
-    return found | doctor_scanners.probes(settings, site.workers, site.children, site.clamd_conf)
+    return found | doctor_scanners.probes(settings, site.workers, site.children, site.clamd_conf, site.freshclam_conf)
 
 
 def daemon(site: Site) -> Iterator[Finding]:

@@ -5,8 +5,6 @@ we ask. Sources: clamd.conf(5); clamd says OK, without a look, to what is above 
 """
 
 import asyncio
-import os
-import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import partial
@@ -15,6 +13,8 @@ from pathlib import Path
 from contentfilter.config.settings import Settings
 from contentfilter.deadline import Deadline
 from contentfilter.errors import BackendError
+from contentfilter.ops.clamd_conf import is_of, parse_conf, size
+from contentfilter.ops.doctor_freshclam import freshclam
 from contentfilter.ops.finding import Finding, Level, Probe
 from contentfilter.scanners.clamd import ClamdScanner
 from contentfilter.scanners.stream import Address, Limits, converse
@@ -27,12 +27,12 @@ PATIENCE = 4.0  # seconds for one backend
 OLD, TOO_OLD = 2.0, 7.0  # days
 DEFAULT_SIZE = 25 << 20  # of older versions of clamd; newer ones have 100 MiB
 DEFAULT_THREADS = 10
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+DEFAULT_QUEUE = 100
 _RESTART_CLAMD = "See why: systemctl status clamav-daemon; then: systemctl restart clamav-daemon"
 _RESTART_SPAMD = "See why: systemctl status spamd; then: systemctl restart spamd"
 
 
-def probes(settings: Settings, workers: int, children: int, clamd_conf: Path) -> dict[str, Probe]:
+def probes(settings: Settings, workers: int, children: int, clamd_conf: Path, freshclam_conf: Path) -> dict[str, Probe]:
     found: dict[str, Probe] = {}
     if not settings.clamd.backends:
         found["clamd"] = partial(_switched_off, "clamd")
@@ -40,6 +40,7 @@ def probes(settings: Settings, workers: int, children: int, clamd_conf: Path) ->
         found[f"clamd {backend}"] = partial(clamd, settings, backend)
     if settings.clamd.backends:
         found["clamd limits"] = partial(clamd_limits, settings, workers, clamd_conf)
+        found["freshclam"] = partial(freshclam, settings, clamd_conf, freshclam_conf)
     if not settings.spamd.backends:
         found["spamd"] = partial(_switched_off, "spamd")
     for backend in settings.spamd.backends:
@@ -82,7 +83,7 @@ def clamd_limits(settings: Settings, workers: int, path: Path) -> Iterator[Findi
         yield Finding(WARNING, "clamd", what, "Name its configuration with --clamd-conf, or compare by hand.")
         return
     asked = [Address.parse(backend) for backend in settings.clamd.backends]
-    if not any(_is_of(values, address) for address in asked):
+    if not any(is_of(values, address) for address in asked):
         what = f"clamd's limits cannot be known: {path} is of none of the backends"
         yield Finding(WARNING, "clamd", what, "Name its configuration with --clamd-conf, or compare by hand.")
         return
@@ -100,31 +101,18 @@ def clamd_limits(settings: Settings, workers: int, path: Path) -> Iterator[Findi
             yield Finding(level, "clamd", f"{what}: {meaning}", remedy)
         else:
             yield Finding(OK, "clamd", what)
-    threads, ours = size(values.get("MaxThreads", "")) or DEFAULT_THREADS, settings.clamd.concurrency * workers
-    what = f"MaxThreads in {path} is {threads}; concurrency times workers is {ours}"
-    if ours > threads:
-        remedy = "Raise MaxThreads, or lower concurrency in [clamd]: what is above it waits in clamd."
-        yield Finding(WARNING, "clamd", what, remedy)
-    else:
-        yield Finding(OK, "clamd", what)
+    yield _queue(values, path, settings.clamd.concurrency * workers)
 
 
-def parse_conf(text: str) -> dict[str, str]:
-    """``Name value`` lines of clamd.conf; the last one of a name counts."""
-    return dict(re.findall(r"^[ \t]*([A-Za-z]\w*)[ \t]+([^\s#]+)", text, re.MULTILINE))
-
-
-def size(text: str) -> int | None:
-    """A number with K, M or G behind it, or None."""
-    match = re.fullmatch(r"([0-9]{1,15})([KMG]?)", text.upper())
-    return int(match[1]) * _UNITS[match[2]] if match else None
-
-
-def _is_of(values: dict[str, str], address: Address) -> bool:
-    """Whether the clamd with this configuration is the one at ``address``."""
-    if address.path:
-        return os.path.realpath(values.get("LocalSocket", "")) == os.path.realpath(address.path)  # /var/run is /run
-    return address.host in ("127.0.0.1", "::1", "localhost") and values.get("TCPSocket") == str(address.port)
+def _queue(values: dict[str, str], path: Path, ours: int) -> Finding:
+    """What is above MaxThreads waits in clamd; only what its queue has no place for is trouble."""
+    threads = size(values.get("MaxThreads", "")) or DEFAULT_THREADS
+    places = max(size(values.get("MaxQueue", "")) or DEFAULT_QUEUE, threads)
+    what = f"concurrency times workers is {ours}; in {path}, MaxThreads is {threads}"
+    if ours > places:
+        remedy = "Raise MaxThreads and MaxQueue, or lower concurrency in [clamd]."
+        return Finding(WARNING, "clamd", f"{what} and only {places} may wait (MaxQueue)", remedy)
+    return Finding(OK, "clamd", f"{what} and {places} may wait (MaxQueue)" if ours > threads else what)
 
 
 def spamd(backend: str) -> Iterator[Finding]:

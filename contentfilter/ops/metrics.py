@@ -100,6 +100,15 @@ SEEN = (
     Metric("gauge", "contentfilter_bypass_active", "1 while an operator has this scanner left out.", ("scanner",)),
     Metric("gauge", "contentfilter_bypass_until_timestamp_seconds", "When that ends.", ("scanner",)),
     Metric("gauge", "contentfilter_drained", "1 while no mail is accepted, by an operator's order."),
+    Metric("gauge", "contentfilter_canary_result", "1 if the sample was treated as it should be.", ("sample",)),
+    Metric(
+        "gauge",
+        "contentfilter_canary_last_success_timestamp_seconds",
+        "When it last was, since the start.",
+        ("sample",),
+    ),
+    Metric("gauge", "contentfilter_canary_seconds", "How long the sample took, hook included.", ("sample",)),
+    Metric("counter", "contentfilter_canary_runs_total", "Samples sent through the hook.", ("sample", "result")),
     Metric("gauge", "contentfilter_clamd_up", "1 if clamd answered the last probe.", ("backend",)),
     Metric("gauge", "contentfilter_spamd_up", "1 if spamd answered the last probe.", ("backend",)),
     Metric("gauge", "contentfilter_clamd_info", "Always 1.", ("backend", "version")),
@@ -130,6 +139,9 @@ RULES = SCANNERS | {
     "fault", "size", "clean", "unchecked", "nothing-to-check", "no-recipients", "released", "quarantine", OTHER
 }  # fmt: skip
 COMMITS = frozenset(("all", "none", "some", "unknown"))
+CANARY_RESULTS = frozenset(
+    ("passed", "caught", "unchecked", "bypassed", "no-answer", "unknown", "failed")
+)  # service.canary.judge
 LOADS = frozenset(("changed", "unchanged", "failed"))
 
 _PLAIN_RULES = (

@@ -61,7 +61,9 @@ MEANINGS: Mapping[Cause, Meaning] = MappingProxyType(
             "clamd stopped at a limit of its own (Heuristics.Limits.*) and has not seen everything", (Scanner.CLAMD,)
         ),
         Cause.BAD_REPLY: Meaning("an answer that is cut off, makes no sense, or tells of an error inside it", _DAEMONS),
-        Cause.RELOADING: Meaning("clamd says that it is loading its database", (Scanner.CLAMD,)),
+        Cause.RELOADING: Meaning(
+            "clamd says that it is loading its database; one that says nothing meanwhile is a timeout", (Scanner.CLAMD,)
+        ),
         Cause.MEMORY: Meaning("it says that it has no memory left for this message", _DAEMONS),
         Cause.BYPASSED: Meaning("an administrator has switched the scanner off for a while", tuple(Scanner)),
     }

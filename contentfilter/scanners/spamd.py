@@ -95,7 +95,9 @@ class SpamdScanner:
         batches, reader = iter([(spamd.request("PING", 0),)]), spamd.ResponseReader("PING", 0)
         response, _ = await converse(address, batches, reader, limits, deadline, around=self._around)
         if response.code:
-            raise BackendError(spamd.cause(response.code), str(address), f"{response.code} {response.text}")
+            raise BackendError(
+                spamd.cause(response.code, response.text), str(address), f"{response.code} {response.text}"
+            )
 
     async def _ask(
         self, address: Address, head: bytes, body: memoryview, reader: spamd.ResponseReader, deadline: Deadline
@@ -108,7 +110,9 @@ class SpamdScanner:
             address, batches, reader, self._limits, deadline, half_close=half_close, around=self._around
         )
         if response.code:
-            raise BackendError(spamd.cause(response.code), str(address), f"{response.code} {response.text}")
+            raise BackendError(
+                spamd.cause(response.code, response.text), str(address), f"{response.code} {response.text}"
+            )
         if not complete:
             raise BackendError(Cause.BAD_REPLY, str(address), "a verdict before it had the whole message")
         return response

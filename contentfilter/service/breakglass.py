@@ -133,7 +133,7 @@ class BreakGlass:
         old = [bypass for bypass in self.orders.bypasses if bypass.scanner is new.scanner]
         kept = [bypass for bypass in self.orders.bypasses if bypass.scanner is not new.scanner]
         events = [_bypass_event("bypass.end", bypass, ended=f"replaced by {by}") for bypass in old]
-        events.append(_bypass_event("bypass.begin", new, replaces=len(old)))
+        events.append(_bypass_event("bypass.begin", new))
         return await self._change((*kept, new), self.orders.drain, events)
 
     async def _bypass_end(self, question: frames.Question, uid: int) -> frames.Reply:
@@ -196,7 +196,7 @@ class BreakGlass:
         writing = asyncio.ensure_future(self._write(state, bypasses, lines))
         done, _ = await asyncio.wait({writing}, timeout=SAVE_WAIT)
         why = writing.result() if done else "the disk does not answer"
-        self.problem = f"{state}: orders cannot be saved ({why}): after a restart the older ones hold" if why else ""
+        self.problem = f"{state}: orders cannot be written down ({why}): a restart forgets what changed" if why else ""
         if why:
             self._log.error("orders.not-saved", path=state, why=why)
 

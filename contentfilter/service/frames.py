@@ -115,6 +115,10 @@ class AskReload(Frame, frozen=True):
     restart: bool = False
 
 
+class AskCanary(Frame, frozen=True):
+    """Send every sample through the hook now, and say what became of it."""
+
+
 class AskBypass(Frame, frozen=True):
     """Leave a scanner out for ``seconds``. In place of an earlier order for the same scanner."""
 
@@ -146,7 +150,7 @@ class AskResume(Frame, frozen=True):
     claimed: str = ""
 
 
-Question = Ping | AskStatus | AskFailures | AskReload | AskBypass | AskBypassEnd | AskDrain | AskResume
+Question = Ping | AskStatus | AskFailures | AskCanary | AskReload | AskBypass | AskBypassEnd | AskDrain | AskResume
 CHANGES = (AskReload, AskBypass, AskBypassEnd, AskDrain, AskResume)
 """Questions that change something: for root and the user of the daemon only. The rest is for their group, too."""
 
@@ -184,6 +188,19 @@ class BackendStatus(msgspec.Struct, frozen=True):
     meanwhile: dict[str, str] = {}  # origin -> what a message of it gets that needs this scanner: defer, pass
 
 
+class CanaryResult(msgspec.Struct, frozen=True):
+    """What became of one of the canary's samples, the last time. Moments are seconds since 1970."""
+
+    sample: str
+    result: str  # see metrics.CANARY_RESULTS; skipped where its scanner is switched off
+    ok: bool | None  # whether it was as it should be; None: skipped
+    text: str  # the result for people
+    seconds: float  # from handing it to the hook to the hook's end
+    at: float
+    last_success: float | None = None  # since the start of the daemon
+    runs: dict[str, int] = {}  # results since the start
+
+
 class Status(Frame, frozen=True):
     """The daemon at a glance."""
 
@@ -208,6 +225,7 @@ class Status(Frame, frozen=True):
     recent: Window | None = None  # and of the last two
     bypasses: tuple[Bypass, ...] = ()  # those that hold now
     drain: Drain | None = None
+    canary: tuple[CanaryResult, ...] = ()  # empty: off, or no round yet
     orders_problem: str = ""  # why orders do not survive a restart, or why older ones are not in force
 
 
@@ -216,6 +234,13 @@ class Failures(Frame, frozen=True):
 
     generation: int
     failure: Failure
+
+
+class CanaryRound(Frame, frozen=True):
+    """One result for each sample."""
+
+    results: tuple[CanaryResult, ...]
+    problem: str = ""  # why nothing was sent, and these are older
 
 
 class Done(Frame, frozen=True):
@@ -241,7 +266,7 @@ class Refused(Frame, frozen=True):
     why: str
 
 
-Reply = Status | Failures | Done | Ordered | Refused
+Reply = Status | Failures | CanaryRound | Done | Ordered | Refused
 
 T = TypeVar("T")
 

@@ -26,6 +26,7 @@ from contentfilter.ops.measure import Sample, backlog, measure
 from contentfilter.ops.metrics import Metrics, Registry
 from contentfilter.ops.page import PATHS, make_pages
 from contentfilter.policy.bypass import SCANNERS
+from contentfilter.service.canary import measured
 from contentfilter.service.frames import Happened, Report, Status
 from contentfilter.service.health import backend_statuses
 from contentfilter.service.probe import UP, Prober
@@ -199,6 +200,7 @@ class Monitor:
         """All that is known without looking anywhere."""
         settings = self._settings()
         workers = status.workers
+        yield from measured(status.canary)
         yield "contentfilter_build_info", (status.version,), 1
         yield "contentfilter_start_timestamp_seconds", (), self._started
         yield "contentfilter_ready", (), not self._unready(status)

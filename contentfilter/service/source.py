@@ -6,6 +6,7 @@ from typing import Protocol
 from contentfilter.config.settings import Settings
 from contentfilter.errors import Problem
 from contentfilter.intake.connection import Rarely
+from contentfilter.ops.canary import Sample
 from contentfilter.ops.log import Logger
 from contentfilter.tables.keeper import State
 
@@ -19,6 +20,7 @@ class Loaded:
     settings: Settings
     blob: bytes  # all that a worker needs; only the application knows what is in it
     problems: tuple[Problem, ...] = ()  # bad lines that were left out
+    samples: tuple[Sample, ...] = ()  # of the canary
     sysfacility: str = ""  # of a log in syslog
 
 

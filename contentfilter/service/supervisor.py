@@ -28,6 +28,7 @@ from contentfilter.ops.log_target import open_target
 from contentfilter.ops.systemd import Notifier, listen_fds, watchdog_interval
 from contentfilter.service import bus, frames
 from contentfilter.service.breakglass import BreakGlass
+from contentfilter.service.canary import Canary
 from contentfilter.service.control import Answer, answer_questions
 from contentfilter.service.housekeeping import Chore, keep_house
 from contentfilter.service.monitor import Monitor
@@ -112,6 +113,7 @@ class Supervisor:
         wires = self._bus.command, self._ordered, lambda: self._pool.processes, self._moved
         self._glass = BreakGlass(self._log, lambda: self._loaded.settings, *wires)
         self._recorder = recorder = Recorder(self._log, settings)
+        self._canary = Canary(self._log, lambda: self._loaded, lambda: self.status().state)
         chores = (*self._chores, Chore("journal", lambda _: {"messages": recorder.expire()}))
         self._monitor = Monitor(self._log, lambda: self._loaded.settings, self.status, self._listener)
         loop = asyncio.get_running_loop()
@@ -135,6 +137,7 @@ class Supervisor:
                         self._keep_watchdog(),
                         self._monitor.run(),
                         self._glass.run(),
+                        self._canary.run(),
                         keep_house(chores, lambda: self._loaded.settings, self._log),
                     )
                 ]
@@ -291,7 +294,7 @@ class Supervisor:
             return
         self._monitor.heard(report)
         if isinstance(report, frames.Happened):
-            for event in report.events:
+            for event in self._canary.others(report.events):
                 self._recorder.put(event)
                 await self._publish(event)
         elif (process := self._pool.heard(report)) is not None:
@@ -336,6 +339,7 @@ class Supervisor:
             frames.AskStatus: status,
             frames.AskReload: reload,
             **self._glass.answers(),
+            **self._canary.answers(),
             frames.AskFailures: failures,
         }
 
@@ -386,6 +390,7 @@ class Supervisor:
             bypasses=self._glass.bypasses(),
             drain=self._glass.orders.drain,
             orders_problem=self._glass.problem,
+            canary=self._canary.results,
         )
         return self._monitor.complete(status)
 

@@ -46,11 +46,17 @@ def _damaged(path: str, why: str) -> Problem:
 
 
 def save(state: str, bypasses: tuple[Bypass, ...], events: Iterable[Mapping[str, Any]]) -> None:
-    """Write both files; they are on the disk afterwards. Raises OSError."""
-    fd = os.open(os.path.join(state, AUDIT), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    """Write both files; they are on the disk afterwards. Tries both. Raises OSError."""
     try:
-        os.write(fd, b"".join(msgspec.json.encode(event) + b"\n" for event in events))
+        replace_file(os.path.join(state, FILE), (msgspec.json.format(msgspec.json.encode(bypasses)), b"\n"), 0o600)
+    finally:
+        _append(os.path.join(state, AUDIT), b"".join(msgspec.json.encode(event) + b"\n" for event in events))
+
+
+def _append(path: str, lines: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        os.write(fd, lines)
         os.fsync(fd)
     finally:
         os.close(fd)
-        replace_file(os.path.join(state, FILE), (msgspec.json.format(msgspec.json.encode(bypasses)), b"\n"), 0o600)

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from contentfilter.model import ScanStatus, readable
+from contentfilter.model import ScanOutcome, ScanStatus, readable
 from contentfilter.policy.decide import Action
 from contentfilter.policy.explain import story
 from contentfilter.verdict.case import Case
@@ -74,21 +74,7 @@ def make_record(case: Case, attempt: int, seconds: float) -> Record:
         recipients=tuple(readable(r) for r in envelope.recipients[:RECIPIENTS_SHOWN]),
         recipient_count=len(envelope.recipients),
         size=case.message.size,
-        scans=tuple(
-            Scan(
-                o.scanner.value,
-                o.status.value,
-                round(o.seconds * 1000, 3),
-                o.name,
-                o.detail,
-                o.cause.value if o.cause else "",
-                o.backend,
-                o.score,
-                o.threshold,
-                readable(o.owner[:ADDRESS_SHOWN]),
-            )
-            for o in case.outcomes
-        ),
+        scans=make_scans(case.outcomes),
         decision=decision.action.value,
         reason=decision.reason.value,
         rule=decision.rule,
@@ -96,6 +82,25 @@ def make_record(case: Case, attempt: int, seconds: float) -> Record:
         quarantined=len(decision.quarantined),
         attempt=attempt,
         ms=round(seconds * 1000, 3),
+    )
+
+
+def make_scans(outcomes: tuple[ScanOutcome, ...]) -> tuple[Scan, ...]:
+    """What the scanners said, in a line's words."""
+    return tuple(
+        Scan(
+            o.scanner.value,
+            o.status.value,
+            round(o.seconds * 1000, 3),
+            o.name,
+            o.detail,
+            o.cause.value if o.cause else "",
+            o.backend,
+            o.score,
+            o.threshold,
+            readable(o.owner[:ADDRESS_SHOWN]),
+        )
+        for o in outcomes
     )
 
 

@@ -48,8 +48,10 @@ _CAUSES = {
 }
 
 
-def cause(code: int) -> Cause:
-    """Why a response with this code (not 0) holds no verdict."""
+def cause(code: int, text: str = "") -> Cause:
+    """Why a response with this code (not 0) and text holds no verdict."""
+    if "memory" in text.lower():
+        return Cause.MEMORY
     return _CAUSES.get(code, Cause.BAD_REPLY)
 
 

@@ -46,6 +46,10 @@ class Server:
         self.smtpd = self.bin / "qmail-smtpd"
         self.conf = self.write_conf()
         self.clamd_conf = clamd.directory / "clamd.conf"
+        self.freshclam_conf = self.directory / "freshclam.conf"
+        self.freshclam_conf.write_text(
+            f"DatabaseDirectory {clamd.directory}/database\nNotifyClamd {clamd.directory}/clamd.conf\n"
+        )
 
     def write_conf(self, **more: object) -> Path:
         return self.system.queue_conf(queue=self.bin / "qmail-queue.real", **more)
@@ -53,7 +57,7 @@ class Server:
     def run(self, status: int, *arguments: str) -> str:
         words = ["--config", str(self.system.daemon.config), "doctor", "--qmail", str(self.directory / "qmail")]
         words += ["--queue-conf", str(self.conf), "--binary", str(self.program)]
-        words += ["--clamd-conf", str(self.clamd_conf), *arguments]
+        words += ["--clamd-conf", str(self.clamd_conf), "--freshclam-conf", str(self.freshclam_conf), *arguments]
         result = CliRunner().invoke(cli, words)
         assert result.exit_code == status, result.output
         return result.output
@@ -106,7 +110,7 @@ def shared(make_server: Callable[..., Server]) -> Server:
 def test_a_server_in_order_has_no_errors(shared: Server) -> None:
     found = shared.found(0)
     topics = {each["topic"] for each in found if each["level"] == "ok"}
-    wanted = "clamd daemon dialect directories disk hook limits memory socket spamd tables users"
+    wanted = "clamd daemon dialect directories disk freshclam hook limits memory socket spamd tables users"
     assert topics == set(wanted.split()) - _poor(found)
     assert all(each["remedy"] for each in found if each["level"] != "ok")
     assert "0 errors," in shared.run(0)
@@ -222,7 +226,11 @@ def test_a_queue_conf_that_the_hook_refuses_is_an_error(shared: Server) -> None:
         (b"214 notqmail home page", "notqmail", "ok", "looks like notqmail"),
         (b"214 notqmail home page", "sagredo", "warning", "looks like notqmail"),
         (b"\0ERROR_FD\0", "sagredo", "ok", "sagredo"),
-        (b"\0ERROR_FD\0indimail\0", "sagredo", "warning", "looks like indimail"),
+        (b"\0ERROR_FD\0https://github.com/indimail/indimail-mta\0", "sagredo", "warning", "looks like indimail"),
+        (b" ESMTP IndiMail \0ERROR_FD\0", "indimail", "ok", "looks like indimail"),
+        (b"214 s/qmail home page: http://fehcom.de/sqmail.html", "simscan", "warning", "looks like s/qmail"),
+        (b"214 netqmail home page\0control/badloadertypes.cdb\0", "sqmail", "ok", "s/qmail or SPAMCONTROL"),
+        (b"214 netqmail home page\0control/badloadertypes.cdb\0", "stock", "ok", "s/qmail or SPAMCONTROL"),
         (b"214 netqmail home page", "auto", "ok", "netqmail"),
         (b"something of its own", "stock", "ok", "not known"),
         (None, "stock", "ok", "not known"),
@@ -257,7 +265,7 @@ def test_bad_settings_are_status_78(shared: Server) -> None:
         ("MaxFileSize 10M\n", "error", "MaxFileSize"),
         ("StreamMaxLength 10M\n", "warning", "StreamMaxLength"),
         ("MaxFileSize 0\nStreamMaxLength 25M\nMaxThreads 40\n", "ok", "MaxThreads"),
-        ("MaxThreads 2\n", "warning", "MaxThreads"),
+        ("MaxThreads 2\nMaxQueue 4\n", "warning", "MaxThreads"),
     ],
 )
 def test_clamd_s_limits_are_compared_with_ours(shared: Server, lines: str, level: str, word: str) -> None:

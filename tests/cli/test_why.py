@@ -234,6 +234,13 @@ def test_nothing_in_the_journal_drives_the_terminal(place: Place) -> None:
     assert len(table.stdout.splitlines()) == 2
 
 
+def test_without_a_question_the_latest_messages_are_listed(place: Place) -> None:
+    result = place.why()
+    assert result.exit_code == 0
+    assert [line.split("\t")[0] for line in result.stdout.splitlines()] == [THIRD, SECOND, FIRST]
+    assert place.why("--limit", "1").stdout.split()[:2] == ["incident", THIRD]
+
+
 # What cannot be answered
 
 
@@ -247,7 +254,6 @@ def test_nothing_found_is_status_1(place: Place, words: list[str]) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        [],
         [FIRST, "--sender", "x"],
         ["no id in here"],
         ["--since", "yesterday"],

@@ -91,6 +91,7 @@ class Daemon:
         base: dict[str, dict[str, Any]] = {
             "listen": {"socket": self.socket},
             "http": {"listen": "off"},
+            "canary": {"enabled": False},
             "service": {
                 "workers": 2,
                 "run": str(self.directory),
@@ -173,6 +174,10 @@ class Daemon:
 
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)
+
+    def use(self, package: Path) -> None:
+        """From the next start on, run the package that lies in this directory."""
+        self._environ["PYTHONPATH"] = str(package)
 
     def wait_exit(self, seconds: float = WAIT) -> int:
         """The exit status, once the daemon is gone and its log is read (its workers' too)."""

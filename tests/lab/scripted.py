@@ -12,18 +12,22 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from lab.peers import Peer, read_clamd, read_spamd
+from lab.peers import WAIT, Peer, read_clamd, read_spamd
+
+LATE = "late"  # either of them: no answer at all
 
 CLAMD_FAULTS = {
     "limits": b"fd[10]: Heuristics.Limits.Exceeded.MaxScanSize FOUND\0",
     "too-big": b"fd[10]: Size limit exceeded. ERROR\0",
     "memory": b"fd[10]: Can't allocate memory ERROR\0",
+    "reloading": b"fd[10]: Database reloading ERROR\0",
     "nonsense": b"hello\0",
     "gone": b"",
 }
 SPAMD_FAULTS = {
     "busy": b"SPAMD/1.1 75 EX_TEMPFAIL\r\n",
     "database": b"SPAMD/1.1 69 EX_UNAVAILABLE\r\n",
+    "memory": b"SPAMD/1.1 71 Cannot allocate memory\r\n",
     "nonsense": b"220 hello\r\n",
     "cut": b"SPAMD/1.1 0 EX_OK\r\nSpam: True ; 9.0 / 5.0\r\nContent-length: 100\r\n\r\nhalf of it",
     "gone": b"",
@@ -70,6 +74,9 @@ def _clamd(peer: Peer, sock: socket.socket) -> None:
         word = script(os.pread(fds[0], 65536, 0)).get("clamd", "clean")
     if word == "clean":
         return sock.sendall(b"fd[10]: OK\0")
+    if word == LATE:
+        peer.over.wait(WAIT)
+        return None
     return sock.sendall(CLAMD_FAULTS.get(word, b"fd[10]: %s FOUND\0" % word.encode()))
 
 
@@ -82,6 +89,9 @@ def _spamd(peer: Peer, sock: socket.socket) -> None:
     words = script(message)
     word = words.get(user.group(1).decode(), "") if user else ""
     word = word or words.get("spamd", "0/5")
+    if word == LATE:
+        peer.over.wait(WAIT)
+        return None
     if word in SPAMD_FAULTS:
         return sock.sendall(SPAMD_FAULTS[word])
     score, threshold = map(float, word.split("/"))

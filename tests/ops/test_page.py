@@ -14,10 +14,12 @@ import pytest
 from lab.browser import Browser
 
 from contentfilter import ops
+from contentfilter.model import Scanner
 from contentfilter.ops.history import History
 from contentfilter.ops.http import Server
 from contentfilter.ops.page import PATHS, make_pages
-from contentfilter.service.frames import BackendStatus, Busy, Status, WorkerStatus
+from contentfilter.policy.bypass import Bypass
+from contentfilter.service.frames import BackendStatus, Busy, CanaryResult, Status, WorkerStatus
 from contentfilter.tables.keeper import State
 
 HTML = resources.files(ops).joinpath("page.html").read_text()
@@ -228,6 +230,8 @@ def test_numbers_backends_workers_and_orders_are_told(browser: Browser, site: Si
     sick = BackendStatus("clamd", "tcp:10.0.0.5:3310", "failing", "timeout", "no answer", time.time() - 60,
                          meanwhile={"stranger": "defer"}, limit=4)  # fmt: skip
     site.status |= {"backends": (sick, BackendStatus("spamd", "tcp:127.0.0.1:783", "well"))}
+    bypass = Bypass(Scanner.SPAMD, time.time() - 60, time.time() + 600, "it eats all memory", "root")
+    site.status["bypasses"] = (bypass,)
     visit(browser, site)
     sums = dict(
         browser.evaluate(
@@ -236,6 +240,9 @@ def test_numbers_backends_workers_and_orders_are_told(browser: Browser, site: Si
     )
     assert (sums["messages"], sums["queued"], sums["refused"], sums["unchecked"]) == ("9", "7", "2", "4")
     assert "clamd tcp:10.0.0.5:3310 is failing since" in browser.text("#state")
+    assert "✖ Mail is deferred: no clamd answers" in browser.text("#state")
+    assert "spamd is bypassed until" in browser.text("#state")
+    assert "it eats all memory" in browser.text("#orders")
     assert "4 checks were left out" in browser.text("#state")
     assert "✖ failing" in browser.text("#backends")
     assert "stranger: defer" in browser.text("#backends")
@@ -248,6 +255,41 @@ def test_numbers_backends_workers_and_orders_are_told(browser: Browser, site: Si
     assert browser.evaluate("document.querySelectorAll('#times path').length") == 4  # two each: whole message, clamd
     assert browser.evaluate("[...document.querySelectorAll('th')].every(th => th.scope)")
     assert browser.console == []
+
+
+@pytest.mark.parametrize(
+    ("failing", "bypassed", "meanwhile", "said"),
+    [
+        (("a",), (), "defer", "▲ Mail flows, but a backend is failing"),
+        (("a", "b"), (), "pass", "▲ Mail flows, but is not checked by clamd"),
+        (("a", "b"), (), "defer", "✖ Mail is deferred: no clamd answers"),
+        ((), (Scanner.SPAMD,), "pass", "▲ Mail flows, but is not checked by spamd"),
+        ((), (), "defer", "● Ready; no mail in the last 15 minutes"),
+    ],
+)
+def test_one_line_says_what_becomes_of_mail(
+    browser: Browser, site: Site, failing: tuple[str, ...], bypassed: tuple[Scanner, ...], meanwhile: str, said: str
+) -> None:
+    states = {name: "failing" if name in failing else "well" for name in ("a", "b")}
+    site.status["backends"] = tuple(
+        BackendStatus("clamd", name, state, meanwhile={"stranger": meanwhile, "local": "pass"})
+        for name, state in states.items()
+    )
+    now = time.time()
+    site.status["bypasses"] = tuple(Bypass(scanner, now, now + 60, "", "root") for scanner in bypassed)
+    visit(browser, site)
+    assert browser.text("#state strong") == said
+
+
+def test_a_canary_that_is_not_caught_is_told(browser: Browser, site: Site) -> None:
+    site.status["canary"] = (
+        CanaryResult("clean", "passed", True, "it passed", 0.01, time.time(), time.time()),
+        CanaryResult("eicar", "passed", False, "clamd did not see it", 0.01, time.time()),
+    )
+    visit(browser, site)
+    assert browser.text("#state strong") == "✖ A test mail was not treated as it should be"
+    assert "the canary's eicar: clamd did not see it" in browser.text("#state")
+    assert "none yet" in browser.text("#canary")
 
 
 def test_trouble_comes_first(browser: Browser, site: Site) -> None:

@@ -1,0 +1,224 @@
+"""``contentfilter top``: the status again and again, with rates and the last decisions.
+
+On a terminal a live screen, q or Ctrl-C ends it; elsewhere plain lines, again after each interval. Rates and times are
+of the messages seen since it was started, a minute at most. Exit statuses: 0 it was ended; 1 no daemon answers at the
+start; 2 wrong usage.
+"""
+
+import json
+import math
+import os
+import select
+import sys
+import termios
+import time
+import tty
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+from contentfilter.cli.control import unreachable
+from contentfilter.cli.status import Line, lines, styled
+from contentfilter.cli.tail import told
+from contentfilter.config.load import read_settings
+from contentfilter.deadline import Deadline
+from contentfilter.service import bus, frames
+from contentfilter.service.feed import Feed
+from contentfilter.service.glance import glance
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+ANSWER = 3.0  # seconds for the daemon to answer
+SPAN = 60.0  # seconds that rates and times are of
+KEPT = 50_000  # messages; of more, the latest count
+SHOWN = 10  # decisions
+STYLES = {"good": "bold green", "bad": "bold red", "warning": "yellow", "plain": "", "faint": "dim"}
+
+
+@click.command()
+@click.option("--interval", type=click.FloatRange(0.2, 3600), default=2.0, show_default=True, help="Seconds.")
+@click.option("--once", is_flag=True, help="Watch for one interval, print, end.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object in a line, after each interval.")
+@click.pass_obj
+def top(config_path: str, interval: float, once: bool, as_json: bool) -> None:
+    """Watch the daemon: the status, rates, scanners, workers, the last decisions.
+
+    On a terminal q or Ctrl-C ends it. Elsewhere it prints again after each interval.
+    """
+    settings, _ = read_settings(config_path)
+    run = settings.service.run
+    if bus.trouble_at(bus.addresses(run)["events"].removeprefix("ipc://")):
+        unreachable(run, "events")
+    try:
+        with Feed(run, ("mail.done",)) as feed:
+            watched = Watched(run, feed)
+            if once or as_json or not (sys.stdout.isatty() and sys.stdin.isatty()):
+                _plain(watched, interval, once, as_json)
+            else:
+                _live(watched, interval)
+    except KeyboardInterrupt:
+        pass
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What of a decided message counts here."""
+
+    at: float  # monotonic
+    decision: str
+    ms: float
+    scans: tuple[tuple[str, float], ...]  # scanner, milliseconds
+
+
+@dataclass(slots=True)
+class Watched:
+    """What was seen so far, and how to see more."""
+
+    run: str
+    feed: Feed
+    began: float = field(default_factory=time.monotonic)
+    mails: deque[Seen] = field(default_factory=lambda: deque(maxlen=KEPT))
+    last: deque[str] = field(default_factory=lambda: deque(maxlen=SHOWN))
+
+    def take(self, deadline: Deadline) -> bool:
+        """Until the deadline. False: somebody pressed a key."""
+        while not deadline.expired():
+            happened = self.feed.next(deadline)
+            if isinstance(happened, frames.Event):
+                self.last.append(told(happened, time.time()))
+                if (seen := _seen(happened.fields)) is not None:
+                    self.mails.append(seen)
+            elif happened is None and not deadline.expired():
+                return False
+        return True
+
+    def status(self) -> frames.Status | None:
+        reply = bus.ask(self.run, frames.AskStatus(), ANSWER)
+        return reply if isinstance(reply, frames.Status) else None
+
+    def rates(self) -> dict[str, Any]:
+        """Messages and scans in a second, and how long they took in milliseconds."""
+        now = time.monotonic()
+        span = max(0.001, min(SPAN, now - self.began))
+        while self.mails and self.mails[0].at < now - SPAN:
+            self.mails.popleft()
+        if len(self.mails) == KEPT:
+            span = now - self.mails[0].at
+        decisions: dict[str, int] = {}
+        scans: dict[str, list[float]] = {}
+        for seen in self.mails:
+            decisions[seen.decision] = decisions.get(seen.decision, 0) + 1
+            for scanner, ms in seen.scans:
+                scans.setdefault(scanner, []).append(ms)
+        return {
+            "seconds": round(span, 3),
+            "messages": _rate([seen.ms for seen in self.mails], span),
+            "decisions": {name: round(count / span, 3) for name, count in sorted(decisions.items())},
+            "scanners": {name: _rate(times, span) for name, times in sorted(scans.items())},
+        }
+
+
+def _rate(times: Sequence[float], span: float) -> dict[str, float | None]:
+    return {"rate": round(len(times) / span, 3), "p50": quantile(times, 0.5), "p95": quantile(times, 0.95)}
+
+
+def quantile(values: Iterable[float], share: float) -> float | None:
+    """The smallest value that so many are not above."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else None
+
+
+def _seen(fields: dict[str, Any]) -> Seen | None:
+    try:
+        scans = tuple((str(scan["scanner"])[:20], float(scan["ms"])) for scan in fields["scans"] if scan["ms"])
+        return Seen(time.monotonic(), str(fields["decision"])[:20], float(fields["ms"]), scans)
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _screen(watched: Watched, status: frames.Status | None) -> Iterator[Line]:
+    now = time.time()
+    if status is None:
+        yield "bad", "the daemon does not answer: hooks keep their mail and wait for it"
+        yield "plain", "  -> systemctl status contentfilter; runbook: The daemon does not answer"
+    else:
+        yield from lines(status, glance(status, now), now)
+    rates = watched.rates()
+    yield "plain", ""
+    whole = ", ".join(f"{name} {rate:.1f}/s" for name, rate in rates["decisions"].items())
+    yield "plain", f"last {rates['seconds']:.0f} s: {_times(rates['messages'])}" + (f" ({whole})" if whole else "")
+    for name, rate in rates["scanners"].items():
+        yield "plain", f"  {name}: {_times(rate)}"
+    yield "plain", ""
+    yield from (("faint", line) for line in reversed(watched.last))
+
+
+def _times(rate: dict[str, float | None]) -> str:
+    text = f"{rate['rate']:.1f}/s"
+    if rate["p50"] is not None and rate["p95"] is not None:
+        text += f", half within {rate['p50']:.3g} ms, 95 % within {rate['p95']:.3g} ms"
+    return text
+
+
+def _plain(watched: Watched, interval: float, once: bool, as_json: bool) -> None:
+    while True:
+        watched.take(Deadline.after(interval))
+        status = watched.status()
+        if as_json:
+            seen = msgspec.to_builtins(glance(status, time.time())) if status else None
+            shown = {"rates": watched.rates(), "status": msgspec.to_builtins(status), "glance": seen}
+            click.echo(json.dumps(shown | {"last": list(watched.last)}))
+        else:
+            for style, text in _screen(watched, status):
+                click.echo(styled(style, text))
+            click.echo("" if once else "-" * 40)
+        if once:
+            return
+
+
+def _live(watched: Watched, interval: float) -> None:
+    from rich.console import Console
+    from rich.live import Live
+
+    with _keys() as fd, Live(screen=True, auto_refresh=False, console=Console(highlight=False)) as live:
+        watched.feed.watch(fd, reading=True)
+        due = Deadline.after(0)
+        while True:
+            live.update(_renderable(_screen(watched, watched.status())), refresh=True)
+            due = Deadline.after(interval)
+            while not watched.take(due):
+                if os.read(fd, 64).lower() in (b"q", b"\x03", b"\x04", b""):
+                    return
+
+
+def _renderable(shown: Iterable[Line]) -> "RenderableType":
+    from rich.console import Group
+    from rich.text import Text
+
+    from contentfilter.cli.common import printable
+
+    return Group(
+        *(Text(printable(text), style=STYLES[style], no_wrap=True, overflow="ellipsis") for style, text in shown)
+    )
+
+
+@contextmanager
+def _keys() -> Iterator[int]:
+    """The terminal's keys one by one, without their echo; as it was, in the end."""
+    fd = sys.stdin.fileno()
+    before = termios.tcgetattr(fd)
+    tty.setcbreak(fd)
+    try:
+        yield fd
+    finally:
+        termios.tcsetattr(fd, termios.TCSADRAIN, before)
+        while select.select([fd], [], [], 0)[0] and os.read(fd, 64):
+            pass

@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from contentfilter.config.controls import Controls, read_controls
+from contentfilter.config.keys import load_keys
 from contentfilter.config.load import load_settings
 from contentfilter.config.settings import Settings
 from contentfilter.errors import ConfigError, EnvelopeError, Problem
@@ -37,6 +38,7 @@ from contentfilter.scanners.signatures import (
     parse_signatures,
 )
 from contentfilter.scanners.spamd import SpamdScanner
+from contentfilter.scanners.tls import needed
 from contentfilter.service.canary import SEEN, Seen, answer_for
 from contentfilter.service.frames import Event
 from contentfilter.service.housekeeping import Chore
@@ -94,6 +96,8 @@ class Files:
             settings = msgspec.structs.replace(
                 settings, listen=msgspec.structs.replace(settings.listen, socket=self._socket)
             )
+        if wrong := unusable(settings):
+            raise ConfigError(wrong)
         controls, problems = await read_controls(settings.service.control)
         runtime, more = make_runtime(settings, controls, "")
         _, table_problems = await self._keeper.update(settings, anew=True)
@@ -121,6 +125,19 @@ class Files:
         blob = msgspec.msgpack.encode(runtime)
         samples = make_samples(runtime.settings, runtime.signatures, runtime.loadertypes, runtime.allowed)
         return Loaded(runtime.settings, blob, (*self._problems, *table_problems), samples, runtime.sysfacility)
+
+
+def unusable(settings: Settings) -> tuple[Problem, ...]:
+    """What is wrong with the certificates and keys that the settings name."""
+    found: list[Problem] = []
+    for load in (lambda: needed(settings.spamd), lambda: load_keys(settings.events)):
+        try:
+            load()
+        except ConfigError as error:
+            found += error.problems
+        except ValueError:
+            pass  # the settings' own check has told
+    return tuple(found)
 
 
 def chores() -> tuple[Chore, ...]:

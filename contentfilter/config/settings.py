@@ -178,6 +178,14 @@ class Http(Section, frozen=True):
     page: Literal["off", "on"] = "off"  # the status page for a browser: it shows addresses
 
 
+class Events(Section, frozen=True):
+    """The event feed over the network. On this machine it is always there, in the run directory."""
+
+    listen: str = "off"  # "tcp://address:port"
+    key: str = ""  # a file with our secret key
+    clients: str = ""  # a file with the public keys of those who may listen
+
+
 class Canary(Section, frozen=True):
     """Samples that go through the hook as mail does, to see that it is scanned."""
 
@@ -211,5 +219,6 @@ class Settings(Section, frozen=True):
     quarantine: Quarantine = msgspec.field(default_factory=Quarantine)
     journal: Journal = msgspec.field(default_factory=Journal)
     http: Http = msgspec.field(default_factory=Http)
+    events: Events = msgspec.field(default_factory=Events)
     canary: Canary = msgspec.field(default_factory=Canary)
     log: Log = msgspec.field(default_factory=Log)

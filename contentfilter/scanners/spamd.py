@@ -43,8 +43,7 @@ class SpamdScanner:
         addresses = tuple(Address.parse(text) for text in config.backends)
         self.pool = Pool("spamd", addresses, max(1, children), clock, Cause.TIMEOUT, patience)
         self._limits = Limits(config.connect_timeout, config.timeout)
-        secure = any(address.tls for address in addresses)
-        self._around = Surroundings(Resolver(), tls.client(config) if secure else None)
+        self._around = Surroundings(Resolver(), tls.needed(config))
         self._config = config
 
     async def scan(

@@ -23,6 +23,11 @@ class Tls:
     name: str = ""
 
 
+def needed(config: Spamd) -> Tls | None:
+    """None where no backend speaks TLS. Raises ConfigError."""
+    return client(config) if any(backend.startswith("tls:") for backend in config.backends) else None
+
+
 def client(config: Spamd, section: str = "spamd") -> Tls:
     """Raises ConfigError that names the key and the file."""
     context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH)

@@ -304,6 +304,7 @@ class Supervisor:
                 await self._send_configuration()
 
     async def _publish(self, event: frames.Event) -> None:
+        self._monitor.remote.publish(event)
         try:
             await self._bus.publish(event)
         except zmq.Again:

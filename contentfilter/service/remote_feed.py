@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import zmq
 import zmq.asyncio
-from zmq.auth.asyncio import AsyncioAuthenticator
+from zmq.utils import z85
 
 from contentfilter.config.keys import Keys, load_keys
 from contentfilter.config.settings import Settings
@@ -22,21 +22,19 @@ from contentfilter.ops.log import Logger
 from contentfilter.service.frames import VERSION, Event
 
 AGAIN = 30.0  # seconds until an address that is in use is tried again
-DOMAIN = "events"  # as ZeroMQ's authentication calls it
 HIGH_WATER = 2_000  # events kept for each subscriber; an event has some kilobytes at most
 FRAME = 1024  # bytes of the longest frame that a subscriber may send; the handshake needs some 300
 HANDSHAKE = 5_000  # milliseconds for a connection to prove who it is
 HEARTBEAT, DEAD = 10_000, 30_000  # milliseconds: who does not answer is cut off, and its queue freed
 
 
-class Known:
-    """Asked by the authenticator for each connection."""
-
-    def __init__(self, clients: frozenset[bytes]) -> None:
-        self._clients = clients
-
-    def callback(self, domain: str, key: bytes) -> bool:
-        return key in self._clients
+async def authenticate(socket: Any, clients: frozenset[bytes]) -> None:
+    """Answer ZeroMQ's question for each connection whether its key may come in (ZAP, its RFC 27). Until cancelled."""
+    while True:
+        parts = await socket.recv_multipart()
+        known = parts[0] == b"1.0" and parts[5:6] == [b"CURVE"] and z85.encode(parts[6]) in clients
+        status = (b"200", b"OK") if known else (b"400", b"unknown key")
+        await socket.send_multipart([b"1.0", parts[1], *status, b"", b""])
 
 
 class RemoteFeed:
@@ -49,7 +47,8 @@ class RemoteFeed:
         self._in_force: tuple[str, Keys] | None = None
         self._told = ""
         self._context: zmq.asyncio.Context | None = None
-        self._authenticator: AsyncioAuthenticator | None = None
+        self._authenticating: asyncio.Task[None] | None = None
+        self._zap: Any = None
         self._socket: Any = None
 
     def changed(self) -> None:
@@ -76,7 +75,7 @@ class RemoteFeed:
                 except TimeoutError:
                     pass
         finally:
-            self._close()
+            await self._close()
 
     async def _adopt(self) -> bool:
         """Open, close or leave the feed as the settings want it. True: it should be open and is not."""
@@ -86,9 +85,13 @@ class RemoteFeed:
             wanted = None if keys is None else (config.listen, keys)
             if wanted == self._in_force:
                 return False
-            self._close()
+            await self._close()
             if wanted is not None:
-                self._open(*wanted)
+                try:
+                    self._open(*wanted)
+                except zmq.ZMQError:
+                    await self._close()
+                    raise
                 self._log.info("events.ready", address=config.listen, keys=len(wanted[1].clients))
         except (ConfigError, zmq.ZMQError) as error:
             if str(error) != self._told:
@@ -101,9 +104,9 @@ class RemoteFeed:
     def _open(self, listen: str, keys: Keys) -> None:
         """Raises ZMQError."""
         self._context = zmq.asyncio.Context(io_threads=1)
-        self._authenticator = AsyncioAuthenticator(self._context)
-        self._authenticator.start()
-        self._authenticator.configure_curve_callback(DOMAIN, Known(keys.clients))
+        self._zap = self._context.socket(zmq.REP)
+        self._zap.bind("inproc://zeromq.zap.01")
+        self._authenticating = asyncio.create_task(authenticate(self._zap, keys.clients))
         each = zmq.Context(self._context).socket(zmq.PUB)  # not asyncio's: a send must not wait
         try:
             for option, value in (
@@ -116,21 +119,22 @@ class RemoteFeed:
                 (zmq.IPV6, int("[" in listen)),
                 (zmq.CURVE_SERVER, 1),
                 (zmq.CURVE_SECRETKEY, keys.secret),
-                (zmq.ZAP_DOMAIN, DOMAIN.encode()),
+                (zmq.ZAP_DOMAIN, b"events"),
             ):
                 each.setsockopt(option, value)
             each.bind(listen)
         except BaseException:
             each.close(linger=0)
-            self._close()
             raise
         self._socket, self._in_force = each, (listen, keys)
 
-    def _close(self) -> None:
-        if self._socket is not None:
-            self._socket.close(linger=0)
-        if self._authenticator is not None:
-            self._authenticator.stop()
+    async def _close(self) -> None:
+        if self._authenticating is not None:
+            self._authenticating.cancel()
+            await asyncio.gather(self._authenticating, return_exceptions=True)
+        for each in (self._zap, self._socket):
+            if each is not None:
+                each.close(linger=0)
         if self._context is not None:
-            self._context.destroy(linger=0)
-        self._socket = self._authenticator = self._context = self._in_force = None
+            self._context.term()
+        self._authenticating = self._context = self._zap = self._socket = self._in_force = None

@@ -181,7 +181,7 @@ async def test_an_address_in_use_is_told_and_mail_goes_on(place: Place, capfd: p
     assert await other._adopt()
     other.publish(Event("mail.done", {}))
     assert "Address already in use" in capfd.readouterr().err
-    other._close()
+    await other._close()
 
 
 # ---------------------------------------------------------------- keys and settings

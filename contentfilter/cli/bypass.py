@@ -74,8 +74,7 @@ def _told(order: Bypass) -> str:
     return f"{order.scanner.value} is not asked for mail of {names} origin until {when(order.until)}: passes unchecked"
 
 
-for _scanner in SCANNERS:
-    _command(_scanner)
+_COMMANDS = tuple(map(_command, SCANNERS))
 
 
 @bypass.command("list")

@@ -15,6 +15,7 @@ from pathlib import Path
 import click
 
 from contentfilter.app import unusable
+from contentfilter.cli.progress import progress
 from contentfilter.config.controls import Controls, read_controls
 from contentfilter.config.load import read_settings
 from contentfilter.config.settings import Settings
@@ -56,7 +57,8 @@ class Findings:
 @click.pass_context
 def check(ctx: click.Context, strict: bool, as_json: bool, queue_conf: str) -> None:
     """Validate everything that serve would read."""
-    findings = asyncio.run(examine(ctx.obj, queue_conf))
+    with progress("reading everything"):
+        findings = asyncio.run(examine(ctx.obj, queue_conf))
     errors, warnings = findings.of(warning=False), findings.of(warning=True)
     if as_json:
         report = {

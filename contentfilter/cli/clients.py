@@ -10,13 +10,13 @@ import json
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import click
 
 from contentfilter.cli.clients_diff import accept, diff
+from contentfilter.cli.progress import progress
 from contentfilter.config.controls import read_controls
 from contentfilter.config.load import load_settings
 from contentfilter.config.settings import Settings
@@ -192,12 +192,12 @@ def import_rows(
     All or nothing: with a single bad line nothing is imported, and every bad line is named.
     """
     name = getattr(file, "name", "-")
-    with _progress("reading"):
+    with progress(f"reading {name}"):
         text = file.read(MAX_SIZE + 1)
     if len(text) > MAX_SIZE:
         raise click.UsageError(f"{name}: more than {MAX_SIZE} bytes")
     allowed = OPTIONS[tables[0]] if len(tables) == 1 else ()  # a row with options belongs into one table only
-    with _progress(f"checking {text.count(10):,} lines"):
+    with progress(f"checking {text.count(10):,} lines"):
         put, problems = parse_table(_first_cells(text), name, allowed)
     bad = [problem for problem in problems if not problem.warning]
     if bad or not put:
@@ -206,7 +206,7 @@ def import_rows(
         sys.exit(1)
     if not as_json:
         _print_problems(problems)
-    with _progress(f"writing {len(put):,} rows"):
+    with progress(f"writing {len(put):,} rows"):
         _change(config_path, tables, put, only=replace, dry_run=dry_run, as_json=as_json)
 
 
@@ -275,7 +275,8 @@ def _change(
 
 
 def _read(settings: Settings) -> tuple[Rows, tuple[Problem, ...]]:
-    found = asyncio.run(read_source(settings))
+    with progress("reading the tables"):
+        found = asyncio.run(read_source(settings))
     return found or (Rows(), ())  # None only where something was known before
 
 
@@ -295,15 +296,3 @@ def _print_json(value: object) -> None:
 def _print_problems(problems: Collection[Problem]) -> None:
     for problem in problems:
         click.echo(f"{'warning' if problem.warning else 'error'}: {problem}", err=True)
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[None]:
-    """A sign of life on a terminal."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status(what):
-        yield

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 
 import click
 
+from contentfilter.cli.progress import progress
 from contentfilter.config.load import load_settings
 from contentfilter.config.settings import Settings
 from contentfilter.errors import ConfigError, Problem
@@ -112,7 +113,8 @@ def _in_force(settings: Settings) -> Rows:
 
 
 def _now(settings: Settings) -> Rows:
-    found = asyncio.run(read_source(settings))
+    with progress("reading the tables"):
+        found = asyncio.run(read_source(settings))
     return found[0] if found else Rows()  # None only where something was known before
 
 

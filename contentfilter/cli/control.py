@@ -7,12 +7,14 @@ import errno
 import json
 import os
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 import click
 import msgspec
 
 from contentfilter.config.load import read_settings
+from contentfilter.errors import Problem
 from contentfilter.service import bus, frames
 
 RELOAD_WAIT = 120.0  # a database may take its time
@@ -37,19 +39,33 @@ def reload(config_path: str, restart: bool, as_json: bool) -> None:
 
 def ask(config_path: str, question: frames.Question, seconds: float) -> frames.Reply:
     """The daemon's answer. Ends the program with status 1, and says what to do, when there is none."""
-    settings, _ = read_settings(config_path)  # with problems in it, too: the daemon may run on an older one
+    settings, problems = read_settings(config_path)  # with problems in it, too: the daemon may run on an older one
     run = settings.service.run
     reply = bus.ask(run, question, seconds)
     if reply is None:
-        unreachable(run, "control")
+        unreachable(run, "control", problems)
     if isinstance(reply, frames.Refused):
         click.echo(f"contentfilter: {reply.why}", err=True)
         sys.exit(1)
     return reply
 
 
-def unreachable(run: str, name: str) -> NoReturn:
-    """Nobody answers at that socket: say what is known, and end the program with status 1."""
+def find_feed(config_path: str) -> str:
+    """The run directory of a daemon that has an event feed. Ends the program with status 1 when there is none."""
+    settings, problems = read_settings(config_path)
+    run = settings.service.run
+    if bus.trouble_at(bus.addresses(run)["events"].removeprefix("ipc://")):
+        unreachable(run, "events", problems)
+    return run
+
+
+def unreachable(run: str, name: str, problems: Sequence[Problem]) -> NoReturn:
+    """Nobody answers at that socket: say what is known, and end the program with status 1.
+
+    ``problems``: of the settings, which may be why another place was looked at.
+    """
+    for problem in problems:
+        click.echo(f"contentfilter: {problem}", err=True)
     path = bus.addresses(run)[name].removeprefix("ipc://")
     remedy = "start it with `systemctl start contentfilter`; `contentfilter doctor` says what else is wrong"
     if trouble := bus.trouble_at(path):

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from contentfilter.cli.progress import progress
 from contentfilter.config import hsphere, simscan
 from contentfilter.config.migration import Difference, Kind, Migration, NewFile
 from contentfilter.model import readable
@@ -46,8 +47,9 @@ def migrate(origin: str, directory: str, output: str, force: bool, dry_run: bool
     """
     reads = _FROM[origin].READS
     directory = _control(directory, reads)
-    old, others, troubles = _read(directory, reads)
-    found = _FROM[origin].migrate(old, others)
+    with progress(f"reading {directory}"):
+        old, others, troubles = _read(directory, reads)
+        found = _FROM[origin].migrate(old, others)
     found = Migration(found.files, (*troubles, *found.differences))
     if not dry_run:
         _write(found.files, output, directory, force)

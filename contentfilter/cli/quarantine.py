@@ -14,6 +14,7 @@ import pwd
 import re
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from typing import Any
 import click
 
 from contentfilter.cli.common import become_owner, moment
-from contentfilter.cli.quarantine_view import print_entries, print_message, progress, story
+from contentfilter.cli.progress import Progress, progress
+from contentfilter.cli.quarantine_view import print_entries, print_message, story
 from contentfilter.config.load import load_settings
 from contentfilter.config.settings import Settings
 from contentfilter.deadline import Deadline
@@ -119,7 +121,9 @@ def list_(config_path: str, limit: int, as_json: bool) -> None:
 @click.pass_obj
 def search(config_path: str, incident: str, search: Search, as_json: bool) -> None:
     """All entries that match; INCIDENT is a prefix. Exit status 1 when there is none."""
-    found = list(_desk(config_path).quarantine.entries(_with(search, incident=incident)))
+    desk = _desk(config_path)
+    with progress("searching the quarantine"):
+        found = list(desk.quarantine.entries(_with(search, incident=incident)))
     print_entries(found, as_json)
     if not found:
         sys.exit(1)
@@ -217,7 +221,9 @@ def delete(
 @click.pass_obj
 def expire(config_path: str, dry_run: bool, as_json: bool) -> None:
     """Apply retention and quota now."""
-    result = _desk(config_path).quarantine.expire(dry_run=dry_run)
+    desk = _desk(config_path)
+    with progress("expiring"):
+        result = desk.quarantine.expire(dry_run=dry_run)
     if as_json:
         click.echo(json.dumps({"entries": result.entries, "stray": result.stray, "used": result.used}))
         return
@@ -252,7 +258,8 @@ def _choose(quarantine: Quarantine, incidents: tuple[str, ...], search: Search) 
         raise click.UsageError("name incidents, or say by --signature, --sender, --since … which entries are meant")
     if incidents:
         return [quarantine.find(incident) for incident in dict.fromkeys(incidents)]
-    found = [entry for entry in quarantine.entries(search) if not entry.damaged][::-1]
+    with progress("searching the quarantine"):
+        found = [entry for entry in quarantine.entries(search) if not entry.damaged][::-1]
     if not found:
         raise QuarantineError("nothing in the quarantine matches")
     return found
@@ -262,18 +269,20 @@ def _each(chosen: list[Entry], act: Callable[[Entry], str], verb: str, as_json: 
     """Do it for all of them; say what became of each; exit with 1 when one failed."""
     results = []
     failed = 0
-    bar = sys.stdout.isatty() and len(chosen) > 1 and not as_json
-    for entry in progress(chosen, verb) if bar else chosen:
-        try:
-            text, ok = act(entry), True
-        except (QuarantineError, OSError) as error:
-            text, ok = str(error), False
-            failed += 1
-        results.append({"incident": entry.incident, "ok": ok, "text": text})
-        if not ok:
-            click.echo(text if text.startswith(entry.incident) else f"{entry.incident}: {text}", err=True)
-        elif not (bar or as_json):
-            click.echo(f"{entry.incident}\t{text}")
+    with progress(verb, len(chosen)) if len(chosen) > 1 else nullcontext(Progress(verb)) as bar:
+        quiet = as_json or (bar.drawn and sys.stdout.isatty())
+        for entry in chosen:
+            try:
+                text, ok = act(entry), True
+            except (QuarantineError, OSError) as error:
+                text, ok = str(error), False
+                failed += 1
+            results.append({"incident": entry.incident, "ok": ok, "text": text})
+            if not ok:
+                bar.say(text if text.startswith(entry.incident) else f"{entry.incident}: {text}")
+            elif not quiet:
+                click.echo(f"{entry.incident}\t{text}")
+            bar.step()
     if as_json:
         click.echo(json.dumps(results))
     elif len(chosen) > 1:

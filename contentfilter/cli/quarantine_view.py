@@ -6,7 +6,6 @@ Everything that a sender wrote is printable ASCII here, except the raw message w
 import json
 import re
 import sys
-from collections.abc import Iterable
 
 import click
 
@@ -16,12 +15,6 @@ from contentfilter.verdict.entry import Entry, plain
 
 SHOWN = 20
 """Recipients named in ``show``; all of them are in ``--json``."""
-
-
-def progress(chosen: list[Entry], verb: str) -> Iterable[Entry]:
-    from rich.progress import track
-
-    return track(chosen, description=verb)
 
 
 def print_entries(entries: list[Entry], as_json: bool) -> None:
@@ -59,10 +52,17 @@ def story(entry: Entry) -> list[tuple[str, str]]:
         words = (scan.scanner, scan.status, scan.name, scan.cause, scan.detail, scan.backend, f"{scan.ms:g} ms")
         lines.append(("scan", " ".join(filter(None, words))))
     lines += [("version", f"{name} {version}") for name, version in entry.versions.items()]
+    lines += [("released", release) for release in releases(entry)]
+    return [(name, value) for name, value in lines if value]
+
+
+def releases(entry: Entry) -> list[str]:
+    """When it was let go, by whom, and to whom: a line for each time."""
+    found = []
     for done in entry.released:
         more = f" and {len(done.to) - SHOWN} more" if len(done.to) > SHOWN else ""
-        lines.append(("released", f"{when(done.time)} by {done.by} to {', '.join(done.to[:SHOWN])}{more}"))
-    return [(name, value) for name, value in lines if value]
+        found.append(f"{when(done.time)} by {done.by} to {', '.join(done.to[:SHOWN])}{more}")
+    return found
 
 
 def _named(addresses: tuple[bytes, ...]) -> str:

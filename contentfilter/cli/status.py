@@ -74,9 +74,8 @@ def lines(reply: frames.Status, seen: Glance, now: float) -> Iterator[Line]:
         if not seen.verdict.endswith(trouble.what):  # said already
             yield "warning", f"! {trouble.what}"
         yield "plain", f"  -> {trouble.remedy}; runbook: {trouble.runbook}"
-    for name, window in (("15 minutes", reply.window),):
-        if window is not None:
-            yield from _window(name, window)
+    if reply.window is not None:
+        yield from _window(reply.window)
     if seen.oldest is not None:
         oldest = seen.oldest
         yield "plain", f"oldest message: {oldest.incident}, {oldest.stage} for {oldest.seconds:.1f} s"
@@ -84,6 +83,9 @@ def lines(reply: frames.Status, seen: Glance, now: float) -> Iterator[Line]:
         yield "plain", f"{reply.waiting} hooks wait for a worker"
     for backend in reply.backends:
         yield _backend(backend, now)
+    if reply.canary:
+        caught = ", ".join(f"{sample.sample} {sample.result}" for sample in reply.canary)
+        yield "plain", f"canary: {caught}, {length(now - max(sample.at for sample in reply.canary))} ago"
     yield from _workers(reply.workers)
     if reply.tables is not None:
         yield "plain", _tables(reply.tables)
@@ -97,9 +99,9 @@ def _unchecked(seen: Glance) -> bool:
     return any(trouble.effect == "unchecked" for trouble in seen.troubles)
 
 
-def _window(name: str, window: Window) -> Iterator[Line]:
+def _window(window: Window) -> Iterator[Line]:
     done = ", ".join(f"{count} {decision}" for decision, count in window.decisions.items() if count)
-    text = f"last {name}: {window.messages} messages" + (f" ({done})" if done else "")
+    text = f"last 15 minutes: {window.messages} messages" + (f" ({done})" if done else "")
     if window.p50 is not None and window.p95 is not None:
         text += f", half within {window.p50:.3g} ms, 95 % within {window.p95:.3g} ms"
     yield "plain", text

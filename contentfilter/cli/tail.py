@@ -6,6 +6,7 @@ answers at the start; 2 wrong usage.
 """
 
 import json
+import math
 import os
 import select
 import sys
@@ -17,20 +18,19 @@ import click
 import msgspec
 
 from contentfilter.cli.common import address_pattern, glob, printable
-from contentfilter.cli.control import unreachable
+from contentfilter.cli.control import find_feed
 from contentfilter.config.keys import read_secret, sound
-from contentfilter.config.load import read_settings
 from contentfilter.deadline import Deadline
 from contentfilter.model import OriginKind
 from contentfilter.policy.decide import Action
-from contentfilter.service import bus
 from contentfilter.service.feed import Feed, Link, Remote
 from contentfilter.service.frames import Event
 from contentfilter.verdict.record import Account
 
 LINE_MAX = 400  # characters of a line for people
 PART_MAX = 70  # of an address or a rule in it
-VALUE_MAX = 1_200  # of an address or another value in a line of JSON
+VALUE_MAX = 1_100  # of an address or another value in a line of JSON
+ITEMS_MAX = 100  # of a list in it
 PATIENCE = 3600.0  # seconds; only then it is looked around without a reason
 
 Match = Callable[[Event], bool]
@@ -84,9 +84,7 @@ def tail(
     contentfilter why.
     """
     remote = _remote(connect, server_key, key)
-    run = "" if remote else read_settings(config_path)[0].service.run
-    if not remote and bus.trouble_at(bus.addresses(run)["events"].removeprefix("ipc://")):
-        unreachable(run, "events")
+    run = "" if remote else find_feed(config_path)
     shown = as_json_line if as_json else as_text
     try:
         with Feed(run, remote=remote) as feed:
@@ -228,7 +226,7 @@ def told(event: Event, at: float) -> str:
     sender, rule = cut(str(fields.get("sender") or "<>"), PART_MAX), cut(str(fields.get("rule") or "-"), PART_MAX)
     ms = fields.get("ms")
     spent = f"{ms:.0f} ms" if isinstance(ms, (int, float)) else "-"
-    what = f"{fields['decision']:<6} {fields.get('origin', '-'):<13} {sender} -> {to}"
+    what = f"{fields['decision']!s:<6} {fields.get('origin')!s:<13} {sender} -> {to}"
     return cut(f"{clock} {what}  {rule}  {spent}  [{fields.get('id', '-')}]", LINE_MAX)
 
 
@@ -243,8 +241,8 @@ def as_json_line(event: Event, at: float, verbose: bool) -> Iterator[str]:
     line: dict[str, Any] = {"time": round(at, 3), "event": event.name, **_bounded(event.fields)}
     if verbose:
         account = account_of(event)
-        story = [[stage, text[:VALUE_MAX]] for stage, text in account.story]
-        line |= {"story": story, "text": account.text, "message_id": account.message_id[:VALUE_MAX]}
+        more = {"story": account.story, "text": account.text, "message_id": account.message_id}
+        line |= _bounded(more)
     yield json.dumps(line).replace("\x7f", "\\u007f")
 
 
@@ -252,7 +250,8 @@ def _bounded(value: Any) -> Any:
     if isinstance(value, str):
         return value[:VALUE_MAX]
     if isinstance(value, dict):
-        return {str(name)[:VALUE_MAX]: _bounded(each) for name, each in value.items()}
+        return {str(name)[:VALUE_MAX]: _bounded(each) for name, each in list(value.items())[:ITEMS_MAX]}
     if isinstance(value, (list, tuple)):
-        return [_bounded(each) for each in value]
-    return value if value is None or isinstance(value, (bool, int, float)) else repr(value)[:VALUE_MAX]
+        return [_bounded(each) for each in value[:ITEMS_MAX]]
+    sound = value is None or isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value))
+    return value if sound else repr(value)[:VALUE_MAX]

@@ -22,10 +22,9 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from contentfilter.cli.control import unreachable
+from contentfilter.cli.control import find_feed
 from contentfilter.cli.status import Line, lines, styled
 from contentfilter.cli.tail import told
-from contentfilter.config.load import read_settings
 from contentfilter.deadline import Deadline
 from contentfilter.service import bus, frames
 from contentfilter.service.feed import Feed
@@ -51,10 +50,7 @@ def top(config_path: str, interval: float, once: bool, as_json: bool) -> None:
 
     On a terminal q or Ctrl-C ends it. Elsewhere it prints again after each interval.
     """
-    settings, _ = read_settings(config_path)
-    run = settings.service.run
-    if bus.trouble_at(bus.addresses(run)["events"].removeprefix("ipc://")):
-        unreachable(run, "events")
+    run = find_feed(config_path)
     try:
         with Feed(run, ("mail.done",)) as feed:
             watched = Watched(run, feed)

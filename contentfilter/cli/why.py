@@ -14,10 +14,14 @@ from typing import Any
 import click
 
 from contentfilter.cli.common import address_pattern, become_owner, moment, print_rows, print_story, when
+from contentfilter.cli.quarantine_view import releases
 from contentfilter.config.load import read_settings
-from contentfilter.errors import JournalError
+from contentfilter.config.settings import Settings
+from contentfilter.errors import JournalError, QuarantineError
 from contentfilter.policy.decide import Action
+from contentfilter.verdict.entry import Entry
 from contentfilter.verdict.journal import Journal, Mail, Query, journal_path, outcome_of
+from contentfilter.verdict.quarantine import Quarantine
 
 _WHOLE = re.compile(r"(?<![0-9a-z])[0-9a-z]{16}(?![0-9a-z])", re.ASCII)  # intake/connection.py: new_incident
 _PREFIX = re.compile(r"[0-9a-z]{1,16}", re.ASCII)
@@ -61,7 +65,7 @@ def why(config_path: str, /, text: tuple[str, ...], limit: int, as_json: bool, *
     except JournalError as error:
         click.echo(f"contentfilter: {error}", err=True)
         sys.exit(1)
-    _print(found[:limit], as_json, alone=bool(text))
+    _print(found[:limit], settings, as_json, alone=bool(text))
     if len(found) > limit:
         click.echo(f"there are more than {limit}; --limit shows them", err=True)
     if text and len(found) > len(incidents):
@@ -94,12 +98,13 @@ def _query(asked: dict[str, Any]) -> Query:
     return Query(tuple(words), since=asked.get("since", 0.0), until=asked.get("until", float("inf")))
 
 
-def _print(found: list[Mail], as_json: bool, *, alone: bool) -> None:
+def _print(found: list[Mail], settings: Settings, as_json: bool, *, alone: bool) -> None:
+    quarantine = Quarantine.of(settings)
     if as_json:
-        shown: Any = [_plain(mail) for mail in found]
+        shown: Any = [_plain(mail) | {"quarantine": _plain_kept(mail, quarantine)} for mail in found]
         click.echo(json.dumps(shown[0] if alone and len(shown) == 1 else shown, indent=2))
     elif len(found) == 1:
-        print_story(_told(found[0]))
+        print_story((*_told(found[0]), *_kept(found[0], quarantine)))
     elif found:
         print_rows(("Incident", "Time", "From", "To", "Decision", "Rule"), map(_row, found))
 
@@ -120,6 +125,40 @@ def _told(mail: Mail) -> Iterator[tuple[str, str]]:
         yield "SMTP text", mail.account.text
     if mail.report is not None:
         yield "report", outcome_of(mail.report)
+
+
+def _kept(mail: Mail, quarantine: Quarantine) -> Iterator[tuple[str, str]]:
+    """What became of the copy in the quarantine: its sidecar knows, not the journal."""
+    if not mail.fields.get("quarantined"):
+        return
+    entry = _entry(mail, quarantine)
+    if isinstance(entry, str):
+        yield "quarantine", entry
+    elif not entry.released:
+        yield "quarantine", "still kept; nobody has released it"
+    else:
+        yield from (("released", release) for release in releases(entry))
+
+
+def _plain_kept(mail: Mail, quarantine: Quarantine) -> dict[str, Any] | None:
+    """The same for ``--json``; None where nothing was kept."""
+    if not mail.fields.get("quarantined"):
+        return None
+    entry = _entry(mail, quarantine)
+    if isinstance(entry, str):
+        return {"kept": False, "why": entry, "released": []}
+    told = [{"time": when(done.time), "by": done.by, "to": done.to} for done in entry.released]
+    return {"kept": True, "why": "", "released": told}
+
+
+def _entry(mail: Mail, quarantine: Quarantine) -> Entry | str:
+    """The entry, or why there is none to be had."""
+    try:
+        return quarantine.get(mail.incident)
+    except QuarantineError as error:
+        return f"{error}; expired or removed, perhaps. Whether it was released is not known"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
 
 
 def _row(mail: Mail) -> tuple[str, ...]:

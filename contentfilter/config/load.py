@@ -176,6 +176,8 @@ class _Reader:
             ("service", "run", f"{service.run}/control.sock"),
             ("service", "state", service.state),
             ("service", "control", service.control),
+            ("canary", "conf", settings.canary.conf),
+            ("canary", "hook", settings.canary.hook or "/"),
         ):
             self._absolute(section, key, path, socket=section == "listen" or key == "run")
         try:

@@ -101,6 +101,7 @@ class Clamd(Section, frozen=True):
     timeout_per_megabyte: Annotated[float, Meta(ge=0, le=86400)] = 5.0  # … so much for each 1,000,000 bytes …
     timeout: Seconds = 120.0  # … but never more
     max_size: Size = 26_214_400  # clamd's MaxFileSize: above it clamd's OK means nothing
+    proof: Annotated[float, Meta(ge=0, le=86400)] = 10.0  # its OK counts so long after it found a test virus; 0: ever
     action: VirusAction = "reject"
 
 
@@ -190,7 +191,7 @@ class Canary(Section, frozen=True):
     """Samples that go through the hook as mail does, to see that it is scanned."""
 
     enabled: bool = True  # where a hook is found
-    every: Seconds = 60.0  # from the start of one round to the next
+    every: Annotated[float, Meta(ge=1, le=86400)] = 60.0  # seconds from the start of one round to the next
     hook: str = ""  # empty: bin/qmail-queue beside the control directory if it is the hook, else the packaged one
     conf: str = "/etc/contentfilter/queue.conf"  # its configuration; the socket that mail goes to stands there
 

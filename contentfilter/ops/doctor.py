@@ -7,13 +7,14 @@ Reads and asks only: nothing is changed and no mail is sent. What only the runni
 import os
 import pwd
 import re
+import socket
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from contentfilter.config.settings import Settings
+from contentfilter.config.settings import Log, Settings
 from contentfilter.ops import doctor_scanners
 from contentfilter.ops.finding import AS_ROOT, Finding, Level, Probe
 from contentfilter.ops.qmail import Conf, Place, answers, examine, read_conf, version_of
@@ -85,6 +86,7 @@ def probes(site: Site) -> dict[str, Probe]:
         "tables": partial(tables, site),
         "disk": partial(disk, site),
         "memory": memory,
+        "log": partial(log, settings.log),
     }
     return found | doctor_scanners.probes(settings, site.workers, site.children, site.clamd_conf, site.freshclam_conf)
 
@@ -273,6 +275,20 @@ def memory() -> Iterator[Finding]:
     available, total = int(sizes["MemAvailable"]) * 1024, int(sizes["MemTotal"]) * 1024
     remedy = "Lower workers or max_in_flight in [service], or give the machine more."
     yield _floor("memory", "of memory", available, total, MEMORY, remedy)
+
+
+def log(settings: Log) -> Iterator[Finding]:
+    """Only a log in syslog can be looked at from here."""
+    if settings.to != "syslog":
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        try:
+            sender.connect(settings.socket)
+        except OSError as error:
+            what = f"[log] socket {settings.socket}: {error.strerror}: log lines go to standard error"
+            yield Finding(WARNING, "log", what, "Start the syslog daemon, or name its socket in [log].")
+        else:
+            yield Finding(OK, "log", f"a syslog daemon listens on {settings.socket}")
 
 
 def _floor(

@@ -25,7 +25,10 @@ RULE_SHOWN = 120
 RECENT = 100
 RECENT_BYTES = 65_536
 """Of one decision with its account. A longer account is left out: the journal has it."""
-BOUNDS = (1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1_000, 2_500, 5_000, 10_000, 30_000, 60_000, 120_000, 240_000)
+BOUNDS = (
+    0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0,
+    1_000.0, 2_500.0, 5_000.0, 10_000.0, 30_000.0, 60_000.0, 120_000.0, 240_000.0,
+)  # fmt: skip
 """Upper bounds of the buckets, in milliseconds; what is above the last counts as that."""
 OTHER = "other"
 

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import clamd as clamd_package
 
@@ -45,6 +45,7 @@ class ClamdScanner:
         self._limits = Limits(config.connect_timeout, config.timeout)
         self._config = config
         self._no_fildes: set[Address] = set()  # where FILDES was refused
+        self._proofs = {address: Proof(config.proof, clock) for address in addresses}
         self._probes = {address: Probe(address) for address in addresses}
 
     async def scan(self, message: Message, deadline: Deadline) -> ScanOutcome:
@@ -100,6 +101,8 @@ class ClamdScanner:
         answer: clamd.ScanAnswer | None = None
         if address.path and address not in self._no_fildes and _passable(message.fd):
             answer = await self._fildes(address, message.fd, deadline)
+            if isinstance(answer, clamd.Clean):
+                await self._proofs[address].give(address, lambda fd: self._fildes(address, fd, deadline), deadline)
         if answer is None:
             answer = await self._instream(address, message, deadline)
         if isinstance(answer, clamd.Failed):
@@ -147,6 +150,51 @@ def _passable(fd: int) -> bool:
         return False
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     return flags & os.O_ACCMODE != os.O_WRONLY and not flags & os.O_PATH
+
+
+# EICAR, in parts: no virus scanner shall stop at this file.
+TEST_VIRUS = b"".join((b"X5O!P%@AP[4\\PZX54(P^)7CC)7}$", b"EICAR", b"-STANDARD-ANTIVIRUS-TEST-FILE!", b"$H+H*"))
+
+
+class Proof:
+    """Whether one clamd that takes descriptors still looks at them.
+
+    A clamd whose TemporaryDirectory is gone or not writable answers OK to every descriptor, whatever is in it
+    (measured with 1.4). So its OK counts only for ``interval`` seconds after it has found the test virus.
+    """
+
+    def __init__(self, interval: float, clock: Callable[[], float]) -> None:
+        self._interval = interval  # 0: no proof is wanted
+        self._clock = clock
+        self._until = 0.0
+        self._turn = asyncio.Lock()  # one proof serves all who wait for it
+
+    async def give(
+        self, address: Address, ask: Callable[[int], Awaitable[clamd.ScanAnswer | None]], deadline: Deadline
+    ) -> None:
+        """Return while the OK of ``address`` counts. Raises BackendError when it does not."""
+        if not self._interval or self._clock() < self._until:
+            return
+        try:
+            async with deadline.timeout():
+                await self._turn.acquire()
+        except TimeoutError:
+            raise BackendError(Cause.TIMEOUT, str(address), "no proof in time that it scans") from None
+        try:
+            if self._clock() < self._until:
+                return
+            fd = os.memfd_create("test-virus")
+            try:
+                os.write(fd, TEST_VIRUS)
+                answer = await ask(fd)
+            finally:
+                os.close(fd)
+            if not isinstance(answer, clamd.Found):
+                text = "it does not find the test virus: can it write to its TemporaryDirectory, has it its database?"
+                raise BackendError(Cause.BAD_REPLY, str(address), text)
+            self._until = self._clock() + self._interval
+        finally:
+            self._turn.release()
 
 
 class Probe:

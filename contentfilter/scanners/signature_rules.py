@@ -66,7 +66,8 @@ def _parse(text: bytes, path: str, scanner: Scanner, letters: str) -> tuple[Rule
         if wrong:
             problems.append(Problem(path, number, f"{pattern[:LONGEST]!r}: {wrong}; the line is skipped"))
         elif pattern in rules:
-            problems.append(Problem(path, number, f"{pattern!r} stands here twice; the second line is skipped"))
+            again = f"{pattern!r} stands here twice; the second line is skipped"
+            problems.append(Problem(path, number, again, warning=True))
         else:
             rules[pattern] = Rule(pattern, " ".join(words[1:end]))
     return Rules(scanner, tuple(rules.values())), tuple(problems)

@@ -259,7 +259,7 @@ def measured(results: Iterable[frames.CanaryResult]) -> Iterable[Measured]:
         if result.ok is not None and result.result != "bypassed":
             yield "contentfilter_canary_result", labels, result.ok
             yield "contentfilter_canary_seconds", labels, result.seconds
-        if result.ok is not None and result.last_success is not None:
-            yield "contentfilter_canary_last_success_timestamp_seconds", labels, result.last_success
+            if result.last_success is not None:
+                yield "contentfilter_canary_last_success_timestamp_seconds", labels, result.last_success
         for word, count in result.runs.items():
             yield "contentfilter_canary_runs_total", (result.sample, word), count

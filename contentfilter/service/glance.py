@@ -115,7 +115,7 @@ def _service(status: Status, now: float) -> Iterator[Trouble]:
         yield Trouble(
             what + (f" ({status.drain.reason})" if status.drain.reason else ""),
             "contentfilter resume",
-            "The daemon is not ready",
+            "Mail is drained",
             "stops",
         )
     elif not able:
@@ -151,9 +151,14 @@ def _scanners(status: Status, now: float) -> Iterator[Trouble]:
         yield Trouble(
             f"{name} is bypassed{only} by {bypass.by} until {clock(bypass.until, now)} ({bypass.reason})",
             f"contentfilter bypass end {name}",
-            "Mail passes unchecked",
+            "A scanner is bypassed",
             "unchecked",
         )
+    for sample in status.canary:
+        if sample.ok is False and sample.result != "bypassed":
+            blind = sample.result == "passed"  # what should have been found was called clean
+            what = f"the canary's {sample.sample} was not treated as it should be: {sample.text}"
+            yield Trouble(what, "contentfilter canary", "The canary is red", "unchecked" if blind else "")
     for backend in status.backends:
         if backend.state == "failing" and backend.wanted:
             others = any(b.scanner == backend.scanner and b.state == "well" for b in status.backends)

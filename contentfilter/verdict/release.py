@@ -112,8 +112,11 @@ def released(data: BytesLike, secret: bytes, now: float) -> str | None:
     """The incident from which ``data`` was released; None where it was not, or where a byte was changed since.
 
     Only the first line of that name counts, in the header and within TOKEN_WITHIN; lines of other names
-    may stand above it. Microseconds where there is none.
+    may stand above it. Microseconds where there is none. Without a secret (it could not be read) nothing was
+    released: with an empty key anybody could sign.
     """
+    if not secret:
+        return None
     head = bytes(data[:TOKEN_WITHIN])
     start = 0 if head.startswith(_NAME) else head.find(b"\n" + _NAME) + 1
     if _EMPTY_LINE.search(head, 0, start):

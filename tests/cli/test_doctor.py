@@ -5,6 +5,7 @@ import json
 import resource
 import shutil
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -247,6 +248,20 @@ def test_the_dialect_is_compared_where_the_qmail_can_be_recognised(
     finally:
         shared.write_conf()
         shared.smtpd.unlink(missing_ok=True)
+
+
+def test_a_syslog_that_nobody_reads_is_a_warning(shared: Server) -> None:
+    config, path = shared.system.daemon.config, shared.directory / "log.sock"
+    kept = config.read_text()
+    assert not shared.of("log", "ok"), "standard error is nobody's business"
+    try:
+        config.write_text(f'{kept}\n[log]\nto = "syslog"\nsocket = "{path}"\n')
+        assert ["log lines go to standard error" in what for what in shared.of("log", "warning")] == [True]
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as syslogd:
+            syslogd.bind(str(path))
+            assert ["a syslog daemon listens" in what for what in shared.of("log", "ok")] == [True]
+    finally:
+        config.write_text(kept)
 
 
 def test_bad_settings_are_status_78(shared: Server) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from lab import terminal
 from lab.standin import Standin, build
 
 from contentfilter.cli.main import cli
@@ -260,6 +261,14 @@ def test_a_mass_release_on_a_terminal_shows_its_progress(three, standin):
     shown = on_a_terminal(three, "quarantine", "release", "--signature", "Win.Bad", "--yes")
     assert b"100%" in shown
     assert b"2 released, 0 failed" in shown
+
+
+def test_a_mass_release_into_a_file_has_every_line_there_and_the_bar_on_the_terminal(three, standin):
+    words = ["-m", "contentfilter", "--config", str(three.config), "quarantine", "release", "--signature", "Win.Bad"]
+    out, shown = terminal.run([*words, "--yes"], {"TERM": "xterm"})
+    assert [line.split(b"\t")[0] for line in out.splitlines()] == [b"0a1", b"0a2", b"2 released, 0 failed"]
+    assert b"2/2" in shown
+    assert b"0a1" not in shown
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,26 @@ def test_an_incident_is_told_in_full(place: Place) -> None:
     assert list(told)[-3:] == ["message", "decision", "SMTP text"]
 
 
+def test_a_copy_in_the_quarantine_is_told_with_its_releases(place: Place) -> None:
+    entries = place.state / "quarantine" / "entries"
+    entries.mkdir(parents=True)
+    place.add("1k7tr8000000000a", quarantined=1)
+    sidecar: dict[str, Any] = {"incident": "1k7tr8000000000a", "sha256": "0" * 64, "time": NOON}
+    path = entries / "1k7tr8000000000a.json"
+    assert "not in the quarantine; expired or removed" in lines(place.why("1k7tr8"))["quarantine"]
+    assert place.json("1k7tr8")["quarantine"]["kept"] is False
+    path.write_text(json.dumps(sidecar))
+    assert lines(place.why("1k7tr8"))["quarantine"] == "still kept; nobody has released it"
+    sidecar["released"] = [{"time": NOON + 60, "by": "ann", "to": ["user@here.example"]}]
+    path.write_text(json.dumps(sidecar))
+    released = lines(place.why("1k7tr8"))["released"]
+    assert released.startswith(("2023-11-14T", "2023-11-15T"))
+    assert released.endswith(" by ann to user@here.example")
+    assert place.json("1k7tr8")["quarantine"]["released"][0]["by"] == "ann"
+    assert "quarantine" not in lines(place.why(FIRST))
+    assert place.json(FIRST)["quarantine"] is None
+
+
 def test_times_are_local_and_say_their_offset(place: Place) -> None:
     words = [sys.executable, "-m", "contentfilter", "--config", str(place.config), "why", FIRST]
     environ = {**os.environ, "TZ": "XXX-05:30"}

@@ -81,11 +81,13 @@ def test_clamd_is_down_and_mail_must_flow(make_system: Make, own_clamd: Clamd) -
     assert get(address(system.daemon), "/ready")[0] == 200, "a bypass is no reason to send no mail here"
     (listed,) = json.loads(run(system, "bypass", "--json"))["bypasses"]
     assert (listed["scanner"], listed["reason"]) == ("clamd", "clamd broke, ticket 7")
-    assert status(system).bypasses[0].reason == "clamd broke, ticket 7"
+    assert run(system, "bypass").startswith("clamd\tall mail\t")
+    assert "clamd is bypassed by " in run(system, "status", status=1)
 
     assert run(system, "bypass", "end", "all") == "every scanner is asked again\n"
     assert system.deliver(PLAIN).text.startswith("Zvirus check not possible now (down)")
     assert json.loads(run(system, "bypass", "list", "--json"))["bypasses"] == []
+    assert run(system, "bypass", "list") == "nothing is bypassed\n"
     assert scrape(system.daemon).value("bypass_active", scanner="clamd") == 0
     assert "no such bypass" in run(system, "bypass", "end", "clamd", status=1)
     assert [(line["event"], line.get("ended", "")[:3]) for line in audit(system)] == [
@@ -105,28 +107,32 @@ def explain(system: System) -> str:
 
 
 def test_a_bypass_ends_to_the_second_though_the_supervisor_sleeps(lab_directory: Path) -> None:
-    system = System(lab_directory / "ends", controls={"options": "clamglobal 1\n"}, settings=STOPPED)
-    end = time.time() + 6
+    passed = [mail_until_the_end(lab_directory / "ends-0", 4)]
+    if not passed[-1]:  # a busy machine took longer than that to start
+        passed.append(mail_until_the_end(lab_directory / "ends-1", 40))
+    assert passed[-1], "mail has to pass before the end"
+
+
+def mail_until_the_end(directory: Path, seconds: float) -> int:
+    """How many messages passed by a bypass that lasts for so long, the daemon's start included."""
+    system = System(directory, controls={"options": "clamglobal 1\n"}, settings=STOPPED)
+    end = time.time() + seconds
     order = {"scanner": "clamd", "since": end - 60, "until": end, "reason": "r", "by": "root", "origins": []}
     (system.directory / "state" / "bypass.json").write_text(json.dumps([order]))
+    passed = 0
     with system:
-        passed = 0
-        asleep = False
         while True:
             before = time.time()
-            done = system.deliver(PLAIN)
-            if done.status:
+            if system.deliver(PLAIN).status:
                 assert time.time() >= end, "deferred while the bypass still held"
                 break
             assert before < end, "passed after the end"
             passed += 1
-            if not asleep:
-                system.daemon.signal(signal.SIGSTOP)
-                asleep = True
-        assert passed
+            system.daemon.signal(signal.SIGSTOP)
         system.daemon.signal(signal.SIGCONT)
         assert system.daemon.wait_for("bypass.end")[0]["ended"] == "expired"
         until(lambda: (system.directory / "state" / "bypass.json").read_text() == "[]\n", "the file is clean")
+    return passed
 
 
 def test_a_bypass_survives_a_kill_of_everything(make_system: Make) -> None:
@@ -251,6 +257,7 @@ def test_a_drain_under_load_loses_and_refuses_nothing(make_system: Make) -> None
         code, text = get(address(system.daemon), "/ready")
         assert (code, text.split(":")[0]) == (503, "draining")
         assert scrape(system.daemon).value("drained") == 1
+        assert run(system, "bypass", "list").startswith("drained\tall mail\tresume\t")
         came = len(load.results)
 
         os.kill(system.daemon.workers()[0], signal.SIGKILL)

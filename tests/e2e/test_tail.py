@@ -141,11 +141,14 @@ def test_it_ends_when_its_reader_goes_though_nothing_happens(make_system: Callab
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
-        while not select.select([process.stdout], [], [], 0)[0]:
-            system.deliver(mails.PLAIN, NOBODY)
-        process.stdout.close()
-        assert process.wait(WAIT) == 0
-        assert process.stderr.read() == b""
+        try:
+            while not select.select([process.stdout], [], [], 0)[0]:
+                system.deliver(mails.PLAIN, NOBODY)
+            process.stdout.close()
+            assert process.wait(WAIT) == 0
+            assert process.stderr.read() == b""
+        finally:
+            process.kill()
 
 
 def test_nothing_that_a_sender_wrote_drives_the_terminal(follow: Callable[..., tuple[System, Follower]]) -> None:

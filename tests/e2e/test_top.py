@@ -131,10 +131,13 @@ def test_json_is_one_object_in_a_line_until_the_reader_goes(make_system: Callabl
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
-        found = [json.loads(process.stdout.readline()) for _ in range(2)]
-        process.stdout.close()
-        assert process.wait(WAIT) == 0
-        assert process.stderr.read() == b""
+        try:
+            found = [json.loads(process.stdout.readline()) for _ in range(2)]
+            process.stdout.close()
+            assert process.wait(WAIT) == 0
+            assert process.stderr.read() == b""
+        finally:
+            process.kill()
     assert [each["glance"]["ok"] for each in found] == [True, True]
     assert found[1]["rates"]["seconds"] > found[0]["rates"]["seconds"]
     assert found[1]["status"]["state"] == "ready"

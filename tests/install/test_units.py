@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lab.hook
 import pytest
 from install import sandbox
 from lab.daemon import Daemon
@@ -110,11 +111,19 @@ def test_the_daemon_works_under_the_filters_of_its_unit(tmp_path: Path) -> None:
     )
     settings = {"clamd": {"backends": []}, "spamd": {"backends": []}, "signatures": {"thread_above": 1000}}
     daemon = Daemon(settings, command=(sys.executable, str(launcher)))
+    conf = daemon.directory / "queue.conf"
+    conf.write_text(f"socket {daemon.socket}\n")
+    program = lab.hook.build(tmp_path)
+    daemon.configure(settings | {"canary": {"enabled": True, "hook": str(program), "conf": str(conf)}})
     (daemon.directory / "control" / "options").write_text("clamglobal 1\nchksignature 1\nchkloadertype 1\n")
     with daemon:
         for size in (10, 100_000):  # in the event loop, and in a thread
             answer = offer(daemon.socket, b"Subject: test\n\n" + b"text\n" * size)
             assert answer.action is hook.Action.QUEUE
+        (sung,) = daemon.wait_for("canary.done")  # the hook starts, and finds its way, in there as well
+        assert sung["results"] == {
+            "clean": "passed", "eicar": "skipped", "gtube": "skipped", "signature": "caught"
+        }  # fmt: skip
         (worker, *_) = daemon.workers()
         status = Path(f"/proc/{worker}/status").read_text()
         assert "Seccomp:\t2" in status

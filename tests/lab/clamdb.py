@@ -1,7 +1,7 @@
 """Databases that a real clamd or freshclam takes for the official daily one, made in a moment and not signed.
 
-``daily.cud`` is for clamd, which loads unsigned ones under that name and says their number in VERSION; freshclam reads only
-the 512 bytes at the beginning. Format: libclamav's cvd files are such a header and a tar with ``daily.info``.
+``daily.cud`` is for clamd, which loads unsigned ones under that name and says their number in VERSION; freshclam
+reads only the 512 bytes at the beginning. Format: cvd files are such a header and a tar with ``daily.info``.
 """
 
 import hashlib

@@ -1,6 +1,7 @@
 """What the source says about its log lines: every call of a logger with its event, its level and its fields.
 
-As a program it brings the tables in docs/logs.md up to date: ``PYTHONPATH=.:tests python -m lab.events``.
+As a program it brings the tables in docs/logs.md and the events in etc/log-schema.json up to date:
+``PYTHONPATH=.:tests python -m lab.events``. New fields are described in the schema by hand.
 """
 
 import ast
@@ -15,6 +16,7 @@ from contentfilter.ops.log import EVENTS
 from contentfilter.verdict.record import Record
 
 ROOT = Path(__file__).resolve().parents[2]
+SCHEMA = ROOT / "etc" / "log-schema.json"
 
 LEVELS = ("debug", "info", "warning", "error", "exception")
 
@@ -79,7 +81,7 @@ def fields_of(event: str, source: dict[str, Said]) -> set[str]:
 
 def schema() -> dict[str, Any]:
     """etc/log-schema.json."""
-    return json.loads((ROOT / "etc" / "log-schema.json").read_text())  # type: ignore[no-any-return]
+    return json.loads(SCHEMA.read_text())  # type: ignore[no-any-return]
 
 
 def document() -> str:
@@ -103,5 +105,12 @@ def type_of(about: dict[str, Any]) -> str:
     return " or ".join([kind] if isinstance(kind, str) else kind)
 
 
+def schema_text() -> str:
+    """etc/log-schema.json with the events of the source. Fields and their meanings are written by hand."""
+    text = SCHEMA.read_text()
+    return re.sub(r'(?<="enum": )\["bus[^]]*\]', json.dumps(sorted(EVENTS)), text, count=1)
+
+
 if __name__ == "__main__":
+    SCHEMA.write_text(schema_text())
     (ROOT / "docs" / "logs.md").write_text(document())

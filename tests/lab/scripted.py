@@ -14,6 +14,8 @@ from pathlib import Path
 
 from lab.peers import WAIT, Peer, read_clamd, read_spamd
 
+from contentfilter.scanners.clamd import TEST_VIRUS
+
 LATE = "late"  # either of them: no answer at all
 
 CLAMD_FAULTS = {
@@ -71,7 +73,8 @@ def _clamd(peer: Peer, sock: socket.socket) -> None:
             return sock.sendall(b"PONG\0")
         if b"VERSION" in data:
             return sock.sendall(b"ClamAV 1.4.0/27000/Mon Jan  1 00:00:00 2024\0")
-        word = script(os.pread(fds[0], 65536, 0)).get("clamd", "clean")
+        message = os.pread(fds[0], 65536, 0)
+        word = "Eicar" if message == TEST_VIRUS else script(message).get("clamd", "clean")
     if word == "clean":
         return sock.sendall(b"fd[10]: OK\0")
     if word == LATE:

@@ -154,7 +154,20 @@ def test_a_mark_holds_while_a_hook_offers_its_message_again() -> None:
         (environ() | {b"RELAYCLIENT": b""}, KEY, b"m", NOW),
         ({b"CONTENTFILTER_CANARY": environ()[b"CONTENTFILTER_CANARY"] + b"\n"}, KEY, b"m", NOW),
     ],
-    ids=["none", "empty", "junk", "forged", "no key", "other bytes", "late", "early", "unknown", "smtp", "relay", "tail"],
+    ids=[
+        "none",
+        "empty",
+        "junk",
+        "forged",
+        "no key",
+        "other bytes",
+        "late",
+        "early",
+        "unknown",
+        "smtp",
+        "relay",
+        "tail",
+    ],
 )
 def test_anything_else_is_mail(what, key, message, now) -> None:
     assert recognise(what, key, message, now) is None

@@ -125,6 +125,17 @@ def test_memory_is_bounded_whatever_comes_in() -> None:
     assert weight(kept) < 12_000_000
 
 
+def test_a_minute_knows_so_many_rules_and_no_more() -> None:
+    kept = History()
+    for number in range(5_000):
+        kept.event(MAIL | {"decision": "reject", "rule": f"clamd: {number}"}, b"", NOON)
+    before = weight(kept)
+    for number in range(5_000, 20_000):
+        kept.event(MAIL | {"decision": "reject", "rule": f"clamd: {number}"}, b"", NOON)
+    assert weight(kept) - before < 2_000
+    assert kept.window(60, NOON).rejected["other"] == 20_000 - history.RULES_MAX
+
+
 @pytest.mark.parametrize(
     "wrong",
     [{"ms": "soon"}, {"ms": float("nan")}, {"ms": -1}, {"size": 1e300}, {"scans": 7}, {"decision": "???"}, {"rule": 5}],

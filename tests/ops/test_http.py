@@ -102,6 +102,20 @@ async def test_a_query_is_not_a_part_of_the_page(running: Running) -> None:
     assert (await running.ask(b"GET /hello?a=b HTTP/1.1\r\n\r\n"))[0] == 200
 
 
+@pytest.mark.asyncio
+async def test_a_page_may_bring_fields_of_its_own_and_private_ones_go_by_our_names() -> None:
+    async def own(accept: str) -> Response:
+        return Response(b"x", header={"X-Own": "yes"})
+
+    log = Log()
+    server = Server({"/own": own, "/open": own}, log, private=("/own",), names=("Mail.example",))  # type: ignore[arg-type]
+    for host, expected in ((b"mail.EXAMPLE:9464", 200), (b"other.example", 421), (b"[::1]:1", 200), (b"a\xffb", 421)):
+        status, header, body = parsed(await server.answer(b"GET /own HTTP/1.1\r\nHost: " + host + b"\r\n\r\n"))
+        assert (status, header.get("X-Own")) == (expected, "yes" if expected == 200 else None)
+        assert (body == b"x") == (expected == 200)
+    assert parsed(await server.answer(b"GET /open HTTP/1.1\r\nHost: other.example\r\n\r\n"))[0] == 200
+
+
 @pytest.mark.parametrize(
     ("request_line", "expected"),
     [

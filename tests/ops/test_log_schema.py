@@ -17,7 +17,7 @@ def test_the_tables_of_the_document_are_those_of_the_source() -> None:
 
 def test_the_schema_knows_every_event_and_every_field_and_no_other() -> None:
     properties, source = schema()["properties"], said()
-    assert properties["event"]["enum"] == sorted(EVENTS)
+    assert properties["event"]["enum"] == sorted(EVENTS), "run: PYTHONPATH=.:tests python -m lab.events"
     assert set(properties["level"]["enum"]) == set(SEVERITIES)
     used = set(COMMON).union(*(fields_of(event, source) for event in EVENTS))
     assert used - set(properties) == set(), "describe them in etc/log-schema.json"

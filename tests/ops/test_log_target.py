@@ -92,6 +92,17 @@ def test_a_syslogd_that_was_restarted_gets_the_next_line(path: Path) -> None:
     assert instead.lines == [(b"two\n", "info")], "what nobody took goes to standard error, whole"
 
 
+def test_a_restart_between_two_lines_loses_none(path: Path) -> None:
+    instead = Kept()
+    syslog, first = Syslog(str(path), "", instead), Syslogd(path)
+    syslog.write(b"one\n", "info")
+    first.socket.close()
+    second = Syslogd(path)
+    syslog.write(b"two\n", "info")
+    assert [line.rpartition(b" ")[2] for line in second.lines()] == [b"two"]
+    assert instead.lines == []
+
+
 def test_a_syslogd_that_does_not_read_is_not_waited_for(path: Path) -> None:
     instead = Kept()
     syslogd, syslog = Syslogd(path), Syslog(str(path), "", instead)

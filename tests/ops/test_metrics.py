@@ -344,6 +344,7 @@ def known(name: str) -> metrics.Metric:
 
 def test_every_metric_of_the_dashboard_and_the_alerts_is_one_that_somebody_feeds() -> None:
     """What stands in SEEN is filled by the monitor; a name that nobody yields would be an empty graph."""
-    sources = [(ROOT / "contentfilter" / path).read_text() for path in ("service/monitor.py", "service/probe.py", "ops/measure.py")]
+    package = ROOT / "contentfilter"
+    sources = [path.read_text() for path in (*(package / "service").glob("*.py"), package / "ops" / "measure.py")]
     fed = set(re.findall(r'"(contentfilter_\w+)"', "".join(sources)))
     assert fed == {metric.name for metric in metrics.SEEN}

@@ -171,6 +171,9 @@ def test_an_address_or_localhost_is_answered(site: Site, host: str) -> None:
         ("Host: localhost.evil.example",),
         ("Host: [localhost]",),
         ("Host: evil.example@127.0.0.1",),
+        ("Host: 127.0.0.1@evil.example",),
+        ("Host: [::1].evil.example",),
+        ("Host: 127.0.0.1:80.evil.example",),
         ("Host: 127.0.0.1", "Host: evil.example"),
         ("Host: ",),
         ("Accept: */*",),
@@ -392,6 +395,10 @@ def test_the_browser_would_refuse_what_slipped_in(browser: Browser, site: Site) 
         node => { const i = document.createElement("img"); i.src = "/live"; node.append(i) },
         node => { const f = document.createElement("iframe"); f.src = "/live"; node.append(f) },
     ]) { const node = document.createElement("div"); document.body.append(node); try { attempt(node) } catch {} }""")
+    markup = (
+        "(() => { try { document.createElement('b').innerHTML = 'x'; return 'set' } catch { return 'refused' } })()"
+    )
+    assert browser.evaluate(markup) == "refused"
     assert browser.evaluate("fetch('http://127.0.0.1:1/').then(() => 1, () => 0)") == 0
     assert browser.evaluate("typeof window.hit") == "undefined"
     assert len([line for line in browser.console if "Content Security Policy" in line]) >= 4

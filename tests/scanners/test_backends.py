@@ -340,3 +340,42 @@ async def test_a_failed_question_keeps_nothing_alive() -> None:
     del ask, payload
     gc.collect()
     assert gone() is None
+
+
+async def test_what_is_told_of_a_backend_is_how_it_stands_now() -> None:
+    clock = Clock()
+    pool = Pool("clamd", (A,), 2, clock)
+    (told,) = pool.describe()
+    assert (told.scanner, told.backend, told.state, told.answered, told.limit) == ("clamd", "unix:/a", "well", None, 2)
+    for _ in range(2):
+        with pytest.raises(BackendError):
+            await pool.run(Script(down(Cause.BAD_REPLY)), soon())
+        clock.now += 10
+    (told,) = pool.describe()
+    assert (told.state, told.failures, told.cause) == ("doubtful", 2, "bad-reply")
+    assert (told.since, told.failed) == (20, 10)  # the first and the last of them
+    with pytest.raises(BackendError):
+        await pool.run(Script(down()), soon())
+    (told,) = pool.describe()
+    assert (told.state, told.failures, told.cause, told.since) == ("resting", 3, "down", 20)
+    clock.now += LONGEST_REST
+    await pool.run(Script(), soon())
+    clock.now += 4
+    (told,) = pool.describe()
+    assert (told.state, told.failures, told.cause, told.since, told.answered) == ("well", 0, "", 0, 4)
+
+
+async def test_what_is_told_counts_who_is_asked_and_who_waits() -> None:
+    pool = Pool("clamd", (A,), 1)
+    gate = asyncio.Event()
+
+    async def ask(address: Address) -> None:
+        await gate.wait()
+
+    tasks = [asyncio.create_task(pool.run(ask, soon())) for _ in range(3)]
+    while pool.describe()[0].waiting < 2:
+        await asyncio.sleep(0)
+    assert (pool.describe()[0].outstanding, pool.describe()[0].limit) == (1, 1)
+    gate.set()
+    await asyncio.gather(*tasks)
+    assert (pool.describe()[0].outstanding, pool.describe()[0].waiting) == (0, 0)

@@ -25,9 +25,11 @@ from lab.peers import Peer, read_clamd
 from lab.process import ask
 from scanners.test_clamd import LETTER, PADDING, fault, scan, scanner
 
+from contentfilter.config import settings
 from contentfilter.deadline import Deadline
 from contentfilter.errors import BackendError, Cause, LocalProtocolError
 from contentfilter.model import Message, ScanOutcome, ScanStatus
+from contentfilter.scanners.clamd import ClamdScanner
 from contentfilter.wire import clamd as wire
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("nothing_left")]
@@ -48,6 +50,15 @@ async def at_work(own: Clamd, task: "asyncio.Task[ScanOutcome]", command: str) -
         if command in await asyncio.to_thread(clamd_package.ClamdUnixSocket(own.socket).stats):
             return
     raise AssertionError("the scan was over before clamd could be disturbed")
+
+
+async def stopped(pid: int) -> None:
+    """Return when no thread of it runs any more: the signal does not wait for that."""
+    end = time.monotonic() + 20
+    tasks = list(Path(f"/proc/{pid}/task").glob("*/stat"))
+    while any(task.read_text().rpartition(")")[2].split()[0] != "T" for task in tasks):
+        assert time.monotonic() < end
+        await asyncio.sleep(0.002)
 
 
 # ---------------------------------------------------------------- ended while it scans
@@ -107,6 +118,7 @@ async def test_what_is_no_regular_file_is_streamed(clamd: Clamd, message) -> Non
 async def test_a_full_listen_queue_of_a_stopped_clamd_is_waited_for(lab_directory: Path, message) -> None:
     with running(lab_directory / "queue", "MaxConnectionQueueLength 2") as own:
         own.signal(signal.SIGSTOP)
+        await stopped(own.pid)
         taken = peers.fill_listen_queue(own.socket)
         try:
             assert (await fault(own.backend, message(EICAR), 0.2)).cause is Cause.BUSY
@@ -189,6 +201,66 @@ async def test_without_its_directory_for_temporary_files_a_streamed_message_is_n
         (own.directory / "tmp").mkdir(mode=0o777)
         (own.directory / "tmp").chmod(0o777)
         assert (await scan(own.tcp_backend, message(LETTER + EICAR))).status is ScanStatus.FOUND
+
+
+# ---------------------------------------------------------------- a clamd that says OK to everything
+
+
+async def test_a_clamd_that_cannot_write_temporary_files_finds_nothing_and_is_not_believed(
+    lab_directory: Path, message
+) -> None:
+    """Given a descriptor, it answers OK to EICAR itself."""
+    with running(lab_directory / "blindly") as own:
+        now = 0.0
+        one = scanner(own.backend, proof=10.0)
+        timed = ClamdScanner(settings.Clamd(backends=(own.backend,)), clock=lambda: now)
+        assert (await timed.scan(message(LETTER), Deadline.after(5))).status is ScanStatus.CLEAN
+        shutil.rmtree(own.directory / "tmp")
+        trap = await scan(own.backend, message(EICAR))
+        assert trap.status is ScanStatus.CLEAN, "this clamd has no such trap any more"
+        for content in (EICAR, LETTER + EICAR, LETTER):
+            with pytest.raises(BackendError, match="does not find the test virus") as caught:
+                await scanner(own.backend, proof=10.0).scan(message(content), Deadline.after(5))
+            assert caught.value.cause is Cause.BAD_REPLY
+        now += 10.0  # the first proof has run out
+        with pytest.raises(BackendError, match="does not find the test virus"):
+            await timed.scan(message(LETTER), Deadline.after(5))
+        (own.directory / "tmp").mkdir(mode=0o777)
+        (own.directory / "tmp").chmod(0o777)
+        assert (await one.scan(message(LETTER), Deadline.after(5))).status is ScanStatus.CLEAN
+        assert (await one.scan(message(LETTER + EICAR), Deadline.after(5))).status is ScanStatus.FOUND
+
+
+def finds_eicar(peer: Peer, sock: socket.socket) -> None:
+    """A clamd that counts the test viruses among what it is given."""
+    data, fds, _, _ = socket.recv_fds(sock, 4096, 4)
+    try:
+        infected = os.pread(fds[0], 100, 0) == EICAR
+    finally:
+        os.close(fds[0])
+    if infected:
+        peer.seen.append(data)
+    sock.sendall(b"fd[9]: Eicar FOUND\0" if infected else b"fd[9]: OK\0")
+
+
+async def test_one_proof_serves_all_messages_of_its_time(tmp_path: Path, message) -> None:
+    now = 0.0
+    with Peer(tmp_path, finds_eicar, read_clamd, backlog=64) as peer:
+        one = ClamdScanner(settings.Clamd(backends=(peer.backend,)), clock=lambda: now)
+        for proofs in (1, 2):
+            scans = [one.scan(message(LETTER + b"%d" % number), Deadline.after(20)) for number in range(30)]
+            assert {outcome.status for outcome in await asyncio.gather(*scans)} == {ScanStatus.CLEAN}
+            assert len(peer.seen) == proofs
+            now += 10.0
+        assert (await one.scan(message(EICAR), Deadline.after(20))).status is ScanStatus.FOUND
+        assert len(peer.seen) == 3, "what is found needs no proof"
+
+
+async def test_a_clamd_that_hangs_over_the_proof_is_a_timeout(tmp_path: Path, message) -> None:
+    talk = peers.in_turn(peers.says(b"fd[5]: OK\0"), peers.says_and_stays(b""))
+    with Peer(tmp_path, talk, read_clamd) as peer:
+        error = await fault(peer.backend, message(LETTER), 0.5, proof=10.0)
+    assert error.cause is Cause.TIMEOUT
 
 
 # ---------------------------------------------------------------- how long a try may take

@@ -69,6 +69,7 @@ def test_a_bad_line_is_reported_once_and_skipped() -> None:
     assert "shorter than 4" in problems[0].text
     assert "'-' is not a base64 letter" in problems[1].text
     assert "twice" in problems[5].text
+    assert [p.warning for p in problems] == [False] * 5 + [True], "a repeated line changes nothing"
 
 
 def test_a_loader_type_has_no_wildcard() -> None:

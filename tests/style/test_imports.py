@@ -25,7 +25,8 @@ LAYERS = (
 # Add a module if it computes only.
 PURE = {
     "base64", "binascii", "bisect", "collections", "collections.abc", "dataclasses", "datetime", "enum", "functools",
-    "heapq", "ipaddress", "itertools", "math", "operator", "re", "string", "struct", "typing", "unicodedata", "zlib",
+    "heapq", "ipaddress", "itertools", "math", "operator", "re", "string", "struct", "types", "typing",
+    "unicodedata", "zlib",
 }  # fmt: skip
 PURE_OURS = ("errors", "model", "config.settings", "wire", "policy")
 

@@ -50,7 +50,7 @@ def test_the_wheel_brings_package_hook_and_samples() -> None:
     assert os.access(prefix / "bin" / "contentfilter-queue", os.X_OK)
     assert os.access(prefix / "bin" / "contentfilter", os.X_OK)
     package = Path(contentfilter.__file__).parent
-    for source in PACKAGE.rglob("*.py"):
+    for source in (*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.html")):
         assert (package / source.relative_to(PACKAGE)).read_bytes() == source.read_bytes(), relative(source)
     for sample in filter(Path.is_file, (ROOT / "etc").rglob("*")):
         manual = sample.parent.name == "man"

@@ -1,0 +1,66 @@
+"""Commands that save something and then tell the daemon: what they say when it takes no orders from them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from lab.daemon import toml
+
+from contentfilter.cli.main import cli
+from contentfilter.service import bus, frames
+
+WHY = "only root and the daemon's user may do that, not uid 7"
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Settings for a daemon that refuses everything."""
+    for name in ("state", "control", "run"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "control" / "clamavclients").write_text("@protected.example\n")
+    path = tmp_path / "contentfilter.toml"
+    path.write_text(toml({"service": {name: str(tmp_path / name) for name in ("state", "control", "run")}}))
+    monkeypatch.setattr(bus, "ask", lambda *_: frames.Refused(WHY))
+    return path
+
+
+def run(config: Path, *words: str) -> Result:
+    return CliRunner().invoke(cli, ["--config", str(config), *words])
+
+
+def test_allow_says_that_it_is_saved_but_not_live(config: Path) -> None:
+    done = run(config, "allow", "add", "Sig.1", "--for", "1h", "--reason", "r")
+    assert done.exit_code == 1
+    assert f"saved, but not live yet: {WHY}" in done.output
+    assert "Sig.1" in (config.parent / "state" / "allow.json").read_text()
+
+
+def test_accept_says_that_it_is_noted_but_not_in_force(config: Path) -> None:
+    checksum = json.loads(run(config, "clients", "diff", "--json").output)["checksum"]
+    done = run(config, "clients", "accept", checksum)
+    assert done.exit_code == 1
+    assert f"accepted, but not in force yet: {WHY}" in done.output
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("bypass", "clamd", "--for", "1h", "--reason", "r"),
+        ("bypass", "end", "all"),
+        ("bypass", "list"),
+        ("drain",),
+        ("resume",),
+    ],
+)
+def test_an_order_that_is_refused_says_why(config: Path, words: tuple[str, ...]) -> None:
+    done = run(config, *words)
+    assert (done.exit_code, done.output) == (1, f"contentfilter: {WHY}\n")
+
+
+def test_who_may_not_ask_is_told_so_and_not_that_nobody_is_there(config: Path, monkeypatch: Any) -> None:
+    (config.parent / "run" / "control.sock").touch()
+    monkeypatch.setattr(bus, "ask", lambda *_: None)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert "try again as root" in run(config, "resume").output

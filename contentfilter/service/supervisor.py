@@ -220,6 +220,7 @@ class Supervisor:
             await self._configuration.heard(process)
 
     async def _publish(self, event: frames.Event) -> None:
+        self._monitor.remote.publish(event)
         try:
             await self._bus.publish(event)
         except zmq.Again:

@@ -55,8 +55,8 @@ class Keeper:
         """Bring the snapshot up to date. Returns whether it is another one now, and the rows that were left out.
 
         ``anew`` reads the source even where it looks unchanged. Raises ConfigError with ``anew`` for what does not mend
-        itself: a table file that cannot be read, a snapshot that cannot be written. Everything else is a trouble, and so
-        is a full disk at the start where an earlier run left a sound snapshot.
+        itself: a table file that cannot be read, a snapshot that cannot be written. Everything else is a trouble,
+        and so is a full disk at the start where an earlier run left a sound snapshot.
         """
         path = os.path.join(settings.service.state, FILE)
         start = path != self._path

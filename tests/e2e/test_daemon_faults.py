@@ -1,4 +1,4 @@
-"""Disk, memory, run directory, supervisor, clock, scanners and clients fail around a running daemon: mail goes on or waits."""
+"""Disk, memory, run directory, supervisor, clock, scanners and clients fail around a daemon: mail goes on or waits."""
 
 import contextlib
 import os
@@ -69,9 +69,7 @@ def test_a_full_state_directory_costs_entries_and_no_mail(
     make_system: MakeSystem, clamd: Any, lab_directory: Path
 ) -> None:
     with small_disk(lab_directory / "state-full") as state:
-        system = make_system(
-            clamd=clamd, settings={"service": {"state": str(state)}, "clamd": {"action": "remove"}}
-        )
+        system = make_system(clamd=clamd, settings={"service": {"state": str(state)}, "clamd": {"action": "remove"}})
         assert system.deliver(PLAIN, ONE).status == 0
 
         ballast = fill(state)
@@ -139,7 +137,7 @@ def test_a_worker_without_memory_defers_or_is_replaced_and_loses_nothing(make_sy
 
 
 def test_the_run_directory_is_emptied_and_mail_goes_on(make_system: MakeSystem, lab_directory: Path) -> None:
-    """Also after a worker has died, though the one that takes its place cannot find the supervisor. status gets no answer."""
+    """Also after a worker has died, though its successor cannot find the supervisor. ``status`` gets no answer."""
     run = lab_directory / "run-emptied"
     run.mkdir()
     system = make_system(settings={"service": {"run": str(run), "stuck_after": 2.0}})
@@ -188,7 +186,7 @@ def test_a_supervisor_that_stands_still_stops_no_mail(make_system: MakeSystem) -
 
 # The clock
 
-CLOCK = '''
+CLOCK = """
 import os, time
 _time, _ns = time.time, time.time_ns
 def _ahead():
@@ -199,7 +197,7 @@ def _ahead():
         return 0
 time.time = lambda: _time() + _ahead()
 time.time_ns = lambda: _ns() + _ahead() * 1_000_000_000
-'''
+"""
 
 
 @pytest.mark.parametrize("ahead", [400 * 86_400, -400 * 86_400], ids=["forward", "back"])

@@ -1,7 +1,7 @@
 """Every system call of the hook fails once in every way: no mail is acknowledged that is not queued, none is queued
 twice behind an error, none is refused for good, nobody waits too long, and nothing stays behind.
 
-By default a sample with every call and every error in it; CONTENTFILTER_FAULTS=all (`make faults`) tries each with each.
+By default a sample with every call and every error in it; CONTENTFILTER_FAULTS=all (`make faults`) tries all.
 """
 
 import os
@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from lab import hook, inject, standin
+from lab import hook, inject
 from lab.hook import Reply, accepted, split
 from lab.inject import ERRORS, MOVES, Bench, Fault, Outcome
 
@@ -65,14 +65,14 @@ Make = Callable[..., Bench]
 
 
 @pytest.fixture
-def bench(tmp_path: Path, standin_program: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Make]:
+def bench(tmp_path: Path, standin_program: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
     base = shared(tmp_path_factory)
     programs = (inject.build(base), hook.build(base, "impatient static"), standin_program)
 
     def make(reply: Reply | None, message: bytes = SMALL, **settings: object) -> Bench:
         return Bench(tmp_path / "b", programs, reply, message, **settings)
 
-    yield make
+    return make
 
 
 def sample(calls: list[str], thin: bool) -> list[Fault]:

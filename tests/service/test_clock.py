@@ -6,7 +6,6 @@ import pytest
 
 from contentfilter.service.clock import DAY, believable
 
-
 HOUR = 3600.0
 
 

@@ -59,7 +59,10 @@ async def test_every_round_does_all_chores_with_the_settings_of_then(house: Hous
         return Chore(name, run)
 
     lines = await house(
-        chore("one"), chore("two"), enough=enough, settings=lambda: Settings(service=Service(workers=next(workers), state="/nonexistent"))
+        chore("one"),
+        chore("two"),
+        enough=enough,
+        settings=lambda: Settings(service=Service(workers=next(workers), state="/nonexistent")),
     )
     assert seen[:6] == [("one", 2), ("two", 3), ("one", 5), ("two", 6), ("one", 8), ("two", 9)]  # each round asks, too
     assert [(line["event"], line["chore"], line["things"]) for line in lines[:2]] == [

@@ -32,6 +32,7 @@ _REQUIRED = re.compile(rb" required=[0-9.+-]+")
 _SUBJECT = re.compile(rb"^(Subject[ \t]*:)([^\n]*(?:\n[ \t][^\n]*)*)", re.IGNORECASE | re.MULTILINE)
 _WORD = re.compile(rb"=\?([!->@-~]{1,40})\?([bq])\?([ !->@-~]*)\?=", re.IGNORECASE)
 _BETWEEN = re.compile(rb"(\?=)[ \t]+(?==\?)")
+_NO_LINE_ENDS = bytes.maketrans(b"\r\0", b"  ")
 _REPLY = r"(?:(?:\w{1,5}(?:\[\d{1,3}\])?:|\[[^]]{1,40}\]) ?){0,10}"  # Re: AW: Re[2]: [a mailing list]
 _PIECE = 36  # bytes of an encoded word: 60 characters, so that it fits beside "Subject: "
 _FIELD = re.compile(rb"^([!-9;-~]+)[ \t]*:[^\n]*(?:\n[ \t][^\n]*)*\n?", re.MULTILINE)
@@ -61,8 +62,11 @@ def message_id(block: bytes) -> str:
 
 
 def spam_lines(block: bytes) -> bytes:
-    """SpamAssassin's own fields (X-Spam-…) out of the header block that its HEADERS command returned."""
-    text = block.replace(b"\r\n", b"\n")
+    """SpamAssassin's own fields (X-Spam-…) out of the header block that its HEADERS command returned.
+
+    A CR inside a line, where some readers would see another field begin, becomes a blank; a NUL, too.
+    """
+    text = block.replace(b"\r\n", b"\n").translate(_NO_LINE_ENDS)
     fields = (m.group(0) for m in _FIELD.finditer(text) if m.group(1)[:7].lower() == b"x-spam-")
     return b"".join(field if field.endswith(b"\n") else field + b"\n" for field in fields)
 

@@ -22,8 +22,11 @@ LINE_MAX = 76  # of a line with encoded words (RFC 2047, 2)
 SUBJECT_LOOK = 1000  # bytes of a subject in which its tag is looked for
 
 _MESSAGE_ID = re.compile(rb"^Message-ID[ \t]*:[ \t\r]*(?:\n[ \t]+)?([^\r\n]*)", re.IGNORECASE | re.MULTILINE)
-_OURS = re.compile(
-    rb"(?:^|(?<=\r))X-(ContentFilter|Virus-|Spam-)[!-9;-~]*(?=[ \t]*(?:\r?\n[ \t]+)*:)", re.IGNORECASE | re.MULTILINE
+_OURS = re.compile(  # readers that drop NULs must not be fooled either
+    rb"(?:^|(?<=\r))\0*X\0*-\0*("
+    + b"|".join(rb"\0*".join(b"%c" % letter for letter in name) for name in (b"ContentFilter", b"Virus-", b"Spam-"))
+    + rb")[^\r\n\t :]*(?=[ \t]*(?:\r?\n[ \t]+)*:)",
+    re.IGNORECASE | re.MULTILINE,
 )
 _OUR_NAMES = (b"x-contentfilter", b"x-virus-", b"x-spam-")
 _FLAG = re.compile(rb"^X-Spam-Flag:[^\n]*\n", re.IGNORECASE | re.MULTILINE)
@@ -90,11 +93,12 @@ def compose(
     """
 
     def rename(field: re.Match[bytes]) -> bytes:
-        return b"X-Received-" + field.group(0) if field.group(1).lower() in claimed else field.group(0)
+        family = field.group(1).replace(b"\0", b"").lower()
+        return b"X-Received-" + field.group(0) if family in claimed else field.group(0)
 
     ours = b"".join(lines)
     block = header_block(original)
-    lower = block.lower()  # most messages have none of them, and the pattern tries every byte
+    lower = block.replace(b"\0", b"").lower()  # most messages have none of them, and the pattern tries every byte
     renamed = _OURS.sub(rename, block) if any(name in lower for name in _OUR_NAMES) else block
     if subject_tag:
         renamed = _tagged(renamed, subject_tag)

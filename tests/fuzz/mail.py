@@ -30,7 +30,7 @@ TOP = b"Content-Type: multipart/mixed; boundary=frontier\n\n"
 def scan(data: bytes) -> None:
     """The walk stays inside the message, and a program behind the hostile bytes is found or the scan says that it gave up."""
     started = time.thread_time()
-    for leaf in mime.leaves(data, MARKS):
+    for leaf in mime.leaves(data, MARKS, mime.Effort()):
         assert 0 <= leaf.start < leaf.end <= len(data)
         assert len(leaf.path) <= mime.NESTED + 1
     WARLORD.scan(data)

@@ -1,6 +1,7 @@
 """Programs are found however they are wrapped; what is harmless is not; hostile mail costs no more than its size."""
 
 import base64
+import contextlib
 import io
 import mmap
 import random
@@ -8,6 +9,7 @@ import re
 import time
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from lab import programs
 from lab.programs import BASE64, BINARY, QUOTED, b64, mixed, qp, wrap
 
+from contentfilter.errors import BackendError, Cause
 from contentfilter.model import Scanner
 from contentfilter.scanners import mime
 from contentfilter.scanners import signatures as module
@@ -379,7 +382,8 @@ def cost(message: bytes) -> float:
     times = []
     for _ in range(2):
         start = time.process_time()
-        BOTH.scan(message)
+        with contextlib.suppress(BackendError):  # a limit
+            BOTH.scan(message)
         times.append(time.process_time() - start)
     return min(times)
 
@@ -395,7 +399,49 @@ def test_content_inside_content_is_paid_from_a_budget(monkeypatch: pytest.Monkey
     assert LOADERS.scan(message) is not None
     monkeypatch.setattr(module, "BUDGET", 0)
     monkeypatch.setattr(module, "DOCUMENT", 100_000)
-    assert LOADERS.scan(message) is None
+    with pytest.raises(BackendError) as limit:
+        LOADERS.scan(message)
+    assert limit.value.cause is Cause.LIMITS
+
+
+@pytest.mark.parametrize(
+    ("limit", "hides"),
+    [
+        ("PARTS", lambda: b"Content-Type: multipart/mixed; boundary=b\n\n" + b"--b\n\n" * 60),
+        ("LOOSE", lambda: b"a: b\n\n" + b"--x\n\n" * 60),
+        ("LOOSE", lambda: b"a: b\n\n" + b"begin 644 x\n" * 60),
+        ("DELIMITERS", lambda: b"a: b\n\n" + b"--x\n" * 60),
+        ("NESTED", lambda: b"Content-Type: message/rfc822\n\n" * 60),
+        (
+            "BOUNDARIES",
+            lambda: b"".join(b"--x\nContent-Type: multipart/mixed; boundary=b%d\n\n" % i for i in range(60)),
+        ),
+    ],
+)
+def test_who_hides_behind_a_limit_is_not_clean(
+    limit: str, hides: Callable[[], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """... and what was seen before the limit still decides; without the limit the same message is clean."""
+    message = hides()
+    before = getattr(mime, limit)
+    monkeypatch.setattr(mime, limit, 1000)
+    assert BOTH.scan(message) is None
+    monkeypatch.setattr(mime, limit, min(before, 50))
+    with pytest.raises(BackendError) as refused:
+        BOTH.scan(message)
+    assert refused.value.cause is Cause.LIMITS
+    assert refused.value.detail.isprintable()
+    assert BOTH.scan(mixed(BASE64, b64(MADE)) + b"\n" + message) is not None
+
+
+def test_parts_are_counted_through_all_encoded_content(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many encoded messages of few parts each are as many parts."""
+    inner = b64(b"Content-Type: multipart/mixed; boundary=i\n\n" + b"--i\n\nx\n" * 10)
+    message = b"Content-Type: multipart/mixed; boundary=o\n\n" + (b"--o\n" + BASE64 + b"\n" + inner) * 10
+    assert BOTH.scan(message) is None
+    monkeypatch.setattr(mime, "PARTS", 50)
+    with pytest.raises(BackendError):
+        BOTH.scan(message)
 
 
 def test_memory_does_not_grow_with_the_message(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ _MESSAGE_ID = re.compile(rb"^Message-ID[ \t]*:[ \t\r]*(?:\n[ \t]+)?([^\r\n]*)", 
 _OURS = re.compile(  # readers that drop NULs must not be fooled either
     rb"(?:^|(?<=\r))\0*X\0*-\0*("
     + b"|".join(rb"\0*".join(b"%c" % letter for letter in name) for name in (b"ContentFilter", b"Virus-", b"Spam-"))
-    + rb")[^\r\n\t :]*(?=[ \t]*(?:\r?\n[ \t]+)*:)",
+    + rb")[^\r\n\t :]*+(?=[ \t\0]*+(?:\r?\n[ \t\0]+)*:)",
     re.IGNORECASE | re.MULTILINE,
 )
 _OUR_NAMES = (b"x-contentfilter", b"x-virus-", b"x-spam-")

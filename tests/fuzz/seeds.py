@@ -1,9 +1,8 @@
 """Where fuzzing starts: a few legal inputs for each target, made by the product's own encoders.
 
-``seeds.py DIRECTORY`` writes them, one directory for each target. What fuzzing found on the way stands in corpus/.
+What fuzzing itself came upon stands in corpus/: inputs that reach what these don't, and every finding.
 """
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -113,13 +112,11 @@ def corpus(target: str) -> list[bytes]:
     return [path.read_bytes() for path in sorted((CORPUS / target).glob("*"))]
 
 
-def main() -> None:
+def write_seeds(directory: Path) -> list[str]:
+    """All of both, below ``directory``; returns the names of the targets."""
     for target, inputs in seeds().items():
-        directory = Path(sys.argv[1], target)
-        directory.mkdir(parents=True, exist_ok=True)
+        place = directory / target
+        place.mkdir(parents=True, exist_ok=True)
         for number, data in enumerate([*inputs, *corpus(target)]):
-            (directory / f"seed-{number}").write_bytes(data)
-
-
-if __name__ == "__main__":
-    main()
+            (place / f"seed-{number}").write_bytes(data)
+    return list(seeds())

@@ -14,10 +14,10 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests")]
 
-from lab.hostile import SHAPES
+from lab.hostile import SHAPES  # noqa: E402  # the path comes first
 
-from contentfilter.errors import BackendError
-from contentfilter.scanners.signatures import Engine, default_loadertypes, default_signatures
+from contentfilter.errors import BackendError  # noqa: E402  # the path comes first
+from contentfilter.scanners.signatures import Engine, default_loadertypes, default_signatures  # noqa: E402  # the path comes first
 
 TICK = 0.002
 

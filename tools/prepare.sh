@@ -16,6 +16,7 @@ gcc            gcc                                  setup demo bench test fuzz
 libc6-dev      /usr/include/stdio.h                 setup demo bench test fuzz
 musl-tools     musl-gcc                             setup demo bench test fuzz
 clang          clang                                fuzz
+libclang-rt-dev /usr/share/doc/libclang-rt-dev      fuzz
 clamav-daemon  clamd                                demo bench test
 spamd          spamd                                demo bench test
 mailfront      smtpfront-qmail                      test

@@ -22,10 +22,10 @@ LINE_MAX = 76  # of a line with encoded words (RFC 2047, 2)
 SUBJECT_LOOK = 1000  # bytes of a subject in which its tag is looked for
 
 _MESSAGE_ID = re.compile(rb"^Message-ID[ \t]*:[ \t\r]*(?:\n[ \t]+)?([^\r\n]*)", re.IGNORECASE | re.MULTILINE)
-_OURS = re.compile(  # readers that drop NULs must not be fooled either
+_OURS = re.compile(  # readers that drop NULs or take a name with blanks must not be fooled either
     rb"(?:^|(?<=\r))\0*X\0*-\0*("
     + b"|".join(rb"\0*".join(b"%c" % letter for letter in name) for name in (b"ContentFilter", b"Virus-", b"Spam-"))
-    + rb")[^\r\n\t :]*+(?=[ \t\0]*+(?:\r?\n[ \t\0]+)*:)",
+    + rb")[^\r\n\t :]*+(?=[^\r\n:]*+(?:\r?\n[ \t\0]+)*:)",
     re.IGNORECASE | re.MULTILINE,
 )
 _OUR_NAMES = (b"x-contentfilter", b"x-virus-", b"x-spam-")

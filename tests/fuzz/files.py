@@ -1,10 +1,11 @@
-"""Targets: what stands in files. Tables, controls, rule lists, contentfilter.toml, the quarantine's sidecars, queue.conf."""
+"""Targets: what stands in files. Tables, controls, rule lists, settings, the quarantine's sidecars, queue.conf."""
 
 import json
 import os
 import re
 
 import msgspec
+from fuzz.hook_library import hook_parsers
 
 from contentfilter.config.controls import PARAMETERS, _Taken
 from contentfilter.config.load import read_settings
@@ -14,7 +15,6 @@ from contentfilter.scanners.signatures import Engine, parse_loadertypes, parse_s
 from contentfilter.tables.owners import parse_owners
 from contentfilter.tables.rows import TABLES, parse_table, row_text
 from contentfilter.verdict import entry
-from fuzz.hook_library import hook_parsers
 
 
 def readable_problems(problems: tuple[Problem, ...]) -> None:
@@ -73,12 +73,13 @@ def toml(data: bytes) -> None:
 
 def sidecar(data: bytes) -> None:
     """One that is damaged or forged is refused; any other is shown and searched without a surprise."""
-    found = re.search(rb'"incident": ?"([A-Za-z0-9_-]{1,64})"', data)
+    found = re.search(rb'"incident": ?"([A-Za-z0-9][A-Za-z0-9_-]{0,63})"', data)
     incident = found[1].decode("ascii") if found else "a"
     try:
         read = entry.parse(incident, data)
     except QuarantineError as error:
-        assert str(error).startswith(incident)
+        if not str(error).startswith(incident):
+            raise
         return
     assert entry.valid_incident(incident) or not read.incident
     assert len(read.withheld) == len(read.withheld_from)

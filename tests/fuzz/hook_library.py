@@ -22,7 +22,9 @@ class HookParsers:
     def envelope(self, data: bytes, piece: int) -> tuple[int, int]:
         """The status that the hook would leave with, 0 if none, and how many bytes it would keep."""
         used = ctypes.c_size_t()
-        status = self.library.parse_envelope(data, ctypes.c_size_t(len(data)), ctypes.c_size_t(piece), ctypes.byref(used))
+        status = self.library.parse_envelope(
+            data, ctypes.c_size_t(len(data)), ctypes.c_size_t(piece), ctypes.byref(used)
+        )
         return status, used.value
 
     def answer(self, packet: bytes, body: bytes | None, message_size: int) -> str | None:
@@ -52,7 +54,19 @@ def hook_parsers() -> HookParsers:
     """Compiled once for each process; some seconds."""
     with tempfile.TemporaryDirectory() as directory:
         path = os.path.join(directory, "hook_parsers.so")
-        command = ["gcc", "-O1", "-std=gnu11", "-D_GNU_SOURCE", "-w", "-shared", "-fPIC", f"-I{HOOK}", "-o", path, SOURCE]
+        command = [
+            "gcc",
+            "-O1",
+            "-std=gnu11",
+            "-D_GNU_SOURCE",
+            "-w",
+            "-shared",
+            "-fPIC",
+            f"-I{HOOK}",
+            "-o",
+            path,
+            SOURCE,
+        ]
         subprocess.run(command, check=True)
         library = ctypes.CDLL(path)
     library.make_request.restype = ctypes.c_size_t

@@ -1,6 +1,5 @@
 """Targets: the message itself. The MIME walk and its decoders, the signature scan, header lines, the release's mark."""
 
-import base64
 import binascii
 import email.parser
 import email.policy
@@ -28,7 +27,7 @@ TOP = b"Content-Type: multipart/mixed; boundary=frontier\n\n"
 
 
 def scan(data: bytes) -> None:
-    """The walk stays inside the message, and a program behind the hostile bytes is found or the scan says that it gave up."""
+    """The walk stays inside the message; a program behind the hostile bytes is found, or the scan says that it gave up."""
     started = time.thread_time()
     for leaf in mime.leaves(data, MARKS, mime.Effort()):
         assert 0 <= leaf.start < leaf.end <= len(data)
@@ -44,8 +43,7 @@ def finds(message: bytes) -> bool:
     try:
         return BOTH.scan(message) is not None
     except BackendError as error:
-        assert error.cause is Cause.LIMITS
-        return True
+        return error.cause is Cause.LIMITS
 
 
 def decoders(data: bytes) -> None:
@@ -73,7 +71,9 @@ def header_lines(data: bytes) -> None:
     assert delivered.endswith(message[len(headers.header_block(message)) :])
     block = delivered[len(LINES[0]) :]
     for name in (b"x-contentfilter", b"x-virus-", b"x-spam-"):
-        assert not any(line.lstrip(b"\0").lower().startswith(name) and b":" in line for line in field_lines(block)), name
+        assert not any(line.lstrip(b"\0").lower().startswith(name) and b":" in line for line in field_lines(block)), (
+            name
+        )
     again, cut = headers.compose(block, LINES, ALL, tag)
     assert again + block[cut:] == delivered
     parsed = email.parser.BytesHeaderParser(policy=email.policy.compat32).parsebytes(LINES[0] + block)

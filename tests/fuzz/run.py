@@ -1,4 +1,4 @@
-"""Fuzzing by hand or by ``make fuzz``: each target for some seconds, one after the other; findings end it with status 1.
+"""Fuzzing, by hand or by ``make fuzz``: each target for some seconds, one after the other. Status 1: findings.
 
 Python's targets run under atheris, the hook's own parsers under libFuzzer with sanitizers. What was learned stays in
 build/fuzz, and the next run goes on from there. An input that breaks a promise is printed with its path: put it into
@@ -62,7 +62,10 @@ def run(name: str, seconds: int) -> bool:
         said = log.read()
     runs = re.findall(rb"^(?:Done (\d+) runs|#(\d+)\s)", said, re.MULTILINE)
     count = int(max(runs[-1])) if runs else 0
-    print(f"{name:16} {count:>10} runs  {'ok' if not done.returncode else f'FOUND: see {log.name}, {findings}'}", flush=True)
+    print(
+        f"{name:16} {count:>10} runs  {'ok' if not done.returncode else f'FOUND: see {log.name}, {findings}'}",
+        flush=True,
+    )
     return not done.returncode
 
 

@@ -39,7 +39,7 @@ SPAMD = (
 MAIL = (
     b"Subject: Re: hello\nMessage-ID: <a@example.org>\nX-Virus-Status: Clean\nx-spam-status: No\n folded\n\nbody\n",
     b"Subject: =?utf-8?q?gr=C3=BC=C3=9Fe?=\r\n =?utf-8?b?QUJD?=\r\nX-ContentFilter : a\r\n\r\nbody\r\n",
-    b"Content-Type: multipart/mixed;\n\tboundary*0=\"a\"\n\n--a\nContent-Type: message/rfc822\n\n\n--a--\n--b\n\n",
+    b'Content-Type: multipart/mixed;\n\tboundary*0="a"\n\n--a\nContent-Type: message/rfc822\n\n\n--a--\n--b\n\n',
     b"\nbegin 644 x\n#35J0\n`\nend\nbegin-base64 644 y\nTVqQ\n====\n=3D=\n",
     b"Content-Transfer-Encoding: base64\n\nVFZxUUFBTUFBQUFFQUFBQS8vOEFBTGdBQUFBQQ==\n",
 )
@@ -85,10 +85,15 @@ def _files() -> dict[str, list[bytes]]:
     )
     conf = b"# c\nsocket /a\nqueue /b\nspool /c\ndialect sqmail\nunavailable accept\nbudget 9\nmemory 0\nenviron A\n"
     return {
-        "table": [b"a@example.org\n@example.org spam=reject score=4.5\n!.example.org # c\n* virus=move:v@example.org\n"],
+        "table": [
+            b"a@example.org\n@example.org spam=reject score=4.5\n!.example.org # c\n* virus=move:v@example.org\n"
+        ],
         "controls": [b"clamglobal 1\nspamdchildren: 5\nsysfacility=LOG_LOCAL3 # c\nskipcachk 7x\n"],
         "rules": [b"TVqQAAMAA Windows\nTV**AAMAA\n# c\nMzIuZ 32.d\n"],
-        "toml": [(ETC / "contentfilter.toml").read_bytes()[:3000], b'[[failure.rule]]\nscanner = "clamd"\ncause = ["down"]\n'],
+        "toml": [
+            (ETC / "contentfilter.toml").read_bytes()[:3000],
+            b'[[failure.rule]]\nscanner = "clamd"\ncause = ["down"]\n',
+        ],
         "sidecar": [msgspec.json.encode(entry), b'{"incident":"a"}'],
         "queue_conf": [conf, b"budget 0\n"],
     }

@@ -41,8 +41,7 @@ def test_a_reader_that_takes_what_the_hook_refuses_is_noticed(monkeypatch: pytes
         TARGETS["envelopes"](b"F" + b"s" * 1003 + b"\0\0")
     monkeypatch.setattr(hook, "SUBMISSIONS_MAX", 1)
     with pytest.raises(AssertionError):
-        for seed in answers:
-            TARGETS["answer"](seed)
+        TARGETS["answer"](answers[1])  # of two submissions
 
 
 def test_a_line_end_that_gets_through_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,7 +105,9 @@ SHAPES: Mapping[str, Callable[[int], bytes]] = MappingProxyType(
         "open quotes": lambda n: filled(b"", b'Content-Type: x; boundary="\\\n', n),
         "one line of base64": lambda n: filled(ENCODED, b"TVqQ", n),
         "junk for base64": lambda n: filled(ENCODED, b"!", n),
-        "parts that encode parts": lambda n: filled(HEAD, b"--b\n" + ENCODED + wrapped(b"--z\n" + ENCODED + b"YWJj\n"), n),
+        "parts that encode parts": lambda n: filled(
+            HEAD, b"--b\n" + ENCODED + wrapped(b"--z\n" + ENCODED + b"YWJj\n"), n
+        ),
         "raw parts that begin as programs": lambda n: filled(HEAD, b"--y\n\nMZ\0\n", n),
         "yEnc": lambda n: filled(b"\n=ybegin line=128 size=9 name=x\n", b"\x6a" * 128 + b"\n", n),
     }

@@ -5,7 +5,6 @@ import io
 import mmap
 import random
 import re
-import time
 import zipfile
 import zlib
 from collections.abc import Callable

@@ -56,15 +56,16 @@ def _wire() -> dict[str, list[bytes]]:
     packets = [hook.encode_answer(answer).packet for answer in answers]
     apart = bytearray(packets[1])
     apart[12] = 1
+    edges = [b"F%b\0T%b\0\0" % (b"s" * first, b"r" * second) for first, second in ((1002, 1), (1003, 1), (1, 1003))]
     orders = frames.Orders(3, (), frames.Drain(1.0, None, "why", "root"))
     return {
         "request": [hook.encode_request(hook.Request(1, 9.5, 100, 20, {b"TCPREMOTEIP": b"192.0.2.1", b"EXTRA": b""}))],
         "answer": [*(b"\0\0\0" + packet for packet in packets), b"\1\0\x18" + apart],
         "report": [hook.encode_report(hook.Report((hook.Result(0, True), hook.Result(-9, False))))],
-        "envelopes": [envelope.build(b"s", [b"a", b"b"]), b"Fs\0Tr\0Q\0", b"Fs\0Tr\0Q1\0Tt\0\0behind"],
+        "envelopes": [envelope.build(b"s", [b"a", b"b"]), b"Fs\0Tr\0Q\0", b"Fs\0Tr\0Q1\0Tt\0\0behind", *edges],
         "clamd_answer": list(CLAMD),
         "spamd_response": list(SPAMD),
-        "spam_fields": [HEADER, HEADER.replace(b"\r", b"")],
+        "spam_fields": [HEADER, HEADER.replace(b"\r", b""), b"X-Spam-Report: a\rX-Forged: b\0c\n\n"],
         "frame": [
             frames.encode(frame)[1:]
             for frame in (frames.Ping(), orders, frames.AskBypass(Scanner.CLAMD, 60.0, "test"), frames.Done(True, 1))

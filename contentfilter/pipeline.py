@@ -182,6 +182,8 @@ class Pipeline:
         except TimeoutError:
             spent = time.monotonic() - started
             return (_unchecked(asked[0], BackendError(Cause.TIMEOUT, "", "out of time"), spent),)
+        except BackendError as limit:
+            return (_unchecked(asked[0], limit, time.monotonic() - started),)
         spent = time.monotonic() - started
         if finding is not None:
             where = f"{finding.description}, {finding.part}"

@@ -153,7 +153,7 @@ class Failure(Section, frozen=True):
     spamd: FaultAction = "pass"
     signatures: FaultAction = "defer"
     too_big: FaultAction = "pass"  # above a scanner's own limit
-    limits: FaultAction = "pass"  # clamd stopped at one of its limits (Heuristics.Limits.*)
+    limits: FaultAction = "pass"  # clamd or the signatures stopped at one of their limits
     rule: tuple[FaultRule, ...] = ()  # single cells of the table; they go before the keys above
 
 

@@ -13,22 +13,20 @@ import asyncio
 import hashlib
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from contentfilter.model import BytesLike, Message
 
 LOOK = 4_096  # bytes at the beginning, in which our own Received field must end
 THREAD_ABOVE = 262_144  # bytes; about 0.2 ms. More is hashed off the event loop
 
-_OURS = re.compile(rb"(?:Received-SPF:[^\n]*\n(?:[ \t][^\n]*\n)*)?(Received: from [^\n]*\n(?:[ \t][^\n]*\n)*)")
+_FIRST = re.compile(rb"(?:Received-SPF:[^\n]*\n(?:[ \t][^\n]*\n)*)?Received: from ([^\n]*\n(?:[ \t][^\n]*\n)*)")
 _FOLD = (b"", b" ", b"\t")
 _NAME = rb"[A-Za-z0-9._:\[\]-]{1,255}"
 _INFO = rb"(?:[A-Za-z0-9._@+-]{0,255}@)?"
-_CLIENT = re.compile(
-    rb"(?<=^Received: from )" + _NAME + rb" (?:\((?:HELO|EHLO) " + _NAME + rb"\) )?\(" + _INFO + _NAME + rb"\)"
-)
-_DATE = re.compile(
-    rb"(?<=; )(?:[A-Z][a-z]{2}, )?\d{1,2} [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d [+-]\d{4}(?: \([A-Z]{1,5}\))?(?=\r?\n\Z)"
-)
+_CLIENT = re.compile(_NAME + rb" (?:\((?:HELO|EHLO) " + _NAME + rb"\) )?\(" + _INFO + _NAME + rb"\)")
+_DAY = rb"(?:[A-Z][a-z]{2}, )?\d{1,2} [A-Z][a-z]{2} \d{4}"
+_DATE = re.compile(_DAY + rb" \d\d:\d\d:\d\d [+-]\d{4}(?: \([A-Z]{1,5}\))?(?=\r?\n\Z)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,27 +37,32 @@ class Digest:
     client: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Words:
+class Words(NamedTuple):
     """The words that a try gets anew: where they are, from and to."""
 
-    client: tuple[int, int] | None
-    date: tuple[int, int] | None
+    client: tuple[int, int] | None = None
+    date: tuple[int, int] | None = None
 
     def spans(self) -> tuple[tuple[int, int], ...]:
-        return tuple(span for span in (self.client, self.date) if span is not None)
+        return tuple(span for span in self if span is not None)
+
+
+NONE = Words()
 
 
 def own_words(data: BytesLike) -> Words:
     """Where they are in a message, whatever it is; linear in LOOK."""
     head = bytes(data[:LOOK])
-    field = _OURS.match(head)
-    if field is None or (head[field.end() : field.end() + 1] in _FOLD and field.end() < len(data)):
-        return Words(None, None)  # none, or one whose end we do not see
-    start, text = field.start(1), field.group(1)
-    found = (pattern.search(text) for pattern in (_CLIENT, _DATE))
-    client, date = (None if m is None else (start + m.start(), start + m.end()) for m in found)
-    return Words(client, date)
+    field = _FIRST.match(head)
+    if field is None:
+        return NONE
+    start, end = field.span(1)
+    if head[end : end + 1] in _FOLD and end < len(data):
+        return NONE  # we do not see where it ends
+    client = _CLIENT.match(head, start, end)
+    semicolon = head.rfind(b"; ", start, end)
+    date = _DATE.match(head, semicolon + 2, end) if semicolon >= 0 else None
+    return Words(client and client.span(), date and date.span())
 
 
 def digest(data: BytesLike, words: Words) -> Digest:

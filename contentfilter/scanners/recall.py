@@ -242,10 +242,10 @@ class Recall:
         except BackendError as error:
             self._ended(error, self._clock() - flight.began)
             return
-        self._ended(outcome, self._clock() - flight.began)
         kept = self._landed(flight, outcome)
         if kept is not None:
             await self._remember(flight, kept, hashing)
+        self._ended(outcome, self._clock() - flight.began)
 
     def _over(self, task: asyncio.Task[None], flight: Flight, pending: Pending) -> None:
         pending.close()  # it may not have begun

@@ -28,8 +28,9 @@ FIELDS = {
 TEXT = st.binary(max_size=40)
 PIECES = st.sampled_from(
     [
-        b"Received: from ", b"Received-SPF: ", b"mail.example", b" (HELO mx)", b" (192.0.2.7)", b"\n", b"\n  by x; ", b"; ",
-        b"9 Nov 2026 01:02:03 -0000", b"10 Nov 2026 01:02:04 -0000", b" ", b"x" * 300, b"\0", b"{'date': 3}", b"Subject: x\n\n",
+        b"Received: from ", b"Received-SPF: ", b"mail.example", b" (HELO mx)", b" (192.0.2.7)", b"\n", b"\n  by x; ",
+        b"9 Nov 2026 01:02:03 -0000", b"10 Nov 2026 01:02:04 -0000", b" ", b"; ", b"x" * 300, b"\0", b"{'date': 3}",
+        b"Subject: x\n\n",
     ]
 )  # fmt: skip
 MESSAGES = st.lists(st.one_of(PIECES, TEXT), max_size=12).map(b"".join)

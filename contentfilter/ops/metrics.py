@@ -229,9 +229,9 @@ class Metrics:
         for scanner in sorted(SCANNERS):
             for cause in sorted(CAUSES - {""}):
                 self._counters["contentfilter_unchecked_total"].labels(scanner, cause)
-        for scanner in (Scanner.CLAMD, Scanner.SPAMD):
+        for asked in (Scanner.CLAMD, Scanner.SPAMD):
             for how in sorted(REUSED):
-                self._counters["contentfilter_scans_reused_total"].labels(scanner.value, how)
+                self._counters["contentfilter_scans_reused_total"].labels(asked.value, how)
         for name, words in (("contentfilter_commits_total", COMMITS), ("contentfilter_loads_total", LOADS)):
             for word in sorted(words):
                 self._counters[name].labels(word)

@@ -29,6 +29,7 @@ from contentfilter.policy.plan import Switches
 from contentfilter.policy.tolerance import Allowance
 from contentfilter.scanners.backends import BackendHealth
 from contentfilter.scanners.clamd import ClamdScanner
+from contentfilter.scanners.recall import Recall
 from contentfilter.scanners.signatures import (
     Engine,
     Rules,
@@ -198,9 +199,13 @@ class Workbench:
     """A pipeline with everything that it holds open."""
 
     def __init__(
-        self, runtime: Runtime, secret: bytes = b"", bypasses: Callable[[], tuple[Bypass, ...]] = tuple
+        self,
+        runtime: Runtime,
+        secret: bytes = b"",
+        bypasses: Callable[[], tuple[Bypass, ...]] = tuple,
+        recall: Recall | None = None,
     ) -> None:
-        """``secret``, ``bypasses``: see Pipeline. Raises ConfigError for a snapshot that cannot be used."""
+        """``secret``, ``bypasses``, ``recall``: see Pipeline. Raises ConfigError for a snapshot that cannot be used."""
         settings = runtime.settings
         self.snapshot = (
             Snapshot.open(runtime.snapshot, settings.tables.extension.encode()) if runtime.snapshot else None
@@ -223,6 +228,7 @@ class Workbench:
             runtime.allowed,
             owners,
             bypasses,
+            recall,
         )
 
     @classmethod
@@ -279,7 +285,8 @@ class Application:
         self._smtplog = runtime.smtplog
         self._surroundings = surroundings
         self._secret, self._uid = self._load_secret(), os.geteuid()
-        self._workbench = Workbench(runtime, self._secret, surroundings.bypasses)
+        self._workbench = Workbench(runtime, self._secret, surroundings.bypasses, surroundings.recall)
+        surroundings.recall.change(self.settings.reuse)
         self._watching = asyncio.create_task(self._watch())
 
     def _load_secret(self) -> bytes:

@@ -6,20 +6,26 @@ daemon never queues a message by itself.
 """
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from functools import partial
+
+import msgspec
 
 from contentfilter.config.settings import Settings
 from contentfilter.deadline import Deadline
 from contentfilter.errors import BackendError, Cause
-from contentfilter.model import Envelope, Message, Origin, Scanner, ScanOutcome, ScanStatus
-from contentfilter.policy.budget import kept_back
+from contentfilter.model import Envelope, Message, Origin, OriginKind, Scanner, ScanOutcome, ScanStatus, Want
+from contentfilter.policy.budget import kept_back, one_try
 from contentfilter.policy.bypass import Bypass, find_bypass, left_out
 from contentfilter.policy.decide import Action, Decision, Reason, decide, needed, open_owners
+from contentfilter.policy.failure import on_fault
 from contentfilter.policy.plan import Lookup, Owners, ScanPlan, Step, Switches, make_plan
 from contentfilter.policy.tolerance import Allowance, tolerate
 from contentfilter.scanners.clamd import ClamdScanner
+from contentfilter.scanners.recall import Question, Recall
 from contentfilter.scanners.signatures import Engine
 from contentfilter.scanners.spamd import SpamdScanner
 from contentfilter.verdict.case import Case
@@ -56,10 +62,12 @@ class Pipeline:
         allowed: tuple[Allowance, ...] = (),
         owners: Owners | None = None,
         bypasses: Callable[[], tuple[Bypass, ...]] = lambda: (),
+        recall: Recall | None = None,
     ) -> None:
         """``lookup``: None while there are no tables. ``owners``: None where nobody has preferences.
 
         ``bypasses`` is asked for each message: those that are ordered at this moment.
+        ``recall`` knows answers about equal messages; None: every scan is made.
         ``secret`` proves what was released from quarantine; empty: nothing is taken as released.
         """
         self.settings = settings
@@ -71,6 +79,16 @@ class Pipeline:
         self.allowed = allowed
         self.owners = owners
         self.bypasses = bypasses
+        self.recall = recall
+        self._kinds = {
+            Scanner.CLAMD: hashlib.sha256(msgspec.msgpack.encode(settings.clamd)).digest(),
+            Scanner.SPAMD: hashlib.sha256(msgspec.msgpack.encode(settings.spamd)).digest(),
+        }
+        # A scan goes on when its message is given up, but not where that lets the message pass: nobody comes again.
+        self._comes_again = {
+            scanner: on_fault(scanner, Cause.TIMEOUT, OriginKind.STRANGER, settings) == "defer"
+            for scanner in self._kinds
+        }
 
     async def handle(
         self,
@@ -99,7 +117,7 @@ class Pipeline:
         if not origin.remote_ip and (by := await self._released(message)):  # the token does not count over SMTP
             plan = plan.released_by(by)
         outcomes: tuple[ScanOutcome, ...] = ()
-        for together, ask in self._stages():
+        for together, ask in self._stages(self.recall):
             if not any(needed(scanner, plan, outcomes, origin.kind, self.settings) for scanner in together):
                 continue
             still = self._open(plan, outcomes, origin)
@@ -126,7 +144,7 @@ class Pipeline:
         steps = tuple(Step(scanner, scanner in scanners and on[scanner], "canary") for scanner in Scanner)
         plan = ScanPlan((), steps, users=((b"", b""),))
         outcomes: tuple[ScanOutcome, ...] = ()
-        for together, ask in self._stages():
+        for together, ask in self._stages(None):  # a canary asks what holds now
             if not any(map(plan.runs, together)):
                 continue
             now = time.time()
@@ -158,12 +176,12 @@ class Pipeline:
             return await asyncio.to_thread(released, *facts)
         return released(*facts)
 
-    def _stages(self) -> tuple[tuple[tuple[Scanner, ...], "_Ask"], ...]:
+    def _stages(self, recall: Recall | None) -> tuple[tuple[tuple[Scanner, ...], "_Ask"], ...]:
         """Who is asked together, cheapest first."""
         return (
             ((Scanner.SIGNATURES, Scanner.LOADERTYPES), self._programs),
-            ((Scanner.CLAMD,), self._clamd),
-            ((Scanner.SPAMD,), self._spamd),
+            ((Scanner.CLAMD,), partial(self._clamd, recall)),
+            ((Scanner.SPAMD,), partial(self._spamd, recall)),
         )
 
     async def _programs(self, message: Message, plan: ScanPlan, deadline: Deadline) -> tuple[ScanOutcome, ...]:
@@ -191,20 +209,50 @@ class Pipeline:
         first, *others = (ScanOutcome(scanner, ScanStatus.CLEAN, seconds=spent) for scanner in asked)
         return (first, *(replace(other, seconds=0.0, detail="in the same pass") for other in others))
 
-    async def _clamd(self, message: Message, plan: ScanPlan, deadline: Deadline) -> tuple[ScanOutcome, ...]:
-        return (await _asked(Scanner.CLAMD, self.scanners.clamd.scan(message, deadline)),)
+    async def _clamd(
+        self, recall: Recall | None, message: Message, plan: ScanPlan, deadline: Deadline
+    ) -> tuple[ScanOutcome, ...]:
+        clamd, max_size = self.scanners.clamd, self.settings.clamd.max_size
+        if recall is None or 0 < max_size < message.size:  # what is too big for a look is not looked up
+            return (await _asked(Scanner.CLAMD, clamd.scan(message, deadline)),)
+        question = Question(
+            b"clamd " + self._kinds[Scanner.CLAMD],
+            message,
+            one_try(message.size, self.settings.clamd),
+            goes_on=self._comes_again[Scanner.CLAMD],
+            database=clamd.database,
+        )
+        scan = recall.ask(question, lambda leave: clamd.scan(message, deadline, leave), deadline)
+        return (await _asked(Scanner.CLAMD, scan),)
 
-    async def _spamd(self, message: Message, plan: ScanPlan, deadline: Deadline) -> tuple[ScanOutcome, ...]:
+    async def _spamd(
+        self, recall: Recall | None, message: Message, plan: ScanPlan, deadline: Deadline
+    ) -> tuple[ScanOutcome, ...]:
         """One question for each owner of preferences, all at once; the pool keeps to spamd's children."""
-        scan = self.scanners.spamd.scan
         async with asyncio.TaskGroup() as group:
             tasks = [
-                group.create_task(_asked(Scanner.SPAMD, scan(message, deadline, user=user, want=plan.want)))
+                group.create_task(_asked(Scanner.SPAMD, self._score(recall, message, user, plan.want, deadline)))
                 for _, user in plan.users
             ]
         said = [replace(task.result(), owner=owner) for (owner, _), task in zip(plan.users, tasks, strict=True)]
         left_out = f"also for {plan.left_out} with preferences: [spamd] max_users={self.settings.spamd.max_users}"
         return tuple(o if o.owner or o.detail or not plan.left_out else replace(o, detail=left_out) for o in said)
+
+    async def _score(
+        self, recall: Recall | None, message: Message, user: bytes, want: Want, deadline: Deadline
+    ) -> ScanOutcome:
+        spamd = self.scanners.spamd
+        if recall is None or want is Want.PROCESS:  # a rewritten message holds the Received lines of its own try
+            return await spamd.scan(message, deadline, user=user, want=want)
+        question = Question(
+            b"spamd %s %s %s" % (self._kinds[Scanner.SPAMD], want.value.encode(), user),
+            message,
+            one_try(message.size, self.settings.spamd),
+            by_client=True,
+            goes_on=self._comes_again[Scanner.SPAMD],
+        )
+        scan = partial(spamd.scan, message, deadline, user=user, want=want)
+        return await recall.ask(question, scan, deadline)
 
     async def _kept(self, case: Case, deadline: Deadline) -> Case:
         """Keep what some recipients do not get. Where that fails, everything is deferred: nothing is lost."""

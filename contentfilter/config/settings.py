@@ -125,6 +125,16 @@ class Spamd(Section, frozen=True):
     rewrite: Literal["headers", "full"] = "headers"  # HEADERS, or PROCESS with report_safe
 
 
+class Reuse(Section, frozen=True):
+    """Answers of clamd and spamd that are kept for the retry, and scans that go on for it."""
+
+    keep: Annotated[float, Meta(ge=0, le=3600)] = 900.0  # for so long an answer counts; 0: none is kept or shared
+    slow: Annotated[float, Meta(ge=0, le=3600)] = 5.0  # answers that took longer are kept
+    entries: Count = 1000  # answers in each worker
+    late: Annotated[float, Meta(ge=0, le=3600)] = 300.0  # so long may a scan go on when its message is given up; 0: not
+    late_scans: Count = 8  # such scans in each worker
+
+
 class Classes(Section, frozen=True):
     """What clamd's finding does by the class of its signature. Empty: the same as malware."""
 
@@ -214,6 +224,7 @@ class Settings(Section, frozen=True):
     signatures: Signatures = msgspec.field(default_factory=Signatures)
     clamd: Clamd = msgspec.field(default_factory=Clamd)
     spamd: Spamd = msgspec.field(default_factory=Spamd)
+    reuse: Reuse = msgspec.field(default_factory=Reuse)
     classes: Classes = msgspec.field(default_factory=Classes)
     failure: Failure = msgspec.field(default_factory=Failure)
     headers: Headers = msgspec.field(default_factory=Headers)

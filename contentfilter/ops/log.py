@@ -54,6 +54,7 @@ EVENTS: Mapping[str, str] = {
     "monitor.failed": "a defect in what watches the daemon; mail goes on",
     "origin.unknown-user": "a configured user name does not exist; it was left out",
     "quarantine.no-secret": "released mail cannot be recognised: the secret in the state directory is unusable",
+    "scan.late": "a scan whose message was given up has come to its end; its answer is kept for the retry",
     "service.start": "the supervisor has its sockets and starts workers",
     "service.ready": "every worker accepts messages",
     "service.problem": "one problem in the configuration, with file and line",

@@ -56,6 +56,7 @@ COUNTED = (
     Metric("counter", "contentfilter_quarantined_total", "Messages kept in quarantine for at least one recipient."),
     Metric("counter", "contentfilter_scans_total", "Scans.", _SCANS),
     Metric("histogram", "contentfilter_scan_seconds", "One scan, waiting included.", _SCAN_SECONDS, SECONDS),
+    Metric("counter", "contentfilter_scans_reused_total", "Scans spared by an equal message's.", ("scanner", "how")),
     Metric("counter", "contentfilter_commits_total", "Messages that went on in several parts.", ("result",)),
     Metric("counter", "contentfilter_connections_total", "Connections that workers accepted."),
     Metric("counter", "contentfilter_answers_total", "Answers that were sent to hooks."),
@@ -138,6 +139,7 @@ CAUSES = frozenset(cause.value for cause in Cause) | {""}
 RULES = SCANNERS | {
     "fault", "size", "clean", "unchecked", "nothing-to-check", "no-recipients", "released", "quarantine", OTHER
 }  # fmt: skip
+REUSED = frozenset(("kept", "shared"))  # scanners.recall
 COMMITS = frozenset(("all", "none", "some", "unknown"))
 CANARY_RESULTS = frozenset(
     ("passed", "caught", "unchecked", "bypassed", "no-answer", "unknown", "failed")
@@ -164,6 +166,7 @@ class _Scan(msgspec.Struct):
     ms: _Number
     cause: str = ""
     backend: str = ""
+    reused: str = ""
 
 
 class _Mail(msgspec.Struct):
@@ -226,6 +229,9 @@ class Metrics:
         for scanner in sorted(SCANNERS):
             for cause in sorted(CAUSES - {""}):
                 self._counters["contentfilter_unchecked_total"].labels(scanner, cause)
+        for asked in (Scanner.CLAMD, Scanner.SPAMD):
+            for how in sorted(REUSED):
+                self._counters["contentfilter_scans_reused_total"].labels(asked.value, how)
         for name, words in (("contentfilter_commits_total", COMMITS), ("contentfilter_loads_total", LOADS)):
             for word in sorted(words):
                 self._counters[name].labels(word)
@@ -258,7 +264,9 @@ class Metrics:
             cause = _known(scan.cause, CAUSES)
             backend = scan.backend if scan.backend in self._backends else ""
             counters["contentfilter_scans_total"].labels(scanner, backend, status, cause).inc()
-            if scan.ms:  # not where another scan's time holds for this one, or nothing was done
+            if scan.reused:
+                counters["contentfilter_scans_reused_total"].labels(scanner, _known(scan.reused, REUSED)).inc()
+            elif scan.ms:  # not where another scan's time holds for this one, or nothing was done
                 histograms["contentfilter_scan_seconds"].labels(scanner, backend).observe(scan.ms / 1000)
             if decision == Action.QUEUE.value and status == ScanStatus.UNCHECKED.value:
                 counters["contentfilter_unchecked_total"].labels(scanner, cause).inc()

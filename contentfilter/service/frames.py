@@ -13,6 +13,7 @@ from contentfilter.model import OriginKind, Scanner
 from contentfilter.ops.history import Window
 from contentfilter.policy.bypass import Bypass
 from contentfilter.scanners.backends import BackendHealth
+from contentfilter.scanners.memory import Kept, Key
 from contentfilter.tables.keeper import State
 
 VERSION = b"\x01"
@@ -61,7 +62,14 @@ class Happened(Frame, frozen=True):
     events: list[Event]
 
 
-Report = Heartbeat | Happened
+class Remember(Frame, frozen=True):
+    """An answer that a worker keeps. The supervisor passes it on to all of them."""
+
+    key: Key
+    kept: Kept
+
+
+Report = Heartbeat | Happened | Remember
 
 
 # Supervisor to workers
@@ -91,7 +99,7 @@ class Configure(Frame, frozen=True):
     blob: bytes
 
 
-Command = Configure | Orders
+Command = Configure | Orders | Remember
 
 
 # Command line to supervisor, and back

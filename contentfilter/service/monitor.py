@@ -27,7 +27,7 @@ from contentfilter.ops.metrics import Metrics, Registry
 from contentfilter.ops.page import PATHS, make_pages
 from contentfilter.policy.bypass import SCANNERS
 from contentfilter.service.canary import measured
-from contentfilter.service.frames import Happened, Report, Status
+from contentfilter.service.frames import Happened, Heartbeat, Status
 from contentfilter.service.health import backend_statuses
 from contentfilter.service.probe import UP, Prober
 from contentfilter.service.remote_feed import RemoteFeed
@@ -61,7 +61,7 @@ class Monitor:
 
     # What happens
 
-    def heard(self, report: Report) -> None:
+    def heard(self, report: Heartbeat | Happened) -> None:
         """A report of a worker. Raises nothing."""
         try:
             if isinstance(report, Happened):

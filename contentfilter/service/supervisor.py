@@ -209,6 +209,9 @@ class Supervisor:
         except RemoteProtocolError as error:
             self._malformed("reports", error)
             return
+        if isinstance(report, frames.Remember):
+            await self._bus.command(report, lossy=True)
+            return
         self._monitor.heard(report)
         if isinstance(report, frames.Happened):
             for event in self._canary.others(report.events):

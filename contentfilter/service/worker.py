@@ -16,22 +16,24 @@ import selectors
 import signal
 import sys
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from contentfilter.config.settings import Settings
 from contentfilter.deadline import Deadline
-from contentfilter.errors import RemoteProtocolError
+from contentfilter.errors import BackendError, RemoteProtocolError
 from contentfilter.intake.connection import Job, Terms
 from contentfilter.intake.listener import Listener, inherited_socket
 from contentfilter.intake.message import Spool
 from contentfilter.intake.origin import resolve
+from contentfilter.model import ScanOutcome
 from contentfilter.ops.log import Logger, adopt_standard_logging, make_logger
 from contentfilter.ops.log_target import open_target
 from contentfilter.policy.bypass import Bypass
 from contentfilter.scanners.backends import BackendHealth
+from contentfilter.scanners.recall import Recall
 from contentfilter.service.bus import BATCH_DELAY, WorkerBus
-from contentfilter.service.frames import ORDERS, Busy, Event, Heartbeat, Orders, decode
+from contentfilter.service.frames import ORDERS, Busy, Event, Heartbeat, Orders, Remember, decode
 from contentfilter.wire import hook
 
 SHOWN = 8  # messages in flight that a heartbeat tells about
@@ -60,6 +62,7 @@ class Surroundings:
     log: Logger
     emit: Callable[[Event], None]  # to the supervisor and the event feed; never waits
     bypasses: Callable[[], tuple[Bypass, ...]] = tuple  # those that are ordered at this moment
+    recall: Recall = field(default_factory=Recall)  # the worker's, whatever the configuration
 
 
 Build = Callable[[bytes, Surroundings], Awaitable[Application]]
@@ -116,6 +119,7 @@ class Worker:
             loop.add_signal_handler(number, self._signalled)
         loop.add_reader(self._options.lifeline, self._orphaned)
         self._bus = WorkerBus(self._options.run, os.getpid())
+        self._recall = Recall(lambda key, kept: self._bus.send(Remember(key, kept)), self._late)
         blob = read_all(self._options.runtime)
         self._orders = decode(read_all(self._options.orders), ORDERS)
         self._serving = await self._built(self._options.generation, blob)
@@ -136,6 +140,7 @@ class Worker:
                 await self._drain()
                 for task in background:
                     task.cancel()
+            await self._recall.aclose()
             await self._serving.application.close()
             self._bus.send(self._heartbeat(0.0))  # its last counts
         finally:
@@ -143,11 +148,19 @@ class Worker:
         self._log.info("worker.stop")
 
     async def _built(self, generation: int, blob: bytes) -> Serving:
-        application = await self._build(blob, Surroundings(self._log, self._emit, self._bypasses))
+        application = await self._build(blob, Surroundings(self._log, self._emit, self._bypasses, self._recall))
         return Serving(application, generation)
 
     def _bypasses(self) -> tuple[Bypass, ...]:
         return self._orders.bypasses
+
+    def _late(self, said: ScanOutcome | BackendError, seconds: float) -> None:
+        """The end of a scan whose message was given up."""
+        if isinstance(said, BackendError):
+            self._log.info("scan.late", backend=said.backend, result=said.cause.value, seconds=round(seconds, 3))
+        else:
+            result = said.status.value
+            self._log.info("scan.late", backend=said.backend, result=result, seconds=round(seconds, 3))
 
     def _emit(self, event: Event) -> None:
         if self._bus.add(event):
@@ -220,6 +233,8 @@ class Worker:
                 continue
             if isinstance(command, Orders):
                 self._follow(command)
+            elif isinstance(command, Remember):
+                self._recall.learn(command.key, command.kept)
             elif command.generation > max(self._serving.generation, self._refused):
                 await self._configure(command.generation, command.blob, group)
 

@@ -32,6 +32,7 @@ CLOSED = {
     "status": metrics.STATUSES | {metrics.OTHER},
     "cause": metrics.CAUSES | {metrics.OTHER},
     "backend": {CLAMD, SPAMD, ""},
+    "how": metrics.REUSED | {metrics.OTHER},
     "result": metrics.COMMITS | metrics.LOADS,
 }
 
@@ -163,12 +164,21 @@ def test_whatever_comes_labels_are_from_closed_sets(events: list[tuple[str, dict
             assert label == "le" or word in CLOSED[label], (name, label, word)
 
 
+def test_a_reused_answer_is_no_scan_that_took_time(counted: Metrics) -> None:
+    scans = (scan("clamd", backend=CLAMD) | {"reused": "kept"}, scan("spamd", backend=SPAMD) | {"reused": "shared"})
+    counted.event("mail.done", MAIL | {"scans": scans})
+    samples = read(counted)
+    assert samples.counts("scans_reused_total", "scanner", "how") == {("clamd", "kept"): 1, ("spamd", "shared"): 1}
+    assert samples.total("scan_seconds_count") == 0
+    assert samples.total("scans_total") == 2
+
+
 def test_a_backend_that_is_no_longer_configured_is_forgotten(counted: Metrics) -> None:
     counted.event("mail.done", MAIL | {"scans": (scan("clamd", backend=CLAMD),)})
     counted.backends({Scanner.CLAMD: ["unix:/new"], Scanner.SPAMD: [SPAMD]})
     counted.event("mail.done", MAIL | {"scans": (scan("clamd", backend=CLAMD), scan("spamd", backend=SPAMD))})
     samples = read(counted)
-    found = {dict(labels)["backend"] for (name, labels) in samples if "scan" in name}
+    found = {dict(labels)["backend"] for (name, labels) in samples if "backend" in dict(labels)}
     assert found == {"", "unix:/new", SPAMD}
     assert samples.counts("scans_total", "scanner", "backend") == {("clamd", ""): 1, ("spamd", SPAMD): 1}
 

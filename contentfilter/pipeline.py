@@ -14,6 +14,7 @@ from contentfilter.config.settings import Settings
 from contentfilter.deadline import Deadline
 from contentfilter.errors import BackendError, Cause
 from contentfilter.model import Envelope, Message, Origin, Scanner, ScanOutcome, ScanStatus
+from contentfilter.policy.admission import Claim, claim_of
 from contentfilter.policy.budget import kept_back
 from contentfilter.policy.bypass import Bypass, find_bypass, left_out
 from contentfilter.policy.decide import Action, Decision, Reason, decide, needed, open_owners
@@ -22,6 +23,7 @@ from contentfilter.policy.tolerance import Allowance, tolerate
 from contentfilter.scanners.clamd import ClamdScanner
 from contentfilter.scanners.signatures import Engine
 from contentfilter.scanners.spamd import SpamdScanner
+from contentfilter.scanners.turns import Turns
 from contentfilter.verdict.case import Case
 from contentfilter.verdict.quarantine import Quarantine
 from contentfilter.verdict.record import Account, Record, fields, make_account, make_record
@@ -40,6 +42,8 @@ class Scanners:
     programs: Engine | None  # signatures and loader types; None where both are switched off
     clamd: ClamdScanner
     spamd: SpamdScanner
+    clamd_turns: Turns
+    spamd_turns: Turns
 
 
 class Pipeline:
@@ -99,6 +103,7 @@ class Pipeline:
         if not origin.remote_ip and (by := await self._released(message)):  # the token does not count over SMTP
             plan = plan.released_by(by)
         outcomes: tuple[ScanOutcome, ...] = ()
+        claim = claim_of(origin, message.size)
         for together, ask in self._stages():
             if not any(needed(scanner, plan, outcomes, origin.kind, self.settings) for scanner in together):
                 continue
@@ -108,7 +113,7 @@ class Pipeline:
                 outcomes += tuple(outcome for scanner in together for outcome in left_out(bypass, scanner, still))
                 continue
             kept = kept_back(deadline.left(), together[-1], plan, message.size, self.settings)
-            said = await ask(message, still, deadline.before(kept))
+            said = await ask(message, still, claim, deadline.before(kept))
             outcomes += tuple(tolerate(outcome, self.settings, self.allowed, time.time()) for outcome in said)
         decision = decide(plan, outcomes, origin.kind, len(envelope.recipients), self.settings)
         return Case(incident, origin, envelope, message, self.settings, self.switches, plan, outcomes, decision)
@@ -134,9 +139,15 @@ class Pipeline:
             if bypass is not None:
                 outcomes += tuple(outcome for scanner in together for outcome in left_out(bypass, scanner, plan))
                 continue
-            said = await ask(message, plan, deadline)
+            said = await ask(message, plan, _CANARY, deadline)
             outcomes += tuple(tolerate(outcome, self.settings, self.allowed, now) for outcome in said)
         return outcomes
+
+    def unopened(self, incident: str, envelope: Envelope, origin: Origin, size: int, why: str) -> Case:
+        """A message of ``size`` bytes that is deferred without a look into it; ``why`` is the rule."""
+        message, plan = Message(-1, size, b""), ScanPlan((), ())
+        decision = Decision(Action.DEFER, Reason.NONE, why)
+        return Case(incident, origin, envelope, message, self.settings, self.switches, plan, (), decision)
 
     def _open(self, plan: ScanPlan, outcomes: tuple[ScanOutcome, ...], origin: Origin) -> ScanPlan:
         """The plan without the owners of preferences for whom it is decided by now."""
@@ -166,7 +177,9 @@ class Pipeline:
             ((Scanner.SPAMD,), self._spamd),
         )
 
-    async def _programs(self, message: Message, plan: ScanPlan, deadline: Deadline) -> tuple[ScanOutcome, ...]:
+    async def _programs(
+        self, message: Message, plan: ScanPlan, claim: Claim, deadline: Deadline
+    ) -> tuple[ScanOutcome, ...]:
         """Both lists in one pass. What is found decides; otherwise both lists say clean."""
         asked = [scanner for scanner in (Scanner.SIGNATURES, Scanner.LOADERTYPES) if plan.runs(scanner)]
         engine = self.scanners.programs
@@ -189,17 +202,24 @@ class Pipeline:
         first, *others = (ScanOutcome(scanner, ScanStatus.CLEAN, seconds=spent) for scanner in asked)
         return (first, *(replace(other, seconds=0.0, detail="in the same pass") for other in others))
 
-    async def _clamd(self, message: Message, plan: ScanPlan, deadline: Deadline) -> tuple[ScanOutcome, ...]:
-        return (await _asked(Scanner.CLAMD, self.scanners.clamd.scan(message, deadline)),)
+    async def _clamd(
+        self, message: Message, plan: ScanPlan, claim: Claim, deadline: Deadline
+    ) -> tuple[ScanOutcome, ...]:
+        scanners = self.scanners
+        turn = scanners.clamd_turns.run(claim, lambda: scanners.clamd.scan(message, deadline), deadline)
+        return (await _asked(Scanner.CLAMD, turn),)
 
-    async def _spamd(self, message: Message, plan: ScanPlan, deadline: Deadline) -> tuple[ScanOutcome, ...]:
-        """One question for each owner of preferences, all at once; the pool keeps to spamd's children."""
-        scan = self.scanners.spamd.scan
+    async def _spamd(
+        self, message: Message, plan: ScanPlan, claim: Claim, deadline: Deadline
+    ) -> tuple[ScanOutcome, ...]:
+        """One question for each owner of preferences, all in line at once; there are as many places as children."""
+        turns, scan = self.scanners.spamd_turns, self.scanners.spamd.scan
+
+        def question(user: bytes) -> Awaitable[ScanOutcome]:
+            return turns.run(claim, lambda: scan(message, deadline, user=user, want=plan.want), deadline)
+
         async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(_asked(Scanner.SPAMD, scan(message, deadline, user=user, want=plan.want)))
-                for _, user in plan.users
-            ]
+            tasks = [group.create_task(_asked(Scanner.SPAMD, question(user))) for _, user in plan.users]
         said = [replace(task.result(), owner=owner) for (owner, _), task in zip(plan.users, tasks, strict=True)]
         left_out = f"also for {plan.left_out} with preferences: [spamd] max_users={self.settings.spamd.max_users}"
         return tuple(o if o.owner or o.detail or not plan.left_out else replace(o, detail=left_out) for o in said)
@@ -232,4 +252,5 @@ def _unchecked(scanner: Scanner, error: BackendError, spent: float) -> ScanOutco
     return ScanOutcome(scanner, ScanStatus.UNCHECKED, "", error.detail, error.cause, error.backend, spent)
 
 
-_Ask = Callable[[Message, ScanPlan, Deadline], Awaitable[tuple[ScanOutcome, ...]]]
+_Ask = Callable[[Message, ScanPlan, Claim, Deadline], Awaitable[tuple[ScanOutcome, ...]]]
+_CANARY = Claim(("canary", b""), 0, 0)

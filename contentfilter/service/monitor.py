@@ -17,7 +17,7 @@ import msgspec
 
 from contentfilter.config.settings import Settings
 from contentfilter.deadline import Deadline
-from contentfilter.intake.connection import Rarely
+from contentfilter.intake.room import Rarely
 from contentfilter.model import Scanner
 from contentfilter.ops.history import History
 from contentfilter.ops.http import Page, Response, Server, parse_listen

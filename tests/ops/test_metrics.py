@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lab.scrape import OPENMETRICS, Samples, promtool
 
-from contentfilter.intake.connection import Counters
+from contentfilter.intake.room import Counters
 from contentfilter.model import Scanner
 from contentfilter.ops import metrics
 from contentfilter.ops.metrics import METRICS, Metrics, Registry

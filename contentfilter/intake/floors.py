@@ -14,7 +14,7 @@ from pathlib import Path
 
 EVERY = 1.0  # seconds
 RECOVERED = 1.25  # so many times the floor has to be there before it is enough again
-MEMORY, DISK = "memory", "disk space"
+MEMORY, DISK = RESOURCES = "memory", "disk"
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,7 +147,7 @@ class Room:
         """The answer for who waited ``seconds`` for nothing."""
         self.counters.busy += 1
         code = "4.3.1" if self.short else "4.3.2"
-        why = f"content filter has too little {self.short}" if self.short else "content filter busy"
+        why = f"content filter is short of {self.short}" if self.short else "content filter busy"
         answer = deferral(why, offered.incident, code)
         try:
             self.terms.handler.turned_away(offered, why, answer, seconds)

@@ -95,13 +95,13 @@ class Line(Generic[T]):
 
     def full(self) -> bool:
         """One more could only be turned away."""
-        if self._free() and not self._by_age:
+        if self._free():
             return False
         return len(self._by_age) >= self.room and max(self._waiting_by.values(), default=0) < 2
 
     def take(self, claim: Claim) -> bool:
-        """A place at once, if one is free and nobody waits."""
-        if self._by_age or not self._free() or not self._fits(claim):
+        """A place at once, if one is free. Then nobody waits but large ones, because :meth:`next` was called."""
+        if not self._free() or (claim.large and self._by_age) or not self._fits(claim):
             return False
         self._book(claim)
         return True

@@ -4,6 +4,7 @@ from collections import Counter
 
 from contentfilter.ops.log import Logger
 
+PREFIX = "shed "  # of the counts in a heartbeat
 QUIET = 10.0  # seconds without anything left out after which shedding is over
 
 
@@ -23,16 +24,16 @@ class Load:
         if self.shed != self._seen:
             if self._last is None:
                 self._told = self._seen
-                self._log.warning("load.shed", **_fields(self.shed - self._told))
+                self._log.warning("load.shed", why=_words(self.shed - self._told))
             self._seen, self._last = self.shed.copy(), now
         elif self._last is not None and now - self._last >= QUIET:
             self._last = None
-            self._log.warning("load.normal", **_fields(self._seen - self._told))
+            self._log.warning("load.normal", why=_words(self._seen - self._told))
 
     def counters(self) -> dict[str, int]:
-        """For the heartbeat."""
-        return _fields(self.shed)
+        """For the heartbeat, which has the messages without a place as ``busy`` already."""
+        return {PREFIX + what: count for what, count in self.shed.items() if what != "waiting"}
 
 
-def _fields(counts: Counter[str]) -> dict[str, int]:
-    return {"shed_" + what.replace("-", "_"): count for what, count in counts.items()}
+def _words(counts: Counter[str]) -> str:
+    return ", ".join(f"{what}: {count}" for what, count in sorted(counts.items()))

@@ -180,9 +180,9 @@ class Worker:
     def _short(self, short: str) -> None:
         """There is too little of something, or enough again."""
         if short:
-            self._log.error("load.short", of=short)
+            self._log.error("load.short", why=short)
         else:
-            self._log.warning("load.enough", of=self._listener.short)
+            self._log.warning("load.enough", why=self._listener.short)
         self._listener.shut(short)
         self._bus.send(self._heartbeat(0.0))
 

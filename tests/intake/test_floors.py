@@ -14,7 +14,9 @@ MEGABYTE = 1 << 20
 def system(root: Path, available: int, groups: dict[str, tuple[str, int, int]]) -> Path:
     """A machine with so much available; groups: name -> memory.max, memory.current, page cache in it."""
     (root / "proc/self").mkdir(parents=True)
-    (root / "proc/meminfo").write_text(f"MemTotal: 99999 kB\nMemAvailable:  {available // 1024} kB\nHugePages_Free: 0\n")
+    (root / "proc/meminfo").write_text(
+        f"MemTotal: 99999 kB\nMemAvailable:  {available // 1024} kB\nHugePages_Free: 0\n"
+    )
     (root / "proc/self/cgroup").write_text("1:name=systemd:/old\n0::/system.slice/contentfilter.service\n")
     for name, (limit, current, cache) in groups.items():
         directory = root / "sys/fs/cgroup" / name
@@ -51,7 +53,12 @@ def test_this_machine_has_memory_and_disk(tmp_path: Path) -> None:
 
 def test_what_was_short_needs_some_more_before_it_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = Floors(100 * MEGABYTE, 0, str(tmp_path))
-    for available, short, expected in ((99, "", "memory"), (110, "", ""), (110, "memory", "memory"), (126, "memory", "")):
+    for available, short, expected in (
+        (99, "", "memory"),
+        (110, "", ""),
+        (110, "memory", "memory"),
+        (126, "memory", ""),
+    ):
         monkeypatch.setattr(floors, "available_memory", lambda available=available: available * MEGABYTE)
         assert what_is_short(wanted, short) == expected, available
 

@@ -98,7 +98,9 @@ class Crowd:
             os.close(self._text_in)
             os.close(self._text_out)
         spent = time.monotonic() - self._began
-        return Outcome(statuses, self._queued(), tuple(filter(None, re.split(r"(?<=\))(?=[DZ])", texts.decode()))), spent)
+        return Outcome(
+            statuses, self._queued(), tuple(filter(None, re.split(r"(?<=\))(?=[DZ])", texts.decode()))), spent
+        )
 
     def _queued(self) -> Counter[int]:
         found: Counter[int] = Counter()

@@ -18,7 +18,9 @@ def test_patience_ends_in_the_written_order() -> None:
 
 
 def test_what_is_left_out_has_a_name_and_the_signatures_have_none() -> None:
-    words = {what_is_shed(scanner, large=large) for scanner in (Scanner.CLAMD, Scanner.SPAMD) for large in (True, False)}
+    words = {
+        what_is_shed(scanner, large=large) for scanner in (Scanner.CLAMD, Scanner.SPAMD) for large in (True, False)
+    }
     assert words | {"waiting"} == set(SHED)
     assert "signatures" not in SHED
 

@@ -1,4 +1,4 @@
-"""More mail than the machine can scan: all of it is accepted or told to come again, and soon everything is as before."""
+"""More mail than the machine can scan: all of it is accepted or told to come again, and soon all is as before."""
 
 import time
 from pathlib import Path

@@ -156,7 +156,8 @@ def test_nobody_starves(before: list[tuple[str, int]], mine: tuple[str, int], pl
 
 def test_a_large_one_that_does_not_fit_keeps_its_turn_and_lets_small_ones_pass() -> None:
     line: Line[str] = Line(10, volume=1_000_000)
-    assert line.take(under_way := claim("a", 3, 600_000))
+    under_way = claim("a", 3, 600_000)
+    assert line.take(under_way)
     big, middle, little = waiting(line, claim("b", 3, 900_000), claim("c", 3, 300_000), claim("d", 1))
     assert line.next() is little
     assert line.next() is None, "one that would fit must not overtake the one whose turn it is"

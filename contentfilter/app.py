@@ -70,6 +70,8 @@ from contentfilter.verdict.release import load_secret
 from contentfilter.wire import envelope as envelope_format
 from contentfilter.wire import hook
 
+NOTED_ENVELOPE = 65_536  # bytes; a larger one is not read for a message that is turned away
+
 
 class Runtime(msgspec.Struct, frozen=True):
     """All that a worker needs to know."""
@@ -330,14 +332,13 @@ class Application:
 
     def turned_away(self, offered: Offered, why: str, answer: hook.Answer, seconds: float) -> None:
         """Like mail that was decided, so that its incident is found; it was not opened, only its envelope is read."""
-        try:
-            block = read_envelope(offered.fds[-1], offered.request.envelope_size)
-            envelope = envelope_format.parse(block)
-        except (MessageError, EnvelopeError, IndexError):
-            envelope = Envelope(b"", ())
+        envelope, size = Envelope(b"", ()), offered.request.envelope_size
+        if size <= NOTED_ENVELOPE:
+            with suppress(MessageError, EnvelopeError, IndexError):
+                envelope = envelope_format.parse(read_envelope(offered.fds[-1], size))
         rule = f"busy: {why}, {seconds:.0f} s without a free place"
-        size = offered.request.message_size
-        case = self._workbench.pipeline.unopened(offered.incident, envelope, offered.origin, size, rule)
+        pipeline, size = self._workbench.pipeline, offered.request.message_size
+        case = pipeline.unopened(offered.incident, envelope, offered.origin, size, rule)
         self._emit(make_record(case, offered.request.attempt, seconds), make_account(case, answer.text))
 
     def _canary(self, job: Job) -> Mark | None:

@@ -18,6 +18,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -342,8 +343,9 @@ def main() -> None:
     for name in ("slot", "generation", "listen", "lifeline", "runtime", "orders"):
         parser.add_argument(f"--{name}", type=int, required=True)
     options = parser.parse_args()
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each message has several; nothing here uses select(2)
+    with suppress(OSError):  # the service's unit forbids it, and has set enough
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # messages have several; nothing uses select(2)
     for fd in (options.listen, options.lifeline, options.runtime, options.orders):
         os.set_inheritable(fd, False)
     target = open_target(options.to, options.syslog, options.facility, os.environ)

@@ -180,6 +180,27 @@ async def test_a_sparse_giant_is_deferred_before_a_byte_of_it_is_read(listening:
             assert bench.log("intake.bad-message")[0]["why"] == f"{size} bytes"
 
 
+async def test_a_message_that_is_cut_while_it_waits_is_deferred(listening: Listening) -> None:
+    """Unopened, nothing was believed yet; what is opened later is compared with what was announced."""
+    handling = Handling()
+    async with listening(handling, max_in_flight=1) as bench:
+        first = Offer(bench.path).send()
+        await until(lambda: len(handling.order) == 1)
+        theirs, envelope = os.memfd_create("changing"), sealed(ENVELOPE)
+        os.write(theirs, LARGE_MESSAGE)
+        sizes = (len(LARGE_MESSAGE), len(ENVELOPE))
+        waiting = Offer(bench.path).send_raw(hook.encode_request(hook.Request(0, 60.0, *sizes, {})), [theirs, envelope])
+        await until(lambda: bench.listener.waiting == 1)
+        os.ftruncate(theirs, 10)
+        handling.go.set()
+        assert await answers([first]) == [QUEUE]
+        (said,) = await answers([waiting])
+        assert said is not None
+        assert "could not be taken over" in said.text
+        os.close(theirs)
+        os.close(envelope)
+
+
 async def test_waiting_messages_are_answered_when_the_listener_stops(listening: Listening) -> None:
     handling = Handling()
     async with listening(handling, max_in_flight=1) as bench:

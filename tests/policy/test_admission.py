@@ -168,6 +168,20 @@ def test_a_large_one_that_does_not_fit_keeps_its_turn_and_lets_small_ones_pass()
     assert line.next() is middle
 
 
+def test_even_our_own_large_one_does_not_pass_a_large_one_that_has_its_turn() -> None:
+    line: Line[str] = Line(10, volume=1_000_000)
+    under_way = claim("a", 3, 600_000)
+    line.take(under_way)
+    (big,) = waiting(line, claim("b", 3, 900_000))
+    assert line.next() is None
+    (ours,) = waiting(line, claim("c", 2, 300_000))
+    assert line.next() is None
+    line.leave(under_way)
+    assert line.next() is big
+    line.leave(big.claim)
+    assert line.next() is ours
+
+
 def test_one_that_is_larger_than_all_room_is_let_in_alone() -> None:
     line: Line[str] = Line(10, volume=10)
     assert line.take(claim("a", 3, 1 << 40))

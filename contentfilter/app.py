@@ -10,6 +10,7 @@ import dataclasses
 import os
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -20,8 +21,10 @@ from contentfilter.config.controls import Controls, read_controls
 from contentfilter.config.keys import load_keys
 from contentfilter.config.load import load_settings
 from contentfilter.config.settings import Settings
-from contentfilter.errors import ConfigError, EnvelopeError, Problem
-from contentfilter.intake.connection import Job, deferral
+from contentfilter.errors import ConfigError, EnvelopeError, MessageError, Problem
+from contentfilter.intake.message import read_envelope
+from contentfilter.intake.room import Job, Offered, deferral
+from contentfilter.model import Envelope, Scanner
 from contentfilter.ops.canary import ASKED, Mark, make_samples, recognise
 from contentfilter.pipeline import Pipeline, Scanners
 from contentfilter.policy.bypass import Bypass
@@ -40,6 +43,7 @@ from contentfilter.scanners.signatures import (
 )
 from contentfilter.scanners.spamd import SpamdScanner
 from contentfilter.scanners.tls import needed
+from contentfilter.scanners.turns import Turns
 from contentfilter.service.canary import SEEN, Seen, answer_for
 from contentfilter.service.frames import Event
 from contentfilter.service.housekeeping import Chore
@@ -52,10 +56,22 @@ from contentfilter.tables.keeper import Keeper, State, read_source
 from contentfilter.tables.snapshot import FILE as SNAPSHOT
 from contentfilter.tables.snapshot import Snapshot, compile_snapshot
 from contentfilter.verdict.quarantine import Quarantine
-from contentfilter.verdict.record import Account, Record, fields, make_scans, ordinary, steps, troubled
+from contentfilter.verdict.record import (
+    Account,
+    Record,
+    fields,
+    make_account,
+    make_record,
+    make_scans,
+    ordinary,
+    steps,
+    troubled,
+)
 from contentfilter.verdict.release import load_secret
 from contentfilter.wire import envelope as envelope_format
 from contentfilter.wire import hook
+
+NOTED_ENVELOPE = 65_536  # bytes; a larger one is not read for a message that is turned away
 
 
 class Runtime(msgspec.Struct, frozen=True):
@@ -204,18 +220,27 @@ class Workbench:
         secret: bytes = b"",
         bypasses: Callable[[], tuple[Bypass, ...]] = tuple,
         recall: Recall | None = None,
+        shed: Counter[str] | None = None,
     ) -> None:
-        """``secret``, ``bypasses``, ``recall``: see Pipeline. Raises ConfigError for a snapshot that cannot be used."""
+        """``secret``, ``bypasses``, ``recall``: see Pipeline; ``shed``: see Turns.
+
+        Raises ConfigError for a snapshot that cannot be used.
+        """
+        shed = Counter() if shed is None else shed
         settings = runtime.settings
         self.snapshot = (
             Snapshot.open(runtime.snapshot, settings.tables.extension.encode()) if runtime.snapshot else None
         )
         lists = (runtime.signatures, runtime.loadertypes)
+        # spamdchildren is for the machine; each worker keeps to its share
+        children = max(1, runtime.spamdchildren // worker_count(settings))
+        clamd, spamd = settings.clamd, settings.spamd
         scanners = Scanners(
             Engine(*lists, settings.signatures.mode) if any(lists) else None,
-            ClamdScanner(settings.clamd),
-            # spamdchildren is for the machine; each worker keeps to its share
-            SpamdScanner(settings.spamd, max(1, runtime.spamdchildren // worker_count(settings))),
+            ClamdScanner(clamd),
+            SpamdScanner(spamd, children),
+            Turns(Scanner.CLAMD, len(clamd.backends) * clamd.concurrency, clamd.max_wait, shed),
+            Turns(Scanner.SPAMD, len(spamd.backends) * children, spamd.max_wait, shed),
         )
         lookup, owners = (self.snapshot.lookup, self.snapshot.owners) if self.snapshot else (None, None)
         self.pipeline = Pipeline(
@@ -285,7 +310,8 @@ class Application:
         self._smtplog = runtime.smtplog
         self._surroundings = surroundings
         self._secret, self._uid = self._load_secret(), os.geteuid()
-        self._workbench = Workbench(runtime, self._secret, surroundings.bypasses, surroundings.recall)
+        around = surroundings
+        self._workbench = Workbench(runtime, self._secret, around.bypasses, around.recall, around.shed)
         surroundings.recall.change(self.settings.reuse)
         self._watching = asyncio.create_task(self._watch())
 
@@ -308,6 +334,17 @@ class Application:
         return await self._workbench.pipeline.handle(
             job.incident, envelope, job.message, job.origin, job.deadline, self._emit, job.request.attempt
         )
+
+    def turned_away(self, offered: Offered, why: str, answer: hook.Answer, seconds: float) -> None:
+        """Like mail that was decided, so that its incident is found; it was not opened, only its envelope is read."""
+        envelope, size = Envelope(b"", ()), offered.request.envelope_size
+        if size <= NOTED_ENVELOPE:
+            with suppress(MessageError, EnvelopeError, IndexError):
+                envelope = envelope_format.parse(read_envelope(offered.fds[-1], size))
+        rule = f"busy: {why}, {seconds:.0f} s without a free place"
+        pipeline, size = self._workbench.pipeline, offered.request.message_size
+        case = pipeline.unopened(offered.incident, envelope, offered.origin, size, rule)
+        self._emit(make_record(case, offered.request.attempt, seconds), make_account(case, answer.text))
 
     def _canary(self, job: Job) -> Mark | None:
         """The mark of a sample that our own supervisor sent; None: this is mail."""

@@ -18,6 +18,7 @@ from contentfilter.config.settings import Settings
 from contentfilter.deadline import Deadline
 from contentfilter.errors import BackendError, Cause
 from contentfilter.model import Envelope, Message, Origin, OriginKind, Scanner, ScanOutcome, ScanStatus, Want
+from contentfilter.policy.admission import Claim, claim_of
 from contentfilter.policy.budget import kept_back, one_try
 from contentfilter.policy.bypass import Bypass, find_bypass, left_out
 from contentfilter.policy.decide import Action, Decision, Reason, decide, needed, open_owners
@@ -28,6 +29,8 @@ from contentfilter.scanners.clamd import ClamdScanner
 from contentfilter.scanners.recall import Question, Recall
 from contentfilter.scanners.signatures import Engine
 from contentfilter.scanners.spamd import SpamdScanner
+from contentfilter.scanners.stream import Leave
+from contentfilter.scanners.turns import Turns
 from contentfilter.verdict.case import Case
 from contentfilter.verdict.quarantine import Quarantine
 from contentfilter.verdict.record import Account, Record, fields, make_account, make_record
@@ -46,6 +49,8 @@ class Scanners:
     programs: Engine | None  # signatures and loader types; None where both are switched off
     clamd: ClamdScanner
     spamd: SpamdScanner
+    clamd_turns: Turns
+    spamd_turns: Turns
 
 
 class Pipeline:
@@ -117,6 +122,7 @@ class Pipeline:
         if not origin.remote_ip and (by := await self._released(message)):  # the token does not count over SMTP
             plan = plan.released_by(by)
         outcomes: tuple[ScanOutcome, ...] = ()
+        claim = claim_of(origin, message.size)
         for together, ask in self._stages(self.recall):
             if not any(needed(scanner, plan, outcomes, origin.kind, self.settings) for scanner in together):
                 continue
@@ -126,7 +132,7 @@ class Pipeline:
                 outcomes += tuple(outcome for scanner in together for outcome in left_out(bypass, scanner, still))
                 continue
             kept = kept_back(deadline.left(), together[-1], plan, message.size, self.settings)
-            said = await ask(message, still, deadline.before(kept))
+            said = await ask(message, still, claim, deadline.before(kept))
             outcomes += tuple(tolerate(outcome, self.settings, self.allowed, time.time()) for outcome in said)
         decision = decide(plan, outcomes, origin.kind, len(envelope.recipients), self.settings)
         return Case(incident, origin, envelope, message, self.settings, self.switches, plan, outcomes, decision)
@@ -152,9 +158,15 @@ class Pipeline:
             if bypass is not None:
                 outcomes += tuple(outcome for scanner in together for outcome in left_out(bypass, scanner, plan))
                 continue
-            said = await ask(message, plan, deadline)
+            said = await ask(message, plan, _CANARY, deadline)
             outcomes += tuple(tolerate(outcome, self.settings, self.allowed, now) for outcome in said)
         return outcomes
+
+    def unopened(self, incident: str, envelope: Envelope, origin: Origin, size: int, why: str) -> Case:
+        """A message of ``size`` bytes that is deferred without a look into it; ``why`` is the rule."""
+        message, plan = Message(-1, size, b""), ScanPlan((), ())
+        decision = Decision(Action.DEFER, Reason.NONE, why)
+        return Case(incident, origin, envelope, message, self.settings, self.switches, plan, (), decision)
 
     def _open(self, plan: ScanPlan, outcomes: tuple[ScanOutcome, ...], origin: Origin) -> ScanPlan:
         """The plan without the owners of preferences for whom it is decided by now."""
@@ -184,7 +196,9 @@ class Pipeline:
             ((Scanner.SPAMD,), partial(self._spamd, recall)),
         )
 
-    async def _programs(self, message: Message, plan: ScanPlan, deadline: Deadline) -> tuple[ScanOutcome, ...]:
+    async def _programs(
+        self, message: Message, plan: ScanPlan, claim: Claim, deadline: Deadline
+    ) -> tuple[ScanOutcome, ...]:
         """Both lists in one pass. What is found decides; otherwise both lists say clean."""
         asked = [scanner for scanner in (Scanner.SIGNATURES, Scanner.LOADERTYPES) if plan.runs(scanner)]
         engine = self.scanners.programs
@@ -210,11 +224,15 @@ class Pipeline:
         return (first, *(replace(other, seconds=0.0, detail="in the same pass") for other in others))
 
     async def _clamd(
-        self, recall: Recall | None, message: Message, plan: ScanPlan, deadline: Deadline
+        self, recall: Recall | None, message: Message, plan: ScanPlan, claim: Claim, deadline: Deadline
     ) -> tuple[ScanOutcome, ...]:
-        clamd, max_size = self.scanners.clamd, self.settings.clamd.max_size
-        if recall is None or 0 < max_size < message.size:  # what is too big for a look is not looked up
-            return (await _asked(Scanner.CLAMD, clamd.scan(message, deadline)),)
+        clamd, turns = self.scanners.clamd, self.scanners.clamd_turns
+
+        def scan(leave: Leave | None = None) -> Awaitable[ScanOutcome]:
+            return turns.run(claim, lambda: clamd.scan(message, deadline, leave), deadline)
+
+        if recall is None or 0 < self.settings.clamd.max_size < message.size:  # what is too big is not looked up
+            return (await _asked(Scanner.CLAMD, scan()),)
         question = Question(
             b"clamd " + self._kinds[Scanner.CLAMD],
             message,
@@ -222,28 +240,29 @@ class Pipeline:
             goes_on=self._comes_again[Scanner.CLAMD],
             database=clamd.database,
         )
-        scan = recall.ask(question, lambda leave: clamd.scan(message, deadline, leave), deadline)
-        return (await _asked(Scanner.CLAMD, scan),)
+        return (await _asked(Scanner.CLAMD, recall.ask(question, scan, deadline)),)
 
     async def _spamd(
-        self, recall: Recall | None, message: Message, plan: ScanPlan, deadline: Deadline
+        self, recall: Recall | None, message: Message, plan: ScanPlan, claim: Claim, deadline: Deadline
     ) -> tuple[ScanOutcome, ...]:
-        """One question for each owner of preferences, all at once; the pool keeps to spamd's children."""
+        """One question for each owner of preferences, all in line at once; there are as many places as children."""
         async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(_asked(Scanner.SPAMD, self._score(recall, message, user, plan.want, deadline)))
-                for _, user in plan.users
-            ]
+            scores = [self._score(recall, message, user, plan.want, claim, deadline) for _, user in plan.users]
+            tasks = [group.create_task(_asked(Scanner.SPAMD, score)) for score in scores]
         said = [replace(task.result(), owner=owner) for (owner, _), task in zip(plan.users, tasks, strict=True)]
         left_out = f"also for {plan.left_out} with preferences: [spamd] max_users={self.settings.spamd.max_users}"
         return tuple(o if o.owner or o.detail or not plan.left_out else replace(o, detail=left_out) for o in said)
 
     async def _score(
-        self, recall: Recall | None, message: Message, user: bytes, want: Want, deadline: Deadline
+        self, recall: Recall | None, message: Message, user: bytes, want: Want, claim: Claim, deadline: Deadline
     ) -> ScanOutcome:
-        spamd = self.scanners.spamd
+        spamd, turns = self.scanners.spamd, self.scanners.spamd_turns
+
+        def scan(leave: Leave | None = None) -> Awaitable[ScanOutcome]:
+            return turns.run(claim, lambda: spamd.scan(message, deadline, leave, user=user, want=want), deadline)
+
         if recall is None or want is Want.PROCESS:  # a rewritten message holds the Received lines of its own try
-            return await spamd.scan(message, deadline, user=user, want=want)
+            return await scan()
         question = Question(
             b"spamd %s %s %s" % (self._kinds[Scanner.SPAMD], want.value.encode(), user),
             message,
@@ -251,7 +270,6 @@ class Pipeline:
             by_client=True,
             goes_on=self._comes_again[Scanner.SPAMD],
         )
-        scan = partial(spamd.scan, message, deadline, user=user, want=want)
         return await recall.ask(question, scan, deadline)
 
     async def _kept(self, case: Case, deadline: Deadline) -> Case:
@@ -282,4 +300,5 @@ def _unchecked(scanner: Scanner, error: BackendError, spent: float) -> ScanOutco
     return ScanOutcome(scanner, ScanStatus.UNCHECKED, "", error.detail, error.cause, error.backend, spent)
 
 
-_Ask = Callable[[Message, ScanPlan, Deadline], Awaitable[tuple[ScanOutcome, ...]]]
+_Ask = Callable[[Message, ScanPlan, Claim, Deadline], Awaitable[tuple[ScanOutcome, ...]]]
+_CANARY = Claim(("canary", b""), 0, 0)

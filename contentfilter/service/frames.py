@@ -47,6 +47,8 @@ class Heartbeat(Frame, frozen=True):
     bytes: int = 0  # of the messages in flight
     backends: tuple[BackendHealth, ...] = ()  # as this worker knows them
     orders: int = 0  # the number of the orders that it follows
+    waiting: int = 0  # messages that wait for a place
+    short: str = ""  # what there is too little of to take mail: memory, disk space
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -176,6 +178,8 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     counters: dict[str, int]
     bytes: int = 0
     backends: tuple[BackendHealth, ...] = ()
+    waiting: int = 0
+    short: str = ""
 
 
 class BackendStatus(msgspec.Struct, frozen=True):

@@ -18,8 +18,8 @@ from contentfilter import __version__
 from contentfilter.config.settings import Settings
 from contentfilter.deadline import Deadline
 from contentfilter.errors import RemoteProtocolError
-from contentfilter.intake.connection import Rarely
 from contentfilter.intake.listener import OwnSocket, SocketError, hold_lock, inherited_socket, open_socket
+from contentfilter.intake.room import Rarely
 from contentfilter.ops.log import Logger, adopt_standard_logging, make_logger
 from contentfilter.ops.log_target import open_target
 from contentfilter.ops.systemd import Notifier, listen_fds, watchdog_interval

@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lab.scrape import OPENMETRICS, Samples, promtool
 
-from contentfilter.intake.connection import Counters
+from contentfilter.intake.room import Counters
 from contentfilter.model import Scanner
 from contentfilter.ops import metrics
 from contentfilter.ops.metrics import METRICS, Metrics, Registry
+from contentfilter.policy.shedding import SHED
+from contentfilter.service.load import PREFIX
 
 ROOT = Path(__file__).parents[2]
 CLAMD, SPAMD = "unix:/run/clamd", "tcp:127.0.0.1:783"
@@ -34,6 +36,7 @@ CLOSED = {
     "backend": {CLAMD, SPAMD, ""},
     "how": metrics.REUSED | {metrics.OTHER},
     "result": metrics.COMMITS | metrics.LOADS,
+    "what": frozenset(SHED),
 }
 
 
@@ -188,8 +191,17 @@ def test_a_backend_that_is_no_longer_configured_is_forgotten(counted: Metrics) -
 
 def test_every_counter_of_a_worker_is_added_up_somewhere() -> None:
     ours = {field.name for field in dataclasses.fields(Counters)} | {"events_lost"}
-    assert set(metrics.FROM_WORKERS) == ours
+    summed = set(metrics.FROM_WORKERS) | set(metrics.SHED_FROM_WORKERS)
+    assert {name for name in summed if not name.startswith(PREFIX)} == ours
     assert set(metrics.FROM_WORKERS.values()) <= set(METRICS)
+
+
+def test_what_workers_left_out_is_counted_by_its_name() -> None:
+    counted = made()
+    counted.worker(1, 0.0, {"busy": 2, PREFIX + "spamd-large": 5})
+    counted.worker(1, 0.0, {"busy": 3, PREFIX + "spamd-large": 5, PREFIX + "clamd": 1, PREFIX + "nonsense": 9})
+    expected = {("waiting",): 3, ("spamd-large",): 5, ("clamd",): 1}
+    assert read(counted).counts("shed_total", "what") == expected
 
 
 @settings(deadline=None, max_examples=60)

@@ -7,6 +7,8 @@ Exit statuses: 0 found; 1 nothing found, or no journal; 2 wrong usage; 78 bad co
 import json
 import re
 import sys
+import time
+from base64 import b32hexdecode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from contentfilter.verdict.entry import Entry
 from contentfilter.verdict.journal import Journal, Mail, Query, journal_path, outcome_of
 from contentfilter.verdict.quarantine import Quarantine
 
+YOUNG = 3.0  # seconds
+AGAIN = 0.1  # seconds between two looks
 _WHOLE = re.compile(r"(?<![0-9a-z])[0-9a-z]{16}(?![0-9a-z])", re.ASCII)  # intake/connection.py: new_incident
 _PREFIX = re.compile(r"[0-9a-z]{1,16}", re.ASCII)
 
@@ -61,7 +65,11 @@ def why(config_path: str, /, text: tuple[str, ...], limit: int, as_json: bool, *
                 found = journal.find(query, limit + 1)
             else:
                 queries = [Query((("incident", f"{incident}*"),)) for incident in incidents]
-                found = [mail for query in queries for mail in journal.find(query, limit + 1)]
+                while True:
+                    found = [mail for query in queries for mail in journal.find(query, limit + 1)]
+                    if found or not any(map(_young, incidents)):
+                        break
+                    time.sleep(AGAIN)
     except JournalError as error:
         click.echo(f"contentfilter: {error}", err=True)
         sys.exit(1)
@@ -85,6 +93,17 @@ def _incidents(text: str) -> tuple[str, ...]:
     if _PREFIX.fullmatch(text.lower()):
         return (text.lower(),)
     raise click.UsageError("there is no incident in that: sixteen letters and digits, or the first of them")
+
+
+def _young(incident: str) -> bool:
+    """Whether the journal may not have it yet: it is written a moment after the answer."""
+    if _WHOLE.fullmatch(incident) is None:
+        return False
+    try:
+        number = int.from_bytes(b32hexdecode(incident, casefold=True), "big")
+    except ValueError:
+        return False
+    return 0 <= time.time() - (number >> 35) / 1000 < YOUNG
 
 
 def _query(asked: dict[str, Any]) -> Query:

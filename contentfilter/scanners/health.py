@@ -45,6 +45,7 @@ class Health:
     since: float = 0.0  # when the first of them was
     last: float = 0.0
     proven: bool = False  # it answered a PING since
+    absent: bool = False  # the last failure: nobody was there to ask
 
     def resting(self, now: float) -> bool:
         return now < self.rest_until
@@ -53,8 +54,8 @@ class Health:
         """Rested, but not yet proven well: one question at a time."""
         return self.failures >= REST_AFTER
 
-    def failed(self, cause: Cause, now: float, seconds: float) -> "Health":
-        """After a failure that took ``seconds``.
+    def failed(self, cause: Cause, now: float, seconds: float, *, absent: bool = False) -> "Health":
+        """After a failure that took ``seconds``. ``absent``: the question never left.
 
         Failures during a rest are questions that were already under way: one crash, counted once.
         """
@@ -63,11 +64,14 @@ class Health:
         failures = self.failures + 1
         beyond = min(failures - REST_AFTER, 16)
         rest = min(FIRST_REST * 2**beyond, LONGEST_REST) if beyond >= 0 else 0.0
-        return Health(failures, now + rest, cause, self.since if self.failures else now, now)
+        return Health(failures, now + rest, cause, self.since if self.failures else now, now, absent=absent)
 
     def answered_ping(self) -> "Health":
-        """It is there. Whether it can scan only a scan tells, so its failures are not forgotten."""
-        return replace(self, proven=True)
+        """It is there. Whether it can scan only a scan tells, so its failures are not forgotten.
+
+        One that was not there need not rest any longer.
+        """
+        return replace(self, proven=True, rest_until=0.0 if self.absent else self.rest_until)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +126,7 @@ class Backend:
 
 def due(backend: Backend, now: float, patience: Patience) -> bool:
     """Has it been silent for so long that a PING is worth its price?"""
-    if backend.health.resting(now):
+    if backend.health.resting(now) and not backend.health.absent:
         return False
     if backend.silent or (backend.health.failures and not backend.health.proven):
         limit = patience.suspect

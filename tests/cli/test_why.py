@@ -5,6 +5,7 @@ import os
 import pty
 import subprocess
 import sys
+import threading
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
+import contentfilter.cli.why as why_module
 from contentfilter.cli.main import cli
 from contentfilter.intake.room import new_incident
 from contentfilter.verdict.journal import FILE, Journal
@@ -306,3 +308,20 @@ def test_a_damaged_journal_is_an_error_message(place: Place, damage: str) -> Non
     result = place.why("--since", "2020-01-01")
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith("contentfilter: ")
+
+
+def test_an_incident_that_is_pasted_at_once_is_waited_for(place: Place) -> None:
+    """The journal has a message a moment after its answer went out."""
+    fresh = new_incident()
+    later = threading.Timer(0.5, lambda: place.add(fresh))
+    later.start()
+    result = place.why(f"451 try again [{fresh}] (#4.3.0)")
+    later.join()
+    assert result.exit_code == 0
+    assert fresh in result.output
+
+
+def test_an_old_or_made_up_incident_is_not_waited_for(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(why_module.time, "sleep", lambda seconds: pytest.fail("it waited"))
+    for incident in ("1k7tr2fnsi7a1nlz", "zzzzzzzzzzzzzzzz", "1k7"):
+        assert place.why(incident).exit_code in (0, 1, 2)

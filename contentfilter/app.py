@@ -5,6 +5,7 @@ directory, and ships one blob. A worker turns the blob into a pipeline; it opens
 the snapshot. ``explain`` does both in one process.
 """
 
+import asyncio
 import dataclasses
 import os
 import tempfile
@@ -47,9 +48,21 @@ from contentfilter.tables.bypass import read_bypasses
 from contentfilter.tables.keeper import Keeper, State, read_source
 from contentfilter.tables.snapshot import FILE as SNAPSHOT
 from contentfilter.tables.snapshot import Snapshot, compile_snapshot
+from contentfilter.verdict.poison import keep_poison, poison_case
 from contentfilter.verdict.quarantine import Quarantine
-from contentfilter.verdict.record import Account, Record, fields, make_scans, ordinary, steps, troubled
+from contentfilter.verdict.record import (
+    Account,
+    Record,
+    fields,
+    make_account,
+    make_record,
+    make_scans,
+    ordinary,
+    steps,
+    troubled,
+)
 from contentfilter.verdict.release import load_secret
+from contentfilter.verdict.reply import answer
 from contentfilter.wire import envelope as envelope_format
 from contentfilter.wire import hook
 
@@ -277,6 +290,28 @@ class Application:
         return await self._workbench.pipeline.handle(
             job.incident, envelope, job.message, job.origin, job.deadline, self._emit, job.request.attempt
         )
+
+    async def isolate(self, job: Job, fingerprint: str) -> hook.Answer:
+        """The answer for a message that killed workers. It is kept, and logged as any other."""
+        began = time.monotonic()
+        try:
+            envelope = envelope_format.parse(job.envelope)
+        except EnvelopeError:
+            return deferral("the envelope is malformed", job.incident)
+        pipeline, log = self._workbench.pipeline, self._surroundings.log
+        case = poison_case(job.incident, envelope, job.message.size, job.origin, pipeline.settings, pipeline.switches)
+        reply, record = answer(case), make_record(case, job.request.attempt, time.monotonic() - began)
+        try:
+            facts = fields(record)
+            kept = await asyncio.to_thread(keep_poison, self.settings.service.state, fingerprint, job.message, facts)
+        except OSError as error:
+            log.error("poison.not-kept", id=job.incident, why=str(error))  # noqa: TRY400 - a full disk is no defect
+            kept = ""
+        seen = {"id": job.incident, "fingerprint": fingerprint, "decision": record.decision, "kept": kept}
+        log.error("poison.isolated", **seen)
+        self._surroundings.emit(Event("poison.isolated", seen))
+        self._emit(record, make_account(case, reply.text))
+        return reply
 
     def _canary(self, job: Job) -> Mark | None:
         """The mark of a sample that our own supervisor sent; None: this is mail."""

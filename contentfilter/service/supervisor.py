@@ -21,7 +21,7 @@ from contentfilter.config.settings import Settings
 from contentfilter.deadline import Deadline
 from contentfilter.errors import ConfigError, RemoteProtocolError
 from contentfilter.intake.connection import Rarely
-from contentfilter.intake.listener import OwnSocket, SocketError, hold_lock, inherited_socket, open_socket
+from contentfilter.intake.listener import OwnSocket, choose_socket, hold_lock
 from contentfilter.intake.origin import resolve
 from contentfilter.ops.log import Logger, adopt_standard_logging, make_logger
 from contentfilter.ops.log_target import open_target
@@ -36,9 +36,9 @@ from contentfilter.service.pool import Pool
 from contentfilter.service.process import Process, memory_file
 from contentfilter.service.recorder import Recorder
 from contentfilter.service.source import Loaded, Source, Staleness
+from contentfilter.service.suspects import Suspects
 from contentfilter.service.worker import command_line
 
-SOCKET_NAME = "queue"  # FileDescriptorName= in the socket unit; a single unnamed socket will do too
 DRAIN_GRACE = 5.0  # seconds on top of service.drain before workers are killed
 RELOAD_WAIT = 10.0  # seconds to wait for all workers to take a new configuration
 LAST_WORDS = 0.1  # seconds of silence after which workers that have ended have said everything
@@ -86,7 +86,7 @@ class Supervisor:
         lock = hold_lock(f"{settings.service.run}/contentfilter.lock")
         own: OwnSocket | None = None
         try:
-            own, self._listener = self._listen(passed)
+            own, self._listener = choose_socket(passed, settings.listen)
             return await self._serve(own)
         finally:
             if own is not None:
@@ -94,21 +94,11 @@ class Supervisor:
             os.close(lock)
             self._notify.close()
 
-    def _listen(self, passed: list[tuple[str, int]]) -> tuple[OwnSocket | None, socket.socket]:
-        """The socket that systemd passed, else one of our own."""
-        if passed:
-            by_name = [fd for name, fd in passed if name == SOCKET_NAME]
-            if not by_name and len(passed) > 1:
-                raise SocketError(f"none of the {len(passed)} sockets passed is named {SOCKET_NAME!r}")
-            return None, inherited_socket((by_name or [passed[0][1]])[0])
-        listen = self._loaded.settings.listen
-        own = open_socket(listen.socket, int(listen.mode, 8), listen.backlog)
-        return own, own.socket
-
     async def _serve(self, own: OwnSocket | None) -> int:
         settings = self._loaded.settings
         self._lifeline, self._lifeline_held = os.pipe2(os.O_CLOEXEC)
         self._bus = bus.SupervisorBus(settings.service.run)
+        self._suspects = Suspects(self._log)
         self._pool = Pool(self._spawn, self._log, self._moved.set)
         wires = self._bus.command, self._ordered, lambda: self._pool.processes, self._moved
         self._glass = BreakGlass(self._log, lambda: self._loaded.settings, *wires)
@@ -151,6 +141,7 @@ class Supervisor:
             self._pool.kill()
             recorder.close(RECORD_WAIT)
             self._bus.close()
+            self._suspects.close()
             os.close(self._lifeline)
             os.close(self._lifeline_held)
         self._log.info("service.stop")
@@ -160,10 +151,14 @@ class Supervisor:
         runtime, orders = memory_file("configuration", self._loaded.blob), self._glass.inherited()
         try:
             fds = {"listen": self._listener.fileno(), "lifeline": self._lifeline, "runtime": runtime, "orders": orders}
-            words = command_line(
-                self._app, self._loaded.settings, self._loaded.sysfacility, slot, self._generation, fds
-            )
-            return Process(slot, words, tuple(fds.values()), ended)
+            fds["suspects"] = self._suspects.fd
+            place, settings = self._suspects.enlist(), self._loaded.settings
+            words = command_line(self._app, settings, self._loaded.sysfacility, slot, self._generation, place, fds)
+            try:
+                return Process(slot, words, tuple(fds.values()), self._suspects.watched(place, ended))
+            except OSError:
+                self._suspects.bury(place, expected=True, child=0)
+                raise
         finally:
             os.close(runtime)
             os.close(orders)
@@ -208,6 +203,7 @@ class Supervisor:
                 self._tell(loaded)
                 await self._take(loaded)
                 if restart:
+                    self._suspects.forget()
                     self._pool.replace_all()
                 await self._taken(Deadline.after(RELOAD_WAIT))
             self._staleness.tell(self._source.tables())
@@ -391,6 +387,7 @@ class Supervisor:
             drain=self._glass.orders.drain,
             orders_problem=self._glass.problem,
             canary=self._canary.results,
+            poison=self._suspects.isolated(),
         )
         return self._monitor.complete(status)
 

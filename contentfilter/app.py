@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from contentfilter.config.controls import Controls, read_controls
+from contentfilter.config.keys import load_keys
 from contentfilter.config.load import load_settings
 from contentfilter.config.settings import Settings
 from contentfilter.errors import ConfigError, EnvelopeError, Problem
@@ -37,6 +38,7 @@ from contentfilter.scanners.signatures import (
     parse_signatures,
 )
 from contentfilter.scanners.spamd import SpamdScanner
+from contentfilter.scanners.tls import needed
 from contentfilter.service.canary import SEEN, Seen, answer_for
 from contentfilter.service.frames import Event
 from contentfilter.service.housekeeping import Chore
@@ -106,6 +108,8 @@ class Files:
             settings = msgspec.structs.replace(
                 settings, listen=msgspec.structs.replace(settings.listen, socket=self._socket)
             )
+        if wrong := unusable(settings):
+            raise ConfigError(wrong)
         controls, problems = await read_controls(settings.service.control)
         runtime, more = make_runtime(settings, controls, "")
         _, table_problems = await self._keeper.update(settings, anew=True)
@@ -133,6 +137,19 @@ class Files:
         blob = msgspec.msgpack.encode(runtime)
         samples = make_samples(runtime.settings, runtime.signatures, runtime.loadertypes, runtime.allowed)
         return Loaded(runtime.settings, blob, (*self._problems, *table_problems), samples, runtime.sysfacility)
+
+
+def unusable(settings: Settings) -> tuple[Problem, ...]:
+    """What is wrong with the certificates and keys that the settings name."""
+    found: list[Problem] = []
+    for load in (lambda: needed(settings.spamd), lambda: load_keys(settings.events)):
+        try:
+            load()
+        except ConfigError as error:
+            found += error.problems
+        except ValueError:
+            pass  # the settings' own check has told
+    return tuple(found)
 
 
 def chores() -> tuple[Chore, ...]:
@@ -256,6 +273,11 @@ class Workbench:
             for health in pool.describe()
         )
 
+    async def watch(self) -> None:
+        """Until it is cancelled: keep what is known about the backends fresh."""
+        scanners = self.pipeline.scanners
+        await asyncio.gather(scanners.clamd.watch(), scanners.spamd.watch())
+
     async def aclose(self) -> None:
         if self.snapshot:
             self.snapshot.close()
@@ -270,6 +292,7 @@ class Application:
         self._surroundings = surroundings
         self._secret, self._uid = self._load_secret(), os.geteuid()
         self._workbench = Workbench(runtime, self._secret, surroundings.bypasses)
+        self._watching = asyncio.create_task(self._watch())
 
     def _load_secret(self) -> bytes:
         try:
@@ -342,7 +365,16 @@ class Application:
                 log.info("mail.step", id=record.id, stage=stage, text=text)
         self._surroundings.emit(Event("mail.done", plain, msgspec.json.encode(account)))
 
+    async def _watch(self) -> None:
+        """Mail goes on without it: then mail finds out which backend is well."""
+        try:
+            await self._workbench.watch()
+        except Exception:
+            self._surroundings.log.exception("backends.watch-failed")
+
     async def close(self) -> None:
+        self._watching.cancel()
+        await asyncio.gather(self._watching, return_exceptions=True)
         await self._workbench.aclose()
 
 

@@ -55,7 +55,9 @@ def paragraphs(comment: list[str]) -> list[str]:
             lines.append(".Pp")
         text = re.sub(r"(?<=[a-z0-9)\"`\]][.?]) (?=[A-Z\"`])", "\n", " ".join(block.split()))
         for sentence in filter(None, text.split("\n")):
-            lines += [escaped(line) for line in textwrap.wrap(sentence, 64, break_long_words=False, break_on_hyphens=False)]
+            lines += [
+                escaped(line) for line in textwrap.wrap(sentence, 64, break_long_words=False, break_on_hyphens=False)
+            ]
     return lines
 
 

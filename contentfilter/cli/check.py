@@ -14,6 +14,7 @@ from pathlib import Path
 
 import click
 
+from contentfilter.app import unusable
 from contentfilter.cli.progress import progress
 from contentfilter.config.controls import Controls, read_controls
 from contentfilter.config.load import read_settings
@@ -81,6 +82,7 @@ async def examine(config_path: str, queue_conf: str) -> Findings:
     findings.problems += problems
     _origin(settings, config_path, findings)
     _places(settings, findings)
+    findings.problems += unusable(settings)
     control = settings.service.control
     try:
         controls, problems = await read_controls(control)

@@ -38,6 +38,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "canary": ("contentfilter.cli.canary", "canary", "See that mail is scanned: send samples through the hook."),
     "hook": ("contentfilter.cli.hook", "hook", "Install the hook in a qmail, remove it, show its state."),
     "migrate": ("contentfilter.cli.migrate", "migrate", "Turn the controls of H-Sphere or simscan into ours."),
+    "events-key": ("contentfilter.cli.events_key", "events_key", "A key pair for the event feed over the network."),
     "spamd-options": ("contentfilter.cli.spamd_options", "spamd_options", "Print what spamd must be started with."),
     "install": ("contentfilter.cli.install", "install", "Set the server up: user, directories, units, manual pages."),
     "uninstall": ("contentfilter.cli.install", "uninstall", "Undo what install did."),

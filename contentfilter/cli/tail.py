@@ -19,10 +19,11 @@ import msgspec
 
 from contentfilter.cli.common import address_pattern, glob, printable
 from contentfilter.cli.control import find_feed
+from contentfilter.config.keys import read_secret, sound
 from contentfilter.deadline import Deadline
 from contentfilter.model import OriginKind
 from contentfilter.policy.decide import Action
-from contentfilter.service.feed import Feed, Link
+from contentfilter.service.feed import Feed, Link, Remote
 from contentfilter.service.frames import Event
 from contentfilter.verdict.record import Account
 
@@ -59,19 +60,34 @@ Match = Callable[[Event], bool]
 @click.option("--id", "incident", metavar="INCIDENT", help="The incident, or the beginning of one.")
 @click.option("--event", "events", multiple=True, metavar="NAME", help="mail.done, mail.report …; * and ? are wild.")
 @click.option("--count", type=click.IntRange(min=1), help="End after so many.")
+@click.option("--connect", metavar="tcp://HOST:PORT", help="Another machine's daemon; with --server-key and --key.")
+@click.option("--server-key", metavar="KEY", help="Its public key.")
+@click.option("--key", metavar="FILE", type=click.Path(), help="Our secret key, made by contentfilter events-key.")
 @click.option("-v", "--verbose", is_flag=True, help="With the story: each step, and why.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object in a line.")
 @click.pass_obj
-def tail(config_path: str, /, *, count: int | None, verbose: bool, as_json: bool, **wanted: Any) -> None:
+def tail(
+    config_path: str,
+    /,
+    *,
+    count: int | None,
+    verbose: bool,
+    as_json: bool,
+    connect: str | None,
+    server_key: str | None,
+    key: str | None,
+    **wanted: Any,
+) -> None:
     """Print what happens to mail, as it happens.
 
     Conditions must all hold; one that is repeated holds in any of its forms. Ctrl-C ends it. What happened before:
     contentfilter why.
     """
-    run = find_feed(config_path)
+    remote = _remote(connect, server_key, key)
+    run = "" if remote else find_feed(config_path)
     shown = as_json_line if as_json else as_text
     try:
-        with Feed(run) as feed:
+        with Feed(run, remote=remote) as feed:
             feed.watch(sys.stdout.fileno(), reading=False)
             for event in _wanted(feed, matching(**wanted), count):
                 for line in shown(event, time.time(), verbose):
@@ -80,6 +96,17 @@ def tail(config_path: str, /, *, count: int | None, verbose: bool, as_json: bool
         pass
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to complain at the end
+
+
+def _remote(connect: str | None, server_key: str | None, key: str | None) -> Remote | None:
+    """The daemon on another machine, where one is named. Raises UsageError and ConfigError."""
+    if not (connect or server_key or key):
+        return None
+    if not (connect and server_key and key):
+        raise click.UsageError("--connect, --server-key and --key go together")
+    if not connect.startswith("tcp://") or not sound(server_key.encode()):
+        raise click.UsageError("--connect takes tcp://host:port, and --server-key a key of 40 characters")
+    return Remote(connect, server_key.encode(), read_secret(key))
 
 
 def _wanted(feed: Feed, match: Match, count: int | None) -> Iterator[Event]:
@@ -93,6 +120,10 @@ def _wanted(feed: Feed, match: Match, count: int | None) -> Iterator[Event]:
         elif happened is Link.DOWN:
             gone = gone or time.time()
             click.echo("contentfilter: the daemon is gone; waiting for the next one", err=True)
+        elif happened is Link.REFUSED:
+            text = "refused: our public key is not in the daemon's list, or --server-key is not the daemon's"
+            click.echo(f"contentfilter: {text}", err=True)
+            sys.exit(1)
         elif happened is Link.UP:
             if gone:
                 since = f"{time.time() - gone:.0f} s; for what was missed: contentfilter why --since {_local(gone)}"

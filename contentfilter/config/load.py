@@ -16,7 +16,8 @@ import msgspec
 from msgspec import inspect
 
 from contentfilter.config import DEFAULT_PATH
-from contentfilter.config.settings import MariaDb, Settings
+from contentfilter.config.keys import listens
+from contentfilter.config.settings import MariaDb, Settings, Spamd
 from contentfilter.errors import ConfigError, Problem
 from contentfilter.ops.http import parse_listen
 from contentfilter.policy.failure import complaints
@@ -183,6 +184,18 @@ class _Reader:
             parse_listen(settings.http.listen)
         except ValueError as e:
             self._note(("http", "listen"), f"[http] listen: {e}")
+        try:
+            listens(settings.events.listen)
+        except ValueError as e:
+            self._note(("events", "listen"), f"[events] listen: {e}")
+        for section, keys, value in (
+            ("spamd", ("tls_ca", "tls_cert", "tls_key"), settings.spamd),
+            ("events", ("key", "clients"), settings.events),
+        ):
+            for key in keys:
+                if path := getattr(value, key):
+                    self._absolute(section, key, path, socket=False)
+        self._tls(settings.spamd)
         self._mariadb(settings.mariadb)
         for wrong in complaints(settings.failure):
             text = f"[[failure.rule]] {wrong.number}: {wrong.text}"
@@ -194,6 +207,17 @@ class _Reader:
         tag = settings.spamd.subject_tag
         if not tag.isprintable() or len(tag) > 100:
             self._note(("spamd", "subject_tag"), "[spamd] subject_tag: at most 100 printable characters")
+
+    def _tls(self, spamd: Spamd) -> None:
+        if spamd.tls_key and not spamd.tls_cert:
+            self._note(("spamd", "tls_key"), "[spamd] tls_key: a key needs its certificate, tls_cert")
+        if not spamd.tls_name.isascii() or not spamd.tls_name.isprintable() or spamd.tls_name.startswith("."):
+            self._note(("spamd", "tls_name"), "[spamd] tls_name: expected a host name")
+        secure = any(backend.startswith("tls:") for backend in spamd.backends)
+        for key in ("tls_ca", "tls_cert", "tls_name"):
+            if getattr(spamd, key) and not secure:
+                text = f"[spamd] {key}: has no effect; no backend is tls:host:port"
+                self._note(("spamd", key), text, warning=True)
 
     def _mariadb(self, db: MariaDb) -> None:
         for key, options in (("clamav_columns", VIRUS_OPTIONS), ("spamd_columns", SPAM_OPTIONS)):
@@ -214,7 +238,9 @@ class _Reader:
     def _backends(self, section: str, backends: tuple[str, ...]) -> None:
         for backend in backends:
             try:
-                Address.parse(backend)
+                if Address.parse(backend).tls and section == "clamd":
+                    text = "clamd speaks no TLS; use tcp: in a private network or a tunnel (docs/fleet.md)"
+                    self._note((section, "backends"), f"[clamd] backends: {backend!r}: {text}")
             except ValueError as e:
                 self._note((section, "backends"), f"[{section}] backends: {e}")
         if len(set(backends)) < len(backends):

@@ -107,6 +107,10 @@ class Clamd(Section, frozen=True):
 
 class Spamd(Section, frozen=True):
     backends: tuple[str, ...] = ("tcp:127.0.0.1:783",)
+    tls_ca: str = ""  # for tls:host:port. PEM; empty: the authorities that the system trusts
+    tls_cert: str = ""  # our own certificate, where spamd asks for one
+    tls_key: str = ""
+    tls_name: str = ""  # in spamd's certificate; empty: the backend's host
     connect_timeout: Seconds = 5.0
     timeout_base: Seconds = 60.0  # one try: this and …
     timeout_per_megabyte: Annotated[float, Meta(ge=0, le=86400)] = 5.0  # … so much for each 1,000,000 bytes …
@@ -176,6 +180,14 @@ class Http(Section, frozen=True):
     page: Literal["off", "on"] = "off"  # the status page for a browser: it shows addresses
 
 
+class Events(Section, frozen=True):
+    """The event feed over the network. On this machine it is always there, in the run directory."""
+
+    listen: str = "off"  # "tcp://address:port"
+    key: str = ""  # a file with our secret key
+    clients: str = ""  # a file with the public keys of those who may listen
+
+
 class Canary(Section, frozen=True):
     """Samples that go through the hook as mail does, to see that it is scanned."""
 
@@ -209,5 +221,6 @@ class Settings(Section, frozen=True):
     quarantine: Quarantine = msgspec.field(default_factory=Quarantine)
     journal: Journal = msgspec.field(default_factory=Journal)
     http: Http = msgspec.field(default_factory=Http)
+    events: Events = msgspec.field(default_factory=Events)
     canary: Canary = msgspec.field(default_factory=Canary)
     log: Log = msgspec.field(default_factory=Log)

@@ -13,17 +13,15 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from contentfilter.config.settings import Listen
 from contentfilter.deadline import Deadline
 from contentfilter.errors import ContentFilterError
 from contentfilter.intake.connection import Connection, Counters, Rarely, Room, Terms
 from contentfilter.ops.log import Logger
 
-SOCKET_NAME = "queue"  # FileDescriptorName= in the socket unit; a single unnamed socket will do too
 PER_WAKEUP = 4  # accepts in a row; the other workers shall get their share
 NO_DESCRIPTORS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 PAUSE = 0.1  # seconds without accepting when descriptors ran out
@@ -104,17 +102,6 @@ def _clear(path: str) -> None:
         if end.expired():
             raise SocketError(f"{path}: another process listens there; stop it first")
         time.sleep(0.05)
-
-
-def choose_socket(passed: Sequence[tuple[str, int]], listen: Listen) -> tuple[OwnSocket | None, socket.socket]:
-    """The socket that systemd passed (name, descriptor), else one of our own. Raises SocketError."""
-    if passed:
-        by_name = [fd for name, fd in passed if name == SOCKET_NAME]
-        if not by_name and len(passed) > 1:
-            raise SocketError(f"none of the {len(passed)} sockets passed is named {SOCKET_NAME!r}")
-        return None, inherited_socket((by_name or [passed[0][1]])[0])
-    own = open_socket(listen.socket, int(listen.mode, 8), listen.backlog)
-    return own, own.socket
 
 
 def inherited_socket(fd: int) -> socket.socket:

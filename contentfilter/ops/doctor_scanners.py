@@ -12,13 +12,13 @@ from pathlib import Path
 
 from contentfilter.config.settings import Settings
 from contentfilter.deadline import Deadline
-from contentfilter.errors import BackendError
+from contentfilter.errors import BackendError, ConfigError
 from contentfilter.ops.clamd_conf import is_of, parse_conf, size
 from contentfilter.ops.doctor_freshclam import freshclam
 from contentfilter.ops.finding import Finding, Level, Probe
 from contentfilter.scanners.clamd import ClamdScanner
-from contentfilter.scanners.stream import Address, Limits, converse
-from contentfilter.wire import spamd as spamd_wire
+from contentfilter.scanners.spamd import SpamdScanner
+from contentfilter.scanners.stream import Address
 from contentfilter.wire.clamd import Version
 
 OK, WARNING, ERROR = Level.OK, Level.WARNING, Level.ERROR
@@ -44,7 +44,7 @@ def probes(settings: Settings, workers: int, children: int, clamd_conf: Path, fr
     if not settings.spamd.backends:
         found["spamd"] = partial(_switched_off, "spamd")
     for backend in settings.spamd.backends:
-        found[f"spamd {backend}"] = partial(spamd, backend)
+        found[f"spamd {backend}"] = partial(spamd, settings, backend)
     if settings.spamd.backends:
         found["spamd children"] = partial(spamd_children, workers, children)
     return found
@@ -115,17 +115,14 @@ def _queue(values: dict[str, str], path: Path, ours: int) -> Finding:
     return Finding(OK, "clamd", f"{what} and {places} may wait (MaxQueue)" if ours > threads else what)
 
 
-def spamd(backend: str) -> Iterator[Finding]:
-    address, reader = Address.parse(backend), spamd_wire.ResponseReader("PING", 0)
-    batches = iter([(spamd_wire.request("PING", 0),)])
-    limits, deadline = Limits(PATIENCE, PATIENCE), Deadline.after(PATIENCE)
+def spamd(settings: Settings, backend: str) -> Iterator[Finding]:
     try:
-        answer, _ = asyncio.run(converse(address, batches, reader, limits, deadline))
+        scanner = SpamdScanner(settings.spamd, 1)
+        asyncio.run(scanner.probe(Address.parse(backend), Deadline.after(PATIENCE)))
+    except ConfigError as error:
+        yield Finding(ERROR, "spamd", str(error), "See docs/fleet.md about certificates; then: contentfilter check")
     except BackendError as error:
         yield Finding(ERROR, "spamd", str(error), _RESTART_SPAMD)
-        return
-    if answer.code:
-        yield Finding(ERROR, "spamd", f"{backend}: {answer.code} {answer.text}", _RESTART_SPAMD)
     else:
         yield Finding(OK, "spamd", f"{backend} answers")
 

@@ -24,12 +24,15 @@ EventDict = MutableMapping[str, Any]
 
 # Every event name that the daemon uses, with its meaning. A test compares this table with the source.
 EVENTS: Mapping[str, str] = {
+    "backends.watch-failed": "a defect: PINGs to clamd and spamd have ended; mail finds out by itself who is well",
     "canary.done": "all samples were treated as they should be; told when that is new",
     "canary.failed": "a sample was not treated as it should be, and how; told when it changes, then every 10 minutes",
     "canary.off": "no samples are sent, and why",
     "canary.defect": "a defect in what sends the samples; mail goes on",
     "control.failed": "a defect: a question of the command line was not answered",
     "control.refused": "somebody who may only look asked the daemon to change something",
+    "events.ready": "the event feed is open to the collectors with a known key, at this address",
+    "events.failed": "the event feed cannot be offered over the network, and why; mail goes on, and it is tried again",
     "http.ready": "metrics and state of health are served at this address",
     "http.failed": "the address of [http] cannot be used; mail goes on, and it is tried again",
     "http.error": "a defect: a page could not be made; answered with 500",

@@ -1,176 +1,184 @@
 """A pool of backends for one service: whom to ask next, how many at once, and when to leave one alone.
 
-Deciding is apart from acting: :class:`Health` and :func:`choose` are pure, :class:`Pool` keeps the
-books and the queue. A backend that fails three times in a row rests; after its rest one question
-tries it again (half-open). Messages wait in our own queue, not in the daemon's, and no longer
-than their deadline.
+Deciding is apart from acting: health.py decides, :class:`Pool` keeps the books and the queue. A message is asked
+about once more elsewhere when a backend fails it, and anywhere where nobody took the question. Messages
+wait in our own queue, not in the daemon's, and no longer than their deadline. :meth:`Pool.watch` sends
+PINGs where there is doubt, so that mail need not find out who is well.
 """
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 from contentfilter.deadline import Deadline
 from contentfilter.errors import BackendError, Cause
-from contentfilter.scanners.stream import Address, ClosedError
+from contentfilter.scanners.health import USUAL, Backend, Health, Patience, choose, describe, due, usable
+from contentfilter.scanners.health import BackendHealth as BackendHealth
+from contentfilter.scanners.stream import Address, ClosedError, UnreachableError
 
 T = TypeVar("T")
+Ping = Callable[[Address, Deadline], Awaitable[object]]
+"""Returns when the backend has answered. Raises BackendError."""
 
-REST_AFTER = 3  # failures in a row
-FIRST_REST, LONGEST_REST = 1.0, 10.0  # seconds
-FAIR_TRY = 5.0  # a time-out sooner than this says more about the message's budget than about the backend
-
-_NOT_ITS_FAULT = frozenset({Cause.TOO_BIG, Cause.LIMITS, Cause.BUSY})
 _NO_RETRY = frozenset({Cause.TOO_BIG, Cause.LIMITS})
-
-
-@dataclass(frozen=True, slots=True)
-class Health:
-    """What the last answers say about a backend. Times are seconds of the pool's clock."""
-
-    failures: int = 0  # in a row
-    rest_until: float = 0.0
-    cause: Cause = Cause.DOWN  # of the last failure
-    since: float = 0.0  # when the first of them was
-    last: float = 0.0
-
-    def resting(self, now: float) -> bool:
-        return now < self.rest_until
-
-    def doubtful(self) -> bool:
-        """Rested, but not yet proven well: one question at a time."""
-        return self.failures >= REST_AFTER
-
-    def failed(self, cause: Cause, now: float, seconds: float) -> "Health":
-        """After a failure that took ``seconds``.
-
-        Failures during a rest are questions that were already under way: one crash, counted once.
-        """
-        if cause in _NOT_ITS_FAULT or self.resting(now) or (cause is Cause.TIMEOUT and seconds < FAIR_TRY):
-            return self
-        failures = self.failures + 1
-        beyond = min(failures - REST_AFTER, 16)
-        rest = min(FIRST_REST * 2**beyond, LONGEST_REST) if beyond >= 0 else 0.0
-        return Health(failures, now + rest, cause, self.since if self.failures else now, now)
-
-
-@dataclass(frozen=True, slots=True)
-class BackendHealth:
-    """How one backend stands, for whoever watches. Times are seconds that have passed."""
-
-    scanner: str
-    backend: str
-    state: str  # well, doubtful (it failed, and has not answered since), resting (nobody asks it)
-    failures: int  # in a row
-    cause: str  # of the last of them; empty without
-    since: float  # the first of them
-    failed: float  # the last of them
-    answered: float | None  # its last sound answer; None: there was none yet
-    outstanding: int
-    limit: int
-    waiting: int  # questions that wait for a place at any backend of this scanner
-    wanted: bool = True  # there is mail that needs this scanner
-
-
-@dataclass(slots=True, eq=False)
-class Backend:
-    """One endpoint and the state of our dealings with it."""
-
-    address: Address
-    limit: int  # questions at once
-    outstanding: int = 0
-    turn: int = 0  # when it was last chosen: breaks ties, so that equals share the load
-    health: Health = field(default_factory=Health)
-    answered: float | None = None  # when it last gave a sound answer
-
-    def free(self) -> bool:
-        return self.outstanding < (1 if self.health.doubtful() else self.limit)
-
-
-def usable(backends: Sequence[Backend], now: float, avoid: Backend | None = None) -> list[Backend]:
-    """Those that may be asked now or as soon as they have room."""
-    return [b for b in backends if b is not avoid and not b.health.resting(now)]
-
-
-def choose(backends: Sequence[Backend], now: float, avoid: Backend | None = None) -> Backend | None:
-    """The best one with room: healthy before doubtful, then the least outstanding, then the longest unused."""
-    free = [b for b in usable(backends, now, avoid) if b.free()]
-    return min(free, key=lambda b: (b.health.doubtful(), b.outstanding, b.turn), default=None)
+Tried = frozenset[Backend]
 
 
 class Pool:
-    """Backends of one service, at most ``concurrency`` questions at once for each."""
+    """Backends of one service, at most ``concurrency`` questions at once for each.
+
+    ``silence``: why a backend answers no PING, in the failure table's terms; a clamd that does not is most likely
+    reloading.
+    """
 
     def __init__(
-        self, service: str, addresses: Sequence[Address], concurrency: int, clock: Callable[[], float] = time.monotonic
+        self,
+        service: str,
+        addresses: Sequence[Address],
+        concurrency: int,
+        clock: Callable[[], float] = time.monotonic,
+        silence: Cause = Cause.TIMEOUT,
+        patience: Patience = USUAL,
     ) -> None:
         self.backends = tuple(Backend(address, concurrency) for address in addresses)
         self._service = service
         self._clock = clock
+        self._silence = silence
+        self._patience = patience
         self._turn = 0
-        self._waiting: deque[tuple[asyncio.Future[Backend], Backend | None]] = deque()
+        self._waiting: deque[tuple[asyncio.Future[Backend], Tried]] = deque()
 
     async def run(self, ask: Callable[[Address], Awaitable[T]], deadline: Deadline) -> T:
         """What ``ask`` returns for the backend chosen. Raises BackendError.
 
-        One retry within the deadline: on another backend, or on the same one when it closed without a byte.
+        Two backends at most take the question: what kills or blocks a scanner must not do so to all of them. A
+        lone one is asked again when it closed without a byte. Those that cannot be reached cost no try.
         """
-        retried = False
-        avoid: Backend | None = None
+        tried: Tried = frozenset()
+        taken = 0
         while True:
-            backend = await self._acquire(deadline, avoid)
+            backend = await self._acquire(deadline, tried)
             started = self._clock()
             try:
-                answer = await ask(backend.address)
+                answer = await self._asked(ask, backend, movable=not taken)
             except BackendError as error:
                 now = self._clock()
-                backend.health = backend.health.failed(error.cause, now, now - started)
-                if retried or error.cause in _NO_RETRY or deadline.expired():
+                seconds = now - started if deadline.expired() else math.inf  # inf: its own limit ended it
+                self._failed(backend, error.cause, now, seconds)
+                taken += not isinstance(error, UnreachableError)
+                if taken > 1 or error.cause in _NO_RETRY or deadline.expired():
                     raise
-                avoid = backend if usable(self.backends, now, avoid=backend) else None
-                if avoid is None and (not isinstance(error, ClosedError) or backend.health.resting(now)):
-                    raise
-                retried = True
+                tried |= {backend}
+                if not usable(self.backends, now, tried):
+                    if not isinstance(error, ClosedError) or backend.health.resting(now):
+                        raise
+                    tried = frozenset()
             else:
                 backend.health = Health()
-                backend.answered = self._clock()
+                self._heard(backend)
+                backend.answered = backend.heard
                 return answer
             finally:
                 self._release(backend)
 
+    async def _asked(self, ask: Callable[[Address], Awaitable[T]], backend: Backend, *, movable: bool) -> T:
+        """One question, which :meth:`_move` may end where it is ``movable``."""
+        scope = asyncio.timeout(None)
+        try:
+            async with scope:
+                if movable:
+                    backend.movable.add(scope)
+                return await ask(backend.address)
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            text = f"no answer to PING for {self._patience.move:g} s; asked elsewhere"
+            raise BackendError(self._silence, str(backend.address), text) from None
+        except BackendError as error:
+            if backend.silent and error.cause is Cause.TIMEOUT and not isinstance(error, UnreachableError):
+                raise BackendError(self._silence, error.backend, f"{error.detail}, not even to PING") from error
+            raise
+        finally:
+            backend.movable.discard(scope)
+
     def describe(self) -> tuple[BackendHealth, ...]:
         """How each backend stands right now."""
         now = self._clock()
-        return tuple(self._described(backend, now) for backend in self.backends)
+        return tuple(describe(self._service, b, now, self._silence, len(self._waiting)) for b in self.backends)
 
-    def _described(self, backend: Backend, now: float) -> BackendHealth:
-        health = backend.health
-        sick = health.failures > 0
-        return BackendHealth(
-            scanner=self._service,
-            backend=str(backend.address),
-            state="resting" if health.resting(now) else "doubtful" if sick else "well",
-            failures=health.failures,
-            cause=health.cause.value if sick else "",
-            since=now - health.since if sick else 0.0,
-            failed=now - health.last if sick else 0.0,
-            answered=None if backend.answered is None else now - backend.answered,
-            outstanding=backend.outstanding,
-            limit=backend.limit,
-            waiting=len(self._waiting),
+    # Watching
+
+    async def watch(self, ping: Ping) -> None:
+        """Until it is cancelled: keep what is known about the backends fresh, at most one PING at a time for each."""
+        for backend in self.backends:
+            backend.watched = True
+        async with asyncio.TaskGroup() as group:
+            for backend in self.backends:
+                group.create_task(self._watch(backend, ping))
+
+    async def _watch(self, backend: Backend, ping: Ping) -> None:
+        while True:
+            await asyncio.sleep(self._patience.look)
+            if due(backend, self._clock(), self._patience):
+                await self.probe(backend, ping)
+
+    async def probe(self, backend: Backend, ping: Ping) -> None:
+        """One PING, and what follows from its answer or from none."""
+        loop, began = asyncio.get_running_loop(), self._clock()
+        alarms = (
+            loop.call_later(self._patience.short, self._set_aside, backend, began),
+            loop.call_later(self._patience.move, self._move, backend, began),
         )
+        try:
+            await ping(backend.address, Deadline.after(self._patience.long))
+        except BackendError as error:
+            if backend.heard <= began:  # else mail was answered meanwhile
+                self._failed(backend, error.cause, self._clock(), math.inf)
+                self._hand_out()  # who waits for it may have to hear that there is nobody
+        else:
+            backend.health = backend.health.answered_ping()
+            self._heard(backend)
+            self._hand_out()
+        finally:
+            for alarm in alarms:
+                alarm.cancel()
 
-    async def _acquire(self, deadline: Deadline, avoid: Backend | None) -> Backend:
-        self._refuse_if_hopeless(avoid)
+    def _set_aside(self, backend: Backend, began: float) -> None:
+        if backend.heard <= began and not backend.silent:
+            backend.silent_since = began
+            self._hand_out()
+
+    def _move(self, backend: Backend, began: float) -> None:
+        """End the questions that a silent backend holds, if another one will do."""
+        others = usable(self.backends, self._clock(), {backend})
+        if backend.heard <= began and any(other.trusted() for other in others):
+            moving, backend.movable = backend.movable, set()
+            for scope in moving:
+                scope.reschedule(asyncio.get_running_loop().time())
+
+    def _heard(self, backend: Backend) -> None:
+        backend.heard = self._clock()
+        backend.silent_since = None
+
+    def _failed(self, backend: Backend, cause: Cause, now: float, seconds: float) -> None:
+        backend.health = backend.health.failed(cause, now, seconds)
+        if cause in (Cause.DOWN, Cause.BAD_REPLY, Cause.MEMORY):
+            backend.silent_since = None  # it is not silent but broken
+            backend.heard = now
+
+    # The queue
+
+    async def _acquire(self, deadline: Deadline, tried: Tried) -> Backend:
+        self._refuse_if_hopeless(tried)
         if not self._waiting:
-            backend = choose(self.backends, self._clock(), avoid)
+            backend = choose(self.backends, self._clock(), tried)
             if backend is not None:
                 return self._book(backend)
         future: asyncio.Future[Backend] = asyncio.get_running_loop().create_future()
-        entry = (future, avoid)
+        entry = (future, tried)
         self._waiting.append(entry)
         self._hand_out()  # those before us may all wait for another backend than we
         try:
@@ -183,7 +191,7 @@ class Pool:
             self._forget(entry)
             raise
 
-    def _forget(self, entry: tuple[asyncio.Future[Backend], Backend | None]) -> None:
+    def _forget(self, entry: tuple[asyncio.Future[Backend], Tried]) -> None:
         """Give up waiting. A place that was already given goes back."""
         future = entry[0]
         if entry in self._waiting:
@@ -194,6 +202,8 @@ class Pool:
     def _book(self, backend: Backend) -> Backend:
         self._turn += 1
         backend.turn = self._turn
+        if not backend.outstanding and not backend.silent:
+            backend.heard = max(backend.heard, self._clock())  # its silence begins with the question
         backend.outstanding += 1
         return backend
 
@@ -204,25 +214,25 @@ class Pool:
     def _hand_out(self) -> None:
         """Give free places to those who wait, first come first served."""
         for entry in list(self._waiting):
-            future, avoid = entry
+            future, tried = entry
             if not future.done():  # done: cancelled, and about to take itself away
                 try:
-                    self._refuse_if_hopeless(avoid)
+                    self._refuse_if_hopeless(tried)
                 except BackendError as error:
                     future.set_exception(error)
                 else:
-                    chosen = choose(self.backends, self._clock(), avoid)
-                    if chosen is None and avoid is None:
+                    chosen = choose(self.backends, self._clock(), tried)
+                    if chosen is None and not tried:
                         return
                     if chosen is None:
                         continue  # this one waits for another backend; the next may not
                     future.set_result(self._book(chosen))
             self._waiting.remove(entry)
 
-    def _refuse_if_hopeless(self, avoid: Backend | None) -> None:
+    def _refuse_if_hopeless(self, tried: Tried) -> None:
         """BackendError when there is nobody to wait for: every backend rests."""
         now = self._clock()
-        if usable(self.backends, now, avoid):
+        if usable(self.backends, now, tried):
             return
         if not self.backends:
             raise BackendError(Cause.DOWN, self._service, "no backend configured")

@@ -22,7 +22,9 @@ from contentfilter.errors import BackendError, Cause, RemoteProtocolError
 from contentfilter.model import Message, Scanner, ScanOutcome, ScanStatus
 from contentfilter.policy.budget import one_try
 from contentfilter.scanners.backends import Pool
-from contentfilter.scanners.stream import Address, Limits, converse
+from contentfilter.scanners.health import USUAL, Patience
+from contentfilter.scanners.resolve import Resolver
+from contentfilter.scanners.stream import Address, Limits, Surroundings, converse
 from contentfilter.wire import clamd
 from contentfilter.wire.buffer import printable
 
@@ -30,9 +32,16 @@ from contentfilter.wire.buffer import printable
 class ClamdScanner:
     """clamd behind a pool of backends. ``config`` is the [clamd] section."""
 
-    def __init__(self, config: settings.Clamd, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        config: settings.Clamd,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        patience: Patience = USUAL,
+    ) -> None:
         addresses = tuple(Address.parse(text) for text in config.backends)
-        self.pool = Pool("clamd", addresses, config.concurrency, clock)
+        self.pool = Pool("clamd", addresses, config.concurrency, clock, Cause.RELOADING, patience)
+        self._around = Surroundings(Resolver())
         self._limits = Limits(config.connect_timeout, config.timeout)
         self._config = config
         self._no_fildes: set[Address] = set()  # where FILDES was refused
@@ -73,9 +82,19 @@ class ClamdScanner:
             return await self._probes[address].ask(deadline)
         return await self._version(address, deadline)
 
+    async def watch(self) -> None:
+        """Until it is cancelled: ask backends that are in doubt with PING, so that no mail has to."""
+        await self.pool.watch(self._ping)
+
+    async def _ping(self, address: Address, deadline: Deadline) -> None:
+        limits = Limits(self._limits.connect, deadline.left())
+        batches = iter([(clamd.command("PING"),)])
+        await converse(address, batches, clamd.pong_reader(), limits, deadline, around=self._around)
+
     async def _version(self, address: Address, deadline: Deadline) -> clamd.Version:
         commands = iter([(clamd.command("VERSION"),)])
-        version, _ = await converse(address, commands, clamd.version_reader(), self._limits, deadline)
+        reader = clamd.version_reader()
+        version, _ = await converse(address, commands, reader, self._limits, deadline, around=self._around)
         return version
 
     async def _ask(self, address: Address, message: Message, deadline: Deadline) -> clamd.Clean | clamd.Found:
@@ -111,7 +130,9 @@ class ClamdScanner:
         with memoryview(message.data) as view:
             batches = clamd.instream(view)
             try:
-                answer, complete = await converse(address, batches, clamd.scan_reader(), self._limits, deadline)
+                answer, complete = await converse(
+                    address, batches, clamd.scan_reader(), self._limits, deadline, around=self._around
+                )
             except BackendError as error:
                 if error.cause is Cause.DOWN:
                     self._no_fildes.discard(address)  # it may come back with another configuration

@@ -14,8 +14,11 @@ from contentfilter.deadline import Deadline
 from contentfilter.errors import BackendError, Cause
 from contentfilter.model import Message, Scanner, ScanOutcome, ScanStatus, Want
 from contentfilter.policy.budget import one_try
+from contentfilter.scanners import tls
 from contentfilter.scanners.backends import Pool
-from contentfilter.scanners.stream import Address, Limits, converse
+from contentfilter.scanners.health import USUAL, Patience
+from contentfilter.scanners.resolve import Resolver
+from contentfilter.scanners.stream import Address, Limits, Surroundings, converse
 from contentfilter.wire import spamd
 
 GROWTH = 1_048_576  # bytes that spamd's report may add to a message
@@ -26,12 +29,21 @@ class SpamdScanner:
     """spamd behind a pool of backends. ``config`` is the [spamd] section, ``children`` H-Sphere's spamdchildren.
 
     spamd has no queue but its listen backlog, so each backend gets at most ``children`` questions at once.
+    Raises ConfigError for certificates that cannot be used.
     """
 
-    def __init__(self, config: settings.Spamd, children: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        config: settings.Spamd,
+        children: int,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        patience: Patience = USUAL,
+    ) -> None:
         addresses = tuple(Address.parse(text) for text in config.backends)
-        self.pool = Pool("spamd", addresses, max(1, children), clock)
+        self.pool = Pool("spamd", addresses, max(1, children), clock, Cause.TIMEOUT, patience)
         self._limits = Limits(config.connect_timeout, config.timeout)
+        self._around = Surroundings(Resolver(), tls.needed(config))
         self._config = config
 
     async def scan(
@@ -69,14 +81,18 @@ class SpamdScanner:
             rewritten=b"" if want is Want.CHECK else response.body,
         )
 
-    async def probe(self, address: Address, deadline: Deadline) -> None:
-        """Is this one backend there? PING, apart from the pool: takes no scan's place. Raises BackendError.
+    async def watch(self) -> None:
+        """Until it is cancelled: ask backends that are in doubt with PING, so that no mail has to."""
+        await self.pool.watch(self.probe)
 
-        spamd's parent forks children that answer; one that has none free does not answer in time.
+    async def probe(self, address: Address, deadline: Deadline) -> None:
+        """PING, apart from the pool: takes no scan's place. Raises BackendError.
+
+        spamd's children answer it: one that has none free does not answer in time.
         """
-        head = spamd.request("PING", 0)
-        reader = spamd.ResponseReader("PING", 0)
-        response, _ = await converse(address, iter([(head,)]), reader, self._limits, deadline, half_close=True)
+        limits = Limits(self._limits.connect, deadline.left())
+        batches, reader = iter([(spamd.request("PING", 0),)]), spamd.ResponseReader("PING", 0)
+        response, _ = await converse(address, batches, reader, limits, deadline, around=self._around)
         if response.code:
             raise BackendError(
                 spamd.cause(response.code, response.text), str(address), f"{response.code} {response.text}"
@@ -85,8 +101,13 @@ class SpamdScanner:
     async def _ask(
         self, address: Address, head: bytes, body: memoryview, reader: spamd.ResponseReader, deadline: Deadline
     ) -> spamd.Response:
-        batches = iter([(head, body)])
-        response, complete = await converse(address, batches, reader, self._limits, deadline, half_close=True)
+        # Over TLS our farewell is data: unread by spamd it makes the kernel reset the connection, and the answer
+        # may be lost. spamd reads that far only what is compressed, and after a last line without its end.
+        read_to_end = self._config.compress or bytes(body[-1:]) != b"\n"
+        batches, half_close = iter([(head, body)]), read_to_end or not address.tls
+        response, complete = await converse(
+            address, batches, reader, self._limits, deadline, half_close=half_close, around=self._around
+        )
         if response.code:
             raise BackendError(
                 spamd.cause(response.code, response.text), str(address), f"{response.code} {response.text}"

@@ -2,18 +2,21 @@
 
 :func:`converse` connects, writes, reads and closes, all before the deadline, and raises nothing but
 :class:`BackendError`. Writing and reading go on together: a peer that answers early, or stops
-taking what we send, cannot hold us. No task is started and no byte of the message is copied.
+taking what we send, cannot hold us. No task is started, and without TLS no byte of the message is copied.
 """
 
 import asyncio
 import errno
 import socket
+import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from contentfilter.deadline import Deadline
 from contentfilter.errors import BackendError, Cause, RemoteProtocolError
+from contentfilter.scanners.resolve import Resolver
+from contentfilter.scanners.tls import Tls, TlsSocket, explain
 
 T = TypeVar("T", covariant=True)
 R = TypeVar("R")
@@ -32,37 +35,39 @@ _HANG_UP = (BrokenPipeError, ConnectionResetError)
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a daemon listens: a Unix socket's ``path``, or ``host`` and ``port``."""
+    """Where a daemon listens: a Unix socket's ``path``, or ``host`` and ``port``, with or without TLS."""
 
     path: str = ""
     host: str = ""
     port: int = 0
+    tls: bool = False
 
     @classmethod
     def parse(cls, text: str) -> "Address":
-        """``unix:/path``, ``tcp:host:port`` or ``tcp:[v6]:port``; anything else is a ValueError that says why."""
+        """``unix:/path``, ``tcp:host:port``, ``tls:host:port``, ``tcp:[v6]:port``; else a ValueError that says why."""
         kind, _, rest = text.partition(":")
         if kind == "unix":
             if not rest.startswith("/") or "\0" in rest or len(rest.encode()) > 107:
                 raise ValueError(f"{text!r}: unix: needs an absolute path of at most 107 bytes")
             return cls(path=rest)
-        if kind != "tcp":
-            raise ValueError(f"{text!r}: a backend is unix:/path or tcp:host:port")
+        if kind not in ("tcp", "tls"):
+            raise ValueError(f"{text!r}: a backend is unix:/path, tcp:host:port or tls:host:port")
         host, _, port = rest.rpartition(":")
         if host.startswith("[") and host.endswith("]"):
             host = host[1:-1]
         elif ":" in host:
-            raise ValueError(f"{text!r}: an IPv6 address stands in brackets, tcp:[::1]:783")
+            raise ValueError(f"{text!r}: an IPv6 address stands in brackets, {kind}:[::1]:783")
         if not host or not host.isascii() or not host.isprintable() or " " in host:
-            raise ValueError(f"{text!r}: tcp: needs a host, tcp:host:port")
+            raise ValueError(f"{text!r}: {kind}: needs a host, {kind}:host:port")
         if not (port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65_536):
             raise ValueError(f"{text!r}: the port is a number from 1 to 65535")
-        return cls(host=host, port=int(port))
+        return cls(host=host, port=int(port), tls=kind == "tls")
 
     def __str__(self) -> str:
         if self.path:
             return f"unix:{self.path}"
-        return f"tcp:[{self.host}]:{self.port}" if ":" in self.host else f"tcp:{self.host}:{self.port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'tls' if self.tls else 'tcp'}:{host}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +78,34 @@ class Limits:
     answer: float
 
 
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What conversations share: how names are found, and whom ``tls:`` backends must prove to be."""
+
+    resolver: Resolver
+    tls: Tls | None = None
+
+
 class ClosedError(BackendError):
     """The peer took the connection and closed it without a byte: overload, a restart, a killed child."""
+
+
+class UnreachableError(BackendError):
+    """Not connected, or not with whom we want: nobody has seen the question."""
+
+
+class Endpoint(Protocol):
+    """A connected socket that does not block, plain or under TLS."""
+
+    def fileno(self) -> int: ...
+
+    def sendmsg(self, buffers: list[bytes | memoryview], /) -> int: ...
+
+    def recv(self, size: int, /) -> bytes: ...
+
+    def shutdown(self, how: int, /) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Reader(Protocol[T]):
@@ -94,68 +125,92 @@ async def converse(
     *,
     descriptor: int = -1,
     half_close: bool = False,
+    around: Surroundings | None = None,
 ) -> tuple[R, bool]:
     """Ask one question: (answer, whether all of ``batches`` was taken before it came).
 
     ``descriptor`` travels with the first batch (Unix sockets only). ``half_close`` ends our
-    direction after the last byte. Raises BackendError only.
+    direction after the last byte. Raises BackendError only: UnreachableError where the question never left.
     """
-    sock: socket.socket | None = None
-    step = "connect"
+    sock: Endpoint | None = None
+    failure: type[BackendError] = UnreachableError
     try:
-        sock = await _connect(address, limits, deadline)
-        step = "answer"
+        sock = await _connect(address, limits, deadline, around or Surroundings(Resolver()))
+        failure = BackendError
         async with deadline.within(limits.answer).timeout():
             return await _exchange(sock, batches, reader, descriptor, half_close)
-    except TimeoutError:
-        raise BackendError(Cause.TIMEOUT, str(address), f"no {step} in time") from None
+    except TimeoutError as error:
+        step = "connect" if sock is None else "answer"
+        raise failure(Cause.TIMEOUT, str(address), str(error) or f"no {step} in time") from None
     except RemoteProtocolError as error:
         raise BackendError(Cause.BAD_REPLY, str(address), str(error)) from error
     except EOFError:
         raise ClosedError(Cause.DOWN, str(address), "closed without an answer") from None
+    except ssl.SSLError as error:
+        # Who can forge a certificate could as well cut the line: it counts as down.
+        name = around.tls.name if around and around.tls else ""
+        raise failure(Cause.DOWN, str(address), explain(error, name or address.host)) from error
     except OSError as error:
         cause = Cause.BUSY if error.errno in _BUSY else Cause.DOWN
-        raise BackendError(cause, str(address), f"{step}: {error.strerror or error}") from error
+        step = "connect" if sock is None else "answer"
+        raise failure(cause, str(address), f"{step}: {error.strerror or error}") from error
     except UnicodeError as error:
-        raise BackendError(Cause.DOWN, str(address), "not a host name") from error
+        raise failure(Cause.DOWN, str(address), "not a host name") from error
     finally:
         if sock is not None:
             sock.close()
 
 
-async def _connect(address: Address, limits: Limits, deadline: Deadline) -> socket.socket:
+async def _connect(address: Address, limits: Limits, deadline: Deadline, around: Surroundings) -> Endpoint:
     if address.path:
         return await _connect_unix(address.path, deadline.within(limits.answer))
-    loop = asyncio.get_running_loop()
-    async with deadline.within(limits.connect).timeout():
-        last = OSError(f"no address for {address.host}")
-        for family, where in await _resolve(address):
-            sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-            try:
+    end = deadline.within(limits.connect)
+    try:
+        async with end.timeout():
+            found = await around.resolver.find(address.host, address.port)
+    except TimeoutError:
+        raise TimeoutError(f"no address for {address.host} in time") from None
+    last = OSError(f"no address for {address.host}")
+    for position, (family, where) in enumerate(found):
+        share = end.left() / (len(found) - position)  # one that swallows packets must leave time for the others
+        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        endpoint: Endpoint = sock
+        try:
+            async with end.within(share).timeout():
                 # Small last pieces must not wait for the peer's delayed acknowledgement.
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                await loop.sock_connect(sock, where)
-            except OSError as error:
-                sock.close()
-                last = error
-            except BaseException:
-                sock.close()
-                raise
+                await asyncio.get_running_loop().sock_connect(sock, where)
+                if address.tls:
+                    endpoint = await _under_tls(sock, address, around.tls)
+        except OSError as error:  # a TimeoutError is one
+            endpoint.close()
+            last = error
+        except BaseException:
+            endpoint.close()
+            raise
+        else:
+            return endpoint
+    raise last
+
+
+async def _under_tls(sock: socket.socket, address: Address, tls: Tls | None) -> TlsSocket:
+    if tls is None:
+        raise OSError(f"{address}: TLS is not set up for it")
+    try:
+        endpoint = TlsSocket(sock, tls, address.host)
+    except ValueError as error:
+        raise OSError(f"TLS: not a name for a certificate: {error}") from error
+    try:
+        while True:
+            try:
+                endpoint.shake_hands()
+            except BlockingIOError:
+                await _ready(endpoint, writing=endpoint.unsent)
             else:
-                return sock
-        raise last
-
-
-async def _resolve(address: Address) -> list[tuple[int, Any]]:
-    """(family, socket address) of each of the host's addresses; a numeric one costs no look-up."""
-    for family in (socket.AF_INET, socket.AF_INET6):
-        try:
-            socket.inet_pton(family, address.host)
-        except OSError:
-            continue
-        return [(family, (address.host, address.port))]
-    found = await asyncio.get_running_loop().getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-    return [(family, where) for family, _, _, _, where in found]
+                return endpoint
+    except BaseException:
+        endpoint.close()
+        raise
 
 
 async def _connect_unix(path: str, deadline: Deadline) -> socket.socket:
@@ -182,17 +237,16 @@ async def _connect_unix(path: str, deadline: Deadline) -> socket.socket:
 
 
 async def _exchange(
-    sock: socket.socket, batches: Iterator[Batch], reader: Reader[R], descriptor: int, half_close: bool
+    sock: Endpoint, batches: Iterator[Batch], reader: Reader[R], descriptor: int, half_close: bool
 ) -> tuple[R, bool]:
     """Write and read until the reader has its event. EOFError: closed without a byte."""
-    loop = asyncio.get_running_loop()
     pending: list[bytes | memoryview] = []  # what is left of the batch being written
     writing, complete, heard = True, False, False
     try:
         while True:
             if writing:
                 try:
-                    if descriptor >= 0:
+                    if descriptor >= 0 and isinstance(sock, socket.socket):
                         pending.extend(next(batches))
                         _drop(pending, socket.send_fds(sock, pending, [descriptor]))
                         descriptor = -1
@@ -206,24 +260,31 @@ async def _exchange(
                     if error.errno != errno.ENOTCONN:  # shutdown on what the peer has reset
                         raise
             try:
-                data = await (_receive_or_writable(loop, sock) if writing else loop.sock_recv(sock, RECEIVE))
+                data = sock.recv(RECEIVE)
+            except BlockingIOError:
+                await _ready(sock, writing=writing or _unsent(sock))
+                continue
             except ConnectionResetError:
                 data = b""
-            if data is None:
-                continue
             if not data:
                 if not heard:
                     raise EOFError
-                return reader.end(), complete
+                return reader.end(), complete and not _unsent(sock)
             heard = True
             event = reader.feed(data)
             if event is not None:
-                return event, complete
+                return event, complete and not _unsent(sock)
+            await asyncio.sleep(0)  # a peer that floods must not hold the loop
     finally:
         pending.clear()  # an exception keeps this frame alive, and the views would keep the message mapped
 
 
-def _flush(sock: socket.socket, batches: Iterator[Batch], pending: list[bytes | memoryview]) -> bool:
+def _unsent(sock: Endpoint) -> bool:
+    """Does TLS hold back what we have given it?"""
+    return isinstance(sock, TlsSocket) and sock.unsent
+
+
+def _flush(sock: Endpoint, batches: Iterator[Batch], pending: list[bytes | memoryview]) -> bool:
     """Write what the socket takes now, at most a QUANTUM; True when everything is out."""
     left = QUANTUM
     while left > 0:
@@ -248,8 +309,9 @@ def _drop(pending: list[bytes | memoryview], sent: int) -> None:
         pending[0] = memoryview(pending[0])[sent:]
 
 
-async def _receive_or_writable(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> bytes | None:
-    """What has arrived (b"" at the end of input), or None as soon as more can be written."""
+async def _ready(sock: Endpoint, *, writing: bool) -> None:
+    """Wait until something can be read, or written where we have more to write."""
+    loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
 
     def wake() -> None:
@@ -258,13 +320,10 @@ async def _receive_or_writable(loop: asyncio.AbstractEventLoop, sock: socket.soc
 
     fd = sock.fileno()
     loop.add_reader(fd, wake)
-    loop.add_writer(fd, wake)
+    if writing:
+        loop.add_writer(fd, wake)
     try:
         await ready
     finally:
         loop.remove_reader(fd)
         loop.remove_writer(fd)
-    try:
-        return sock.recv(RECEIVE)
-    except BlockingIOError:
-        return None

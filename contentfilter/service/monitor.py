@@ -30,6 +30,7 @@ from contentfilter.service.canary import measured
 from contentfilter.service.frames import Happened, Report, Status
 from contentfilter.service.health import backend_statuses
 from contentfilter.service.probe import UP, Prober
+from contentfilter.service.remote_feed import RemoteFeed
 
 MEASURE_EVERY = 30.0  # seconds between two looks at the disk
 WINDOW, RECENT = 900.0, 120.0  # seconds that the status tells about
@@ -53,6 +54,7 @@ class Monitor:
         self._started = time.time()
         self._measured: tuple[Sample, ...] = ()
         self._prober = Prober(settings)
+        self.remote = RemoteFeed(log, settings)
         self._end = threading.Event()
         self._defects = Rarely(60.0)
         self._adopt()
@@ -86,18 +88,19 @@ class Monitor:
         settings = self._settings()
         self._metrics.backends({Scanner.CLAMD: settings.clamd.backends, Scanner.SPAMD: settings.spamd.backends})
         self._prober.changed()
+        self.remote.changed()
 
     # In the background
 
     async def run(self) -> None:
         """Until it is cancelled. Without HTTP the disk is not looked at, and scanners are probed only with a reason."""
-        where = parse_listen(self._settings().http.listen)
+        where, remote = parse_listen(self._settings().http.listen), self._alone(self.remote.run())
         if where is None:
-            await self._alone(self._prober.run(rhythm=False))
+            await asyncio.gather(remote, self._alone(self._prober.run(rhythm=False)))
             return
         threading.Thread(target=self._measure, name="measure", daemon=True).start()
         try:
-            await asyncio.gather(self._alone(self._serve(*where)), self._alone(self._prober.run(rhythm=True)))
+            await asyncio.gather(remote, self._alone(self._serve(*where)), self._alone(self._prober.run(rhythm=True)))
         finally:
             self._end.set()
             self._renderer.shutdown(wait=False, cancel_futures=True)

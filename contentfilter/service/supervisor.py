@@ -1,9 +1,7 @@
-"""The supervisor: opens the sockets, keeps the workers going, carries configuration to them.
+"""The supervisor: opens the sockets, keeps the workers going, and puts together what runs beside them.
 
 One process with one event loop; no message ever passes through it. SIGTERM drains, a second signal ends
-at once, SIGHUP reads the configuration again. A bad one changes nothing and every problem
-is logged. Workers that start get the newest generation with them, the others over the bus,
-again and again until their heartbeat says that they have it.
+at once, SIGHUP reads the configuration again (service/configuration.py).
 """
 
 import asyncio
@@ -12,39 +10,38 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from operator import attrgetter
+from typing import Literal
 
 import zmq
 
 from contentfilter import __version__
 from contentfilter.config.settings import Settings
 from contentfilter.deadline import Deadline
-from contentfilter.errors import ConfigError, RemoteProtocolError
+from contentfilter.errors import RemoteProtocolError
 from contentfilter.intake.connection import Rarely
-from contentfilter.intake.listener import OwnSocket, choose_socket, hold_lock
-from contentfilter.intake.origin import resolve
+from contentfilter.intake.listener import OwnSocket, SocketError, hold_lock, inherited_socket, open_socket
 from contentfilter.ops.log import Logger, adopt_standard_logging, make_logger
 from contentfilter.ops.log_target import open_target
 from contentfilter.ops.systemd import Notifier, listen_fds, watchdog_interval
 from contentfilter.service import bus, frames
 from contentfilter.service.breakglass import BreakGlass
 from contentfilter.service.canary import Canary
+from contentfilter.service.configuration import Configuration
 from contentfilter.service.control import Answer, answer_questions
 from contentfilter.service.housekeeping import Chore, keep_house
 from contentfilter.service.monitor import Monitor
 from contentfilter.service.pool import Pool
 from contentfilter.service.process import Process, memory_file
 from contentfilter.service.recorder import Recorder
-from contentfilter.service.source import Loaded, Source, Staleness
+from contentfilter.service.source import Loaded, Source
 from contentfilter.service.suspects import Suspects
 from contentfilter.service.worker import command_line
 
+SOCKET_NAME = "queue"  # FileDescriptorName= in the socket unit; a single unnamed socket will do too
 DRAIN_GRACE = 5.0  # seconds on top of service.drain before workers are killed
-RELOAD_WAIT = 10.0  # seconds to wait for all workers to take a new configuration
 LAST_WORDS = 0.1  # seconds of silence after which workers that have ended have said everything
 RECORD_WAIT = 5.0  # seconds for the journal to be written at the end
 LOOK_WAIT = 1.0  # seconds that who asks for the status waits for the scanners' answers
-REPEAT = 2.0  # seconds before a configuration is sent again to a worker that lacks it
 
 
 class Supervisor:
@@ -57,16 +54,12 @@ class Supervisor:
         self._chores = tuple(chores)
         self._app = app  # "module:function", what a worker builds its application with
         self._environ = environ
-        self._generation = 0
         self._state = "starting"
-        self._problems: tuple[str, ...] = ()
-        self._last_sent = 0.0
         self._began = time.monotonic()
         self._stop = asyncio.Event()
         self._at_once = asyncio.Event()
         self._moved = asyncio.Event()  # a worker got ready, took a generation, or ended
         self._reload_wanted = asyncio.Event()
-        self._reloading = asyncio.Lock()
         self._bad_frames = Rarely(10.0)
 
     async def run(self) -> int:
@@ -75,42 +68,47 @@ class Supervisor:
         passed = listen_fds(self._environ, pid)
         self._watchdog = watchdog_interval(self._environ, pid)
         self._notify = Notifier.from_environment(self._environ)
-        self._loaded = await self._source.load()
-        settings = self._loaded.settings
-        target = open_target(settings.log.to, settings.log.socket, self._loaded.sysfacility, self._environ)
+        first = await self._source.load()
+        settings = first.settings
+        target = open_target(settings.log.to, settings.log.socket, first.sysfacility, self._environ)
         self._log: Logger = make_logger(settings.log.format, settings.log.level, target, pid=pid)
         adopt_standard_logging(self._log)
-        self._tell(self._loaded)
-        self._staleness = Staleness(self._log)
-        self._staleness.tell(self._source.tables())
         lock = hold_lock(f"{settings.service.run}/contentfilter.lock")
         own: OwnSocket | None = None
         try:
-            own, self._listener = choose_socket(passed, settings.listen)
-            return await self._serve(own)
+            own, self._listener = _listen(passed, settings)
+            return await self._serve(own, first)
         finally:
             if own is not None:
                 own.close()
             os.close(lock)
             self._notify.close()
 
-    async def _serve(self, own: OwnSocket | None) -> int:
-        settings = self._loaded.settings
+    async def _serve(self, own: OwnSocket | None, first: Loaded) -> int:
+        settings = first.settings
         self._lifeline, self._lifeline_held = os.pipe2(os.O_CLOEXEC)
         self._bus = bus.SupervisorBus(settings.service.run)
         self._suspects = Suspects(self._log)
         self._pool = Pool(self._spawn, self._log, self._moved.set)
-        wires = self._bus.command, self._ordered, lambda: self._pool.processes, self._moved
-        self._glass = BreakGlass(self._log, lambda: self._loaded.settings, *wires)
         self._recorder = recorder = Recorder(self._log, settings)
-        self._canary = Canary(self._log, lambda: self._loaded, lambda: self.status().state)
+        workers = (lambda: self._pool.processes), self._moved
+        self._configuration = Configuration(
+            self._source,
+            first,
+            self._log,
+            self._bus.command,
+            *workers,
+            self._adopt,
+            lambda how: self._monitor.loaded(how),
+        )
+        self._monitor = Monitor(self._log, lambda: self._settings, self.status, self._listener)
+        self._glass = BreakGlass(self._log, lambda: self._settings, self._bus.command, self._ordered, *workers)
+        self._canary = Canary(self._log, lambda: self._configuration.loaded, lambda: self.status().state)
         chores = (*self._chores, Chore("journal", lambda _: {"messages": recorder.expire()}))
-        self._monitor = Monitor(self._log, lambda: self._loaded.settings, self.status, self._listener)
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._signalled)
         loop.add_signal_handler(signal.SIGINT, self._signalled)
         loop.add_signal_handler(signal.SIGHUP, self._reload_wanted.set)
-        self._generation = 1
         self._log.info("service.start", version=__version__, socket=settings.listen.socket, activated=own is None)
         try:
             self._pool.resize(worker_count(settings))
@@ -123,12 +121,12 @@ class Supervisor:
                         self._check(),
                         self._say_ready(),
                         self._reload_on_demand(),
-                        self._watch_tables(),
+                        self._configuration.watch_tables(),
                         self._keep_watchdog(),
                         self._monitor.run(),
                         self._glass.run(),
                         self._canary.run(),
-                        keep_house(chores, lambda: self._loaded.settings, self._log),
+                        keep_house(chores, lambda: self._settings, self._log),
                     )
                 ]
                 await self._stop.wait()
@@ -148,12 +146,13 @@ class Supervisor:
         return 0
 
     def _spawn(self, slot: int, ended: Callable[[Process], None]) -> Process:
-        runtime, orders = memory_file("configuration", self._loaded.blob), self._glass.inherited()
+        loaded, generation = self._configuration.loaded, self._configuration.generation
+        runtime, orders = memory_file("configuration", loaded.blob), self._glass.inherited()
         try:
             fds = {"listen": self._listener.fileno(), "lifeline": self._lifeline, "runtime": runtime, "orders": orders}
             fds["suspects"] = self._suspects.fd
-            place, settings = self._suspects.enlist(), self._loaded.settings
-            words = command_line(self._app, settings, self._loaded.sysfacility, slot, self._generation, place, fds)
+            place = self._suspects.enlist()
+            words = command_line(self._app, loaded.settings, loaded.sysfacility, slot, generation, place, fds)
             try:
                 return Process(slot, words, tuple(fds.values()), self._suspects.watched(place, ended))
             except OSError:
@@ -176,7 +175,7 @@ class Supervisor:
         self._log.info("service.drain")
         if own is not None:
             own.close()  # hooks find nobody and try again until the next daemon is there
-        limit = Deadline.after(self._loaded.settings.service.drain + DRAIN_GRACE)
+        limit = Deadline.after(self._settings.service.drain + DRAIN_GRACE)
         hurry = asyncio.create_task(self._at_once.wait())
         hurry.add_done_callback(lambda done: None if done.cancelled() else self._pool.kill())
         await self._pool.drain(limit)
@@ -184,97 +183,32 @@ class Supervisor:
 
     # Configuration
 
-    def _tell(self, loaded: Loaded) -> None:
-        for problem in loaded.problems:
-            self._log.warning("service.problem", path=problem.path, line=problem.line, text=problem.text)
-        for name in resolve(loaded.settings.origin)[1]:
-            self._log.warning("origin.unknown-user", name=name)
+    @property
+    def _settings(self) -> Settings:
+        return self._configuration.loaded.settings
 
-    async def reload(self, *, restart: bool = False) -> tuple[str, ...]:
-        """Read everything again. Returns the problems that kept the old configuration in force."""
-        async with self._reloading:
-            self._notify.reloading()
-            try:
-                loaded = await self._source.load()
-            except ConfigError as error:
-                self._failed(error)
-            else:
-                self._problems = ()
-                self._tell(loaded)
-                await self._take(loaded)
-                if restart:
-                    self._suspects.forget()
-                    self._pool.replace_all()
-                await self._taken(Deadline.after(RELOAD_WAIT))
-            self._staleness.tell(self._source.tables())
-            self._notify.ready(self._summary())
-            return self._problems
+    def _adopt(self, loaded: Loaded) -> None:
+        self._recorder.change(loaded.settings)
+        self._pool.resize(worker_count(loaded.settings))
 
-    def _failed(self, error: ConfigError) -> None:
-        texts = tuple(str(problem) for problem in error.problems)
-        if texts != self._problems:  # the same trouble again and again is told once
-            for problem in error.problems:
-                self._log.error("service.problem", path=problem.path, line=problem.line, text=problem.text)
-        self._monitor.loaded("failed")
-        self._log.error("service.reload-failed", problems=len(texts), generation=self._generation)
-        self._problems = texts
+    def _looked(self, result: Literal["changed", "unchanged", "failed"]) -> None:
+        self._monitor.loaded(result)
 
-    async def _take(self, loaded: Loaded) -> None:
-        before, self._loaded = self._loaded, loaded
-        self._monitor.loaded("changed")
-        new = loaded.settings
-        for name in ("settings.listen", "settings.http", "settings.service.run", "settings.log", "sysfacility"):
-            if attrgetter(name)(before) != attrgetter(name)(loaded):
-                self._log.warning("service.restart-needed", setting=name.removeprefix("settings."))
-        self._generation += 1
-        self._recorder.change(new)
-        self._log.info("service.reload", generation=self._generation, bytes=len(loaded.blob))
-        await self._send_configuration()
-        self._pool.resize(worker_count(new))
+    def _renew(self) -> None:
+        self._suspects.forget()  # perhaps it was a defect of the version that goes now
+        self._pool.replace_all()
 
-    async def _send_configuration(self) -> None:
-        self._last_sent = time.monotonic()
-        try:
-            await self._bus.command(frames.Configure(self._generation, self._loaded.blob))
-        except zmq.Again:
-            pass  # their heartbeats will ask for it again
-
-    async def _taken(self, deadline: Deadline) -> None:
-        """Wait until every worker has, or has refused, the newest generation."""
-        try:
-            async with deadline.timeout():
-                while any(self._lacks(p.beat) for p in self._pool.processes if not p.retiring):
-                    self._moved.clear()
-                    await self._moved.wait()
-        except TimeoutError:
-            pass
-
-    def _lacks(self, beat: frames.Heartbeat | None) -> bool:
-        return beat is None or max(beat.generation, beat.refused) < self._generation
+    async def _reload(self, *, restart: bool = False) -> tuple[str, ...]:
+        self._notify.reloading()
+        problems = await self._configuration.reload(self._renew if restart else None)
+        self._notify.ready(self._summary())
+        return problems
 
     async def _reload_on_demand(self) -> None:
         while True:
             await self._reload_wanted.wait()
             self._reload_wanted.clear()
-            await self.reload()
-
-    async def _watch_tables(self) -> None:
-        while True:
-            await asyncio.sleep(self._loaded.settings.tables.refresh)
-            async with self._reloading:
-                try:
-                    loaded = await self._source.refresh()
-                except ConfigError as error:
-                    self._failed(error)
-                    continue
-                finally:
-                    self._staleness.tell(self._source.tables())
-                if loaded is None:
-                    self._monitor.loaded("unchanged")
-                else:
-                    self._problems = ()
-                    self._tell(loaded)
-                    await self._take(loaded)
+            await self._reload()
 
     # What runs besides
 
@@ -296,10 +230,10 @@ class Supervisor:
         elif (process := self._pool.heard(report)) is not None:
             self._moved.set()
             await self._glass.heard(process)
-            if self._lacks(report) and not process.retiring and time.monotonic() > self._last_sent + REPEAT:
-                await self._send_configuration()
+            await self._configuration.heard(process)
 
     async def _publish(self, event: frames.Event) -> None:
+        self._monitor.remote.publish(event)
         try:
             await self._bus.publish(event)
         except zmq.Again:
@@ -314,21 +248,21 @@ class Supervisor:
         """What the command line may ask, and what answers it."""
 
         async def ping(question: frames.Question, uid: int) -> frames.Reply:
-            return frames.Done(True, self._generation)
+            return frames.Done(True, self._configuration.generation)
 
         async def status(question: frames.Question, uid: int) -> frames.Reply:
             await self._monitor.look(Deadline.after(LOOK_WAIT))
             return self.status()
 
         async def failures(question: frames.Question, uid: int) -> frames.Reply:
-            return frames.Failures(self._generation, self._loaded.settings.failure)
+            return frames.Failures(self._configuration.generation, self._settings.failure)
 
         async def reload(question: frames.Question, uid: int) -> frames.Reply:
             assert isinstance(question, frames.AskReload)  # noqa: S101 - it stands for this type below
-            problems = await self.reload(restart=question.restart)
+            problems = await self._reload(restart=question.restart)
             state = self._source.tables()
             trouble = (f"tables: {state.trouble}",) if state and state.trouble else ()
-            return frames.Done(not problems, self._generation, (*problems, *trouble))
+            return frames.Done(not problems, self._configuration.generation, (*problems, *trouble))
 
         return {
             frames.Ping: ping,
@@ -345,7 +279,7 @@ class Supervisor:
 
     async def _check(self) -> None:
         while True:
-            service = self._loaded.settings.service
+            service = self._settings.service
             self._pool.check(service.stuck_after)
             await asyncio.sleep(min(service.heartbeat, service.stuck_after / 4))
 
@@ -360,27 +294,28 @@ class Supervisor:
     async def _keep_watchdog(self) -> None:
         """A sign of life to systemd, but only while mail can be accepted."""
         while self._watchdog:
-            if self._state != "ready" or self._pool.alive(self._loaded.settings.service.stuck_after):
+            if self._state != "ready" or self._pool.alive(self._settings.service.stuck_after):
                 self._notify.alive()
             await asyncio.sleep(self._watchdog)
 
     def _summary(self) -> str:
-        return f"{worker_count(self._loaded.settings)} workers, configuration {self._generation}{self._glass.summary()}"
+        workers, generation = worker_count(self._settings), self._configuration.generation
+        return f"{workers} workers, configuration {generation}{self._glass.summary()}"
 
     def status(self) -> frames.Status:
         status = frames.Status(
             version=__version__,
             pid=os.getpid(),
             state="drained" if self._glass.orders.drain and self._state == "ready" else self._state,
-            generation=self._generation,
+            generation=self._configuration.generation,
             uptime=round(time.monotonic() - self._began, 3),
-            socket=self._loaded.settings.listen.socket,
+            socket=self._settings.listen.socket,
             restarts=self._pool.restarts,
             malformed=self._bus.malformed,
             not_recorded=self._recorder.dropped,
-            wanted=worker_count(self._loaded.settings),
+            wanted=worker_count(self._settings),
             deaths=dict(self._pool.deaths),
-            problems=self._problems,
+            problems=self._configuration.problems,
             workers=tuple(process.describe() for process in self._pool.processes),
             tables=self._source.tables(),
             bypasses=self._glass.bypasses(),
@@ -390,6 +325,18 @@ class Supervisor:
             poison=self._suspects.isolated(),
         )
         return self._monitor.complete(status)
+
+
+def _listen(passed: list[tuple[str, int]], settings: Settings) -> tuple[OwnSocket | None, socket.socket]:
+    """The socket that systemd passed, else one of our own."""
+    if passed:
+        by_name = [fd for name, fd in passed if name == SOCKET_NAME]
+        if not by_name and len(passed) > 1:
+            raise SocketError(f"none of the {len(passed)} sockets passed is named {SOCKET_NAME!r}")
+        return None, inherited_socket((by_name or [passed[0][1]])[0])
+    listen = settings.listen
+    own = open_socket(listen.socket, int(listen.mode, 8), listen.backlog)
+    return own, own.socket
 
 
 def worker_count(settings: Settings) -> int:

@@ -94,6 +94,8 @@ def test_every_key_is_read_and_a_wrong_type_is_told_with_its_line(read, section,
         ('[listen]\nsocket = "run/x"', '[listen] socket: expected an absolute path, got a string "run/x"'),
         (f'[listen]\nsocket = "/{"x" * 107}"', "has 108 bytes; a socket's path has at most 107"),
         (f'[service]\nrun = "/{"x" * 94}"', "has 108 bytes; a socket's path has at most 107"),
+        ('[canary]\nhook = "contentfilter-queue"', "[canary] hook: expected an absolute path"),
+        ("[canary]\nevery = 0.1", "[canary] every:"),
         ('[service]\nstate = "state"', "[service] state: expected an absolute path"),
         ('[tables]\nextension = "@"', "[tables] extension: '@' cannot separate an extension"),
         ('[spamd]\nsubject_tag = "a\\nBcc: x"', "[spamd] subject_tag: at most 100 printable"),
@@ -274,3 +276,24 @@ def test_a_rule_without_effect_is_a_warning_and_the_file_can_be_used(tmp_path):
     ((problem,),) = read_settings(str(path))[1:]
     assert (problem.line, problem.warning) == (1, True)
     assert "does nothing" in problem.text
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words", "warning"),
+    [
+        ('[clamd]\nbackends = ["tls:scan.example:3310"]\n', 2, "clamd speaks no TLS", False),
+        ('[spamd]\nbackends = ["tls:scan.example"]\n', 2, "tls: needs a host", False),
+        ('[spamd]\nbackends = ["ssl:scan.example:783"]\n', 2, "tls:host:port", False),
+        ('[spamd]\n\ntls_ca = "ca.pem"\nbackends = ["tls:a:783"]\n', 3, "expected an absolute path", False),
+        ('[spamd]\nbackends = ["tls:a:783"]\ntls_key = "/k"\n', 3, "a key needs its certificate", False),
+        ('[spamd]\ntls_ca = "/ca"\n', 2, "has no effect", True),
+    ],
+)
+def test_a_backend_or_certificate_that_cannot_be_is_told_with_its_line(
+    tmp_path: Path, text: str, line: int, words: str, warning: bool
+) -> None:
+    path = tmp_path / "contentfilter.toml"
+    path.write_text(text)
+    problem = read_settings(str(path))[1][0]
+    assert (problem.line, problem.warning) == (line, warning)
+    assert words in problem.text

@@ -18,7 +18,6 @@ from style.tree import ROOT
 from contentfilter.config.settings import Settings
 from contentfilter.ops import install as ops
 from contentfilter.ops.things import STATE, USER, System, Thing
-from contentfilter.intake import listener
 from contentfilter.service import supervisor
 from contentfilter.wire import hook
 
@@ -36,7 +35,7 @@ def test_the_socket_is_the_one_that_settings_and_hook_name() -> None:
     listen = Settings().listen
     assert value(SOCKET, "ListenSequentialPacket") == listen.socket
     assert (value(SOCKET, "SocketMode"), value(SOCKET, "Backlog")) == (listen.mode, str(listen.backlog))
-    assert value(SOCKET, "FileDescriptorName") == listener.SOCKET_NAME
+    assert value(SOCKET, "FileDescriptorName") == supervisor.SOCKET_NAME
     assert f"socket {listen.socket}\n" in (ROOT / "etc" / "queue.conf").read_text()
 
 

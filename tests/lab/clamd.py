@@ -5,6 +5,7 @@ scanner stops at these files. Each one stands for a class of findings.
 """
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
@@ -16,19 +17,22 @@ PHISHING = b"contentfilter-lab-" + b"phishing-page"
 
 # clamd adds .UNOFFICIAL to every name from a database that is not signed.
 SIGNATURES = {"Eicar-Test-Signature": EICAR, "PUA.Lab.Tool": PUA, "Lab.Phishing.Page-1": PHISHING}
+SIGNATURE_FILE = {"lab.ndb": "".join(f"{name}:0:*:{text.hex()}\n" for name, text in SIGNATURES.items())}
 EICAR_NAME = "Eicar-Test-Signature.UNOFFICIAL"
 
 
 class Clamd(Daemon):
     """``with Clamd(directory) as clamd:`` then ``clamd.socket``, ``clamd.tcp``, ``clamd.pid``.
 
-    ``extra``: lines for clamd.conf, e.g. ``StreamMaxLength 1M``. ``directory`` is made where it is missing;
-    its path must be short enough for a Unix socket. As root it runs as clamav where the directory lets it.
+    ``extra``: lines for clamd.conf, e.g. ``StreamMaxLength 1M``. ``database``: files with their lines, in place of
+    the lab's. ``directory`` is made where it is missing; its path must be short enough for a Unix socket. As root it
+    runs as clamav where the directory lets it.
     """
 
-    def __init__(self, directory: Path, *extra: str) -> None:
+    def __init__(self, directory: Path, *extra: str, database: Mapping[str, str] | None = None) -> None:
         super().__init__(directory)
         self._extra = extra
+        self._database = SIGNATURE_FILE if database is None else database
         self.socket = str(directory / "clamd.sock")
         self.tcp = ("127.0.0.1", free_port())
 
@@ -44,8 +48,8 @@ class Clamd(Daemon):
         program = find_program("clamd", "clamav-daemon")
         database = self.directory / "database"
         database.mkdir(parents=True, exist_ok=True)
-        lines = [f"{name}:0:*:{text.hex()}\n" for name, text in SIGNATURES.items()]
-        (database / "lab.ndb").write_text("".join(lines))
+        for name, lines in self._database.items():
+            (database / name).write_text(lines)
         temporary = self.directory / "tmp"
         temporary.mkdir(exist_ok=True)
         config = [

@@ -6,6 +6,7 @@ database (``sql``).
 
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -19,12 +20,16 @@ class Spamd(Daemon):
     """``with Spamd(directory) as spamd:`` then ``spamd.socket``, ``spamd.tcp``, ``spamd.pid``.
 
     ``extra``: lines for local.cf. ``sql``: the preferences come from the database that these lines name.
+    ``options``: more words for its command line; --ssl-verify makes all its ports TLS.
     ``directory`` is made where it is missing; its path must be short enough for a Unix socket. As root its
     children run as nobody where the directory lets them.
     """
 
-    def __init__(self, directory: Path, *extra: str, children: int = 2, sql: bool = False) -> None:
+    def __init__(
+        self, directory: Path, *extra: str, children: int = 2, sql: bool = False, options: Sequence[str] = ()
+    ) -> None:
         super().__init__(directory)
+        self._options = tuple(options)
         self._extra = extra
         self._children = children
         self._sql = sql
@@ -78,13 +83,15 @@ class Spamd(Daemon):
             f"--listen={self.tcp[0]}:{self.tcp[1]}",
             "--syslog=stderr",
             f"--pidfile={self.directory / 'pid'}",
+            *self._options,
         ]
         if self._user is not None:
             command.append(f"--username={self._user}")
             for path in (home, self._users):
                 shutil.chown(path, self._user)
         ping = b"PING SPAMC/1.5\r\n\r\n"
-        self.launch(command, lambda: b" PONG" in ask(self.socket, ping) and b" PONG" in ask(self.tcp, ping))
+        plain = [self.socket] if "--ssl-verify" in self._options else [self.socket, self.tcp]
+        self.launch(command, lambda: all(b" PONG" in ask(each, ping) for each in plain))
         return self
 
     def __enter__(self) -> Self:

@@ -8,7 +8,8 @@ import pytest
 
 from contentfilter.deadline import Deadline
 from contentfilter.errors import BackendError, Cause
-from contentfilter.scanners.backends import FAIR_TRY, LONGEST_REST, REST_AFTER, Backend, Health, Pool, choose
+from contentfilter.scanners.backends import Pool
+from contentfilter.scanners.health import FAIR_TRY, LONGEST_REST, REST_AFTER, Backend, Health, choose
 from contentfilter.scanners.stream import Address, ClosedError
 
 pytestmark = pytest.mark.asyncio
@@ -125,7 +126,7 @@ async def test_the_choice_is_healthy_then_least_loaded_then_longest_unused() -> 
     )
     everyone = [doubtful, busy, used, fresh]
     assert choose(everyone, now=10.0) is fresh
-    assert choose(everyone, now=10.0, avoid=fresh) is used
+    assert choose(everyone, now=10.0, avoid={fresh}) is used
     assert choose([doubtful], now=10.0) is doubtful
     assert choose([doubtful], now=4.9) is None
     doubtful.outstanding = 1

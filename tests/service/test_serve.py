@@ -38,7 +38,7 @@ def test_status_and_reload_answer_from_the_running_daemon() -> None:
         seen: dict[str, Any] = json.loads(command(running, "status", "--json").stdout)
         assert (seen["state"], seen["generation"], len(seen["workers"])) == ("ready", 1, 2)
         plain = command(running, "status")
-        assert plain.stdout.startswith("ready, configuration 1")
+        assert ", ready, configuration 1, up " in plain.stdout
         assert "worker 0 pid" in plain.stdout
         done = command(running, "reload")
         assert (done.returncode, done.stdout) == (0, "configuration 2 is in force\n")

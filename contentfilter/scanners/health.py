@@ -1,0 +1,164 @@
+"""What the answers of a backend say about it, and whom to ask next. Pure: no clock, no socket, no wait.
+
+Three marks, each with its own remedy. *Resting*: it failed three times in a row and is left alone, longer each
+time. *Doubtful*: rested, one question at a time until one is answered (half-open). *Silent*: it takes connections
+but answers no PING, as a clamd does that reloads its database; new questions go elsewhere while there is an elsewhere.
+"""
+
+import asyncio
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+
+from contentfilter.errors import Cause
+from contentfilter.scanners.stream import Address
+
+REST_AFTER = 3  # failures in a row
+FIRST_REST, LONGEST_REST = 1.0, 10.0  # seconds
+FAIR_TRY = 5.0  # a time-out sooner than this says more about the message's budget than about the backend
+
+_NOT_ITS_FAULT = frozenset({Cause.TOO_BIG, Cause.LIMITS, Cause.BUSY, Cause.RELOADING})
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a backend may be silent, in seconds. Answers to mail are words too, so a busy one gets no PING."""
+
+    look: float = 0.5  # between two looks whether a PING is due
+    suspect: float = 1.0  # without a word until a PING: from one that failed or is silent
+    quiet: float = 3.0  # … from one that holds questions
+    idle: float = 30.0  # … from one that nobody asks
+    short: float = 2.0  # without an answer to PING until no more mail is sent there
+    move: float = 10.0  # … until the questions that it holds are asked elsewhere
+    long: float = 30.0  # one PING waits so long: its answer tells at once that a reload has ended
+
+
+USUAL = Patience()
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """What the last answers say about a backend. Times are seconds of the pool's clock."""
+
+    failures: int = 0  # in a row
+    rest_until: float = 0.0
+    cause: Cause = Cause.DOWN  # of the last failure
+    since: float = 0.0  # when the first of them was
+    last: float = 0.0
+    proven: bool = False  # it answered a PING since
+
+    def resting(self, now: float) -> bool:
+        return now < self.rest_until
+
+    def doubtful(self) -> bool:
+        """Rested, but not yet proven well: one question at a time."""
+        return self.failures >= REST_AFTER
+
+    def failed(self, cause: Cause, now: float, seconds: float) -> "Health":
+        """After a failure that took ``seconds``.
+
+        Failures during a rest are questions that were already under way: one crash, counted once.
+        """
+        if cause in _NOT_ITS_FAULT or self.resting(now) or (cause is Cause.TIMEOUT and seconds < FAIR_TRY):
+            return self
+        failures = self.failures + 1
+        beyond = min(failures - REST_AFTER, 16)
+        rest = min(FIRST_REST * 2**beyond, LONGEST_REST) if beyond >= 0 else 0.0
+        return Health(failures, now + rest, cause, self.since if self.failures else now, now)
+
+    def answered_ping(self) -> "Health":
+        """It is there. Whether it can scan only a scan tells, so its failures are not forgotten."""
+        return replace(self, proven=True)
+
+
+@dataclass(frozen=True, slots=True)
+class BackendHealth:
+    """How one backend stands, for whoever watches. Times are seconds that have passed."""
+
+    scanner: str
+    backend: str
+    state: (
+        str  # well, doubtful (it failed, and has not answered since), silent (not even to PING), resting (left alone)
+    )
+    failures: int  # in a row
+    cause: str  # of the last of them; empty without
+    since: float  # the first of them
+    failed: float  # the last of them
+    answered: float | None  # its last sound answer; None: there was none yet
+    outstanding: int
+    limit: int
+    waiting: int  # questions that wait for a place at any backend of this scanner
+    wanted: bool = True  # there is mail that needs this scanner
+
+
+@dataclass(slots=True, eq=False)
+class Backend:
+    """One endpoint and the state of our dealings with it."""
+
+    address: Address
+    limit: int  # questions at once
+    outstanding: int = 0
+    turn: int = 0  # when it was last chosen: breaks ties, so that equals share the load
+    health: Health = field(default_factory=Health)
+    watched: bool = False  # PINGs find out about it, so no mail needs to
+    heard: float = float("-inf")  # the last word from it, or the question that began its silence
+    answered: float | None = None  # when it last gave a sound answer
+    silent_since: float | None = None  # when it left a PING unanswered
+    movable: set[asyncio.Timeout] = field(default_factory=set)  # questions that may still be asked elsewhere
+
+    def free(self) -> bool:
+        return self.outstanding < (1 if self.health.doubtful() else self.limit)
+
+    @property
+    def silent(self) -> bool:
+        return self.silent_since is not None
+
+    def trusted(self) -> bool:
+        """Mail may go there without paying for the finding that it is not well."""
+        return not self.silent and not (self.watched and self.unproven())
+
+    def unproven(self) -> bool:
+        return self.health.doubtful() and not self.health.proven
+
+
+def due(backend: Backend, now: float, patience: Patience) -> bool:
+    """Has it been silent for so long that a PING is worth its price?"""
+    if backend.health.resting(now):
+        return False
+    if backend.silent or (backend.health.failures and not backend.health.proven):
+        limit = patience.suspect
+    else:
+        limit = patience.quiet if backend.outstanding else patience.idle
+    return now - backend.heard >= limit
+
+
+def usable(backends: Sequence[Backend], now: float, avoid: Collection[Backend] = ()) -> list[Backend]:
+    """Those that may be asked now or as soon as they have room. Trusted ones only, if there are any."""
+    rested = [b for b in backends if b not in avoid and not b.health.resting(now)]
+    return [b for b in rested if b.trusted()] or rested
+
+
+def choose(backends: Sequence[Backend], now: float, avoid: Collection[Backend] = ()) -> Backend | None:
+    """The best one with room: proven before unproven, then the least outstanding, then the longest unused."""
+    free = [b for b in usable(backends, now, avoid) if b.free()]
+    return min(free, key=lambda b: (b.unproven(), b.outstanding, b.turn), default=None)
+
+
+def describe(service: str, backend: Backend, now: float, silence: Cause, waiting: int) -> BackendHealth:
+    """``silence``: what a backend that answers no PING is called."""
+    health, silent = backend.health, backend.silent_since
+    since, last, cause = (health.since, health.last, health.cause) if silent is None else (silent, silent, silence)
+    sick = health.failures > 0 or silent is not None
+    state = "resting" if health.resting(now) else "silent" if backend.silent else "doubtful" if sick else "well"
+    return BackendHealth(
+        scanner=service,
+        backend=str(backend.address),
+        state=state,
+        failures=max(health.failures, int(sick)),
+        cause=cause.value if sick else "",
+        since=now - since if sick else 0.0,
+        failed=now - last if sick else 0.0,
+        answered=None if backend.answered is None else now - backend.answered,
+        outstanding=backend.outstanding,
+        limit=backend.limit,
+        waiting=waiting,
+    )

@@ -82,8 +82,7 @@ def test_a_thread_that_kills_is_found_out_too(poisoned) -> None:
 
 
 def test_those_who_only_waited_are_no_suspects_and_get_through(poisoned, tmp_path: Path) -> None:
-    hold = [says_and_stays(b"")] * 2
-    with Peer(tmp_path, in_turn(*hold, CLEAN), read_clamd) as peer:
+    with Peer(tmp_path, in_turn(says_and_stays(b""), CLEAN), read_clamd) as peer:
         system = poisoned(clamd=peer, settings={"service": {"workers": 1, "stuck_after": 2.0}})
         process, standin = system.start_hook(PLAIN, (ONE,))
         waiting_in(system.daemon, peer)

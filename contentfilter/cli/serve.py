@@ -19,7 +19,8 @@ from contentfilter.service.supervisor import Supervisor
 EX_NOPERM, EX_CONFIG = 77, 78
 AS_ROOT = (
     "contentfilter: serve does not run as root, because it reads what strangers send. Start it as the user"
-    " contentfilter (contentfilter install makes the user, and a unit or run script that switches to it), or say --allow-root."
+    " contentfilter (contentfilter install makes the user and a unit or run script that switches to it)"
+    ", or say --allow-root."
 )
 
 

@@ -331,7 +331,7 @@ class Application:
             log.error("poison.not-kept", id=job.incident, why=str(error))  # noqa: TRY400 - a full disk is no defect
             kept = ""
         seen = {"id": job.incident, "fingerprint": fingerprint, "decision": record.decision, "kept": kept}
-        log.error("poison.isolated", **seen)
+        log.error("poison.isolated", id=job.incident, fingerprint=fingerprint, decision=record.decision, kept=kept)
         self._surroundings.emit(Event("poison.isolated", seen))
         self._emit(record, make_account(case, reply.text))
         return reply

@@ -30,6 +30,11 @@ bench: ## set everything up, then measure: messages per second, latency, CPU per
 	@$(MAKE) --silent .venv/installed
 	@$(BIN)/python bench/run.py
 
+faults: ## set everything up, then let every system call of the hook fail in every way (make test tries a sample)
+	@tools/prepare.sh packages test
+	@$(MAKE) --silent .venv/testing
+	@CONTENTFILTER_FAULTS=all PYTHONSAFEPATH=1 $(BIN)/pytest -n auto tests/hook/test_every_call.py
+
 soak: ## set everything up, then ten minutes of mail under load while the daemon is ended in every way
 	@tools/prepare.sh packages bench
 	@$(MAKE) --silent .venv/installed
@@ -92,4 +97,4 @@ build/hook/warnings: $(C_SOURCES) $(C_HEADERS) Makefile
 	@gcc -fsyntax-only $(STRICT) $(C_SOURCES)
 	@touch $@
 
-.PHONY: help demo test bench soak setup lint hook wheel clean
+.PHONY: help demo test bench faults soak setup lint hook wheel clean

@@ -157,9 +157,9 @@ def chores() -> tuple[Chore, ...]:
     return (Chore("quarantine", expire_quarantine),)
 
 
-def expire_quarantine(settings: Settings) -> dict[str, int]:
+def expire_quarantine(settings: Settings, aged: bool) -> dict[str, int]:
     """Retention and quota of the quarantine. Raises OSError."""
-    removed = Quarantine.of(settings).expire()
+    removed = Quarantine.of(settings).expire(aged=aged)
     return {"entries": len(removed.entries), "stray": removed.stray, "used": removed.used}
 
 

@@ -197,10 +197,16 @@ static void abort_all(struct all *all)
   reap(all, now_ms() + ABORT_MS);
 }
 
+/* Where one NUL cannot be written (no page for the pipe, say) the rest are not tried: the whole comes again anyway,
+ * and what is not queued now will not be there twice. */
 static void commit(struct all *all)
 {
+  bool going = true;
   for (unsigned i = 0; i < all->count; i++) {
-    all->parts[i].committed = write(all->parts[i].envelope, "", 1) == 1;
+    ssize_t wrote = -1;
+    while (going && (wrote = write(all->parts[i].envelope, "", 1)) < 0 && errno == EINTR) {
+    }
+    all->parts[i].committed = going = wrote == 1;
     shut(&all->parts[i].envelope);
   }
 }

@@ -98,8 +98,13 @@ char *conf_load(struct conf *conf, char *room)
                         .memory = 4 << 20};
   int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (fd < 0 && errno == ENOENT) return room;
-  ssize_t size = fd < 0 ? -1 : read(fd, room, CONF_MAX + 1);
-  if (size < 0) {
+  ssize_t size = 0, got = fd < 0 ? -1 : 1;
+  while (got > 0 && size <= CONF_MAX) { /* to the end: half a file would mean something else */
+    got = read(fd, room + size, (size_t)(CONF_MAX + 1 - size));
+    size += got > 0 ? got : 0;
+    if (got < 0 && errno == EINTR) got = 1;
+  }
+  if (got < 0) {
     int error = errno;
     say(path, ": ", strerror(error), "; everyone who sends mail must be able to read it", NULL);
     leave(status_of(error, ST_CONF));

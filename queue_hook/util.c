@@ -16,10 +16,11 @@ int64_t now_ms(void)
 {
   struct timespec now;
 #ifdef __LP64__ /* to find and touch the vDSO costs more than a few calls save */
-  syscall(SYS_clock_gettime, CLOCK_MONOTONIC, &now);
+  int failed = (int)syscall(SYS_clock_gettime, CLOCK_MONOTONIC, &now);
 #else
-  clock_gettime(CLOCK_MONOTONIC, &now);
+  int failed = clock_gettime(CLOCK_MONOTONIC, &now);
 #endif
+  if (failed) leave(ST_BUG); /* only where something forbids it; no wait would end */
   return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
 }
 
@@ -36,7 +37,7 @@ size_t read_some(int fd, char *to, size_t room)
     ssize_t got = read(fd, to, room);
     if (got >= 0) return (size_t)got;
     if (errno == EAGAIN) poll(&wait, 1, -1); /* somebody made it non-blocking */
-    if (errno != EAGAIN && errno != EINTR) leave(ST_READ);
+    if (errno != EAGAIN && errno != EINTR) leave(status_of(errno, ST_READ));
   }
 }
 

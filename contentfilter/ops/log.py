@@ -65,6 +65,7 @@ EVENTS: Mapping[str, str] = {
     "bypass.begin": "an operator ordered that a scanner is not asked for a while: who, why, until when",
     "bypass.active": "that still holds; said every few minutes",
     "bypass.end": "the scanner is asked again, and who or what ended it",
+    "clock.jumped": "more than a day went by since the last look: for a day nothing is deleted for its age",
     "drain.begin": "an operator ordered that no mail is accepted: who, why, until when",
     "drain.active": "that still holds; said every few minutes",
     "drain.end": "mail is accepted again, and who or what ended it",

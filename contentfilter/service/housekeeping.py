@@ -11,10 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from contentfilter.config.settings import Settings
 from contentfilter.ops.log import Logger
+from contentfilter.service.clock import FILE, believable
 
 T = TypeVar("T")
 DELAY = 60.0  # seconds from the start to the first round
@@ -23,10 +25,13 @@ INTERVAL = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class Chore:
-    """Something to do under the settings that hold then; returns what it did, for the log."""
+    """Something to do under the settings that hold then; returns what it did, for the log.
+
+    The flag says whether anything may go because of its age: not while the clock is doubted.
+    """
 
     name: str
-    run: Callable[[Settings], Mapping[str, Any]]  # in a thread: it may block and raise
+    run: Callable[[Settings, bool], Mapping[str, Any]]  # in a thread: it may block and raise
 
 
 async def keep_house(
@@ -39,15 +44,19 @@ async def keep_house(
     """All chores, one after the other, after ``delay`` and then every ``interval`` seconds. Does not return."""
     await asyncio.sleep(delay)
     while True:
+        clock = Path(settings().service.state) / FILE
+        aged = await in_thread(lambda clock=clock: believable(clock, time.time()))  # type: ignore[misc]
+        if not aged:
+            log.warning("clock.jumped", path=str(clock))
         for chore in chores:
-            await _do(chore, settings(), log)
+            await _do(chore, settings(), aged, log)
         await asyncio.sleep(interval)
 
 
-async def _do(chore: Chore, settings: Settings, log: Logger) -> None:
+async def _do(chore: Chore, settings: Settings, aged: bool, log: Logger) -> None:
     began = time.monotonic()
     try:
-        counts = await in_thread(lambda: chore.run(settings))
+        counts = await in_thread(lambda: chore.run(settings, aged))
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
         log.error("housekeeping.failed", chore=chore.name, why=why)  # noqa: TRY400 - a full disk is no defect

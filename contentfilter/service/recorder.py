@@ -52,6 +52,7 @@ class Recorder:
         self._events: deque[tuple[float, Event]] = deque()
         self._weight = 0
         self._wanted: Future[int] | None = None  # an expiry that somebody waits for
+        self._aged = True
         self._closing = False
         self._thread: threading.Thread | None = None
         self._journal: Journal | None = None
@@ -83,13 +84,14 @@ class Recorder:
             if first:
                 self._changed.notify()
 
-    def expire(self) -> int:
-        """Apply age and size limits; how many messages went. Raises JournalError. Waits for the writer."""
+    def expire(self, aged: bool = True) -> int:
+        """Apply the limits of age (``aged``) and size; how many messages went. Raises JournalError. Waits for the
+        writer."""
         if not self._enabled:
             return 0
         wanted: Future[int] = Future()
         with self._changed:
-            self._wanted = wanted
+            self._wanted, self._aged = wanted, aged
             self._changed.notify()
         return wanted.result()
 
@@ -159,7 +161,7 @@ class Recorder:
             journal.expire(0.0, self._terms.max_size)
 
     def _expire(self, wanted: "Future[int]") -> None:
-        limits = time.time() - self._terms.before, self._terms.max_size
+        limits = time.time() - self._terms.before if self._aged else 0.0, self._terms.max_size
         try:
             wanted.set_result(self._opened().expire(*limits))
         except Exception as error:

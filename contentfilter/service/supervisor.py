@@ -104,7 +104,7 @@ class Supervisor:
         self._monitor = Monitor(self._log, lambda: self._settings, self.status, self._listener)
         self._glass = BreakGlass(self._log, lambda: self._settings, self._bus.command, self._ordered, *workers)
         self._canary = Canary(self._log, lambda: self._configuration.loaded, lambda: self.status().state)
-        chores = (*self._chores, Chore("journal", lambda _: {"messages": recorder.expire()}))
+        chores = (*self._chores, Chore("journal", lambda _, aged: {"messages": recorder.expire(aged)}))
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._signalled)
         loop.add_signal_handler(signal.SIGINT, self._signalled)

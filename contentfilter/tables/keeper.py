@@ -55,10 +55,12 @@ class Keeper:
         """Bring the snapshot up to date. Returns whether it is another one now, and the rows that were left out.
 
         ``anew`` reads the source even where it looks unchanged. Raises ConfigError with ``anew`` for what does not mend
-        itself: a table file that cannot be read, a snapshot that cannot be written. Everything else is a trouble.
+        itself: a table file that cannot be read, a snapshot that cannot be written. Everything else is a trouble,
+        and so is a full disk at the start where an earlier run left a sound snapshot.
         """
         path = os.path.join(settings.service.state, FILE)
-        if path != self._path:
+        start = path != self._path
+        if start:
             self._path = path
             self._header, self._checked = await asyncio.to_thread(_present, path)
         self._source = settings.tables.source
@@ -73,8 +75,11 @@ class Keeper:
             self._trouble = str(error)
         except OSError as error:
             self._trouble = f"cannot write the snapshot: {error.strerror}"
+            problem = Problem(path, 0, self._trouble)
+            if start and self._header is not None:
+                return True, (problem,)
             if anew:
-                raise ConfigError((Problem(path, 0, self._trouble),)) from error
+                raise ConfigError((problem,)) from error
         else:
             if self._held:
                 self._trouble = self._why_held

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -184,19 +184,20 @@ class Quarantine:
             if self._used + size > self._quota:
                 if 0 <= now - self._full < RECOUNT:  # a flood must not make us look again for each message
                     raise full
-                self._used = self.expire(room=max(size, self._quota // 20)).used
+                self._used = self.expire(room=max(size, self._quota // 20), aged=False).used
                 if self._used + size > self._quota:
                     self._full = now
                     raise full
             self._used += size
 
-    def expire(self, room: int = 0, dry_run: bool = False) -> Expired:
-        """Remove entries past their retention, then the oldest until ``room`` bytes are free below the quota;
-        then unreferenced messages and unfinished files. Entries younger than *protect* never make room.
+    def expire(self, room: int = 0, dry_run: bool = False, aged: bool = True) -> Expired:
+        """Remove entries past their retention (where ``aged``), then the oldest until ``room`` bytes are free below
+        the quota; then unreferenced messages and unfinished files. Entries younger than *protect* never make room.
         """
         now = self._clock()
         found = survey(self.directory, now)
-        gone, used = outdated(found, now, self._limits, room)
+        limits = self._limits if aged else replace(self._limits, retention=float("inf"))
+        gone, used = outdated(found, now, limits, room)
         if dry_run:
             return Expired(gone, len(found.stray) + len(unreferenced(self.directory, now)), used)
         stray = 0

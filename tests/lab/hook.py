@@ -27,9 +27,10 @@ COMPILERS = {
     "gcc": ["gcc", *STRICT, "-static", *LAYOUT],
     "clang": ["clang", *STRICT],
     "impatient": ["gcc", *STRICT, "-DGRACE_MS=300", "-DABORT_MS=300", "-DREADING_S=1"],
+    "impatient static": ["musl-gcc", *STRICT, "-static", "-DGRACE_MS=300", "-DABORT_MS=300", "-DREADING_S=1"],
     "sanitize": ["gcc", *STRICT, "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
 }
-Variant = Literal["musl", "gcc", "clang", "impatient", "sanitize"]
+Variant = Literal["musl", "gcc", "clang", "impatient", "impatient static", "sanitize"]
 Kind = Literal["closed", "pipe", "read end", "full pipe", "deaf pipe", "socket", "file"]
 FINAL = 30.0  # seconds after which a test that waits has failed
 
@@ -37,7 +38,7 @@ FINAL = 30.0  # seconds after which a test that waits has failed
 def build(directory: Path, variant: Variant | None = None) -> Path:
     """Compile the hook into ``directory``, unless it is there. Default: the variant that a user would get."""
     variant = variant or ("musl" if shutil.which("musl-gcc") else "gcc")
-    program = directory / f"contentfilter-queue-{variant}"
+    program = directory / f"contentfilter-queue-{variant.replace(' ', '-')}"
     if not program.exists():
         unfinished = directory / f"{program.name}.{os.getpid()}"
         subprocess.run([*COMPILERS[variant], "-o", unfinished, *SOURCES], check=True)
@@ -235,6 +236,7 @@ class FakeDaemon:
         self.reports: list[wire.Report] = []
         self._changed = threading.Condition()
         self._open: list[socket.socket] = []
+        self._serving = 0
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -267,6 +269,11 @@ class FakeDaemon:
             done = self._changed.wait_for(lambda: len(self.offers) >= offers and len(self.reports) >= reports, FINAL)
         assert done, f"{len(self.offers)} offers and {len(self.reports)} reports after {FINAL} s"
 
+    def settle(self) -> None:
+        """Until it has heard everything that those said who are gone."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: not self._serving, FINAL), "somebody is still connected"
+
     def _accept(self) -> None:
         while True:
             try:
@@ -274,6 +281,8 @@ class FakeDaemon:
             except OSError:
                 return
             self._open.append(connection)
+            with self._changed:
+                self._serving += 1
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
@@ -291,6 +300,10 @@ class FakeDaemon:
                 self._answer(connection, reply)
         except OSError:
             pass  # stopped, or the hook is gone
+        finally:
+            with self._changed:
+                self._serving -= 1
+                self._changed.notify_all()
 
     def _answer(self, connection: socket.socket, reply: Any) -> None:
         if isinstance(reply, wire.Answer):

@@ -51,22 +51,23 @@ class MariaDb(Daemon):
             if user_who_reaches(self.directory, self._user) is None:
                 raise PermissionError(f"{self._user} cannot reach {self.directory}")
             shutil.chown(self.directory, self._user)
-        if not data.exists():
-            self._install(data)
         temporary.mkdir(exist_ok=True)
         if os.geteuid() == 0:
             shutil.chown(temporary, self._user)
+        if not data.exists():
+            self._install(data, temporary)
         options = (f"--datadir={data}", f"--socket={self.socket}", f"--port={self.port}", f"--tmpdir={temporary}")
         place = ("--bind-address=127.0.0.1", f"--pid-file={self.directory / 'pid'}", f"--user={self._user}")
         self.launch([program, *_FAST, *options, *place, *self._extra], self._answers, 60.0)
         return self
 
-    def _install(self, data: Path) -> None:
-        """The system tables, and an empty database for the test."""
+    def _install(self, data: Path, temporary: Path) -> None:
+        """The system tables. In /tmp a server that starts meanwhile would take its temporary tables for leftovers."""
         command = [
             find_program("mariadb-install-db", PACKAGE),
             "--no-defaults",
             f"--datadir={data}",
+            f"--tmpdir={temporary}",
             f"--user={self._user}",
             "--auth-root-authentication-method=normal",
             "--skip-test-db",

@@ -16,6 +16,7 @@ from contentfilter.config.settings import Service, Settings
 from contentfilter.deadline import Deadline
 from contentfilter.model import Message
 from contentfilter.ops.log import make_logger
+from contentfilter.service.clock import DAY, believable
 from contentfilter.service.housekeeping import Chore, keep_house
 from contentfilter.verdict.quarantine import Quarantine
 
@@ -29,7 +30,9 @@ House = Callable[..., Awaitable[list[dict[str, Any]]]]
 def house(tmp_path: Path) -> House:
     """Runs chores until ``enough`` is set; the log lines."""
 
-    async def run(*given: Chore, enough: asyncio.Event, settings: Callable[[], Settings] = Settings) -> list[Any]:
+    async def run(*given: Chore, enough: asyncio.Event, settings: Callable[[], Settings] | None = None) -> list[Any]:
+        state = Service(state=str(tmp_path))
+        settings = settings or (lambda: Settings(service=state))
         fd = os.open(tmp_path / "log", os.O_RDWR | os.O_CREAT | os.O_APPEND)
         task = asyncio.create_task(keep_house(given, settings, make_logger("json", "info", fd), 0.0, 0.0))
         async with asyncio.timeout(WAIT):
@@ -47,7 +50,7 @@ async def test_every_round_does_all_chores_with_the_settings_of_then(house: Hous
     workers = iter(range(1, 100))
 
     def chore(name: str) -> Chore:
-        def run(settings: Settings) -> dict[str, int]:
+        def run(settings: Settings, aged: bool) -> dict[str, int]:
             seen.append((name, settings.service.workers))
             if len(seen) == 6:
                 loop.call_soon_threadsafe(enough.set)
@@ -56,9 +59,12 @@ async def test_every_round_does_all_chores_with_the_settings_of_then(house: Hous
         return Chore(name, run)
 
     lines = await house(
-        chore("one"), chore("two"), enough=enough, settings=lambda: Settings(service=Service(workers=next(workers)))
+        chore("one"),
+        chore("two"),
+        enough=enough,
+        settings=lambda: Settings(service=Service(workers=next(workers), state="/nonexistent")),
     )
-    assert seen[:6] == [("one", 1), ("two", 2), ("one", 3), ("two", 4), ("one", 5), ("two", 6)]
+    assert seen[:6] == [("one", 2), ("two", 3), ("one", 5), ("two", 6), ("one", 8), ("two", 9)]  # each round asks, too
     assert [(line["event"], line["chore"], line["things"]) for line in lines[:2]] == [
         ("housekeeping.done", "one", 3),
         ("housekeeping.done", "two", 3),
@@ -69,10 +75,10 @@ async def test_a_chore_that_fails_is_told_and_hinders_no_other(house: House) -> 
     loop, enough = asyncio.get_running_loop(), asyncio.Event()
     rounds = 0
 
-    def fails(settings: Settings) -> dict[str, int]:
+    def fails(settings: Settings, aged: bool) -> dict[str, int]:
         raise OSError(28, "No space left on device")
 
-    def works(settings: Settings) -> dict[str, int]:
+    def works(settings: Settings, aged: bool) -> dict[str, int]:
         nonlocal rounds
         rounds += 1
         if rounds == 2:
@@ -92,7 +98,7 @@ async def test_a_chore_that_hangs_blocks_neither_the_loop_nor_the_end(house: Hou
     loop, began, release = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
     threads: list[threading.Thread] = []
 
-    def hangs(settings: Settings) -> dict[str, int]:
+    def hangs(settings: Settings, aged: bool) -> dict[str, int]:
         threads.append(threading.current_thread())
         loop.call_soon_threadsafe(began.set)
         release.wait(WAIT)
@@ -111,5 +117,37 @@ async def test_the_quarantine_is_one_of_them(tmp_path: Path) -> None:
     await old.keep("old", Message(-1, 4, b"mail"), {}, Deadline.after(WAIT))
     await Quarantine.of(settings).keep("young", Message(-1, 4, b"mail"), {}, Deadline.after(WAIT))
     (chore,) = (chore for chore in chores() if chore.name == "quarantine")
-    assert chore.run(settings)["entries"] == 1
+    assert chore.run(settings, True)["entries"] == 1
     assert [entry.incident for entry in Quarantine.of(settings).entries()] == ["young"]
+
+
+async def test_while_the_clock_is_doubted_age_alone_removes_nothing(house: House, tmp_path: Path) -> None:
+    """The whole way: housekeeping, quarantine, journal; and what was asked for by hand is done."""
+    settings = Settings(service=Service(state=str(tmp_path)), quarantine=QuarantineSettings(retention=1.0))
+    old = Quarantine(tmp_path / "quarantine", clock=lambda: 1_000_000.0)
+    await old.keep("old", Message(-1, 4, b"mail"), {}, Deadline.after(WAIT))
+    assert believable(tmp_path / "clock", 1_000_000.0)  # the last round was then, so today is a jump
+    loop, enough = asyncio.get_running_loop(), asyncio.Event()
+    asked: list[bool] = []
+
+    def last(settings: Settings, aged: bool) -> dict[str, int]:
+        asked.append(aged)
+        loop.call_soon_threadsafe(enough.set)
+        return {}
+
+    lines = await house(*chores(), Chore("last", last), enough=enough, settings=lambda: settings)
+    assert [line["event"] for line in lines[:2]] == ["clock.jumped", "housekeeping.done"]
+    assert not asked[0]
+    assert [entry.incident for entry in Quarantine.of(settings).entries()] == ["old"]
+    assert Quarantine.of(settings).expire().entries == ("old",)
+
+
+async def test_a_full_quota_on_a_wrong_clock_takes_the_oldest_and_no_more(tmp_path: Path) -> None:
+    clock = [1_000_000.0]
+    quarantine = Quarantine(tmp_path / "quarantine", quota=30_000, retention=1.0, clock=lambda: clock[0])
+    for number in range(3):
+        clock[0] += 1
+        await quarantine.keep(f"old{number}", Message(-1, 8000, b"%d" % number * 8000), {}, Deadline.after(WAIT))
+    clock[0] += 365 * DAY
+    await quarantine.keep("new", Message(-1, 8000, b"n" * 8000), {}, Deadline.after(WAIT))
+    assert {entry.incident for entry in quarantine.entries()} == {"old1", "old2", "new"}

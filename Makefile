@@ -40,6 +40,11 @@ soak: ## set everything up, then ten minutes of mail under load while the daemon
 	@$(MAKE) --silent .venv/installed
 	@$(BIN)/python bench/soak.py
 
+fuzz: ## set everything up, then feed hostile bytes to every parser, SECONDS (60) for each; not part of the tests
+	@tools/prepare.sh packages fuzz
+	@$(MAKE) --silent .venv/fuzzing
+	@PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(BIN)/python tests/fuzz/run.py --seconds $(or $(SECONDS),60) $(TARGETS)
+
 setup: ## Debian packages, and .venv with contentfilter and the tools of its tests
 	@tools/prepare.sh packages setup
 	@$(MAKE) --silent .venv/testing
@@ -80,6 +85,11 @@ clean: ## remove everything that these commands made
 	@$(PIP) install 'contentfilter[test]'
 	@touch $@
 
+.venv/fuzzing: .venv/testing
+	@echo "installing the fuzzer"
+	@$(PIP) install 'contentfilter[fuzz]'
+	@touch $@
+
 # The hook. Warnings are errors here and nowhere else: a user's newer compiler may know new ones.
 
 STRICT := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wshadow -Wconversion -Wformat=2 -Wstrict-prototypes -Werror
@@ -97,4 +107,4 @@ build/hook/warnings: $(C_SOURCES) $(C_HEADERS) Makefile
 	@gcc -fsyntax-only $(STRICT) $(C_SOURCES)
 	@touch $@
 
-.PHONY: help demo test bench faults soak setup lint hook wheel clean
+.PHONY: help demo test bench faults soak fuzz setup lint hook wheel clean

@@ -10,6 +10,7 @@ import dataclasses
 import os
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -20,8 +21,10 @@ from contentfilter.config.controls import Controls, read_controls
 from contentfilter.config.keys import load_keys
 from contentfilter.config.load import load_settings
 from contentfilter.config.settings import Settings
-from contentfilter.errors import ConfigError, EnvelopeError, Problem
-from contentfilter.intake.connection import Job, deferral
+from contentfilter.errors import ConfigError, EnvelopeError, MessageError, Problem
+from contentfilter.intake.message import read_envelope
+from contentfilter.intake.room import Job, Offered, deferral
+from contentfilter.model import Envelope, Scanner
 from contentfilter.ops.canary import ASKED, Mark, make_samples, recognise
 from contentfilter.pipeline import Pipeline, Scanners
 from contentfilter.policy.bypass import Bypass
@@ -29,6 +32,7 @@ from contentfilter.policy.plan import Switches
 from contentfilter.policy.tolerance import Allowance
 from contentfilter.scanners.backends import BackendHealth
 from contentfilter.scanners.clamd import ClamdScanner
+from contentfilter.scanners.recall import Recall
 from contentfilter.scanners.signatures import (
     Engine,
     Rules,
@@ -39,9 +43,9 @@ from contentfilter.scanners.signatures import (
 )
 from contentfilter.scanners.spamd import SpamdScanner
 from contentfilter.scanners.tls import needed
+from contentfilter.scanners.turns import Turns
 from contentfilter.service.canary import SEEN, Seen, answer_for
 from contentfilter.service.frames import Event
-from contentfilter.service.housekeeping import Chore
 from contentfilter.service.source import Loaded
 from contentfilter.service.supervisor import worker_count
 from contentfilter.service.worker import Surroundings
@@ -50,7 +54,7 @@ from contentfilter.tables.bypass import read_bypasses
 from contentfilter.tables.keeper import Keeper, State, read_source
 from contentfilter.tables.snapshot import FILE as SNAPSHOT
 from contentfilter.tables.snapshot import Snapshot, compile_snapshot
-from contentfilter.verdict.poison import keep_poison, poison_case
+from contentfilter.verdict.poison import isolate
 from contentfilter.verdict.quarantine import Quarantine
 from contentfilter.verdict.record import (
     Account,
@@ -64,9 +68,10 @@ from contentfilter.verdict.record import (
     troubled,
 )
 from contentfilter.verdict.release import load_secret
-from contentfilter.verdict.reply import answer
 from contentfilter.wire import envelope as envelope_format
 from contentfilter.wire import hook
+
+NOTED_ENVELOPE = 65_536  # bytes; a larger one is not read for a message that is turned away
 
 
 class Runtime(msgspec.Struct, frozen=True):
@@ -152,17 +157,6 @@ def unusable(settings: Settings) -> tuple[Problem, ...]:
     return tuple(found)
 
 
-def chores() -> tuple[Chore, ...]:
-    """What the supervisor does now and then."""
-    return (Chore("quarantine", expire_quarantine),)
-
-
-def expire_quarantine(settings: Settings, aged: bool) -> dict[str, int]:
-    """Retention and quota of the quarantine. Raises OSError."""
-    removed = Quarantine.of(settings).expire(aged=aged)
-    return {"entries": len(removed.entries), "stray": removed.stray, "used": removed.used}
-
-
 def read_allowances(settings: Settings) -> tuple[tuple[Allowance, ...], tuple[Problem, ...]]:
     """The allow-list. A damaged one allows nothing; mail does not wait for its repair."""
     try:
@@ -210,19 +204,32 @@ class Workbench:
     """A pipeline with everything that it holds open."""
 
     def __init__(
-        self, runtime: Runtime, secret: bytes = b"", bypasses: Callable[[], tuple[Bypass, ...]] = tuple
+        self,
+        runtime: Runtime,
+        secret: bytes = b"",
+        bypasses: Callable[[], tuple[Bypass, ...]] = tuple,
+        recall: Recall | None = None,
+        shed: Counter[str] | None = None,
     ) -> None:
-        """``secret``, ``bypasses``: see Pipeline. Raises ConfigError for a snapshot that cannot be used."""
+        """``secret``, ``bypasses``, ``recall``: see Pipeline; ``shed``: see Turns.
+
+        Raises ConfigError for a snapshot that cannot be used.
+        """
+        shed = Counter() if shed is None else shed
         settings = runtime.settings
         self.snapshot = (
             Snapshot.open(runtime.snapshot, settings.tables.extension.encode()) if runtime.snapshot else None
         )
         lists = (runtime.signatures, runtime.loadertypes)
+        # spamdchildren is for the machine; each worker keeps to its share
+        children = max(1, runtime.spamdchildren // worker_count(settings))
+        clamd, spamd = settings.clamd, settings.spamd
         scanners = Scanners(
             Engine(*lists, settings.signatures.mode) if any(lists) else None,
-            ClamdScanner(settings.clamd),
-            # spamdchildren is for the machine; each worker keeps to its share
-            SpamdScanner(settings.spamd, max(1, runtime.spamdchildren // worker_count(settings))),
+            ClamdScanner(clamd),
+            SpamdScanner(spamd, children),
+            Turns(Scanner.CLAMD, len(clamd.backends) * clamd.concurrency, clamd.max_wait, shed),
+            Turns(Scanner.SPAMD, len(spamd.backends) * children, spamd.max_wait, shed),
         )
         lookup, owners = (self.snapshot.lookup, self.snapshot.owners) if self.snapshot else (None, None)
         self.pipeline = Pipeline(
@@ -235,6 +242,7 @@ class Workbench:
             runtime.allowed,
             owners,
             bypasses,
+            recall,
         )
 
     @classmethod
@@ -291,7 +299,9 @@ class Application:
         self._smtplog = runtime.smtplog
         self._surroundings = surroundings
         self._secret, self._uid = self._load_secret(), os.geteuid()
-        self._workbench = Workbench(runtime, self._secret, surroundings.bypasses)
+        around = surroundings
+        self._workbench = Workbench(runtime, self._secret, around.bypasses, around.recall, around.shed)
+        surroundings.recall.change(self.settings.reuse)
         self._watching = asyncio.create_task(self._watch())
 
     def _load_secret(self) -> bytes:
@@ -316,25 +326,30 @@ class Application:
 
     async def isolate(self, job: Job, fingerprint: str) -> hook.Answer:
         """The answer for a message that killed workers. It is kept, and logged as any other."""
-        began = time.monotonic()
         try:
             envelope = envelope_format.parse(job.envelope)
         except EnvelopeError:
             return deferral("the envelope is malformed", job.incident)
-        pipeline, log = self._workbench.pipeline, self._surroundings.log
-        case = poison_case(job.incident, envelope, job.message.size, job.origin, pipeline.settings, pipeline.switches)
-        reply, record = answer(case), make_record(case, job.request.attempt, time.monotonic() - began)
-        try:
-            facts = fields(record)
-            kept = await asyncio.to_thread(keep_poison, self.settings.service.state, fingerprint, job.message, facts)
-        except OSError as error:
-            log.error("poison.not-kept", id=job.incident, why=str(error))  # noqa: TRY400 - a full disk is no defect
-            kept = ""
-        seen = {"id": job.incident, "fingerprint": fingerprint, "decision": record.decision, "kept": kept}
-        log.error("poison.isolated", id=job.incident, fingerprint=fingerprint, decision=record.decision, kept=kept)
-        self._surroundings.emit(Event("poison.isolated", seen))
-        self._emit(record, make_account(case, reply.text))
-        return reply
+        facts = (job.incident, envelope, job.message, job.origin, job.request.attempt, fingerprint)
+        done = await isolate(*facts, self.settings, self._workbench.pipeline.switches)
+        log, record = self._surroundings.log, done.record
+        if done.trouble:
+            log.error("poison.not-kept", id=record.id, why=done.trouble)
+        log.error("poison.isolated", id=record.id, fingerprint=fingerprint, decision=record.decision, kept=done.kept)
+        self._surroundings.emit(Event("poison.isolated", {"id": record.id}))
+        self._emit(record, done.account)
+        return done.answer
+
+    def turned_away(self, offered: Offered, why: str, answer: hook.Answer, seconds: float) -> None:
+        """Like mail that was decided, so that its incident is found; it was not opened, only its envelope is read."""
+        envelope, size = Envelope(b"", ()), offered.request.envelope_size
+        if size <= NOTED_ENVELOPE:
+            with suppress(MessageError, EnvelopeError, IndexError):
+                envelope = envelope_format.parse(read_envelope(offered.fds[-1], size))
+        rule = f"busy: {why}, {seconds:.0f} s without a free place"
+        pipeline, size = self._workbench.pipeline, offered.request.message_size
+        case = pipeline.unopened(offered.incident, envelope, offered.origin, size, rule)
+        self._emit(make_record(case, offered.request.attempt, seconds), make_account(case, answer.text))
 
     def _canary(self, job: Job) -> Mark | None:
         """The mark of a sample that our own supervisor sent; None: this is mail."""

@@ -99,6 +99,8 @@ class ScanOutcome:
     score: float | None = None  # spamd
     threshold: float | None = None  # spamd
     owner: bytes = b""  # spamd: whose preferences it went by, as the table names them; empty: nobody's
+    database: str = ""  # clamd: one that it had before the scan, where known
+    reused: str = ""  # "kept" or "shared": what was said about an equal message
     rewritten: bytes = field(default=b"", repr=False)  # spamd HEADERS: header block; PROCESS: whole message
 
 

@@ -6,22 +6,31 @@ daemon never queues a message by itself.
 """
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from functools import partial
+
+import msgspec
 
 from contentfilter.config.settings import Settings
 from contentfilter.deadline import Deadline
 from contentfilter.errors import BackendError, Cause
-from contentfilter.model import Envelope, Message, Origin, Scanner, ScanOutcome, ScanStatus
-from contentfilter.policy.budget import kept_back
+from contentfilter.model import Envelope, Message, Origin, OriginKind, Scanner, ScanOutcome, ScanStatus, Want
+from contentfilter.policy.admission import Claim, claim_of
+from contentfilter.policy.budget import kept_back, one_try
 from contentfilter.policy.bypass import Bypass, find_bypass, left_out
 from contentfilter.policy.decide import Action, Decision, Reason, decide, needed, open_owners
+from contentfilter.policy.failure import on_fault
 from contentfilter.policy.plan import Lookup, Owners, ScanPlan, Step, Switches, make_plan
 from contentfilter.policy.tolerance import Allowance, tolerate
 from contentfilter.scanners.clamd import ClamdScanner
+from contentfilter.scanners.recall import Question, Recall
 from contentfilter.scanners.signatures import Engine
 from contentfilter.scanners.spamd import SpamdScanner
+from contentfilter.scanners.stream import Leave
+from contentfilter.scanners.turns import Turns
 from contentfilter.verdict.case import Case
 from contentfilter.verdict.quarantine import Quarantine
 from contentfilter.verdict.record import Account, Record, fields, make_account, make_record
@@ -40,6 +49,8 @@ class Scanners:
     programs: Engine | None  # signatures and loader types; None where both are switched off
     clamd: ClamdScanner
     spamd: SpamdScanner
+    clamd_turns: Turns
+    spamd_turns: Turns
 
 
 class Pipeline:
@@ -56,10 +67,12 @@ class Pipeline:
         allowed: tuple[Allowance, ...] = (),
         owners: Owners | None = None,
         bypasses: Callable[[], tuple[Bypass, ...]] = lambda: (),
+        recall: Recall | None = None,
     ) -> None:
         """``lookup``: None while there are no tables. ``owners``: None where nobody has preferences.
 
         ``bypasses`` is asked for each message: those that are ordered at this moment.
+        ``recall`` knows answers about equal messages; None: every scan is made.
         ``secret`` proves what was released from quarantine; empty: nothing is taken as released.
         """
         self.settings = settings
@@ -71,6 +84,16 @@ class Pipeline:
         self.allowed = allowed
         self.owners = owners
         self.bypasses = bypasses
+        self.recall = recall
+        self._kinds = {
+            Scanner.CLAMD: hashlib.sha256(msgspec.msgpack.encode(settings.clamd)).digest(),
+            Scanner.SPAMD: hashlib.sha256(msgspec.msgpack.encode(settings.spamd)).digest(),
+        }
+        # A scan goes on when its message is given up, but not where that lets the message pass: nobody comes again.
+        self._comes_again = {
+            scanner: on_fault(scanner, Cause.TIMEOUT, OriginKind.STRANGER, settings) == "defer"
+            for scanner in self._kinds
+        }
 
     async def handle(
         self,
@@ -99,7 +122,8 @@ class Pipeline:
         if not origin.remote_ip and (by := await self._released(message)):  # the token does not count over SMTP
             plan = plan.released_by(by)
         outcomes: tuple[ScanOutcome, ...] = ()
-        for together, ask in self._stages():
+        claim = claim_of(origin, message.size)
+        for together, ask in self._stages(self.recall):
             if not any(needed(scanner, plan, outcomes, origin.kind, self.settings) for scanner in together):
                 continue
             still = self._open(plan, outcomes, origin)
@@ -108,7 +132,7 @@ class Pipeline:
                 outcomes += tuple(outcome for scanner in together for outcome in left_out(bypass, scanner, still))
                 continue
             kept = kept_back(deadline.left(), together[-1], plan, message.size, self.settings)
-            said = await ask(message, still, deadline.before(kept))
+            said = await ask(message, still, claim, deadline.before(kept))
             outcomes += tuple(tolerate(outcome, self.settings, self.allowed, time.time()) for outcome in said)
         decision = decide(plan, outcomes, origin.kind, len(envelope.recipients), self.settings)
         return Case(incident, origin, envelope, message, self.settings, self.switches, plan, outcomes, decision)
@@ -126,7 +150,7 @@ class Pipeline:
         steps = tuple(Step(scanner, scanner in scanners and on[scanner], "canary") for scanner in Scanner)
         plan = ScanPlan((), steps, users=((b"", b""),))
         outcomes: tuple[ScanOutcome, ...] = ()
-        for together, ask in self._stages():
+        for together, ask in self._stages(None):  # a canary asks what holds now
             if not any(map(plan.runs, together)):
                 continue
             now = time.time()
@@ -134,9 +158,15 @@ class Pipeline:
             if bypass is not None:
                 outcomes += tuple(outcome for scanner in together for outcome in left_out(bypass, scanner, plan))
                 continue
-            said = await ask(message, plan, deadline)
+            said = await ask(message, plan, _CANARY, deadline)
             outcomes += tuple(tolerate(outcome, self.settings, self.allowed, now) for outcome in said)
         return outcomes
+
+    def unopened(self, incident: str, envelope: Envelope, origin: Origin, size: int, why: str) -> Case:
+        """A message of ``size`` bytes that is deferred without a look into it; ``why`` is the rule."""
+        message, plan = Message(-1, size, b""), ScanPlan((), ())
+        decision = Decision(Action.DEFER, Reason.NONE, why)
+        return Case(incident, origin, envelope, message, self.settings, self.switches, plan, (), decision)
 
     def _open(self, plan: ScanPlan, outcomes: tuple[ScanOutcome, ...], origin: Origin) -> ScanPlan:
         """The plan without the owners of preferences for whom it is decided by now."""
@@ -158,15 +188,17 @@ class Pipeline:
             return await asyncio.to_thread(released, *facts)
         return released(*facts)
 
-    def _stages(self) -> tuple[tuple[tuple[Scanner, ...], "_Ask"], ...]:
+    def _stages(self, recall: Recall | None) -> tuple[tuple[tuple[Scanner, ...], "_Ask"], ...]:
         """Who is asked together, cheapest first."""
         return (
             ((Scanner.SIGNATURES, Scanner.LOADERTYPES), self._programs),
-            ((Scanner.CLAMD,), self._clamd),
-            ((Scanner.SPAMD,), self._spamd),
+            ((Scanner.CLAMD,), partial(self._clamd, recall)),
+            ((Scanner.SPAMD,), partial(self._spamd, recall)),
         )
 
-    async def _programs(self, message: Message, plan: ScanPlan, deadline: Deadline) -> tuple[ScanOutcome, ...]:
+    async def _programs(
+        self, message: Message, plan: ScanPlan, claim: Claim, deadline: Deadline
+    ) -> tuple[ScanOutcome, ...]:
         """Both lists in one pass. What is found decides; otherwise both lists say clean."""
         asked = [scanner for scanner in (Scanner.SIGNATURES, Scanner.LOADERTYPES) if plan.runs(scanner)]
         engine = self.scanners.programs
@@ -182,6 +214,8 @@ class Pipeline:
         except TimeoutError:
             spent = time.monotonic() - started
             return (_unchecked(asked[0], BackendError(Cause.TIMEOUT, "", "out of time"), spent),)
+        except BackendError as limit:
+            return (_unchecked(asked[0], limit, time.monotonic() - started),)
         spent = time.monotonic() - started
         if finding is not None:
             where = f"{finding.description}, {finding.part}"
@@ -189,20 +223,54 @@ class Pipeline:
         first, *others = (ScanOutcome(scanner, ScanStatus.CLEAN, seconds=spent) for scanner in asked)
         return (first, *(replace(other, seconds=0.0, detail="in the same pass") for other in others))
 
-    async def _clamd(self, message: Message, plan: ScanPlan, deadline: Deadline) -> tuple[ScanOutcome, ...]:
-        return (await _asked(Scanner.CLAMD, self.scanners.clamd.scan(message, deadline)),)
+    async def _clamd(
+        self, recall: Recall | None, message: Message, plan: ScanPlan, claim: Claim, deadline: Deadline
+    ) -> tuple[ScanOutcome, ...]:
+        clamd, turns = self.scanners.clamd, self.scanners.clamd_turns
 
-    async def _spamd(self, message: Message, plan: ScanPlan, deadline: Deadline) -> tuple[ScanOutcome, ...]:
-        """One question for each owner of preferences, all at once; the pool keeps to spamd's children."""
-        scan = self.scanners.spamd.scan
+        def scan(leave: Leave | None = None) -> Awaitable[ScanOutcome]:
+            return turns.run(claim, lambda: clamd.scan(message, deadline, leave), deadline)
+
+        if recall is None or 0 < self.settings.clamd.max_size < message.size:  # what is too big is not looked up
+            return (await _asked(Scanner.CLAMD, scan()),)
+        question = Question(
+            b"clamd " + self._kinds[Scanner.CLAMD],
+            message,
+            one_try(message.size, self.settings.clamd),
+            goes_on=self._comes_again[Scanner.CLAMD],
+            database=clamd.database,
+        )
+        return (await _asked(Scanner.CLAMD, recall.ask(question, scan, deadline)),)
+
+    async def _spamd(
+        self, recall: Recall | None, message: Message, plan: ScanPlan, claim: Claim, deadline: Deadline
+    ) -> tuple[ScanOutcome, ...]:
+        """One question for each owner of preferences, all in line at once; there are as many places as children."""
         async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(_asked(Scanner.SPAMD, scan(message, deadline, user=user, want=plan.want)))
-                for _, user in plan.users
-            ]
+            scores = [self._score(recall, message, user, plan.want, claim, deadline) for _, user in plan.users]
+            tasks = [group.create_task(_asked(Scanner.SPAMD, score)) for score in scores]
         said = [replace(task.result(), owner=owner) for (owner, _), task in zip(plan.users, tasks, strict=True)]
         left_out = f"also for {plan.left_out} with preferences: [spamd] max_users={self.settings.spamd.max_users}"
         return tuple(o if o.owner or o.detail or not plan.left_out else replace(o, detail=left_out) for o in said)
+
+    async def _score(
+        self, recall: Recall | None, message: Message, user: bytes, want: Want, claim: Claim, deadline: Deadline
+    ) -> ScanOutcome:
+        spamd, turns = self.scanners.spamd, self.scanners.spamd_turns
+
+        def scan(leave: Leave | None = None) -> Awaitable[ScanOutcome]:
+            return turns.run(claim, lambda: spamd.scan(message, deadline, leave, user=user, want=want), deadline)
+
+        if recall is None or want is Want.PROCESS:  # a rewritten message holds the Received lines of its own try
+            return await scan()
+        question = Question(
+            b"spamd %s %s %s" % (self._kinds[Scanner.SPAMD], want.value.encode(), user),
+            message,
+            one_try(message.size, self.settings.spamd),
+            by_client=True,
+            goes_on=self._comes_again[Scanner.SPAMD],
+        )
+        return await recall.ask(question, scan, deadline)
 
     async def _kept(self, case: Case, deadline: Deadline) -> Case:
         """Keep what some recipients do not get. Where that fails, everything is deferred: nothing is lost."""
@@ -232,4 +300,5 @@ def _unchecked(scanner: Scanner, error: BackendError, spent: float) -> ScanOutco
     return ScanOutcome(scanner, ScanStatus.UNCHECKED, "", error.detail, error.cause, error.backend, spent)
 
 
-_Ask = Callable[[Message, ScanPlan, Deadline], Awaitable[tuple[ScanOutcome, ...]]]
+_Ask = Callable[[Message, ScanPlan, Claim, Deadline], Awaitable[tuple[ScanOutcome, ...]]]
+_CANARY = Claim(("canary", b""), 0, 0)

@@ -177,7 +177,10 @@ static bool answer_parse(const char *from, size_t size, int body, uint64_t messa
   for (size_t i = 0; i < text; i++)
     if (answer->text[i] < ' ' || answer->text[i] > '~') return false;
   answer->submissions = flags ? map_body(body, length) : answer->text + text;
-  return answer->submissions && check_submissions(answer->submissions, length, message_size, answer->count);
+  if (!answer->submissions) return false;
+  bool sound = check_submissions(answer->submissions, length, message_size, answer->count);
+  if (!sound && flags) munmap((void *)(uintptr_t)answer->submissions, (size_t)length); /* the next answer maps another */
+  return sound;
 }
 
 /* One try. A socket that does not block says EAGAIN at once when the listen queue is full: busy, not gone. */

@@ -1,7 +1,7 @@
 #!/bin/sh
 # What the Makefile needs from the system, in one place.
 #
-#   tools/prepare.sh packages PURPOSE   see to the Debian packages for setup, demo, bench or test:
+#   tools/prepare.sh packages PURPOSE   see to the Debian packages for setup, demo, bench, test or fuzz:
 #                                       root installs what is missing, anybody else is told the command
 #   tools/prepare.sh python             print the interpreter to make .venv with (3.11 or later, with venv)
 #
@@ -12,9 +12,11 @@ PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin # an ordinary user's PATH often lacks
 # package, what proves that it is there (a command or a file), the purposes that need it
 needs() {
     cat <<'END'
-gcc            gcc                                  setup demo bench test
-libc6-dev      /usr/include/stdio.h                 setup demo bench test
-musl-tools     musl-gcc                             setup demo bench test
+gcc            gcc                                  setup demo bench test fuzz
+libc6-dev      /usr/include/stdio.h                 setup demo bench test fuzz
+musl-tools     musl-gcc                             setup demo bench test fuzz
+clang          clang                                fuzz
+libclang-rt-dev /usr/share/doc/libclang-rt-dev      fuzz
 clamav-daemon  clamd                                demo bench test
 spamd          spamd                                demo bench test
 mailfront      smtpfront-qmail                      test

@@ -10,10 +10,11 @@ import sys
 
 import click
 
-from contentfilter.app import Files, chores
+from contentfilter.app import Files
 from contentfilter.errors import ConfigError
 from contentfilter.intake.listener import SocketError
 from contentfilter.service.hardening import give_up_privileges
+from contentfilter.service.housekeeping import chores
 from contentfilter.service.supervisor import Supervisor
 
 EX_NOPERM, EX_CONFIG = 77, 78

@@ -141,6 +141,7 @@ def _worker(worker: frames.WorkerStatus) -> str:
     if worker.state == "starting":
         return f"{text} for {worker.age:.0f} s"
     text += f", {worker.open} in flight" if worker.open else ", idle"
+    text += f", {worker.waiting} of them wait for a place" if worker.waiting else ""
     if worker.in_flight:
         oldest = max(worker.in_flight, key=lambda busy: busy.seconds)
         text += f": {oldest.incident} {oldest.stage} for {oldest.seconds + worker.silent:.1f} s"

@@ -34,7 +34,13 @@ class Listen(Section, frozen=True):
 class Service(Section, frozen=True):
     workers: Annotated[int, Meta(ge=0, le=1024)] = 0  # 0: one per core
     budget: Seconds = 240.0  # for one message, all steps together
-    max_in_flight: Count = 256  # messages at once in one worker; more wait in the listen queue
+    max_in_flight: Count = 256  # messages at once in one worker …
+    max_in_flight_bytes: Size = 268_435_456  # … and all bytes of those above 256 KiB; one is always let in
+    max_waiting: Annotated[int, Meta(ge=0, le=100_000)] = 1024  # in one worker, for a place; more wait in the backlog
+    admission_wait: Seconds = 30.0  # the longest wait for a place; then the message is deferred
+    max_message: Size = 1_073_741_824  # what is larger is deferred unopened
+    memory_floor: Size = 67_108_864  # below so much available memory messages wait; 0: never
+    disk_floor: Size = 67_108_864  # the same for the disk of the state directory
     drain: Seconds = 60.0  # after SIGTERM, for messages under way
     heartbeat: Seconds = 1.0
     stuck_after: Seconds = 30.0  # a worker silent for so long is replaced
@@ -100,6 +106,7 @@ class Clamd(Section, frozen=True):
     timeout_base: Seconds = 60.0  # one try: this and …
     timeout_per_megabyte: Annotated[float, Meta(ge=0, le=86400)] = 5.0  # … so much for each 1,000,000 bytes …
     timeout: Seconds = 120.0  # … but never more
+    max_wait: Seconds = 120.0  # the longest wait for a place at a backend; then it is busy
     max_size: Size = 26_214_400  # clamd's MaxFileSize: above it clamd's OK means nothing
     proof: Annotated[float, Meta(ge=0, le=86400)] = 10.0  # its OK counts so long after it found a test virus; 0: ever
     action: VirusAction = "reject"
@@ -115,6 +122,7 @@ class Spamd(Section, frozen=True):
     timeout_base: Seconds = 60.0  # one try: this and …
     timeout_per_megabyte: Annotated[float, Meta(ge=0, le=86400)] = 5.0  # … so much for each 1,000,000 bytes …
     timeout: Seconds = 120.0  # … but never more
+    max_wait: Seconds = 60.0  # the longest wait for a child; above 256 KiB a quarter of it; then it is busy
     max_size: Size = 268_435_456  # safety cap where samsgsize sets none
     user: Literal["table", "recipient", "none"] = "table"  # whose preferences spamd goes by
     max_users: Annotated[int, Meta(ge=1, le=30)] = 16  # owners of preferences for one message
@@ -123,6 +131,16 @@ class Spamd(Section, frozen=True):
     reject_score: float = 0.0  # at or above it spam is refused whatever the action; 0: never
     subject_tag: str = ""  # e.g. "[SPAM] "; empty leaves the subject alone
     rewrite: Literal["headers", "full"] = "headers"  # HEADERS, or PROCESS with report_safe
+
+
+class Reuse(Section, frozen=True):
+    """Answers of clamd and spamd that are kept for the retry, and scans that go on for it."""
+
+    keep: Annotated[float, Meta(ge=0, le=3600)] = 900.0  # for so long an answer counts; 0: none is kept or shared
+    slow: Annotated[float, Meta(ge=0, le=3600)] = 5.0  # answers that took longer are kept
+    entries: Count = 1000  # answers in each worker
+    late: Annotated[float, Meta(ge=0, le=3600)] = 300.0  # so long may a scan go on when its message is given up; 0: not
+    late_scans: Count = 8  # such scans in each worker
 
 
 class Classes(Section, frozen=True):
@@ -153,7 +171,7 @@ class Failure(Section, frozen=True):
     spamd: FaultAction = "pass"
     signatures: FaultAction = "defer"
     too_big: FaultAction = "pass"  # above a scanner's own limit
-    limits: FaultAction = "pass"  # clamd stopped at one of its limits (Heuristics.Limits.*)
+    limits: FaultAction = "pass"  # clamd or the signatures stopped at one of their limits
     poison: FaultAction = "defer"  # the message killed two workers
     rule: tuple[FaultRule, ...] = ()  # single cells of the table; they go before the keys above
 
@@ -215,6 +233,7 @@ class Settings(Section, frozen=True):
     signatures: Signatures = msgspec.field(default_factory=Signatures)
     clamd: Clamd = msgspec.field(default_factory=Clamd)
     spamd: Spamd = msgspec.field(default_factory=Spamd)
+    reuse: Reuse = msgspec.field(default_factory=Reuse)
     classes: Classes = msgspec.field(default_factory=Classes)
     failure: Failure = msgspec.field(default_factory=Failure)
     headers: Headers = msgspec.field(default_factory=Headers)

@@ -1,4 +1,4 @@
-"""One hook's connection: request, handling, answer, report, closed.
+"""One hook's connection: request, perhaps a wait for a free place, handling, answer, report, closed.
 
 The request is one packet with two descriptors; all that arrive are owned or closed. Garbage closes the
 connection. A sound request gets an answer: whatever goes wrong while it is handled becomes a
@@ -12,18 +12,15 @@ import os
 import socket
 import struct
 import time
-from base64 import b32hexencode
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from random import getrandbits
-from typing import Any, Protocol
 
 from contentfilter.deadline import Deadline
 from contentfilter.errors import MessageError, ProtocolError
 from contentfilter.intake.message import SEALS, Spool, open_pair
-from contentfilter.intake.origin import ResolvedOrigin, classify
-from contentfilter.model import Message, Origin
-from contentfilter.ops.log import Logger
+from contentfilter.intake.origin import classify
+from contentfilter.intake.room import Guest, Job, Offered, Room, deferral, new_incident
+from contentfilter.model import Message
+from contentfilter.policy.admission import Ticket, claim_of
 from contentfilter.wire import hook
 
 REQUEST_WAIT = 5.0  # seconds from connecting to the request packet; hooks send it at once
@@ -37,100 +34,18 @@ _RECEIVE = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 _TRUNCATED = socket.MSG_TRUNC | socket.MSG_CTRUNC
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One offered message, ready to be handled. Its owner closes ``message`` after the answer."""
-
-    request: hook.Request
-    origin: Origin
-    envelope: bytes  # the block as received; the grammar is not checked yet
-    message: Message
-    deadline: Deadline  # the answer must be ready by then
-    incident: str
-
-
-class Handler(Protocol):
-    """Decides about messages. May raise anything: that defers the message."""
-
-    async def handle(self, job: Job) -> hook.Answer: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """What holds for messages that come in from now on; replaced as a whole by a reload."""
-
-    handler: Handler
-    origin: ResolvedOrigin
-    spool: Spool
-    budget: float  # seconds for one message
-    max_in_flight: int
-
-
-@dataclass(slots=True)
-class Counters:
-    """What came in since the start."""
-
-    accepted: int = 0
-    answered: int = 0
-    garbage: int = 0
-    bad_messages: int = 0
-    gone: int = 0
-    errors: int = 0
-    retries: int = 0  # offers with attempt > 0
-
-
-@dataclass(slots=True)
-class Room:
-    """What all connections of one worker share."""
-
-    loop: asyncio.AbstractEventLoop
-    log: Logger
-    terms: Terms
-    closed: Callable[["Connection"], None]
-    emit: Callable[[str, dict[str, Any]], None]  # an event with its fields, to whoever keeps them
-    own_uid: int = field(default_factory=os.geteuid)
-    counters: Counters = field(default_factory=Counters)
-    garbage_log: "Rarely" = field(default_factory=lambda: Rarely(1.0))
-
-
-class Rarely:
-    """Lets one event through per ``interval`` seconds and counts the others."""
-
-    def __init__(self, interval: float) -> None:
-        self._interval = interval
-        self._next = 0.0
-        self._held = 0
-
-    def allow(self) -> int | None:
-        """None: hold this one back. Otherwise how many were held back since the last."""
-        now = time.monotonic()
-        if now < self._next:
-            self._held += 1
-            return None
-        self._next, held, self._held = now + self._interval, self._held, 0
-        return held
-
-
-def new_incident() -> str:
-    """Sixteen letters and digits that sort by time: 45 bits of milliseconds, 35 random ones, in base32hex."""
-    number = time.time_ns() // 1_000_000 << 35 | getrandbits(35)
-    return b32hexencode(number.to_bytes(10, "big")).decode("ascii").lower()
-
-
-def deferral(what: str, incident: str) -> hook.Answer:
-    text = f"{what}, please try again [{incident}] (#4.3.0)"
-    return hook.Answer(hook.Action.DEFER, text=text)
-
-
 class Connection:
     """Owns the accepted socket from :meth:`start` on, and ends by calling ``room.closed``."""
 
     __slots__ = (
         "_fd",
         "_gone",
+        "_idle_uid",
+        "_offered",
         "_room",
         "_socket",
         "_task",
+        "_ticket",
         "_timer",
         "_watching",
         "began",
@@ -147,6 +62,9 @@ class Connection:
         self._timer: asyncio.TimerHandle | None = None
         self._watching = False
         self._gone = ""  # why the handling is being cancelled
+        self._idle_uid: int | None = None  # set while it counts as one without a request
+        self._offered: Offered | None = None  # owns the descriptors until the handling begins
+        self._ticket: Ticket[Guest] | None = None  # while it waits for a place
         self.began = time.monotonic()
         self.incident = ""
         self.size = 0  # bytes of the message
@@ -154,16 +72,24 @@ class Connection:
 
     def start(self) -> None:
         """Mostly the request is here already; otherwise wait a short while for it."""
-        if not self._take_request():
-            self._watch(self._take_request)
-            self._timer = self._room.loop.call_later(REQUEST_WAIT, self._garbage, "no request in time")
+        if self._take_request():
+            return
+        _, uid = self._peer()
+        if not self._room.sit(uid):
+            self._garbage("too many connections of this user without a request")
+            return
+        self._idle_uid = uid
+        self._watch(self._take_request)
+        self._timer = self._room.loop.call_later(REQUEST_WAIT, self._garbage, "no request in time")
 
     def cancel(self, why: str) -> None:
         """Give up at once; the hook sees a closed connection and offers the message again."""
         self._gone = self._gone or why
         if self._task is None:
+            if self._ticket is not None:
+                self._cancelled()
             self._close()
-        elif self.stage != "request":
+        elif self.stage != "starting":
             self._task.cancel()
         # else: cancelling a task before its first step would lose the descriptors; it looks at _gone by itself
 
@@ -192,10 +118,57 @@ class Connection:
                 os.close(fd)
             self._garbage(str(error))
             return True
+        self._stand_up()
         self.incident, self.size = new_incident(), request.message_size
-        self._task = self._room.loop.create_task(self._serve(request, fds))
-        self._timer = self._room.loop.call_later(FAST, self._slow, request)
+        pid, uid = self._peer()
+        origin = classify(uid, pid, request.environ, self._room.terms.origin)
+        self._offered = Offered(request, fds, origin, claim_of(origin, self.size), self.incident)
+        self._line_up(self._offered)
         return True
+
+    def _stand_up(self) -> None:
+        if self._idle_uid is not None:
+            self._room.rise(self._idle_uid)
+            self._idle_uid = None
+
+    # The line
+
+    def _line_up(self, offered: Offered) -> None:
+        """Begin at once where there is room; otherwise wait for a place, or make somebody come again."""
+        room = self._room
+        if self.size > room.terms.max_message:
+            room.counters.bad_messages += 1
+            room.log.warning("intake.bad-message", id=self.incident, why=f"{self.size} bytes", uid=offered.origin.uid)
+            self._answer(deferral("message is larger than the content filter takes", self.incident))
+            self._close()
+        elif room.line.take(offered.claim):
+            self.begin()
+        else:
+            self.stage = "waiting"
+            end = min(self.began + room.terms.admission_wait, self._deadline(offered.request).at)
+            self._watch(self._peer_moved)
+            self._timer = room.loop.call_at(end, self._wait_over, offered)
+            self._ticket = Ticket(offered.claim, self)
+            if (leaving := room.line.join(self._ticket)) is not None:
+                leaving.waiter.come_again()
+
+    def begin(self) -> None:
+        """The place is ours."""
+        assert self._offered is not None, "only what was offered waits"  # noqa: S101
+        self._unwatch()
+        self._ticket, self.stage = None, "starting"
+        self._task = self._room.loop.create_task(self._serve(self._offered))
+        self._timer = self._room.loop.call_later(FAST, self._slow, self._offered.request)
+
+    def come_again(self) -> None:
+        """There is no room to wait in. The hook offers the message again, as long as its budget lasts."""
+        self._room.counters.crowded += 1
+        self._close()
+
+    def _wait_over(self, offered: Offered) -> None:
+        self._timer = None
+        self._answer(self._room.turn_away(offered, time.monotonic() - self.began))
+        self._close()
 
     def _garbage(self, why: str) -> None:
         self._room.counters.garbage += 1
@@ -212,19 +185,18 @@ class Connection:
 
     # The handling
 
-    async def _serve(self, request: hook.Request, fds: list[int]) -> None:
+    async def _serve(self, offered: Offered) -> None:
         room, terms = self._room, self._room.terms
+        request, origin = offered.request, offered.origin
         message: Message | None = None
         self.stage = "opening"
-        pid, uid = self._peer()
         try:
             if self._gone:
-                for fd in fds:
-                    os.close(fd)
                 raise asyncio.CancelledError
             room.counters.retries += request.attempt > 0
-            origin = classify(uid, pid, request.environ, terms.origin)
-            message, envelope = await self._open(request, fds, terms.origin.system(uid, room.own_uid), terms.spool)
+            fds, self._offered = offered.fds, None
+            trusted = terms.origin.system(origin.uid, room.own_uid)
+            message, envelope = await self._open(request, fds, trusted, terms.spool)
             self.stage = "handling"
             answer = await terms.handler.handle(
                 Job(request, origin, envelope, message, self._deadline(request), self.incident)
@@ -234,7 +206,7 @@ class Connection:
             sent = self._cancelled()
         except MessageError as error:
             room.counters.bad_messages += 1
-            room.log.warning("intake.bad-message", id=self.incident, why=str(error), uid=uid, pid=pid)
+            room.log.warning("intake.bad-message", id=self.incident, why=str(error), uid=origin.uid, pid=origin.pid)
             sent = self._answer(deferral("message could not be taken over", self.incident))
         except Exception:  # the one boundary: a defect defers
             room.counters.errors += 1
@@ -243,6 +215,7 @@ class Connection:
         finally:
             if message is not None:
                 message.close()
+            room.leave(offered.claim)
         if sent is not None and len(sent.submissions) >= 2:
             self._await_report(request)
         else:
@@ -372,7 +345,16 @@ class Connection:
 
     def _close(self) -> None:
         self._unwatch()
+        self._stand_up()
         self._socket.close()
+        if self._offered is not None:
+            for fd in self._offered.fds:
+                os.close(fd)
+            self._offered = None
+        if self._ticket is not None:
+            self._room.line.quit(self._ticket)
+            self._room.hand_out()  # where it was a large one that kept others waiting
+            self._ticket = None
         self._task = None
         self.stage = "closed"
         self._room.closed(self)

@@ -2,7 +2,7 @@
 
 All workers accept on one SOCK_SEQPACKET socket that the supervisor opened under its lock: a second
 daemon is refused, a dead one's path is taken over, and a live socket is never stolen. A worker
-accepts no more than it may have in flight; the rest wait in the kernel's queue for the next
+accepts while it has room for messages to wait in (room.py); the rest wait in the kernel's queue for the next
 free worker.
 """
 
@@ -19,12 +19,14 @@ from typing import Any
 
 from contentfilter.deadline import Deadline
 from contentfilter.errors import ContentFilterError
-from contentfilter.intake.connection import Connection, Counters, Rarely, Room, Terms
+from contentfilter.intake.connection import Connection
+from contentfilter.intake.room import Counters, Rarely, Room, Terms
 from contentfilter.ops.log import Logger
 
 PER_WAKEUP = 4  # accepts in a row; the other workers shall get their share
 NO_DESCRIPTORS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 PAUSE = 0.1  # seconds without accepting when descriptors ran out
+SPARE = 512  # connections above those with a message: without a request yet, or waiting for a report
 ORPHANS = 2.0  # seconds that workers of a killed supervisor get to let go of the socket
 
 
@@ -155,8 +157,21 @@ class Listener:
 
     def change(self, terms: Terms) -> None:
         """New terms for messages from now on; those under way end under the old ones."""
-        self._room.terms = terms
+        self._room.change(terms)
         self._resume()
+
+    def shut(self, short: str) -> None:
+        """There is too little of something, named for people: messages wait; empty: they go on."""
+        self._room.shut(short)
+
+    @property
+    def short(self) -> str:
+        return self._room.short
+
+    @property
+    def waiting(self) -> int:
+        """How many messages wait for a place."""
+        return len(self._room.line)
 
     def hold(self, held: bool) -> None:
         """Accept nothing while this is so: hooks wait in the socket's queue. Connections go on."""
@@ -193,7 +208,7 @@ class Listener:
 
     def _accept(self) -> None:
         for _ in range(PER_WAKEUP):
-            if len(self._open) >= self._room.terms.max_in_flight:
+            if self._full():
                 self._suspend()
                 return
             try:
@@ -208,6 +223,10 @@ class Listener:
             self._open.add(connection)
             self._empty.clear()
             connection.start()
+
+    def _full(self) -> bool:
+        line = self._room.line
+        return line.full() or len(self._open) >= line.places + line.room + SPARE
 
     def _accept_failed(self, error: OSError) -> None:
         """The queue stays readable, so only a pause keeps us from spinning."""
@@ -234,5 +253,5 @@ class Listener:
         self._open.discard(connection)
         if not self._open:
             self._empty.set()
-        if not self._accepting and len(self._open) < self._room.terms.max_in_flight:
+        if not self._accepting and not self._full():
             self._resume()

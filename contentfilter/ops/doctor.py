@@ -26,6 +26,7 @@ START = "Start it: systemctl start contentfilter; when it does not stay: content
 DISK = ((64 * MIB, 0.01, ERROR), (512 * MIB, 0.05, WARNING))  # free bytes or share below which, level
 MEMORY = ((64 * MIB, 0.02, ERROR), (256 * MIB, 0.05, WARNING))
 DESCRIPTORS = 8  # for one message: connection, message, envelope, answer, scanners, and some room
+WAITING_DESCRIPTORS = 3  # for one that waits: connection, message, envelope
 SPARE_DESCRIPTORS = 64  # of a worker without messages
 
 # Strings in bin/qmail-smtpd, the first that is found counts: what it shows, the dialects that are right for it.
@@ -175,13 +176,14 @@ def limits(site: Site) -> Iterator[Finding]:
     """A worker's own limit counts: each is a process with its own descriptors."""
     if site.daemon is None:
         return
-    need = site.settings.service.max_in_flight * DESCRIPTORS + SPARE_DESCRIPTORS
+    service = site.settings.service
+    need = service.max_in_flight * DESCRIPTORS + service.max_waiting * WAITING_DESCRIPTORS + SPARE_DESCRIPTORS
     pid = (*site.daemon.ready, site.daemon.pid)[0]
     match = re.search(r"^Max open files +(\S+)", Path(f"/proc/{pid}/limits").read_text(), re.MULTILINE)
     limit = match[1] if match else "unknown"
-    what = f"a worker may open {limit} files, and needs {need} for {site.settings.service.max_in_flight} messages"
+    what = f"a worker may open {limit} files, and needs {need} for {service.max_in_flight} messages"
     if limit.isdecimal() and int(limit) < need:
-        remedy = "Raise LimitNOFILE (systemctl edit contentfilter) or lower max_in_flight in [service]."
+        remedy = "Raise LimitNOFILE (systemctl edit contentfilter) or lower max_waiting in [service]."
         yield Finding(WARNING, "limits", what, remedy)
     else:
         yield Finding(OK, "limits", what)

@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 from contentfilter.errors import Cause
 from contentfilter.model import OriginKind, Scanner, ScanStatus
 from contentfilter.policy.decide import Action, Reason
+from contentfilter.policy.shedding import SHED
 
 SECONDS = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1,
@@ -57,6 +58,7 @@ COUNTED = (
     Metric("counter", "contentfilter_scans_total", "Scans.", _SCANS),
     Metric("histogram", "contentfilter_scan_seconds", "One scan, waiting included.", _SCAN_SECONDS, SECONDS),
     Metric("counter", "contentfilter_poison_total", "Offers of messages that killed two workers."),
+    Metric("counter", "contentfilter_scans_reused_total", "Scans spared by an equal message's.", ("scanner", "how")),
     Metric("counter", "contentfilter_commits_total", "Messages that went on in several parts.", ("result",)),
     Metric("counter", "contentfilter_connections_total", "Connections that workers accepted."),
     Metric("counter", "contentfilter_answers_total", "Answers that were sent to hooks."),
@@ -64,6 +66,8 @@ COUNTED = (
     Metric("counter", "contentfilter_hooks_gone_total", "Hooks that went away before their answer."),
     Metric("counter", "contentfilter_garbage_total", "Connections that brought no sound request."),
     Metric("counter", "contentfilter_bad_messages_total", "Sound requests with descriptors that are no message."),
+    Metric("counter", "contentfilter_crowded_total", "Hooks sent away for want of room; they come again."),
+    Metric("counter", "contentfilter_shed_total", "What was left out for want of time.", ("what",)),
     Metric("counter", "contentfilter_internal_errors_total", "Messages deferred because of a defect."),
     Metric("counter", "contentfilter_events_lost_total", "Frames that workers could not send to the supervisor."),
     Metric("counter", "contentfilter_events_malformed_total", "Events that could not be counted."),
@@ -83,6 +87,8 @@ SEEN = (
     Metric("gauge", "contentfilter_in_flight_limit", "How many all workers together may have open."),
     Metric("gauge", "contentfilter_in_flight_bytes", "Bytes of the messages in flight."),
     Metric("gauge", "contentfilter_in_flight_oldest_seconds", "Age of the oldest message in flight."),
+    Metric("gauge", "contentfilter_admission_waiting", "Messages that wait for a place.", ("worker",)),
+    Metric("gauge", "contentfilter_short", "1 while mail waits for want of this.", ("resource",)),
     Metric("gauge", "contentfilter_waiting", "Hooks that wait for a worker to accept them."),
     Metric("gauge", "contentfilter_waiting_limit", "How many can wait; further ones have to come again."),
     Metric("counter", "contentfilter_frames_malformed_total", "Frames on the bus that could not be decoded."),
@@ -128,8 +134,11 @@ FROM_WORKERS = {
     "garbage": "contentfilter_garbage_total",
     "bad_messages": "contentfilter_bad_messages_total",
     "errors": "contentfilter_internal_errors_total",
+    "crowded": "contentfilter_crowded_total",
     "events_lost": "contentfilter_events_lost_total",
 }
+# The same for counters of one metric, by the value of its label.
+SHED_FROM_WORKERS = {"busy": "waiting"} | {f"shed {what}": what for what in SHED if what != "waiting"}
 
 DECISIONS = frozenset(action.value for action in Action)
 ORIGINS = frozenset(kind.value for kind in OriginKind)
@@ -137,13 +146,16 @@ SCANNERS = frozenset(scanner.value for scanner in Scanner)
 STATUSES = frozenset(status.value for status in ScanStatus)
 CAUSES = frozenset(cause.value for cause in Cause) | {""}
 RULES = SCANNERS | {
-    "fault", "size", "clean", "unchecked", "nothing-to-check", "no-recipients", "released", "quarantine", OTHER
+    "fault", "size", "clean", "unchecked", "nothing-to-check", "no-recipients", "released", "quarantine", "busy",
+    OTHER
 }  # fmt: skip
+REUSED = frozenset(("kept", "shared"))  # scanners.recall
 COMMITS = frozenset(("all", "none", "some", "unknown"))
 CANARY_RESULTS = frozenset(
     ("passed", "caught", "unchecked", "bypassed", "no-answer", "unknown", "failed")
 )  # service.canary.judge
 LOADS = frozenset(("changed", "unchanged", "failed"))
+_SHED = ("contentfilter_shed_total", SHED)
 
 _PLAIN_RULES = (
     ("clean", "clean"),
@@ -152,6 +164,7 @@ _PLAIN_RULES = (
     ("no recipients", "no-recipients"),
     ("released from quarantine", "released"),
     ("quarantine:", "quarantine"),
+    ("busy:", "busy"),
 )
 
 _Number = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
@@ -165,6 +178,7 @@ class _Scan(msgspec.Struct):
     ms: _Number
     cause: str = ""
     backend: str = ""
+    reused: str = ""
 
 
 class _Mail(msgspec.Struct):
@@ -227,7 +241,10 @@ class Metrics:
         for scanner in sorted(SCANNERS):
             for cause in sorted(CAUSES - {""}):
                 self._counters["contentfilter_unchecked_total"].labels(scanner, cause)
-        for name, words in (("contentfilter_commits_total", COMMITS), ("contentfilter_loads_total", LOADS)):
+        for asked in (Scanner.CLAMD, Scanner.SPAMD):
+            for how in sorted(REUSED):
+                self._counters["contentfilter_scans_reused_total"].labels(asked.value, how)
+        for name, words in (("contentfilter_commits_total", COMMITS), ("contentfilter_loads_total", LOADS), _SHED):
             for word in sorted(words):
                 self._counters[name].labels(word)
         for decision in sorted(DECISIONS):
@@ -261,7 +278,9 @@ class Metrics:
             cause = _known(scan.cause, CAUSES)
             backend = scan.backend if scan.backend in self._backends else ""
             counters["contentfilter_scans_total"].labels(scanner, backend, status, cause).inc()
-            if scan.ms:  # not where another scan's time holds for this one, or nothing was done
+            if scan.reused:
+                counters["contentfilter_scans_reused_total"].labels(scanner, _known(scan.reused, REUSED)).inc()
+            elif scan.ms:  # not where another scan's time holds for this one, or nothing was done
                 histograms["contentfilter_scan_seconds"].labels(scanner, backend).observe(scan.ms / 1000)
             if decision == Action.QUEUE.value and status == ScanStatus.UNCHECKED.value:
                 counters["contentfilter_unchecked_total"].labels(scanner, cause).inc()
@@ -273,10 +292,13 @@ class Metrics:
     def worker(self, pid: int, lag: float, counts: Mapping[str, int]) -> None:
         """A heartbeat: ``lag`` in seconds, ``counts`` since the worker's start."""
         last = self._last.pop(pid, {})
-        for name, metric in FROM_WORKERS.items():
+        counters = {name: self._counters[metric] for name, metric in FROM_WORKERS.items()}
+        shed = self._counters["contentfilter_shed_total"]
+        counters |= {name: shed.labels(what) for name, what in SHED_FROM_WORKERS.items()}
+        for name, counter in counters.items():
             now = counts.get(name, 0)
             grown = now - last.get(name, 0)
-            self._counters[metric].inc(max(0, grown if grown >= 0 else now))  # less than before: the pid is another's
+            counter.inc(max(0, grown if grown >= 0 else now))  # less than before: the pid is another's
         self._last[pid] = counts
         while len(self._last) > REMEMBERED:
             del self._last[next(iter(self._last))]

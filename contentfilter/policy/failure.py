@@ -58,7 +58,9 @@ MEANINGS: Mapping[Cause, Meaning] = MappingProxyType(
             "the message is above max_size in [clamd], or above clamd's StreamMaxLength", (Scanner.CLAMD,)
         ),
         Cause.LIMITS: Meaning(
-            "clamd stopped at a limit of its own (Heuristics.Limits.*) and has not seen everything", (Scanner.CLAMD,)
+            "clamd stopped at a limit of its own (Heuristics.Limits.*), or the signatures at one of theirs (hundreds "
+            "of thousands of parts); nobody has seen everything",
+            (Scanner.CLAMD, Scanner.SIGNATURES, Scanner.LOADERTYPES),
         ),
         Cause.BAD_REPLY: Meaning("an answer that is cut off, makes no sense, or tells of an error inside it", _DAEMONS),
         Cause.RELOADING: Meaning(

@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import clamd as clamd_package
 
@@ -24,9 +25,14 @@ from contentfilter.policy.budget import one_try
 from contentfilter.scanners.backends import Pool
 from contentfilter.scanners.health import USUAL, Patience
 from contentfilter.scanners.resolve import Resolver
-from contentfilter.scanners.stream import Address, Limits, Surroundings, converse
+from contentfilter.scanners.stream import Address, Late, Leave, Limits, Pending, Surroundings, converse
 from contentfilter.wire import clamd
 from contentfilter.wire.buffer import printable
+
+VERSION_EVERY = 60.0  # seconds for which the database that a backend had is not asked for again
+VERSION_WAIT = 2.0  # seconds; clamd answers VERSION at once, also while all its threads scan
+
+Left = Callable[[Late[clamd.ScanAnswer]], None]
 
 
 class ClamdScanner:
@@ -47,27 +53,65 @@ class ClamdScanner:
         self._no_fildes: set[Address] = set()  # where FILDES was refused
         self._proofs = {address: Proof(config.proof, clock) for address in addresses}
         self._probes = {address: Probe(address) for address in addresses}
+        self._databases = {address: ("", float("-inf")) for address in addresses}  # and when it was asked for
 
-    async def scan(self, message: Message, deadline: Deadline) -> ScanOutcome:
-        """CLEAN or FOUND. Raises BackendError when there is no verdict."""
+    async def scan(self, message: Message, deadline: Deadline, leave: Leave | None = None) -> ScanOutcome:
+        """CLEAN or FOUND. Raises BackendError when there is no verdict.
+
+        ``leave`` gets a scan that goes on when we stop waiting for it; where it is given, the outcome names the
+        database, too.
+        """
         if 0 < self._config.max_size < message.size:
             # clamd answers OK above its own limit, without a look.
             raise BackendError(Cause.TOO_BIG, "clamd", f"{message.size} bytes, max_size is {self._config.max_size}")
         started = time.monotonic()
         seconds = one_try(message.size, self._config)
 
-        async def ask(address: Address) -> tuple[Address, clamd.Clean | clamd.Found]:
-            return address, await self._ask(address, message, deadline.within(seconds))
+        async def ask(address: Address) -> ScanOutcome:
+            database = "" if leave is None else await self._database_before(address, deadline)
 
-        address, answer = await self.pool.run(ask, deadline)
-        found = isinstance(answer, clamd.Found)
-        return ScanOutcome(
-            Scanner.CLAMD,
-            ScanStatus.FOUND if found else ScanStatus.CLEAN,
-            name=answer.name if isinstance(answer, clamd.Found) else "",
-            backend=str(address),
-            seconds=time.monotonic() - started,
-        )
+            async def judged(answer: clamd.ScanAnswer, by_descriptor: bool, end: Deadline) -> ScanOutcome:
+                sound = await self._sound(address, answer, by_descriptor, end)
+                return _outcome(sound, str(address), time.monotonic() - started, database)
+
+            def left(by_descriptor: bool) -> Left | None:
+                def let_go(late: Late[clamd.ScanAnswer]) -> None:
+                    assert leave is not None  # noqa: S101 - see below
+                    leave(Pending(late, lambda answer, end: judged(answer, by_descriptor, end)))
+
+                return None if leave is None else let_go
+
+            one = deadline.within(seconds)
+            if address.path and address not in self._no_fildes and _passable(message.fd):
+                answer = await self._fildes(address, message.fd, one, left(True))
+                if answer is not None:
+                    return await judged(answer, True, one)
+            return await judged(await self._instream(address, message, one, left(False)), False, one)
+
+        outcome = await self.pool.run(ask, deadline)
+        return replace(outcome, seconds=time.monotonic() - started)
+
+    async def database(self, backend: str, deadline: Deadline) -> str:
+        """What database it has at this moment; empty when it does not say so at once."""
+        address = Address.parse(backend)
+        if address not in self._databases:
+            return ""
+        try:
+            found = await self._version(address, deadline.within(VERSION_WAIT))
+        except BackendError:
+            return ""
+        text = "" if found.database is None else f"{found.product}/{found.database}/{found.built}"
+        self._databases[address] = text, time.monotonic()
+        return text
+
+    async def _database_before(self, address: Address, deadline: Deadline) -> str:
+        """One that it had before now: an answer of a scan that begins now is by this one or a newer one."""
+        known, asked = self._databases[address]
+        if time.monotonic() - asked < VERSION_EVERY:
+            return known
+        self._databases[address] = known, time.monotonic()  # the others do not ask meanwhile
+        await self.database(str(address), deadline)
+        return self._databases[address][0]
 
     async def version(self, deadline: Deadline) -> clamd.Version:
         """The version of whichever backend is next. Raises BackendError."""
@@ -97,26 +141,25 @@ class ClamdScanner:
         version, _ = await converse(address, commands, reader, self._limits, deadline, around=self._around)
         return version
 
-    async def _ask(self, address: Address, message: Message, deadline: Deadline) -> clamd.Clean | clamd.Found:
-        answer: clamd.ScanAnswer | None = None
-        if address.path and address not in self._no_fildes and _passable(message.fd):
-            answer = await self._fildes(address, message.fd, deadline)
-            if isinstance(answer, clamd.Clean):
-                await self._proofs[address].give(address, lambda fd: self._fildes(address, fd, deadline), deadline)
-        if answer is None:
-            answer = await self._instream(address, message, deadline)
+    async def _sound(
+        self, address: Address, answer: clamd.ScanAnswer, by_descriptor: bool, deadline: Deadline
+    ) -> clamd.Clean | clamd.Found:
+        """An answer that can be believed. Raises BackendError."""
+        if by_descriptor and isinstance(answer, clamd.Clean):
+            await self._proofs[address].give(address, lambda fd: self._fildes(address, fd, deadline), deadline)
         if isinstance(answer, clamd.Failed):
             raise BackendError(answer.cause, str(address), answer.text)
         if isinstance(answer, clamd.Found) and clamd.signature_class(answer.name) is clamd.SignatureClass.LIMITS:
             raise BackendError(Cause.LIMITS, str(address), answer.name)
         return answer
 
-    async def _fildes(self, address: Address, fd: int, deadline: Deadline) -> clamd.ScanAnswer | None:
+    async def _fildes(
+        self, address: Address, fd: int, deadline: Deadline, left: Left | None = None
+    ) -> clamd.ScanAnswer | None:
         """None where clamd does not take descriptors; that is remembered until it goes down."""
         try:
-            answer, _ = await converse(
-                address, iter([(clamd.fildes(),)]), clamd.scan_reader(), self._limits, deadline, descriptor=fd
-            )
+            batches, reader = iter([(clamd.fildes(),)]), clamd.scan_reader()
+            answer, _ = await converse(address, batches, reader, self._limits, deadline, descriptor=fd, leave=left)
         except BackendError as error:
             if error.cause is Cause.DOWN:
                 self._no_fildes.discard(address)
@@ -126,12 +169,15 @@ class ClamdScanner:
             return None
         return answer
 
-    async def _instream(self, address: Address, message: Message, deadline: Deadline) -> clamd.ScanAnswer:
+    async def _instream(
+        self, address: Address, message: Message, deadline: Deadline, left: Left | None = None
+    ) -> clamd.ScanAnswer:
         with memoryview(message.data) as view:
             batches = clamd.instream(view)
             try:
+                reader, around = clamd.scan_reader(), self._around
                 answer, complete = await converse(
-                    address, batches, clamd.scan_reader(), self._limits, deadline, around=self._around
+                    address, batches, reader, self._limits, deadline, around=around, leave=left
                 )
             except BackendError as error:
                 if error.cause is Cause.DOWN:
@@ -142,6 +188,18 @@ class ClamdScanner:
         if isinstance(answer, clamd.Clean) and not complete:
             raise BackendError(Cause.BAD_REPLY, str(address), "OK before it had the whole message")
         return answer
+
+
+def _outcome(answer: clamd.Clean | clamd.Found, backend: str, seconds: float, database: str) -> ScanOutcome:
+    found = isinstance(answer, clamd.Found)
+    return ScanOutcome(
+        Scanner.CLAMD,
+        ScanStatus.FOUND if found else ScanStatus.CLEAN,
+        name=answer.name if isinstance(answer, clamd.Found) else "",
+        backend=backend,
+        seconds=seconds,
+        database=database,
+    )
 
 
 def _passable(fd: int) -> bool:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from contentfilter.scanners.mime import Text
+from contentfilter.scanners.mime import WINDOW, Text
 
 SIGNATURE_LETTERS = 9
 LOADER_LETTERS = 5
@@ -76,9 +76,12 @@ def _loader(line: bytes, leading: frozenset[bytes], loaders: frozenset[bytes]) -
 
 def _lines(data: Text) -> Iterator[bytes]:
     """The text between newlines, each cut to what is looked at (W10): a line may be the whole message."""
-    for line in _LINE.finditer(data):
-        start, end = line.span()
-        if start == end:
-            return
-        ended = data[end - 1] == 10
+    start, size = 0, len(data)
+    while start < size:
+        end, ended = start, False
+        while end < size and not ended:
+            line = _LINE.match(data, end, end + WINDOW)
+            end = line.end() if line else size
+            ended = data[end - 1] == 10
         yield bytes(data[start : min(end - ended, start + CUT)])
+        start = end

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pybase64
 
-from contentfilter.scanners.mime import PIECE, Text
+from contentfilter.scanners.mime import PIECE, WINDOW, Text
 
 FIRST = 1024  # bytes of the first window
 _GROWTH = 8
@@ -71,7 +71,7 @@ def uuencode(data: Text, start: int, end: int) -> Iterator[bytes]:
     lines: list[bytes] = []
     wanted = 4  # lines in a window: the first is small
     while start < end:
-        found = _LINE.match(data, start, end)
+        found = _LINE.match(data, start, min(end, start + WINDOW))
         if found is None or found.end() == start:
             break
         line = bytes(data[start : min(found.end(1), start + _UU_LENGTH)])

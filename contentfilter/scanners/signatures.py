@@ -6,7 +6,8 @@ decoded content that begins as a program. ``compatible`` is Warlord's line by li
 
 The scan is a plain function of the message: no I/O, linear time, memory independent of the size. Work that a hostile
 message can multiply (content inside content, searches through whole programs) is paid from a budget
-of ``BUDGET`` times the size.
+of ``BUDGET`` times the size, and its parts are counted (:class:`~contentfilter.scanners.mime.Effort`). Who hides behind
+such a limit is not clean: a scan that found nothing and left something out raises BackendError with ``Cause.LIMITS``.
 """
 
 import itertools
@@ -17,9 +18,10 @@ from typing import Literal
 
 import ahocorasick_rs
 
+from contentfilter.errors import BackendError, Cause
 from contentfilter.model import BytesLike, Scanner, readable
 from contentfilter.scanners import compatible, mime, mime_decode
-from contentfilter.scanners.mime import As, Leaf, Marks, Text
+from contentfilter.scanners.mime import As, Effort, Leaf, Marks, Text
 from contentfilter.scanners.signature_rules import (
     LETTERS,
     LIBRARY,
@@ -116,7 +118,10 @@ class Engine:
         self.marks = Marks(tuple(sorted(start for start in starts if len(start) > 1)))
 
     def scan(self, data: BytesLike) -> Finding | None:
-        """The first finding, or None. Synchronous; raises on no content; keeps no reference to ``data``."""
+        """The first finding, or None. Synchronous; keeps no reference to ``data``.
+
+        Raises BackendError where nothing was found and something was left out for a limit, and on nothing else.
+        """
         if not self._rules:
             return None
         with memoryview(data) as view:
@@ -124,7 +129,7 @@ class Engine:
             text = bytes(view) if size <= SMALL else view.cast("B")
             if self._warlord:
                 return self._compatible(compatible.scan(text, *self._warlord))
-            return _Scan(self, size).document(text, 0)
+            return _Scan(self, size).whole(text)
 
     def _compatible(self, hit: compatible.Hit | None) -> Finding | None:
         if hit is None:
@@ -138,16 +143,32 @@ class Engine:
 class _Scan:
     """One message: what is left of the budget, and the way down to the content that is looked at."""
 
-    __slots__ = ("_budget", "_engine", "_trail")
+    __slots__ = ("_budget", "_effort", "_engine", "_trail")
 
     def __init__(self, engine: Engine, size: int) -> None:
         self._engine = engine
         self._budget = BUDGET * size + DOCUMENT
+        self._effort = Effort()
         self._trail: list[tuple[Text, Leaf, str]] = []
+
+    def whole(self, data: Text) -> Finding | None:
+        """The message itself."""
+        finding = self.document(data, 0)
+        if finding is None and self._effort.left_out:
+            raise BackendError(Cause.LIMITS, "", f"not looked at to the end: {self._effort.left_out}")
+        return finding
+
+    def _pay(self, size: int) -> bool:
+        """Whether ``size`` bytes more may be looked at."""
+        if self._budget <= 0:
+            self._effort.leave_out("too much encoded content")
+            return False
+        self._budget -= size
+        return True
 
     def document(self, data: Text, layers: int) -> Finding | None:
         """A message, or decoded text: all of its leaves."""
-        for leaf in mime.leaves(data, self._engine.marks):
+        for leaf in mime.leaves(data, self._engine.marks, self._effort):
             finding = self._leaf(data, leaf, layers)
             if finding is not None:
                 return finding
@@ -211,9 +232,8 @@ class _Scan:
         pieces, size, marked = [first], len(first), True
         self._budget -= size
         for window in windows:
-            if self._budget <= 0:
+            if not self._pay(len(window)):
                 return None
-            self._budget -= len(window)
             marked = marked or self._engine.marks.any(pieces[-1], window)
             pieces.append(window)
             size += len(window)
@@ -230,9 +250,8 @@ class _Scan:
         """Look for a loader's name in a whole program."""
         before = b""
         for piece in itertools.chain((first,), windows):
-            if self._budget <= 0:
+            if not self._pay(len(piece)):
                 return None
-            self._budget -= len(piece)
             seam = before + piece[:LONGEST_NAME]  # a name may lie across two windows
             for block in (seam, piece) if before else (piece,):
                 for _, start, end in self._engine.names.find_matches_as_indexes(block, self._engine.overlapping):

@@ -8,6 +8,7 @@ import asyncio
 import time
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 
 from contentfilter.config import settings
 from contentfilter.deadline import Deadline
@@ -18,7 +19,7 @@ from contentfilter.scanners import tls
 from contentfilter.scanners.backends import Pool
 from contentfilter.scanners.health import USUAL, Patience
 from contentfilter.scanners.resolve import Resolver
-from contentfilter.scanners.stream import Address, Limits, Surroundings, converse
+from contentfilter.scanners.stream import Address, Late, Leave, Limits, Pending, Surroundings, converse
 from contentfilter.wire import spamd
 
 GROWTH = 1_048_576  # bytes that spamd's report may add to a message
@@ -47,12 +48,19 @@ class SpamdScanner:
         self._config = config
 
     async def scan(
-        self, message: Message, deadline: Deadline, *, user: bytes = b"", want: Want = Want.CHECK
+        self,
+        message: Message,
+        deadline: Deadline,
+        leave: Leave | None = None,
+        *,
+        user: bytes = b"",
+        want: Want = Want.CHECK,
     ) -> ScanOutcome:
         """CLEAN or FOUND with score and threshold; SKIPPED for an empty message.
 
         ``rewritten`` holds the header block (HEADERS) or the whole message (PROCESS). A ``user``
-        that cannot stand in a header is left out: spamd then uses its defaults. Raises BackendError.
+        that cannot stand in a header is left out: spamd then uses its defaults. ``leave`` gets a scan that
+        goes on when we stop waiting for it. Raises BackendError.
         """
         if not message.size:
             return ScanOutcome(Scanner.SPAMD, ScanStatus.SKIPPED, detail="empty message")
@@ -64,22 +72,23 @@ class SpamdScanner:
             max_body = 2 * message.size + GROWTH  # line ends may double
             seconds = one_try(message.size, self._config)
 
-            async def ask(address: Address) -> tuple[Address, spamd.Response]:
+            async def ask(address: Address) -> ScanOutcome:
                 reader = spamd.ResponseReader(want.value, max_body)
-                return address, await self._ask(address, head, body, reader, deadline.within(seconds))
 
-            address, response = await self.pool.run(ask, deadline)
+                async def judged(response: spamd.Response, deadline: Deadline) -> ScanOutcome:
+                    return _outcome(response, want, str(address), time.monotonic() - started)
+
+                def left(late: Late[spamd.Response]) -> None:
+                    assert leave is not None  # noqa: S101 - see below
+                    leave(Pending(late, judged))
+
+                end, let_go = deadline.within(seconds), None if leave is None else left
+                return await judged(await self._ask(address, head, body, reader, end, let_go), end)
+
+            outcome = await self.pool.run(ask, deadline)
         finally:
             body.release()
-        return ScanOutcome(
-            Scanner.SPAMD,
-            ScanStatus.FOUND if response.spam else ScanStatus.CLEAN,
-            backend=str(address),
-            seconds=time.monotonic() - started,
-            score=response.score,
-            threshold=response.threshold,
-            rewritten=b"" if want is Want.CHECK else response.body,
-        )
+        return replace(outcome, seconds=time.monotonic() - started)
 
     async def watch(self) -> None:
         """Until it is cancelled: ask backends that are in doubt with PING, so that no mail has to."""
@@ -99,20 +108,22 @@ class SpamdScanner:
             )
 
     async def _ask(
-        self, address: Address, head: bytes, body: memoryview, reader: spamd.ResponseReader, deadline: Deadline
+        self,
+        address: Address,
+        head: bytes,
+        body: memoryview,
+        reader: spamd.ResponseReader,
+        deadline: Deadline,
+        left: Callable[[Late[spamd.Response]], None] | None,
     ) -> spamd.Response:
         # Over TLS our farewell is data: unread by spamd it makes the kernel reset the connection, and the answer
         # may be lost. spamd reads that far only what is compressed, and after a last line without its end.
         read_to_end = self._config.compress or bytes(body[-1:]) != b"\n"
         batches, half_close = iter([(head, body)]), read_to_end or not address.tls
         response, complete = await converse(
-            address, batches, reader, self._limits, deadline, half_close=half_close, around=self._around
+            address, batches, reader, self._limits, deadline, half_close=half_close, around=self._around, leave=left
         )
-        if response.code:
-            raise BackendError(
-                spamd.cause(response.code, response.text), str(address), f"{response.code} {response.text}"
-            )
-        if not complete:
+        if not complete and not response.code:
             raise BackendError(Cause.BAD_REPLY, str(address), "a verdict before it had the whole message")
         return response
 
@@ -131,3 +142,18 @@ class SpamdScanner:
                     parts.append(deflate.compress(step))
                 await asyncio.sleep(0)
         return memoryview(b"".join((*parts, deflate.flush())))
+
+
+def _outcome(response: spamd.Response, want: Want, backend: str, seconds: float) -> ScanOutcome:
+    """Raises BackendError for an answer without a verdict."""
+    if response.code:
+        raise BackendError(spamd.cause(response.code, response.text), backend, f"{response.code} {response.text}")
+    return ScanOutcome(
+        Scanner.SPAMD,
+        ScanStatus.FOUND if response.spam else ScanStatus.CLEAN,
+        backend=backend,
+        seconds=seconds,
+        score=response.score,
+        threshold=response.threshold,
+        rewritten=b"" if want is Want.CHECK else response.body,
+    )

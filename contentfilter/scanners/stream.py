@@ -9,12 +9,14 @@ import asyncio
 import errno
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from contentfilter.deadline import Deadline
 from contentfilter.errors import BackendError, Cause, RemoteProtocolError
+from contentfilter.model import ScanOutcome
 from contentfilter.scanners.resolve import Resolver
 from contentfilter.scanners.tls import Tls, TlsSocket, explain
 
@@ -116,6 +118,52 @@ class Reader(Protocol[T]):
     def end(self) -> T: ...
 
 
+@dataclass(slots=True, eq=False)
+class Late(Generic[R]):
+    """A question that the daemon has as a whole, and whose asker did not wait. It needs nothing of the message."""
+
+    address: Address
+    sock: socket.socket
+    reader: Reader[R]
+
+    async def answer(self, deadline: Deadline) -> R:
+        """What the daemon says at last; once. Raises BackendError."""
+        try:
+            async with deadline.timeout():
+                return (await _exchange(self.sock, iter(()), self.reader, -1, False))[0]
+        except (OSError, EOFError, RemoteProtocolError) as error:  # TimeoutError is an OSError
+            cause = Cause.TIMEOUT if isinstance(error, TimeoutError) else Cause.DOWN
+            raise BackendError(cause, str(self.address), str(error) or "no answer, however late") from error
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+Left = Callable[[Late[R]], None]
+"""Takes over a question, or closes it. Never waits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A scan that goes on although nobody waits for it."""
+
+    late: Late[Any]
+    judge: Callable[[Any, Deadline], Awaitable[ScanOutcome]]
+
+    async def finish(self, deadline: Deadline) -> ScanOutcome:
+        """CLEAN or FOUND. Once. Raises BackendError."""
+        return await self.judge(await self.late.answer(deadline), deadline)
+
+    def close(self) -> None:
+        self.late.close()
+
+
+Leave = Callable[[Pending], None]
+"""Takes over a scan, or closes it. Never waits."""
+
+
 async def converse(
     address: Address,
     batches: Iterator[Batch],
@@ -126,11 +174,13 @@ async def converse(
     descriptor: int = -1,
     half_close: bool = False,
     around: Surroundings | None = None,
+    leave: Left[R] | None = None,
 ) -> tuple[R, bool]:
     """Ask one question: (answer, whether all of ``batches`` was taken before it came).
 
     ``descriptor`` travels with the first batch (Unix sockets only). ``half_close`` ends our
-    direction after the last byte. Raises BackendError only: UnreachableError where the question never left.
+    direction after the last byte. ``leave`` gets a question that was put when the waiting ended (not with TLS).
+    Raises BackendError only: UnreachableError where the question never left.
     """
     sock: Endpoint | None = None
     failure: type[BackendError] = UnreachableError
@@ -138,7 +188,7 @@ async def converse(
         sock = await _connect(address, limits, deadline, around or Surroundings(Resolver()))
         failure = BackendError
         async with deadline.within(limits.answer).timeout():
-            return await _exchange(sock, batches, reader, descriptor, half_close)
+            return await _exchange(sock, batches, reader, descriptor, half_close, address, leave)
     except TimeoutError as error:
         step = "connect" if sock is None else "answer"
         raise failure(Cause.TIMEOUT, str(address), str(error) or f"no {step} in time") from None
@@ -237,7 +287,13 @@ async def _connect_unix(path: str, deadline: Deadline) -> socket.socket:
 
 
 async def _exchange(
-    sock: Endpoint, batches: Iterator[Batch], reader: Reader[R], descriptor: int, half_close: bool
+    sock: Endpoint,
+    batches: Iterator[Batch],
+    reader: Reader[R],
+    descriptor: int,
+    half_close: bool,
+    address: Address | None = None,
+    leave: Left[R] | None = None,
 ) -> tuple[R, bool]:
     """Write and read until the reader has its event. EOFError: closed without a byte."""
     pending: list[bytes | memoryview] = []  # what is left of the batch being written
@@ -275,6 +331,11 @@ async def _exchange(
             if event is not None:
                 return event, complete and not _unsent(sock)
             await asyncio.sleep(0)  # a peer that floods must not hold the loop
+    except asyncio.CancelledError:
+        if leave is not None and address is not None and complete and isinstance(sock, socket.socket):
+            with suppress(OSError):  # out of descriptors: then not
+                leave(Late(address, sock.dup(), reader))
+        raise
     finally:
         pending.clear()  # an exception keeps this frame alive, and the views would keep the message mapped
 

@@ -28,7 +28,6 @@ from contentfilter.service.frames import (
     Command,
     Event,
     Happened,
-    Heartbeat,
     Question,
     Reply,
     Report,
@@ -75,7 +74,7 @@ class WorkerBus:
         self._sub.subscribe(b"")
         self._sub.connect(where["commands"])
 
-    def send(self, frame: Heartbeat | Happened) -> None:
+    def send(self, frame: Report) -> None:
         try:
             self._push.send(encode(frame), zmq.NOBLOCK)
         except zmq.Again:
@@ -148,8 +147,13 @@ class SupervisorBus:
     async def answer(self, asker: Asker, reply: Reply) -> None:
         await self._router.send_multipart([asker.identity, encode(reply)], zmq.NOBLOCK)
 
-    async def command(self, frame: Command) -> None:
-        await self._commands.send(encode(frame), zmq.NOBLOCK)
+    async def command(self, frame: Command, *, lossy: bool = False) -> None:
+        """To every worker. Raises zmq.Again above the high-water mark, unless it does not matter."""
+        try:
+            await self._commands.send(encode(frame), zmq.NOBLOCK)
+        except zmq.Again:
+            if not lossy:
+                raise
 
     async def publish(self, event: Event) -> None:
         """To the event feed: the topic is the event's name."""

@@ -24,7 +24,7 @@ import msgspec
 from contentfilter.config.settings import Settings
 from contentfilter.deadline import Deadline
 from contentfilter.errors import Cause
-from contentfilter.intake.connection import Rarely
+from contentfilter.intake.room import Rarely
 from contentfilter.model import ScanStatus
 from contentfilter.ops import canary
 from contentfilter.ops.canary import Sample

@@ -13,6 +13,7 @@ from contentfilter.model import OriginKind, Scanner
 from contentfilter.ops.history import Window
 from contentfilter.policy.bypass import Bypass
 from contentfilter.scanners.backends import BackendHealth
+from contentfilter.scanners.memory import Kept, Key
 from contentfilter.tables.keeper import State
 
 VERSION = b"\x01"
@@ -46,6 +47,8 @@ class Heartbeat(Frame, frozen=True):
     bytes: int = 0  # of the messages in flight
     backends: tuple[BackendHealth, ...] = ()  # as this worker knows them
     orders: int = 0  # the number of the orders that it follows
+    waiting: int = 0  # messages that wait for a place
+    short: str = ""  # what there is too little of to take mail: memory, disk space
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -61,7 +64,14 @@ class Happened(Frame, frozen=True):
     events: list[Event]
 
 
-Report = Heartbeat | Happened
+class Remember(Frame, frozen=True):
+    """An answer that a worker keeps. The supervisor passes it on to all of them."""
+
+    key: Key
+    kept: Kept
+
+
+Report = Heartbeat | Happened | Remember
 
 
 # Supervisor to workers
@@ -91,7 +101,7 @@ class Configure(Frame, frozen=True):
     blob: bytes
 
 
-Command = Configure | Orders
+Command = Configure | Orders | Remember
 
 
 # Command line to supervisor, and back
@@ -168,6 +178,8 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     counters: dict[str, int]
     bytes: int = 0
     backends: tuple[BackendHealth, ...] = ()
+    waiting: int = 0
+    short: str = ""
 
 
 class BackendStatus(msgspec.Struct, frozen=True):

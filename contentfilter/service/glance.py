@@ -134,6 +134,13 @@ def _service(status: Status, now: float) -> Iterator[Trouble]:
             "journalctl -u contentfilter | grep -e worker.died -e worker.stuck",
             "Workers die",
         )
+    for short in sorted({worker.short for worker in status.workers if worker.short}):
+        yield Trouble(
+            f"MAIL WAITS: there is too little {short}; after a while it is deferred",
+            "df" if short == "disk" else "free -m; ps aux --sort=-rss | head",
+            "Too little memory or disk",
+            "stops",
+        )
     if status.tables is not None and not status.tables.loaded:
         yield Trouble(
             f"MAIL IS DEFERRED: there are no recipient tables: {status.tables.trouble}",
@@ -217,6 +224,9 @@ def _slow(status: Status, oldest: Oldest | None) -> Iterator[Trouble]:
     if oldest is not None and oldest.seconds > SLOW:
         what = f"message {oldest.incident} is in worker {oldest.worker} for {length(oldest.seconds)} ({oldest.stage})"
         yield Trouble(what, "see the scanners below", "clamd or spamd is slow")
+    if (waiting := sum(worker.waiting for worker in status.workers)) > 0:
+        what = f"{waiting} messages wait for a free place; those that find none are deferred as busy"
+        yield Trouble(what, "contentfilter top", "Mail waits for a free place")
     if status.waiting and status.waiting_limit and status.waiting > CROWDED * status.waiting_limit:
         what = f"{status.waiting} hooks wait for a worker, {status.waiting_limit} can"
         yield Trouble(what, "contentfilter top", "Mail waits for a free place")

@@ -17,7 +17,8 @@ import msgspec
 
 from contentfilter.config.settings import Settings
 from contentfilter.deadline import Deadline
-from contentfilter.intake.connection import Rarely
+from contentfilter.intake.floors import RESOURCES
+from contentfilter.intake.room import Rarely
 from contentfilter.model import Scanner
 from contentfilter.ops.history import History
 from contentfilter.ops.http import Page, Response, Server, parse_listen
@@ -27,7 +28,7 @@ from contentfilter.ops.metrics import Metrics, Registry
 from contentfilter.ops.page import PATHS, make_pages
 from contentfilter.policy.bypass import SCANNERS
 from contentfilter.service.canary import measured
-from contentfilter.service.frames import Happened, Report, Status
+from contentfilter.service.frames import Happened, Heartbeat, Status
 from contentfilter.service.health import backend_statuses
 from contentfilter.service.probe import UP, Prober
 from contentfilter.service.remote_feed import RemoteFeed
@@ -61,7 +62,7 @@ class Monitor:
 
     # What happens
 
-    def heard(self, report: Report) -> None:
+    def heard(self, report: Heartbeat | Happened) -> None:
         """A report of a worker. Raises nothing."""
         try:
             if isinstance(report, Happened):
@@ -195,6 +196,8 @@ class Monitor:
         }
         if len(able) < status.wanted:
             found.append(f"{len(able)} of {status.wanted} workers accept mail")
+        short = sorted({worker.short for worker in status.workers if worker.short})
+        found += [f"too little {resource}: mail waits" for resource in short]
         if status.tables is not None and not status.tables.loaded:
             found.append(f"no recipient tables: {status.tables.trouble}")
         return tuple(found)
@@ -215,6 +218,10 @@ class Monitor:
         for slot in sorted({worker.slot for worker in workers}):  # two in one slot while one takes over
             opened = sum(worker.open for worker in workers if worker.slot == slot)
             yield "contentfilter_in_flight", (str(slot),), opened
+            waiting = sum(worker.waiting for worker in workers if worker.slot == slot)
+            yield "contentfilter_admission_waiting", (str(slot),), waiting
+        for resource in RESOURCES:
+            yield "contentfilter_short", (resource,), any(worker.short == resource for worker in workers)
         yield "contentfilter_in_flight_limit", (), settings.service.max_in_flight * status.wanted
         yield "contentfilter_in_flight_bytes", (), sum(worker.bytes for worker in workers)
         ages = [busy.seconds + worker.silent for worker in workers for busy in worker.in_flight]

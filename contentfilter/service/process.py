@@ -90,6 +90,8 @@ class Process:
             counters=beat.counters if beat else {},
             bytes=beat.bytes if beat else 0,
             backends=beat.backends if beat else (),
+            waiting=beat.waiting if beat else 0,
+            short=beat.short if beat else "",
         )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from contentfilter.config.settings import Settings
 from contentfilter.errors import JournalError
-from contentfilter.intake.connection import Rarely
+from contentfilter.intake.room import Rarely
 from contentfilter.ops.log import Logger
 from contentfilter.service.frames import Event
 from contentfilter.verdict.journal import Journal, journal_path, set_aside

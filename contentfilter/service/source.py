@@ -5,7 +5,7 @@ from typing import Protocol
 
 from contentfilter.config.settings import Settings
 from contentfilter.errors import Problem
-from contentfilter.intake.connection import Rarely
+from contentfilter.intake.room import Rarely
 from contentfilter.ops.canary import Sample
 from contentfilter.ops.log import Logger
 from contentfilter.tables.keeper import State

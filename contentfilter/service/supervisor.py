@@ -18,8 +18,8 @@ from contentfilter import __version__
 from contentfilter.config.settings import Settings
 from contentfilter.deadline import Deadline
 from contentfilter.errors import RemoteProtocolError
-from contentfilter.intake.connection import Rarely
 from contentfilter.intake.listener import OwnSocket, SocketError, hold_lock, inherited_socket, open_socket
+from contentfilter.intake.room import Rarely
 from contentfilter.ops.log import Logger, adopt_standard_logging, make_logger
 from contentfilter.ops.log_target import open_target
 from contentfilter.ops.systemd import Notifier, listen_fds, watchdog_interval
@@ -221,6 +221,9 @@ class Supervisor:
             report = await self._bus.report()
         except RemoteProtocolError as error:
             self._malformed("reports", error)
+            return
+        if isinstance(report, frames.Remember):
+            await self._bus.command(report, lossy=True)
             return
         self._monitor.heard(report)
         if isinstance(report, frames.Happened):

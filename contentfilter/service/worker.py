@@ -11,28 +11,35 @@ import asyncio
 import gc
 import importlib
 import os
+import resource
 import select
 import selectors
 import signal
 import sys
+from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from contentfilter.config.settings import Settings
 from contentfilter.deadline import Deadline
-from contentfilter.errors import RemoteProtocolError
-from contentfilter.intake.connection import Job, Terms
+from contentfilter.errors import BackendError, RemoteProtocolError
+from contentfilter.intake.floors import Floors, Lookout
 from contentfilter.intake.listener import Listener, inherited_socket
 from contentfilter.intake.message import Spool
 from contentfilter.intake.origin import resolve
+from contentfilter.intake.room import Job, Offered, Terms
+from contentfilter.model import ScanOutcome
 from contentfilter.ops.log import Logger, adopt_standard_logging, make_logger
 from contentfilter.ops.log_target import open_target
 from contentfilter.policy.bypass import Bypass
 from contentfilter.scanners.backends import BackendHealth
+from contentfilter.scanners.recall import Recall
 from contentfilter.service.bus import BATCH_DELAY, WorkerBus
-from contentfilter.service.frames import ORDERS, Busy, Event, Heartbeat, Orders, decode
+from contentfilter.service.frames import ORDERS, Busy, Event, Heartbeat, Orders, Remember, decode
 from contentfilter.service.hardening import give_up_privileges
+from contentfilter.service.load import Load
 from contentfilter.service.suspects import FATAL, Lane, Place, fingerprint
 from contentfilter.wire import hook
 
@@ -51,6 +58,10 @@ class Application(Protocol):
         """In place of :meth:`handle`, for a message that killed workers: decide without a look at it."""
         ...
 
+    def turned_away(self, offered: Offered, why: str, answer: hook.Answer, seconds: float) -> None:
+        """See intake.room.Handler."""
+        ...
+
     def backends(self) -> tuple[BackendHealth, ...]:
         """How the scanners that it asks stand, for the heartbeat."""
         ...
@@ -66,6 +77,8 @@ class Surroundings:
     log: Logger
     emit: Callable[[Event], None]  # to the supervisor and the event feed; never waits
     bypasses: Callable[[], tuple[Bypass, ...]] = tuple  # those that are ordered at this moment
+    recall: Recall = field(default_factory=Recall)  # the worker's, whatever the configuration
+    shed: Counter[str] = field(default_factory=Counter)  # what was left out for want of time, to be counted there
 
 
 Build = Callable[[bytes, Surroundings], Awaitable[Application]]
@@ -99,16 +112,31 @@ class Serving:
             if not self._running:
                 self._idle.set()
 
+    def turned_away(self, offered: Offered, why: str, answer: hook.Answer, seconds: float) -> None:
+        self.application.turned_away(offered, why, answer, seconds)
+
     async def retire(self) -> None:
         await self._idle.wait()
         await self.application.close()
 
     def terms(self) -> Terms:
-        settings = self.application.settings
+        settings, service = self.application.settings, self.application.settings.service
         origin, _ = resolve(settings.origin)  # the supervisor has told about unknown names
         return Terms(
-            self, origin, Spool(settings.service.state), settings.service.budget, settings.service.max_in_flight
+            self,
+            origin,
+            Spool(service.state),
+            service.budget,
+            service.max_in_flight,
+            service.max_waiting,
+            service.max_in_flight_bytes,
+            service.max_message,
+            service.admission_wait,
         )
+
+    def floors(self) -> Floors:
+        service = self.application.settings.service
+        return Floors(service.memory_floor, service.disk_floor, service.state)
 
 
 class Worker:
@@ -118,6 +146,7 @@ class Worker:
         self._options = options
         self._build = build
         self._log = log
+        self._load = Load(log)
         self._stop = asyncio.Event()
         self._at_once = asyncio.Event()
         self._refused = 0
@@ -131,6 +160,7 @@ class Worker:
         self._bus = WorkerBus(self._options.run, os.getpid())
         self._lane = Lane(self._options.suspects, Place(self._options.lane, self._options.life))
         self._lane.attend(loop)
+        self._recall = Recall(lambda key, kept: self._bus.send(Remember(key, kept)), self._late)
         blob = read_all(self._options.runtime)
         self._orders = decode(read_all(self._options.orders), ORDERS)
         self._serving = await self._built(self._options.generation, blob)
@@ -144,6 +174,8 @@ class Worker:
         gc.freeze()  # modules and configuration are for good; collections need not visit them
         self._listener.hold(self._orders.drain is not None)
         self._listener.start()
+        lookout = Lookout(lambda: self._serving.floors(), lambda short: loop.call_soon_threadsafe(self._short, short))
+        lookout.start()
         try:
             async with asyncio.TaskGroup() as group:
                 background = [group.create_task(self._beat()), group.create_task(self._obey(group))]
@@ -151,18 +183,38 @@ class Worker:
                 await self._drain()
                 for task in background:
                     task.cancel()
+            await self._recall.aclose()
             await self._serving.application.close()
             self._bus.send(self._heartbeat(0.0))  # its last counts
         finally:
+            lookout.stop()
             self._bus.close()
         self._log.info("worker.stop")
 
     async def _built(self, generation: int, blob: bytes) -> Serving:
-        application = await self._build(blob, Surroundings(self._log, self._emit, self._bypasses))
+        around = Surroundings(self._log, self._emit, self._bypasses, self._recall, self._load.shed)
+        application = await self._build(blob, around)
         return Serving(application, generation, self._lane)
 
     def _bypasses(self) -> tuple[Bypass, ...]:
         return self._orders.bypasses
+
+    def _late(self, said: ScanOutcome | BackendError, seconds: float) -> None:
+        """The end of a scan whose message was given up."""
+        if isinstance(said, BackendError):
+            self._log.info("scan.late", backend=said.backend, result=said.cause.value, seconds=round(seconds, 3))
+        else:
+            result = said.status.value
+            self._log.info("scan.late", backend=said.backend, result=result, seconds=round(seconds, 3))
+
+    def _short(self, short: str) -> None:
+        """There is too little of something, or enough again."""
+        if short:
+            self._log.error("load.short", why=short)
+        else:
+            self._log.warning("load.enough", why=self._listener.short)
+        self._listener.shut(short)
+        self._bus.send(self._heartbeat(0.0))
 
     def _emit(self, event: Event) -> None:
         if self._bus.add(event):
@@ -203,6 +255,7 @@ class Worker:
     async def _beat(self) -> None:
         late = 0.0
         while True:
+            self._load.look(self._loop.time(), self._listener.counters.busy)
             self._bus.send(self._heartbeat(late))
             interval = self._serving.application.settings.service.heartbeat
             due = self._loop.time() + interval
@@ -220,10 +273,12 @@ class Worker:
             lag=max(0.0, lag),
             in_flight=tuple(Busy(c.incident, c.stage, now - c.began) for c in oldest),
             open=len(connections),
-            counters=asdict(self._listener.counters) | {"events_lost": self._bus.lost},
+            counters=asdict(self._listener.counters) | self._load.counters() | {"events_lost": self._bus.lost},
             bytes=sum(c.size for c in connections),
             backends=self._serving.application.backends(),
             orders=self._orders.number,
+            waiting=self._listener.waiting,
+            short=self._listener.short,
         )
 
     async def _obey(self, group: asyncio.TaskGroup) -> None:
@@ -235,6 +290,8 @@ class Worker:
                 continue
             if isinstance(command, Orders):
                 self._follow(command)
+            elif isinstance(command, Remember):
+                self._recall.learn(command.key, command.kept)
             elif command.generation > max(self._serving.generation, self._refused):
                 await self._configure(command.generation, command.blob, group)
 
@@ -320,6 +377,9 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, required=True)
     options = parser.parse_args()
     give_up_privileges()
+    with suppress(OSError):  # the service's unit forbids it, and has set enough
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # messages have several; nothing uses select(2)
     for fd in (options.listen, options.lifeline, options.runtime, options.orders, options.suspects):
         os.set_inheritable(fd, False)
     target = open_target(options.to, options.syslog, options.facility, os.environ)

@@ -22,8 +22,11 @@ LINE_MAX = 76  # of a line with encoded words (RFC 2047, 2)
 SUBJECT_LOOK = 1000  # bytes of a subject in which its tag is looked for
 
 _MESSAGE_ID = re.compile(rb"^Message-ID[ \t]*:[ \t\r]*(?:\n[ \t]+)?([^\r\n]*)", re.IGNORECASE | re.MULTILINE)
-_OURS = re.compile(
-    rb"(?:^|(?<=\r))X-(ContentFilter|Virus-|Spam-)[!-9;-~]*(?=[ \t]*(?:\r?\n[ \t]+)*:)", re.IGNORECASE | re.MULTILINE
+_OURS = re.compile(  # readers that drop NULs or take a name with blanks must not be fooled either
+    rb"(?:^|(?<=\r))\0*X\0*-\0*("
+    + b"|".join(rb"\0*".join(b"%c" % letter for letter in name) for name in (b"ContentFilter", b"Virus-", b"Spam-"))
+    + rb")[^\r\n\t :]*+(?=[^\r\n:]*+(?:\r?\n[ \t\0]+)*:)",
+    re.IGNORECASE | re.MULTILINE,
 )
 _OUR_NAMES = (b"x-contentfilter", b"x-virus-", b"x-spam-")
 _FLAG = re.compile(rb"^X-Spam-Flag:[^\n]*\n", re.IGNORECASE | re.MULTILINE)
@@ -32,6 +35,7 @@ _REQUIRED = re.compile(rb" required=[0-9.+-]+")
 _SUBJECT = re.compile(rb"^(Subject[ \t]*:)([^\n]*(?:\n[ \t][^\n]*)*)", re.IGNORECASE | re.MULTILINE)
 _WORD = re.compile(rb"=\?([!->@-~]{1,40})\?([bq])\?([ !->@-~]*)\?=", re.IGNORECASE)
 _BETWEEN = re.compile(rb"(\?=)[ \t]+(?==\?)")
+_NO_LINE_ENDS = bytes.maketrans(b"\r\0", b"  ")
 _REPLY = r"(?:(?:\w{1,5}(?:\[\d{1,3}\])?:|\[[^]]{1,40}\]) ?){0,10}"  # Re: AW: Re[2]: [a mailing list]
 _PIECE = 36  # bytes of an encoded word: 60 characters, so that it fits beside "Subject: "
 _FIELD = re.compile(rb"^([!-9;-~]+)[ \t]*:[^\n]*(?:\n[ \t][^\n]*)*\n?", re.MULTILINE)
@@ -61,8 +65,11 @@ def message_id(block: bytes) -> str:
 
 
 def spam_lines(block: bytes) -> bytes:
-    """SpamAssassin's own fields (X-Spam-…) out of the header block that its HEADERS command returned."""
-    text = block.replace(b"\r\n", b"\n")
+    """SpamAssassin's own fields (X-Spam-…) out of the header block that its HEADERS command returned.
+
+    A CR inside a line, where some readers would see another field begin, becomes a blank; a NUL, too.
+    """
+    text = block.replace(b"\r\n", b"\n").translate(_NO_LINE_ENDS)
     fields = (m.group(0) for m in _FIELD.finditer(text) if m.group(1)[:7].lower() == b"x-spam-")
     return b"".join(field if field.endswith(b"\n") else field + b"\n" for field in fields)
 
@@ -86,11 +93,12 @@ def compose(
     """
 
     def rename(field: re.Match[bytes]) -> bytes:
-        return b"X-Received-" + field.group(0) if field.group(1).lower() in claimed else field.group(0)
+        family = field.group(1).replace(b"\0", b"").lower()
+        return b"X-Received-" + field.group(0) if family in claimed else field.group(0)
 
     ours = b"".join(lines)
     block = header_block(original)
-    lower = block.lower()  # most messages have none of them, and the pattern tries every byte
+    lower = block.replace(b"\0", b"").lower()  # most messages have none of them, and the pattern tries every byte
     renamed = _OURS.sub(rename, block) if any(name in lower for name in _OUR_NAMES) else block
     if subject_tag:
         renamed = _tagged(renamed, subject_tag)

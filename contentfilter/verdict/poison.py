@@ -5,8 +5,10 @@ rewritten in this process: every scanner counts as *unchecked* with the cause ``
 what that does. The copies are limited, the oldest go first, and nobody else can read them.
 """
 
+import asyncio
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,48 @@ from contentfilter.ops.durable import replace_file
 from contentfilter.policy.decide import decide
 from contentfilter.policy.plan import ScanPlan, Step, Switches, Treatment
 from contentfilter.verdict.case import Case
+from contentfilter.verdict.record import Account, Record, fields, make_account, make_record
+from contentfilter.verdict.reply import answer
+from contentfilter.wire import hook
 
 DIRECTORY = "poison"  # in the state directory
 KEPT = 16  # messages
 ROOM = 256 * 1024 * 1024  # bytes of all of them
 DETAIL = "it killed two workers"
 _PIECE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Isolated:
+    """What became of such a message."""
+
+    answer: hook.Answer
+    record: Record
+    account: Account
+    kept: str  # where its copy is; empty: there is none
+    trouble: str = ""  # why it could not be kept
+
+
+async def isolate(
+    incident: str,
+    envelope: Envelope,
+    message: Message,
+    origin: Origin,
+    attempt: int,
+    fingerprint: str,
+    settings: Settings,
+    switches: Switches,
+) -> Isolated:
+    """Decide, and keep a copy. Mail does not wait for the copy's sake: a full disk is only told."""
+    began = time.monotonic()
+    case = poison_case(incident, envelope, message.size, origin, settings, switches)
+    reply, record = answer(case), make_record(case, attempt, time.monotonic() - began)
+    account = make_account(case, reply.text)
+    try:
+        kept = await asyncio.to_thread(keep_poison, settings.service.state, fingerprint, message, fields(record))
+    except OSError as error:
+        return Isolated(reply, record, account, "", str(error))
+    return Isolated(reply, record, account, kept)
 
 
 def poison_case(

@@ -36,6 +36,7 @@ class Scan(msgspec.Struct, frozen=True, omit_defaults=True):
     backend: str = ""
     score: float | None = None
     threshold: float | None = None
+    reused: str = ""  # kept or shared: it was said about an equal message
     owner: str = ""  # of the preferences that spamd went by
 
 
@@ -98,6 +99,7 @@ def make_scans(outcomes: tuple[ScanOutcome, ...]) -> tuple[Scan, ...]:
             o.backend,
             o.score,
             o.threshold,
+            o.reused,
             readable(o.owner[:ADDRESS_SHOWN]),
         )
         for o in outcomes

@@ -203,6 +203,8 @@ def _decode_submission(block: bytes, at: int) -> tuple[Submission, int]:
             envelope_format.parse(given)
         except EnvelopeError as error:
             raise RemoteProtocolError(f"answer with a bad envelope: {error}") from None
+        if given.find(b"\0\0") != len(given) - 2:  # what the hook takes from a client it does not take from us
+            raise RemoteProtocolError("answer with an envelope that does not end with its final NUL")
     return Submission(block[at + _SUBMISSION.size : middle], skip, given), end
 
 

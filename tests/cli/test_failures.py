@@ -87,7 +87,10 @@ def test_the_table_in_print_says_the_same_and_marks_what_is_not_the_default(conf
     ("options", "expected"),
     [
         (["--scanner", "spamd", "--origin", "bounce"], {("spamd", "bounce")}),
-        (["--cause", "limits", "--origin", "local"], {("clamd", "local")}),
+        (
+            ["--cause", "limits", "--origin", "local"],
+            {("clamd", "local"), ("signatures", "local"), ("loadertypes", "local")},
+        ),
     ],
 )
 def test_parts_of_it_can_be_asked_for(config: Path, options: list[str], expected: set[tuple[str, str]]) -> None:

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from contentfilter.cli.main import cli
-from contentfilter.intake.connection import new_incident
+from contentfilter.intake.room import new_incident
 from contentfilter.verdict.journal import FILE, Journal
 from contentfilter.verdict.record import Account
 

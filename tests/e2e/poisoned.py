@@ -12,6 +12,7 @@ import sys
 
 from contentfilter import app
 from contentfilter.scanners.signatures import Engine, Finding
+from contentfilter.service.housekeeping import chores
 from contentfilter.service.supervisor import Supervisor
 from contentfilter.service.worker import Surroundings
 
@@ -34,4 +35,4 @@ async def build(blob: bytes, surroundings: Surroundings) -> app.Application:
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(Supervisor(app.Files(sys.argv[1]), "poisoned:build", os.environ, app.chores()).run()))
+    sys.exit(asyncio.run(Supervisor(app.Files(sys.argv[1]), "poisoned:build", os.environ, chores()).run()))

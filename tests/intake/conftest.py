@@ -13,10 +13,10 @@ import pytest
 
 from contentfilter.config.settings import OriginRules
 from contentfilter.deadline import Deadline
-from contentfilter.intake.connection import Job, Terms
 from contentfilter.intake.listener import Listener, open_socket
 from contentfilter.intake.message import Spool
 from contentfilter.intake.origin import resolve
+from contentfilter.intake.room import Job, Offered, Terms
 from contentfilter.ops.log import make_logger
 from contentfilter.wire import hook
 
@@ -27,8 +27,9 @@ QUEUE = hook.Answer(hook.Action.QUEUE, submissions=(hook.Submission(),))
 class Bench:
     """The listener, its path, its log, and a way to run the blocking client besides."""
 
-    def __init__(self, listener: Listener, path: str, log: Path) -> None:
+    def __init__(self, listener: Listener, path: str, log: Path, handler: "Function") -> None:
         self.listener = listener
+        self.handler = handler
         self.path = path
         self._log = log
 
@@ -43,6 +44,10 @@ class Bench:
 class Function:
     def __init__(self, handle: Handle) -> None:
         self.handle = handle
+        self.away: list[tuple[Offered, str, float]] = []
+
+    def turned_away(self, offered: Offered, why: str, answer: hook.Answer, seconds: float) -> None:
+        self.away.append((offered, why, seconds))
 
 
 @pytest.fixture
@@ -50,20 +55,23 @@ def listening(tmp_path: Path) -> Callable[..., Any]:
     """``async with listening(handle, budget=…) as bench``. No descriptor may be left at the end."""
 
     @asynccontextmanager
-    async def run(handle: Handle, *, budget: float = 30.0, max_in_flight: int = 64) -> AsyncIterator[Bench]:
+    async def run(
+        handle: Handle, *, budget: float = 30.0, max_in_flight: int = 64, **more: Any
+    ) -> AsyncIterator[Bench]:
         await asyncio.to_thread(os.getpid)  # the executor's own descriptors, if any, come before the count
         before = set(os.listdir("/proc/self/fd"))
         path, log_path = str(tmp_path / "q"), tmp_path / "log"
         log_fd = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC)
         rules, _ = resolve(OriginRules(smtp_users=(str(os.getuid()),), bounce_users=()))
-        terms = Terms(Function(handle), rules, Spool(str(tmp_path)), budget, max_in_flight)
+        handler = Function(handle)
+        terms = Terms(handler, rules, Spool(str(tmp_path)), budget, max_in_flight, **more)
         own = open_socket(path, 0o600, 64)
         listener = Listener(
             socket.socket(fileno=os.dup(own.socket.fileno())), terms, make_logger("json", "debug", log_fd)
         )
         listener.start()
         try:
-            yield Bench(listener, path, log_path)
+            yield Bench(listener, path, log_path, handler)
             await listener.drained(Deadline.after(10))
         finally:
             listener.stop()

@@ -11,7 +11,7 @@ import pytest
 from lab.offer import ENVELOPE, MESSAGE, Offer, offer, sealed, unnamed
 
 from contentfilter.intake import connection
-from contentfilter.intake.connection import Job, Rarely, new_incident
+from contentfilter.intake.room import Job, Rarely, new_incident
 from contentfilter.model import OriginKind
 from contentfilter.wire import hook
 

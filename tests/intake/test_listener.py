@@ -15,8 +15,8 @@ from lab.offer import Offer, offer
 
 from contentfilter.deadline import Deadline
 from contentfilter.intake import listener as module
-from contentfilter.intake.connection import Job
 from contentfilter.intake.listener import SocketError, hold_lock, inherited_socket, open_socket
+from contentfilter.intake.room import Job
 from contentfilter.wire import hook
 
 Listening = Callable[..., Any]
@@ -109,7 +109,7 @@ async def test_no_more_than_may_be_in_flight_are_accepted_and_the_others_wait(li
         await go.wait()
         return QUEUE
 
-    async with listening(wait, max_in_flight=3) as bench:
+    async with listening(wait, max_in_flight=3, max_waiting=0) as bench:
         offers = [Offer(bench.path).send() for _ in range(10)]
         async with asyncio.timeout(10):
             while len(bench.listener.connections) < 3:

@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lab.scrape import OPENMETRICS, Samples, promtool
 
-from contentfilter.intake.connection import Counters
+from contentfilter.intake.room import Counters
 from contentfilter.model import Scanner
 from contentfilter.ops import metrics
 from contentfilter.ops.metrics import METRICS, Metrics, Registry
+from contentfilter.policy.shedding import SHED
+from contentfilter.service.load import PREFIX
 
 ROOT = Path(__file__).parents[2]
 CLAMD, SPAMD = "unix:/run/clamd", "tcp:127.0.0.1:783"
@@ -32,7 +34,9 @@ CLOSED = {
     "status": metrics.STATUSES | {metrics.OTHER},
     "cause": metrics.CAUSES | {metrics.OTHER},
     "backend": {CLAMD, SPAMD, ""},
+    "how": metrics.REUSED | {metrics.OTHER},
     "result": metrics.COMMITS | metrics.LOADS,
+    "what": frozenset(SHED),
 }
 
 
@@ -163,12 +167,21 @@ def test_whatever_comes_labels_are_from_closed_sets(events: list[tuple[str, dict
             assert label == "le" or word in CLOSED[label], (name, label, word)
 
 
+def test_a_reused_answer_is_no_scan_that_took_time(counted: Metrics) -> None:
+    scans = (scan("clamd", backend=CLAMD) | {"reused": "kept"}, scan("spamd", backend=SPAMD) | {"reused": "shared"})
+    counted.event("mail.done", MAIL | {"scans": scans})
+    samples = read(counted)
+    assert samples.counts("scans_reused_total", "scanner", "how") == {("clamd", "kept"): 1, ("spamd", "shared"): 1}
+    assert samples.total("scan_seconds_count") == 0
+    assert samples.total("scans_total") == 2
+
+
 def test_a_backend_that_is_no_longer_configured_is_forgotten(counted: Metrics) -> None:
     counted.event("mail.done", MAIL | {"scans": (scan("clamd", backend=CLAMD),)})
     counted.backends({Scanner.CLAMD: ["unix:/new"], Scanner.SPAMD: [SPAMD]})
     counted.event("mail.done", MAIL | {"scans": (scan("clamd", backend=CLAMD), scan("spamd", backend=SPAMD))})
     samples = read(counted)
-    found = {dict(labels)["backend"] for (name, labels) in samples if "scan" in name}
+    found = {dict(labels)["backend"] for (name, labels) in samples if "backend" in dict(labels)}
     assert found == {"", "unix:/new", SPAMD}
     assert samples.counts("scans_total", "scanner", "backend") == {("clamd", ""): 1, ("spamd", SPAMD): 1}
 
@@ -178,8 +191,17 @@ def test_a_backend_that_is_no_longer_configured_is_forgotten(counted: Metrics) -
 
 def test_every_counter_of_a_worker_is_added_up_somewhere() -> None:
     ours = {field.name for field in dataclasses.fields(Counters)} | {"events_lost"}
-    assert set(metrics.FROM_WORKERS) == ours
+    summed = set(metrics.FROM_WORKERS) | set(metrics.SHED_FROM_WORKERS)
+    assert {name for name in summed if not name.startswith(PREFIX)} == ours
     assert set(metrics.FROM_WORKERS.values()) <= set(METRICS)
+
+
+def test_what_workers_left_out_is_counted_by_its_name() -> None:
+    counted = made()
+    counted.worker(1, 0.0, {"busy": 2, PREFIX + "spamd-large": 5})
+    counted.worker(1, 0.0, {"busy": 3, PREFIX + "spamd-large": 5, PREFIX + "clamd": 1, PREFIX + "nonsense": 9})
+    expected = {("waiting",): 3, ("spamd-large",): 5, ("clamd",): 1}
+    assert read(counted).counts("shed_total", "what") == expected
 
 
 @settings(deadline=None, max_examples=60)

@@ -14,8 +14,8 @@ import msgspec
 
 from contentfilter.config.settings import Settings
 from contentfilter.errors import ConfigError, Problem
-from contentfilter.intake.connection import Job
 from contentfilter.intake.listener import SocketError
+from contentfilter.intake.room import Job, Offered
 from contentfilter.scanners.backends import BackendHealth
 from contentfilter.service.frames import Event
 from contentfilter.service.source import Loaded
@@ -55,6 +55,9 @@ class Trivial:
 
     def backends(self) -> tuple[BackendHealth, ...]:
         return ()
+
+    def turned_away(self, offered: Offered, why: str, answer: hook.Answer, seconds: float) -> None:
+        pass
 
     async def close(self) -> None:
         self._surroundings.log.debug("worker.reload", closed=True)

@@ -101,7 +101,9 @@ class SpamdScanner:
         """
         limits = Limits(self._limits.connect, deadline.left())
         batches, reader = iter([(spamd.request("PING", 0),)]), spamd.ResponseReader("PING", 0)
-        response, _ = await converse(address, batches, reader, limits, deadline, around=self._around)
+        response, _ = await converse(
+            address, batches, reader, limits, deadline, half_close=not address.tls, around=self._around
+        )
         if response.code:
             raise BackendError(
                 spamd.cause(response.code, response.text), str(address), f"{response.code} {response.text}"

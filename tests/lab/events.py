@@ -108,7 +108,9 @@ def type_of(about: dict[str, Any]) -> str:
 def schema_text() -> str:
     """etc/log-schema.json with the events of the source. Fields and their meanings are written by hand."""
     text = SCHEMA.read_text()
-    return re.sub(r'(?<="enum": )\["bus[^]]*\]', json.dumps(sorted(EVENTS)), text, count=1)
+    return re.sub(
+        r'("event": [{][^}]*"enum": )\[[^]]*\]', lambda found: found[1] + json.dumps(sorted(EVENTS)), text, count=1
+    )
 
 
 if __name__ == "__main__":

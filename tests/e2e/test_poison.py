@@ -28,7 +28,7 @@ def poisoned(make_system) -> Callable[..., System]:
     """A system whose workers die of messages with a line that begins with POISON."""
 
     def make(**options: Any) -> System:
-        service = {"workers": 2, "stuck_after": 2.0}
+        service = {"workers": 2, "stuck_after": 5.0}
         settings = {"service": service} | options.pop("settings", {})
         command = [sys.executable, "-P", str(HERE / "poisoned.py")]
         controls = {"options": "clamglobal 1\nchksignature 1\n"}
@@ -83,7 +83,7 @@ def test_a_thread_that_kills_is_found_out_too(poisoned) -> None:
 
 def test_those_who_only_waited_are_no_suspects_and_get_through(poisoned, tmp_path: Path) -> None:
     with Peer(tmp_path, in_turn(says_and_stays(b""), CLEAN), read_clamd) as peer:
-        system = poisoned(clamd=peer, settings={"service": {"workers": 1, "stuck_after": 2.0}})
+        system = poisoned(clamd=peer, settings={"service": {"workers": 1}})
         process, standin = system.start_hook(PLAIN, (ONE,))
         waiting_in(system.daemon, peer)
         assert system.deliver(poison("segfault"), NOBODY).status == TOLD

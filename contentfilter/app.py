@@ -46,7 +46,6 @@ from contentfilter.scanners.tls import needed
 from contentfilter.scanners.turns import Turns
 from contentfilter.service.canary import SEEN, Seen, answer_for
 from contentfilter.service.frames import Event
-from contentfilter.service.housekeeping import Chore
 from contentfilter.service.source import Loaded
 from contentfilter.service.supervisor import worker_count
 from contentfilter.service.worker import Surroundings
@@ -55,6 +54,7 @@ from contentfilter.tables.bypass import read_bypasses
 from contentfilter.tables.keeper import Keeper, State, read_source
 from contentfilter.tables.snapshot import FILE as SNAPSHOT
 from contentfilter.tables.snapshot import Snapshot, compile_snapshot
+from contentfilter.verdict.poison import isolate
 from contentfilter.verdict.quarantine import Quarantine
 from contentfilter.verdict.record import (
     Account,
@@ -155,17 +155,6 @@ def unusable(settings: Settings) -> tuple[Problem, ...]:
         except ValueError:
             pass  # the settings' own check has told
     return tuple(found)
-
-
-def chores() -> tuple[Chore, ...]:
-    """What the supervisor does now and then."""
-    return (Chore("quarantine", expire_quarantine),)
-
-
-def expire_quarantine(settings: Settings, aged: bool) -> dict[str, int]:
-    """Retention and quota of the quarantine. Raises OSError."""
-    removed = Quarantine.of(settings).expire(aged=aged)
-    return {"entries": len(removed.entries), "stray": removed.stray, "used": removed.used}
 
 
 def read_allowances(settings: Settings) -> tuple[tuple[Allowance, ...], tuple[Problem, ...]]:
@@ -334,6 +323,22 @@ class Application:
         return await self._workbench.pipeline.handle(
             job.incident, envelope, job.message, job.origin, job.deadline, self._emit, job.request.attempt
         )
+
+    async def isolate(self, job: Job, fingerprint: str) -> hook.Answer:
+        """The answer for a message that killed workers. It is kept, and logged as any other."""
+        try:
+            envelope = envelope_format.parse(job.envelope)
+        except EnvelopeError:
+            return deferral("the envelope is malformed", job.incident)
+        facts = (job.incident, envelope, job.message, job.origin, job.request.attempt, fingerprint)
+        done = await isolate(*facts, self.settings, self._workbench.pipeline.switches)
+        log, record = self._surroundings.log, done.record
+        if done.trouble:
+            log.error("poison.not-kept", id=record.id, why=done.trouble)
+        log.error("poison.isolated", id=record.id, fingerprint=fingerprint, decision=record.decision, kept=done.kept)
+        self._surroundings.emit(Event("poison.isolated", {"id": record.id}))
+        self._emit(record, done.account)
+        return done.answer
 
     def turned_away(self, offered: Offered, why: str, answer: hook.Answer, seconds: float) -> None:
         """Like mail that was decided, so that its incident is found; it was not opened, only its envelope is read."""

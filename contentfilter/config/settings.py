@@ -16,7 +16,7 @@ VirusAction = Literal["reject", "remove", "mark"]
 SpamAction = Literal["mark", "reject", "remove"]
 FaultAction = Literal["defer", "pass"]
 FaultScanner = Literal["signatures", "loadertypes", "clamd", "spamd"]
-FaultCause = Literal["down", "timeout", "busy", "too-big", "limits", "bad-reply", "reloading", "memory"]
+FaultCause = Literal["down", "timeout", "busy", "too-big", "limits", "bad-reply", "reloading", "memory", "poison"]
 FaultOrigin = Literal["stranger", "relay", "authenticated", "local", "bounce"]
 ClassAction = Literal["", "reject", "remove", "mark", "pass"]
 
@@ -172,6 +172,7 @@ class Failure(Section, frozen=True):
     signatures: FaultAction = "defer"
     too_big: FaultAction = "pass"  # above a scanner's own limit
     limits: FaultAction = "pass"  # clamd or the signatures stopped at one of their limits
+    poison: FaultAction = "defer"  # the message killed two workers
     rule: tuple[FaultRule, ...] = ()  # single cells of the table; they go before the keys above
 
 

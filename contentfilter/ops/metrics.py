@@ -57,6 +57,7 @@ COUNTED = (
     Metric("counter", "contentfilter_quarantined_total", "Messages kept in quarantine for at least one recipient."),
     Metric("counter", "contentfilter_scans_total", "Scans.", _SCANS),
     Metric("histogram", "contentfilter_scan_seconds", "One scan, waiting included.", _SCAN_SECONDS, SECONDS),
+    Metric("counter", "contentfilter_poison_total", "Offers of messages that killed two workers."),
     Metric("counter", "contentfilter_scans_reused_total", "Scans spared by an equal message's.", ("scanner", "how")),
     Metric("counter", "contentfilter_commits_total", "Messages that went on in several parts.", ("result",)),
     Metric("counter", "contentfilter_connections_total", "Connections that workers accepted."),
@@ -255,6 +256,8 @@ class Metrics:
         """Count an event of the feed, if it is one that counts. Raises nothing."""
         count: Callable[[Mapping[str, Any]], None] | None
         count = {"mail.done": self._mail, "mail.report": self._report}.get(name)
+        if name == "poison.isolated":
+            self._counters["contentfilter_poison_total"].inc()
         if count is None:
             return
         try:

@@ -67,6 +67,7 @@ MEANINGS: Mapping[Cause, Meaning] = MappingProxyType(
             "clamd says that it is loading its database; one that says nothing meanwhile is a timeout", (Scanner.CLAMD,)
         ),
         Cause.MEMORY: Meaning("it says that it has no memory left for this message", _DAEMONS),
+        Cause.POISON: Meaning("the message killed two workers and is looked at no more", tuple(Scanner)),
         Cause.BYPASSED: Meaning("an administrator has switched the scanner off for a while", tuple(Scanner)),
     }
 )
@@ -126,6 +127,7 @@ def _layers(failure: Failure) -> tuple[_Layer, ...]:
         _Layer(key("spamd", failure.spamd), scanners=(Scanner.SPAMD,)),
         _Layer(key("too_big", failure.too_big), causes=(Cause.TOO_BIG,)),
         _Layer(key("limits", failure.limits), causes=(Cause.LIMITS,)),
+        _Layer(key("poison", failure.poison), causes=(Cause.POISON,)),
         *sorted(_rules(failure), key=_Layer.weight),
         *_FIXED,
     )

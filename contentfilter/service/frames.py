@@ -238,6 +238,7 @@ class Status(Frame, frozen=True):
     bypasses: tuple[Bypass, ...] = ()  # those that hold now
     drain: Drain | None = None
     canary: tuple[CanaryResult, ...] = ()  # empty: off, or no round yet
+    poison: tuple[str, ...] = ()  # fingerprints of messages that killed two workers and are isolated
     orders_problem: str = ""  # why orders do not survive a restart, or why older ones are not in force
 
 

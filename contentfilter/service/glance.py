@@ -62,7 +62,9 @@ def glance(status: Status, now: float) -> Glance:
     """``now``: seconds since 1970."""
     oldest = oldest_message(status.workers)
     found = (*_service(status, now), *_scanners(status, now), *_deferrals(status), *_slow(status, oldest))
-    troubles = tuple(sorted((*found, *_configuration(status)), key=lambda trouble: _ORDER[trouble.effect]))
+    troubles = tuple(
+        sorted((*found, *_poison(status), *_configuration(status)), key=lambda trouble: _ORDER[trouble.effect])
+    )
     stopped = next((trouble.what for trouble in troubles if trouble.effect == "stops"), "")
     unchecked = [trouble.what for trouble in troubles if trouble.effect == "unchecked"]
     if stopped:
@@ -228,6 +230,16 @@ def _slow(status: Status, oldest: Oldest | None) -> Iterator[Trouble]:
     if status.waiting and status.waiting_limit and status.waiting > CROWDED * status.waiting_limit:
         what = f"{status.waiting} hooks wait for a worker, {status.waiting_limit} can"
         yield Trouble(what, "contentfilter top", "Mail waits for a free place")
+
+
+def _poison(status: Status) -> Iterator[Trouble]:
+    if count := len(status.poison):
+        what = (
+            f"{count} message{'s' * (count > 1)} that killed two workers each {'are' if count > 1 else 'is'} isolated"
+        )
+        yield Trouble(
+            what, "contentfilter tail, and what lies in poison in the state directory", "A message kills workers"
+        )
 
 
 def _configuration(status: Status) -> Iterator[Trouble]:

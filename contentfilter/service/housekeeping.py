@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from contentfilter.config.settings import Settings
 from contentfilter.ops.log import Logger
 from contentfilter.service.clock import FILE, believable
+from contentfilter.verdict.quarantine import Quarantine
 
 T = TypeVar("T")
 DELAY = 60.0  # seconds from the start to the first round
@@ -83,3 +84,14 @@ async def in_thread(act: Callable[[], T]) -> T:
 
     threading.Thread(target=work, name="housekeeping", daemon=True).start()
     return await done
+
+
+def chores() -> tuple[Chore, ...]:
+    """What the supervisor does now and then."""
+    return (Chore("quarantine", expire_quarantine),)
+
+
+def expire_quarantine(settings: Settings, aged: bool) -> dict[str, int]:
+    """Retention and quota of the quarantine. Raises OSError."""
+    removed = Quarantine.of(settings).expire(aged=aged)
+    return {"entries": len(removed.entries), "stray": removed.stray, "used": removed.used}

@@ -6,7 +6,6 @@ gives up and never spins. It knows nothing of configuration or sockets: ``spawn`
 """
 
 import asyncio
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -172,8 +171,7 @@ class Pool:
         del self._processes[process.pid]
         if not self._processes:
             self._empty.set()
-        expected = process.retiring and process.status in (0, -signal.SIGTERM)  # the latter: before it was up
-        if not expected:
+        if not process.expected:
             self.deaths["stuck" if process.stuck else "signal" if (process.status or 0) < 0 else "exit"] += 1
             self._log.error(
                 "worker.died", slot=process.slot, child=process.pid, status=process.status, age=round(process.age(), 1)

@@ -45,6 +45,11 @@ class Process:
         """Exit status once it ended; negative: the signal that ended it."""
         return self._popen.returncode
 
+    @property
+    def expected(self) -> bool:
+        """It ended as it was asked to, or by the signal that asked it before it was up."""
+        return self.retiring and self.status in (0, -signal.SIGTERM)
+
     def heartbeat(self, beat: Heartbeat) -> None:
         self.seen = time.monotonic()
         self.beat = beat

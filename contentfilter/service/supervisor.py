@@ -34,6 +34,7 @@ from contentfilter.service.pool import Pool
 from contentfilter.service.process import Process, memory_file
 from contentfilter.service.recorder import Recorder
 from contentfilter.service.source import Loaded, Source
+from contentfilter.service.suspects import Suspects
 from contentfilter.service.worker import command_line
 
 SOCKET_NAME = "queue"  # FileDescriptorName= in the socket unit; a single unnamed socket will do too
@@ -87,6 +88,7 @@ class Supervisor:
         settings = first.settings
         self._lifeline, self._lifeline_held = os.pipe2(os.O_CLOEXEC)
         self._bus = bus.SupervisorBus(settings.service.run)
+        self._suspects = Suspects(self._log)
         self._pool = Pool(self._spawn, self._log, self._moved.set)
         self._recorder = recorder = Recorder(self._log, settings)
         workers = (lambda: self._pool.processes), self._moved
@@ -137,6 +139,7 @@ class Supervisor:
             self._pool.kill()
             recorder.close(RECORD_WAIT)
             self._bus.close()
+            self._suspects.close()
             os.close(self._lifeline)
             os.close(self._lifeline_held)
         self._log.info("service.stop")
@@ -147,8 +150,14 @@ class Supervisor:
         runtime, orders = memory_file("configuration", loaded.blob), self._glass.inherited()
         try:
             fds = {"listen": self._listener.fileno(), "lifeline": self._lifeline, "runtime": runtime, "orders": orders}
-            words = command_line(self._app, loaded.settings, loaded.sysfacility, slot, generation, fds)
-            return Process(slot, words, tuple(fds.values()), ended)
+            fds["suspects"] = self._suspects.fd
+            place = self._suspects.enlist()
+            words = command_line(self._app, loaded.settings, loaded.sysfacility, slot, generation, place, fds)
+            try:
+                return Process(slot, words, tuple(fds.values()), self._suspects.watched(place, ended))
+            except OSError:
+                self._suspects.bury(place, expected=True, child=0)
+                raise
         finally:
             os.close(runtime)
             os.close(orders)
@@ -185,9 +194,13 @@ class Supervisor:
     def _looked(self, result: Literal["changed", "unchanged", "failed"]) -> None:
         self._monitor.loaded(result)
 
+    def _renew(self) -> None:
+        self._suspects.forget()  # perhaps it was a defect of the version that goes now
+        self._pool.replace_all()
+
     async def _reload(self, *, restart: bool = False) -> tuple[str, ...]:
         self._notify.reloading()
-        problems = await self._configuration.reload(self._pool.replace_all if restart else None)
+        problems = await self._configuration.reload(self._renew if restart else None)
         self._notify.ready(self._summary())
         return problems
 
@@ -312,6 +325,7 @@ class Supervisor:
             drain=self._glass.orders.drain,
             orders_problem=self._glass.problem,
             canary=self._canary.results,
+            poison=self._suspects.isolated(),
         )
         return self._monitor.complete(status)
 

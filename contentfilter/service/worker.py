@@ -38,7 +38,9 @@ from contentfilter.scanners.backends import BackendHealth
 from contentfilter.scanners.recall import Recall
 from contentfilter.service.bus import BATCH_DELAY, WorkerBus
 from contentfilter.service.frames import ORDERS, Busy, Event, Heartbeat, Orders, Remember, decode
+from contentfilter.service.hardening import give_up_privileges
 from contentfilter.service.load import Load
+from contentfilter.service.suspects import FATAL, Lane, Place, fingerprint
 from contentfilter.wire import hook
 
 SHOWN = 8  # messages in flight that a heartbeat tells about
@@ -51,6 +53,10 @@ class Application(Protocol):
     settings: Settings
 
     async def handle(self, job: Job) -> hook.Answer: ...
+
+    async def isolate(self, job: Job, fingerprint: str) -> hook.Answer:
+        """In place of :meth:`handle`, for a message that killed workers: decide without a look at it."""
+        ...
 
     def turned_away(self, offered: Offered, why: str, answer: hook.Answer, seconds: float) -> None:
         """See intake.room.Handler."""
@@ -80,10 +86,14 @@ Build = Callable[[bytes, Surroundings], Awaitable[Application]]
 
 
 class Serving:
-    """An application with a count of what it is working on, so that it is closed when it is idle."""
+    """An application with a count of what it is working on, so that it is closed when it is idle.
 
-    def __init__(self, application: Application, generation: int) -> None:
+    Keeps messages that killed workers away from it.
+    """
+
+    def __init__(self, application: Application, generation: int, lane: Lane) -> None:
         self.application = application
+        self._lane = lane
         self.generation = generation
         self._running = 0
         self._idle = asyncio.Event()
@@ -93,7 +103,10 @@ class Serving:
         self._running += 1
         self._idle.clear()
         try:
-            return await self.application.handle(job)
+            key = fingerprint(job.message.data)
+            if self._lane.deaths(key) >= FATAL:
+                return await self.application.isolate(job, key.hex())
+            return await self._lane.handled(self.application.handle(job), key, job.incident)
         finally:
             self._running -= 1
             if not self._running:
@@ -145,6 +158,8 @@ class Worker:
             loop.add_signal_handler(number, self._signalled)
         loop.add_reader(self._options.lifeline, self._orphaned)
         self._bus = WorkerBus(self._options.run, os.getpid())
+        self._lane = Lane(self._options.suspects, Place(self._options.lane, self._options.life))
+        self._lane.attend(loop)
         self._recall = Recall(lambda key, kept: self._bus.send(Remember(key, kept)), self._late)
         blob = read_all(self._options.runtime)
         self._orders = decode(read_all(self._options.orders), ORDERS)
@@ -179,7 +194,7 @@ class Worker:
     async def _built(self, generation: int, blob: bytes) -> Serving:
         around = Surroundings(self._log, self._emit, self._bypasses, self._recall, self._load.shed)
         application = await self._build(blob, around)
-        return Serving(application, generation)
+        return Serving(application, generation, self._lane)
 
     def _bypasses(self) -> tuple[Bypass, ...]:
         return self._orders.bypasses
@@ -333,7 +348,7 @@ def load_build(name: str) -> Build:
 
 
 def command_line(
-    app: str, settings: Settings, facility: str, slot: int, generation: int, fds: dict[str, int]
+    app: str, settings: Settings, facility: str, slot: int, generation: int, place: Place, fds: dict[str, int]
 ) -> list[str]:
     """How the supervisor starts a worker. ``-P``: never import from the current directory."""
     words = [sys.executable, "-P", "-m", "contentfilter.service.worker"]
@@ -347,6 +362,8 @@ def command_line(
         "facility": facility,
         "slot": slot,
         "generation": generation,
+        "lane": place.lane,
+        "life": place.life,
         **fds,
     }
     return words + [f"--{name}={value}" for name, value in options.items()]
@@ -356,13 +373,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="contentfilter worker", description="Started by contentfilter serve only.")
     for name in ("app", "run", "log", "level", "to", "syslog", "facility"):
         parser.add_argument(f"--{name}", required=True)
-    for name in ("slot", "generation", "listen", "lifeline", "runtime", "orders"):
+    for name in ("slot", "generation", "lane", "life", "listen", "lifeline", "runtime", "orders", "suspects"):
         parser.add_argument(f"--{name}", type=int, required=True)
     options = parser.parse_args()
+    give_up_privileges()
     with suppress(OSError):  # the service's unit forbids it, and has set enough
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # messages have several; nothing uses select(2)
-    for fd in (options.listen, options.lifeline, options.runtime, options.orders):
+    for fd in (options.listen, options.lifeline, options.runtime, options.orders, options.suspects):
         os.set_inheritable(fd, False)
     target = open_target(options.to, options.syslog, options.facility, os.environ)
     log = make_logger(options.log, options.level, target, worker=options.slot, pid=os.getpid())

@@ -103,7 +103,7 @@ def compile_snapshot(rows: Rows, path: str, created: float | None = None) -> Hea
         prefs_rows=len(rows.prefs),
     )
     head = msgspec.json.encode(header)
-    replace_file(path, (_PREFIX.pack(MAGIC, len(head), crc32(head)), head, offsets.tobytes(), buckets), mode=0o640)
+    replace_file(path, (_PREFIX.pack(MAGIC, len(head), crc32(head)), head, offsets.tobytes(), buckets), mode=0o600)
     return header
 
 

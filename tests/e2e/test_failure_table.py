@@ -142,6 +142,7 @@ def test_these_cases_cover_every_cause_that_a_daemon_can_give() -> None:
     covered = {(scanner, cause) for scanner, _, cause in CASES}
     possible = {(s, cause) for cause, meaning in MEANINGS.items() for s in meaning.scanners}
     elsewhere = {(Scanner.CLAMD, Cause.BUSY), *((s, Cause.BYPASSED) for s in Scanner)}
+    elsewhere |= {(s, Cause.POISON) for s in Scanner}  # test_poison.py
     elsewhere |= {(s, c) for s in (Scanner.SIGNATURES, Scanner.LOADERTYPES) for c in (Cause.TIMEOUT, Cause.LIMITS)}
     assert covered == possible - elsewhere
 

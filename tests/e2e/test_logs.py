@@ -79,7 +79,7 @@ def test_with_syslog_every_process_writes_there_with_the_facility(make_system: M
 
 def test_under_journald_every_line_has_its_severity(lab_directory: Any) -> None:
     """Standard error is a pipe here; the variable says that it is journald's."""
-    serve = f'exec {shlex.quote(sys.executable)} -P -m contentfilter --config "$0" serve'
+    serve = f'exec {shlex.quote(sys.executable)} -P -m contentfilter --config "$0" serve --allow-root'
     script = "export JOURNAL_STREAM=$(stat -L -c %d:%i /proc/self/fd/2); " + serve
     system = System(lab_directory / "journald", settings={"origin": {"bounce_users": ["no-such-user"]}})
     system.daemon._command = ("bash", "-c", script)

@@ -107,7 +107,7 @@ def test_the_daemon_works_under_the_filters_of_its_unit(tmp_path: Path) -> None:
     launcher.write_text(
         f"import os, sys\nsys.path.insert(0, {str(Path(sandbox.__file__).parent)!r})\n"
         f"from pathlib import Path\nimport sandbox\nsandbox.enter(Path({str(SERVICE)!r}))\n"
-        f"os.execv({sys.executable!r}, [*{words!r}, sys.argv[1], 'serve'])\n"
+        f"os.execv({sys.executable!r}, [*{words!r}, sys.argv[1], 'serve', '--allow-root'])\n"
     )
     settings = {"clamd": {"backends": []}, "spamd": {"backends": []}, "signatures": {"thread_above": 1000}}
     daemon = Daemon(settings, command=(sys.executable, str(launcher)))

@@ -87,7 +87,7 @@ class Daemon:
     def configure(self, settings: Table) -> None:
         """Write the file; sections given here are merged over the directory's own."""
         for name in ("state", "control"):
-            (self.directory / name).mkdir(exist_ok=True)
+            (self.directory / name).mkdir(mode=0o700 if name == "state" else 0o755, exist_ok=True)
         base: dict[str, dict[str, Any]] = {
             "listen": {"socket": self.socket},
             "http": {"listen": "off"},
@@ -130,7 +130,9 @@ class Daemon:
         if self._watchdog:
             environ["WATCHDOG_USEC"] = str(int(self._watchdog * 1_000_000))
         command = self._command or (sys.executable, "-P", "-m", "contentfilter", "--config")
-        return [*command, str(self.config)] + ([] if self._command else ["serve", *self._options]), environ
+        return [*command, str(self.config)] + (
+            [] if self._command else ["serve", "--allow-root", *self._options]
+        ), environ
 
     def _popen(self, words: list[str], environ: dict[str, str], **more: Any) -> subprocess.Popen[bytes]:
         return subprocess.Popen(words, env=environ, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, **more)

@@ -52,7 +52,7 @@ class System:
     """``with System(directory, controls={...}) as system: system.deliver(...)``.
 
     ``directory`` must be short and open to other users' daemons. ``controls``: files of the control directory.
-    ``settings``: sections of contentfilter.toml, over the ones that join the parts.
+    ``settings``: sections of contentfilter.toml, over the ones that join the parts. ``command``: see Daemon.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class System:
         spamd: Spamd | None = None,
         environ: Mapping[str, str] | None = None,
         program: Path | None = None,
+        command: Sequence[str] = (),
         activated: bool = False,
         tracebacks_allowed: bool = False,
     ) -> None:
@@ -81,6 +82,7 @@ class System:
         self.daemon = Daemon(
             sections,
             directory=directory,
+            command=command,
             environ=environ,
             activated=activated,
             tracebacks_allowed=tracebacks_allowed,

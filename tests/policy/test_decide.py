@@ -74,7 +74,7 @@ def test_no_fault_ever_refuses_and_every_cell_is_what_the_table_says(scanner, ca
 
 @pytest.mark.parametrize("wish", ["defer", "pass"])
 def test_failure_settings_are_obeyed(wish):
-    failure = Failure(clamd=wish, spamd=wish, signatures=wish, too_big=wish, limits=wish)
+    failure = Failure(clamd=wish, spamd=wish, signatures=wish, too_big=wish, limits=wish, poison=wish)
     for scanner, cause in itertools.product(Scanner, set(Cause) - {Cause.BYPASSED}):
         d = run([BOTH], [fault(scanner, cause)], failure=failure)
         assert (d.action is Action.DEFER) is (wish == "defer")

@@ -33,6 +33,7 @@ DEFAULTS = {
     Cause.BAD_REPLY: "d d d p",
     Cause.RELOADING: "d d d p",
     Cause.MEMORY: "d d d p",
+    Cause.POISON: "d d d d",
     Cause.BYPASSED: "p p p p",
 }
 WORDS = {"d": "defer", "p": "pass"}
@@ -76,7 +77,7 @@ def test_each_cell_has_its_default_and_can_be_set_alone(key):
 @pytest.mark.parametrize("key", KEYS, ids=names)
 def test_each_cell_obeys_the_simple_key_that_is_named_as_its_source(key):
     cell = failure_table(Failure())[key]
-    every = {"clamd", "spamd", "signatures", "too_big", "limits"}
+    every = {"clamd", "spamd", "signatures", "too_big", "limits", "poison"}
     for name in every:
         for action in ("defer", "pass"):
             said = failure_table(Failure(**{name: action}))[key]
@@ -90,7 +91,7 @@ def test_each_cell_obeys_the_simple_key_that_is_named_as_its_source(key):
 
 def test_a_bounce_passes_whatever_is_set():
     everything = (FaultRule(action="defer", origin=("bounce", "local")), FaultRule(action="defer", scanner="clamd"))
-    keys = dict.fromkeys(("clamd", "spamd", "signatures", "too_big", "limits"), "defer")
+    keys = dict.fromkeys(("clamd", "spamd", "signatures", "too_big", "limits", "poison"), "defer")
     failure = Failure(**keys, rule=everything)
     assert {failure_table(failure)[k].action for k in KEYS if k[2] is OriginKind.BOUNCE} == {"pass"}
 

@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 
-from contentfilter.app import chores
 from contentfilter.config.settings import Quarantine as QuarantineSettings
 from contentfilter.config.settings import Service, Settings
 from contentfilter.deadline import Deadline
 from contentfilter.model import Message
 from contentfilter.ops.log import make_logger
 from contentfilter.service.clock import DAY, believable
-from contentfilter.service.housekeeping import Chore, keep_house
+from contentfilter.service.housekeeping import Chore, chores, keep_house
 from contentfilter.verdict.quarantine import Quarantine
 
 pytestmark = pytest.mark.asyncio

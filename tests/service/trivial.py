@@ -50,6 +50,9 @@ class Trivial:
             return hook.Answer(hook.Action.DEFER, text=f"{os.getpid()} {self.settings.service.budget}")
         return QUEUE
 
+    async def isolate(self, job: Job, fingerprint: str) -> hook.Answer:
+        return hook.Answer(hook.Action.DEFER, text=f"isolated {fingerprint}")
+
     def backends(self) -> tuple[BackendHealth, ...]:
         return ()
 

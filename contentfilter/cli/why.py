@@ -59,17 +59,9 @@ def why(config_path: str, /, text: tuple[str, ...], limit: int, as_json: bool, *
     incidents = _incidents(" ".join(text)) if text else ()
     settings, _ = read_settings(config_path)
     become_owner(Path(settings.service.state))
+    queries = [query] if query is not None else [Query((("incident", f"{each}*"),)) for each in incidents]
     try:
-        with Journal.reading(journal_path(settings)) as journal:
-            if query is not None:
-                found = journal.find(query, limit + 1)
-            else:
-                queries = [Query((("incident", f"{incident}*"),)) for incident in incidents]
-                while True:
-                    found = [mail for query in queries for mail in journal.find(query, limit + 1)]
-                    if found or not any(map(_young, incidents)):
-                        break
-                    time.sleep(AGAIN)
+        found = _found(journal_path(settings), queries, limit + 1, incidents)
     except JournalError as error:
         click.echo(f"contentfilter: {error}", err=True)
         sys.exit(1)
@@ -93,6 +85,22 @@ def _incidents(text: str) -> tuple[str, ...]:
     if _PREFIX.fullmatch(text.lower()):
         return (text.lower(),)
     raise click.UsageError("there is no incident in that: sixteen letters and digits, or the first of them")
+
+
+def _found(path: Path, queries: list[Query], limit: int, incidents: tuple[str, ...]) -> list[Mail]:
+    """What the journal has; it is asked again while an incident is young. Raises JournalError."""
+    while True:
+        waits = any(map(_young, incidents))
+        try:
+            with Journal.reading(path) as journal:
+                found = [mail for query in queries for mail in journal.find(query, limit)]
+        except JournalError:
+            if not waits:
+                raise
+            found = []
+        if found or not waits:
+            return found
+        time.sleep(AGAIN)
 
 
 def _young(incident: str) -> bool:

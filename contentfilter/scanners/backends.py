@@ -67,7 +67,7 @@ class Pool:
             except BackendError as error:
                 now = self._clock()
                 seconds = now - started if deadline.expired() else math.inf  # inf: its own limit ended it
-                self._failed(backend, error, now, seconds)
+                self._failed(backend, error, started, now, seconds)
                 taken += not isinstance(error, UnreachableError)
                 if taken > 1 or error.cause in _NO_RETRY or deadline.expired():
                     raise
@@ -136,7 +136,7 @@ class Pool:
             await ping(backend.address, Deadline.after(self._patience.long))
         except BackendError as error:
             if backend.heard <= began:  # else mail was answered meanwhile
-                self._failed(backend, error, self._clock(), math.inf)
+                self._failed(backend, error, began, self._clock(), math.inf)
                 self._hand_out()  # who waits for it may have to hear that there is nobody
         else:
             backend.health = backend.health.answered_ping()
@@ -163,7 +163,9 @@ class Pool:
         backend.heard = self._clock()
         backend.silent_since = None
 
-    def _failed(self, backend: Backend, error: BackendError, now: float, seconds: float) -> None:
+    def _failed(self, backend: Backend, error: BackendError, began: float, now: float, seconds: float) -> None:
+        if error.cause is not Cause.TIMEOUT and backend.health.failures and began < backend.health.last:
+            return  # put before the last failure was known: one trouble, counted once
         absent = isinstance(error, UnreachableError) and error.cause is Cause.DOWN
         backend.health = backend.health.failed(error.cause, now, seconds, absent=absent)
         if error.cause in (Cause.DOWN, Cause.BAD_REPLY, Cause.MEMORY):

@@ -321,6 +321,15 @@ def test_an_incident_that_is_pasted_at_once_is_waited_for(place: Place) -> None:
     assert fresh in result.output
 
 
+def test_the_first_message_of_all_is_waited_for_too(tmp_path: Path) -> None:
+    place, fresh = Place(tmp_path), new_incident()
+    later = threading.Timer(0.5, lambda: place.add(fresh))
+    later.start()
+    result = place.why(fresh)
+    later.join()
+    assert result.exit_code == 0, result.output
+
+
 def test_an_old_or_made_up_incident_is_not_waited_for(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(why_module.time, "sleep", lambda seconds: pytest.fail("it waited"))
     for incident in ("1k7tr2fnsi7a1nlz", "zzzzzzzzzzzzzzzz", "1k7"):

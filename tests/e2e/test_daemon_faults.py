@@ -326,7 +326,8 @@ def test_a_client_that_is_gone_at_any_stage_leaves_nothing_and_queues_nothing(
 
         # scanning
         for count in range(1, 4):
-            process, standin = system.start_hook(PLAIN, (ONE,))
+            different = b"X-Number: %d\n" % count + PLAIN  # an equal one would wait for the scan that goes on
+            process, standin = system.start_hook(different, (ONE,))
             until(lambda: len(peer.seen) >= count, "not asked")  # noqa: B023
             process.kill()
             process.wait()

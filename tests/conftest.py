@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from lab.browser import Browser
 from lab.clamd import Clamd
 from lab.spamd import Spamd
 
@@ -36,3 +37,19 @@ def spamd(lab_directory: Path) -> Iterator[Spamd]:
     """A real spamd with two children. Do not stop it: take a Spamd of your own for that."""
     with Spamd(lab_directory / "spamd") as spamd:
         yield spamd
+
+
+@pytest.fixture(scope="module")
+def started_browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with Browser(tmp_path_factory.mktemp("browser")) as browser:
+        yield browser
+
+
+@pytest.fixture
+def browser(started_browser: Browser) -> Browser:
+    """A headless Chromium on an empty page, as it comes: light, and of a desk's width."""
+    started_browser.open("about:blank")
+    started_browser.look()
+    started_browser.requests.clear()
+    started_browser.console.clear()
+    return started_browser

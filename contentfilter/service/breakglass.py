@@ -13,7 +13,6 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
-import zmq
 
 from contentfilter.config.settings import Settings
 from contentfilter.deadline import Deadline
@@ -25,11 +24,11 @@ from contentfilter.service import frames
 from contentfilter.service.control import Answer
 from contentfilter.service.housekeeping import in_thread
 from contentfilter.service.process import Process, memory_file
+from contentfilter.service.spread import Spread
 from contentfilter.tables.bypass import read_bypasses, save
 
 TAKE_WAIT = 10.0  # seconds for all workers to follow
 SAVE_WAIT = 5.0  # seconds for the disk
-REPEAT = 2.0  # seconds before orders are sent again to a worker that lacks them
 REMIND = 300.0  # seconds between two lines in the log about what is still in force
 TICK = 1.0  # seconds; the clock may be set
 
@@ -51,13 +50,14 @@ class BreakGlass:
         """``send``: to all workers. ``publish``: to the event feed. ``moved``: set when a worker has changed."""
         self._log = log
         self._settings = settings
-        self._send = send
         self._publish = publish
         self._processes = processes
-        self._moved = moved
+        self._spread = Spread(
+            lambda: send(self.orders), lambda beat: beat.orders >= self.orders.number, processes, moved
+        )
+        self.heard = self._spread.heard  # to be told of each sign of life
         self._changed = asyncio.Event()
         self._writing = asyncio.Lock()  # so that the newest is written last
-        self._last_sent = 0.0
         self._remind_at = 0.0
         self.problem = ""
         self.orders = frames.Orders(1, self._kept())
@@ -77,11 +77,6 @@ class BreakGlass:
     def inherited(self) -> int:
         """A descriptor with the orders, for a worker that starts."""
         return memory_file("orders", frames.encode(self.orders))
-
-    async def heard(self, process: Process) -> None:
-        """A worker gave a sign of life; if it lacks the orders it gets them again."""
-        if self._lacks(process) and time.monotonic() > self._last_sent + REPEAT:
-            await self._spread()
 
     def bypasses(self) -> tuple[Bypass, ...]:
         """Those that hold now."""
@@ -171,23 +166,16 @@ class BreakGlass:
             self._remind_at = time.monotonic() + REMIND
         self.orders = frames.Orders(self.orders.number + 1, tuple(bypasses), drain)
         self._changed.set()
-        await self._spread()
+        await self._spread.send()
         for event in events:
             self._log.warning(event.name, **event.fields)
             await self._publish(event)
         await self._save(events)
-        lacking = await self._followed(Deadline.after(TAKE_WAIT))
+        lacking = await self._spread.followed(Deadline.after(TAKE_WAIT))
         problems = [self.problem] if self.problem else []
         problems += (f"worker {p.slot} (pid {p.pid}) has not taken it yet; it is told again" for p in lacking)
         in_flight = sum(p.beat.open for p in self._processes() if p.beat is not None)
         return frames.Ordered(self.bypasses(), self.orders.drain, tuple(problems), in_flight)
-
-    async def _spread(self) -> None:
-        self._last_sent = time.monotonic()
-        try:
-            await self._send(self.orders)
-        except zmq.Again:
-            pass  # their heartbeats will ask for it again
 
     async def _save(self, events: Sequence[frames.Event]) -> None:
         """The state directory has it, or ``problem`` says why not. A disk that hangs keeps nobody waiting."""
@@ -208,21 +196,6 @@ class BreakGlass:
             except OSError as error:
                 return error.strerror or str(error)
         return ""
-
-    def _lacks(self, process: Process) -> bool:
-        beat = process.beat
-        return not process.retiring and (beat is None or beat.orders < self.orders.number)
-
-    async def _followed(self, deadline: Deadline) -> list[Process]:
-        """Wait for all workers; returns those that are late."""
-        while lacking := [process for process in self._processes() if self._lacks(process)]:
-            self._moved.clear()
-            try:
-                async with deadline.timeout():
-                    await self._moved.wait()
-            except TimeoutError:
-                return lacking
-        return []
 
     # In the background
 

@@ -5,12 +5,9 @@ them; the others get it over the bus, again and again until their heartbeat says
 """
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from operator import attrgetter
 from typing import Literal
-
-import zmq
 
 from contentfilter.deadline import Deadline
 from contentfilter.errors import ConfigError
@@ -19,9 +16,9 @@ from contentfilter.ops.log import Logger
 from contentfilter.service import frames
 from contentfilter.service.process import Process
 from contentfilter.service.source import Loaded, Source, Staleness
+from contentfilter.service.spread import Spread
 
 RELOAD_WAIT = 10.0  # seconds to wait for all workers to take a new configuration
-REPEAT = 2.0  # seconds before a configuration is sent again to a worker that lacks it
 AT_START_ONLY = ("settings.listen", "settings.http", "settings.service.run", "settings.log", "sysfacility")
 """What a running daemon cannot change."""
 
@@ -49,12 +46,15 @@ class Configuration:
         self.problems: tuple[str, ...] = ()
         self._source = source
         self._log = log
-        self._send = send
-        self._processes = processes
-        self._moved = moved
+        self._spread = Spread(
+            lambda: send(frames.Configure(self.generation, self.loaded.blob)),
+            lambda beat: max(beat.generation, beat.refused) >= self.generation,
+            processes,
+            moved,
+        )
+        self.heard = self._spread.heard  # to be told of each sign of life
         self._adopt = adopt
         self._looked = looked
-        self._last_sent = 0.0
         self._reloading = asyncio.Lock()
         self._staleness = Staleness(log)
         self._tell(first)
@@ -71,7 +71,7 @@ class Configuration:
                 await self._take(loaded)
                 if replace_workers is not None:
                     replace_workers()
-                await self._taken(Deadline.after(RELOAD_WAIT))
+                await self._spread.followed(Deadline.after(RELOAD_WAIT))
             self._staleness.tell(self._source.tables())
             return self.problems
 
@@ -91,11 +91,6 @@ class Configuration:
                     self._looked("unchanged")
                 else:
                     await self._take(loaded)
-
-    async def heard(self, process: Process) -> None:
-        """A worker gave a sign of life; if it lacks the newest generation it gets that again."""
-        if self._lacks(process) and time.monotonic() > self._last_sent + REPEAT:
-            await self._spread()
 
     def _tell(self, loaded: Loaded) -> None:
         for problem in loaded.problems:
@@ -122,26 +117,5 @@ class Configuration:
                 self._log.warning("service.restart-needed", setting=name.removeprefix("settings."))
         self.generation += 1
         self._log.info("service.reload", generation=self.generation, bytes=len(loaded.blob))
-        await self._spread()
+        await self._spread.send()
         self._adopt(loaded)
-
-    async def _spread(self) -> None:
-        self._last_sent = time.monotonic()
-        try:
-            await self._send(frames.Configure(self.generation, self.loaded.blob))
-        except zmq.Again:
-            pass  # their heartbeats will ask for it again
-
-    def _lacks(self, process: Process) -> bool:
-        beat = process.beat
-        return not process.retiring and (beat is None or max(beat.generation, beat.refused) < self.generation)
-
-    async def _taken(self, deadline: Deadline) -> None:
-        """Wait until every worker has, or has refused, the newest generation."""
-        try:
-            async with deadline.timeout():
-                while any(map(self._lacks, self._processes())):
-                    self._moved.clear()
-                    await self._moved.wait()
-        except TimeoutError:
-            pass

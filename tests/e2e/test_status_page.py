@@ -1,9 +1,7 @@
 """The status page of a real daemon in a real browser, after real messages through the real hook."""
 
 import socket
-from collections.abc import Iterator
 
-import pytest
 from e2e.mails import PLAIN, SPAM, VIRUS
 from lab.browser import Browser
 from lab.clamd import Clamd
@@ -12,20 +10,6 @@ from lab.spamd import Spamd
 
 PAGE = {"http": HTTP["http"] | {"page": "on"}}
 VIRUS_ONLY = b"virus-only@mixed.example"
-
-
-@pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with Browser(tmp_path_factory.mktemp("browser")) as browser:
-        yield browser
-
-
-@pytest.fixture
-def browser(started: Browser) -> Browser:
-    started.open("about:blank")
-    started.requests.clear()
-    started.console.clear()
-    return started
 
 
 def test_it_is_off_unless_switched_on(make_system) -> None:

@@ -102,21 +102,6 @@ def site() -> Iterator[Site]:
     site.close()
 
 
-@pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with Browser(tmp_path_factory.mktemp("browser")) as browser:
-        yield browser
-
-
-@pytest.fixture
-def browser(started: Browser) -> Browser:
-    started.open("about:blank")
-    started.look()
-    started.requests.clear()
-    started.console.clear()
-    return started
-
-
 def visit(browser: Browser, site: Site) -> None:
     browser.open(f"http://{site.address}/")
     browser.wait(LOADED)

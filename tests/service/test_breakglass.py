@@ -15,7 +15,7 @@ from lab.offer import Offer, offer
 
 from contentfilter.config.settings import Service, Settings
 from contentfilter.model import OriginKind, Scanner
-from contentfilter.service import breakglass, bus, frames
+from contentfilter.service import breakglass, bus, frames, spread
 from contentfilter.service.breakglass import BreakGlass
 from contentfilter.wire import hook
 
@@ -170,7 +170,8 @@ class Fake:
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     clock = SimpleNamespace(now=1_800_000_000.0, ticks=5000.0)
     fake = SimpleNamespace(time=lambda: clock.now, monotonic=lambda: clock.ticks)
-    monkeypatch.setattr(breakglass, "time", fake)
+    for module in (breakglass, spread):
+        monkeypatch.setattr(module, "time", fake)
     return clock
 
 

@@ -35,7 +35,8 @@ MEMORY = 86_400  # seconds that a death is held against a message
 DEATHS = 32  # that are remembered, the newest
 LANES = 2048  # workers at once, those on their way out included
 MARKS = 40  # in a lane: the event loop and the 32 threads that asyncio starts at most
-HALF = 128 * 1024  # bytes at each end of a longer message that its fingerprint covers
+TOP = 128 * 1024  # bytes in which the Received fields are looked for
+HALF = 4096  # bytes at each end of a longer message that its fingerprint covers; every message pays for them
 _RECEIVED = re.compile(rb"(?:Received:[^\n]*\n(?:[ \t][^\n]*\n)*)*", re.IGNORECASE)
 _MARK = struct.Struct("<16s16sQQ")  # fingerprint, incident, life, seconds since 1970
 _LANE = _MARK.size * MARKS
@@ -48,7 +49,7 @@ _NONE = bytes(_MARK.size)
 
 def fingerprint(data: mmap.mmap | bytes) -> bytes:
     """16 bytes that stay the same when a client sends a message again: the Received fields on top do not count."""
-    found = _RECEIVED.match(data, 0, HALF)
+    found = _RECEIVED.match(data, 0, TOP)
     start = found.end() if found else 0
     digest = hashlib.blake2b(digest_size=16)
     if len(data) - start <= 2 * HALF:

@@ -1,4 +1,4 @@
-"""``bench/run.py --hook``: what the hook itself costs, beside programs that do next to nothing.
+"""What the hook itself costs, beside programs that do next to nothing, and the daemon beside the same.
 
 In every round each of these runs once:
 
@@ -7,7 +7,7 @@ In every round each of these runs once:
     bare + memfd   also keeps the message in a memfd: nobody who passes a message on can do less
     bare + wait    reads, sleeps for 0.3 ms, becomes "nothing": what the pause alone does to caches and clocks
     hook, echo     the real thing and a C program that answers at once (echo.c); it becomes "nothing"
-    hook, daemon   the same with the real daemon, nobody protected
+    hook, daemon   the same with the real daemon, nobody protected; "signatures": with both signature scanners
 
 Each for messages up to 16 KB and for the whole corpus. "own": CPU of the process, less that of what it became.
 """
@@ -15,17 +15,16 @@ Each for messages up to 16 KB and for the whole corpus. "own": CPU of the proces
 import argparse
 import os
 import shutil
-import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+from figures import Figure, Spread, ratio
 from lab import hook as hook_lab
 from lab.hook import SILENT, FakeDaemon, HookProcess
 from lab.system import System, installed_hook
-from measure import Alternative, Run, compile_drivers, median
-from rich.table import Table
+from measure import Alternative, Runs, compile_drivers, of
 
 SMALL = 16_384
 NOTHING, MUSL, GLIBC = "nothing", "bare, musl", "bare, glibc"
@@ -68,17 +67,24 @@ def alternatives(directory: Path, corpus: Path, options: argparse.Namespace, sta
     """Start what answers; everything for small messages, then everything for all."""
     qqbench, _ = compile_drivers(directory)
     bare = compile_bare(directory)
-    system = stack.enter_context(System(directory / "daemon", program=installed_hook()))
-    pids = ",".join(str(pid) for pid in (system.daemon.pid, *system.daemon.workers()))
-    sockets = {"echo": start_echo(directory, stack), "daemon": system.daemon.socket}
+    switches = {"options": "chksignature 1\nchkloadertype 1\n", "clamavclients": "@bench.example\n"}
+    systems = {
+        "daemon": stack.enter_context(System(directory / "daemon", program=installed_hook())),
+        "signatures": stack.enter_context(System(directory / "sign", program=installed_hook(), controls=switches)),
+    }
     found = {label: ((path,), ("-V", f"NEXT={bare[NOTHING]}")) for label, path in bare.items()}
-    for libc, program in (("musl", system.program), ("glibc", hook_lab.build(directory, "gcc"))):
-        for who, socket in sockets.items():
-            conf = shutil.copy(system.queue_conf(queue=bare[NOTHING], socket=socket), directory / f"{who}.conf")
-            watched = ("-D", pids) if who == "daemon" else ()
-            extra = (*watched, "-V", f"CONTENTFILTER_QUEUE_CONF={conf}")
-            if (libc, who) != ("glibc", "daemon"):
-                found[f"hook, {libc}, {who}"] = ((str(program),), extra)
+
+    def add(libc: str, who: str, program: Path, system: System, socket: Path) -> None:
+        conf = shutil.copy(system.queue_conf(queue=bare[NOTHING], socket=socket), directory / f"{who}.conf")
+        pids = ",".join(str(pid) for pid in (system.daemon.pid, *system.daemon.workers()))
+        watched = () if who == "echo" else ("-D", pids)
+        found[f"hook, {libc}, {who}"] = ((str(program),), (*watched, "-V", f"CONTENTFILTER_QUEUE_CONF={conf}"))
+
+    echo, daemon = start_echo(directory, stack), systems["daemon"]
+    add("glibc", "echo", hook_lab.build(directory, "gcc"), daemon, echo)
+    add("musl", "echo", daemon.program, daemon, echo)
+    for who, system in systems.items():
+        add("musl", who, system.program, system, Path(system.daemon.socket))
     return [
         Alternative(name + label, (qqbench, *sizes, *extra), (*program, str(corpus)), options.count)
         for name, sizes in (("", ("-M", str(SMALL))), (WHOLE, ()))
@@ -86,36 +92,54 @@ def alternatives(directory: Path, corpus: Path, options: argparse.Namespace, sta
     ]
 
 
-def table_for(concurrency: int, found: Sequence[Alternative], runs: dict[str, list[Run]]) -> Table:
-    table = Table(title=f"{concurrency} at a time", title_justify="left")
-    table.add_column("what")
-    for heading in ("CPU us", "own us", "own / bare, musl", "own / bare, glibc", "daemon us", "/ bare, glibc", "msg/s"):
-        table.add_column(heading, justify="right")
-    for one in found:
-        mine = runs[one.label]
-        prefix = WHOLE if one.label.startswith(WHOLE) else ""
-        base = {label: runs[prefix + label] for label in (NOTHING, MUSL, GLIBC)}
-        label = one.label.removeprefix(prefix)
-        watched = label.endswith("daemon")
-        own = [a["hook"] - label.startswith(BECOME) * b["hook"] for a, b in zip(mine, base[NOTHING], strict=True)]
-        table.add_row(
-            one.label,
-            f"{median(mine, 'hook') * 1000:.0f}",
-            f"{statistics.median(own) * 1000:.0f}",
-            ratios(own, base[MUSL]),
-            ratios(own, base[GLIBC]),
-            f"{median(mine, 'daemon') * 1000:.0f}" if watched else "",
-            ratios([run["daemon"] for run in mine], base[GLIBC]) if watched else "",
-            f"{median(mine, 'rate'):.0f}",
-            end_section=one.label == "hook, glibc, echo",
+def own(runs: Runs, label: str) -> list[float]:
+    """CPU of each round in milliseconds, without what the program became."""
+    prefix = WHOLE if label.startswith(WHOLE) else ""
+    became = label.removeprefix(prefix).startswith(BECOME)
+    nothing = of(runs[prefix + NOTHING], "hook")
+    return [a - became * b for a, b in zip(of(runs[label], "hook"), nothing, strict=True)]
+
+
+def figures(levels: dict[str, Runs]) -> Iterator[Figure]:
+    """The rows of the report."""
+
+    def hook(label: str, base: str) -> dict[str, Spread]:
+        return {level: ratio(own(runs, label), of(runs[base], "hook")) for level, runs in levels.items()}
+
+    def daemon(label: str, base: str) -> dict[str, Spread]:
+        return {level: ratio(of(runs[label], "daemon"), of(runs[base], "hook")) for level, runs in levels.items()}
+
+    for prefix, sizes in (("", "messages up to 16 KB"), (WHOLE, "whole corpus")):
+        for who, how in (("echo", "answered at once"), ("daemon", "waiting for the daemon")):
+            label = f"{prefix}hook, musl, {who}"
+            yield Figure(f"hook's own CPU / bare musl program, {sizes}, {how}", 1.6, hook(label, prefix + MUSL))
+            yield Figure(f"hook's own CPU / bare glibc program, {sizes}, {how}", 0.6, hook(label, prefix + GLIBC))
+    for prefix, sizes in (("", "up to 16 KB"), (WHOLE, "whole corpus")):
+        what = f"daemon's CPU / bare glibc program, nobody protected, {sizes}"
+        yield Figure(what, 0.5, daemon(f"{prefix}hook, musl, daemon", prefix + GLIBC))
+    what = "daemon's CPU / bare glibc program, both signature scanners, whole corpus"
+    yield Figure(what, 1.0, daemon(f"{WHOLE}hook, musl, signatures", WHOLE + GLIBC))
+
+
+HEADINGS = ("CPU us", "own us", "own / bare, musl", "own / bare, glibc", "daemon us", "/ bare, glibc", "msg/s")
+
+
+def rows(runs: Runs) -> Iterator[tuple[str, ...]]:
+    """A line for each alternative, below its name and HEADINGS."""
+    for label, mine in runs.items():
+        prefix = WHOLE if label.startswith(WHOLE) else ""
+        watched = label.endswith(("daemon", "signatures"))
+        alone, musl, glibc = own(runs, label), of(runs[prefix + MUSL], "hook"), of(runs[prefix + GLIBC], "hook")
+        yield (
+            label,
+            f"{Spread.of(of(mine, 'hook')).median * 1000:.0f}",
+            f"{Spread.of(alone).median * 1000:.0f}",
+            str(ratio(alone, musl)),
+            str(ratio(alone, glibc)),
+            f"{Spread.of(of(mine, 'daemon')).median * 1000:.0f}" if watched else "",
+            str(ratio(of(mine, "daemon"), glibc)) if watched else "",
+            f"{Spread.of(of(mine, 'rate')).median:.0f}",
         )
-    return table
-
-
-def ratios(values: Sequence[float], base: Sequence[Run]) -> str:
-    """The median of the rounds' ratios to the CPU of ``base``, with their range."""
-    found = sorted(value / run["hook"] for value, run in zip(values, base, strict=True))
-    return f"{statistics.median(found):.2f} [{found[0]:.2f}-{found[-1]:.2f}]"
 
 
 def private_memory(directory: Path, size: int) -> int:
@@ -135,7 +159,7 @@ def private_memory(directory: Path, size: int) -> int:
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
 
 
-def note(directory: Path) -> str:
-    sizes = {"8 KB": 8_192, "4 MB": 4_000_000}
-    held = ", ".join(f"{private_memory(directory, size)} KiB ({name})" for name, size in sizes.items())
-    return f"Private memory of a hook that waits, by the size of its message: {held}. The message itself is in a memfd."
+def memory(directory: Path) -> Figure:
+    held = {"8 KB": private_memory(directory, 8_192), "4 MB": private_memory(directory, 4_000_000)}
+    values = {name: Spread.of([kib]) for name, kib in held.items()}
+    return Figure(f"private memory of a waiting hook, message of {' / '.join(held)}", 1024, values, unit="KiB")

@@ -1,10 +1,9 @@
-"""One measured run: what is run, the driver that runs it, and its result."""
+"""One measured run: what is run, the driver that runs it, and its result. Then rounds of them, interleaved."""
 
 import json
 import os
-import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,17 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """One thing that is measured. ``base``: the alone-running backend it is also compared with."""
+    """One thing that is measured."""
 
     label: str
     command: tuple[str, ...]  # the driver with its options; count and concurrency are put in between
     target: tuple[str, ...]  # what stands behind the options
     count: int
-    base: str = ""
 
 
 Run = dict[str, Any]
+Runs = dict[str, list[Run]]
+"""By alternative, one for each round."""
 
 
 def compile_drivers(directory: Path) -> tuple[str, str]:
@@ -47,5 +47,18 @@ def measure(one: Alternative, concurrency: int, directory: Path) -> Run:
     return run
 
 
-def median(runs: Sequence[Run], key: str) -> float:
-    return statistics.median(run[key] for run in runs)
+def interleaved(
+    found: Sequence[Alternative], concurrency: int, rounds: int, directory: Path, done: Callable[[], None]
+) -> Runs:
+    """In every round each alternative once, in a rotated order: shared machines drift."""
+    runs: Runs = {one.label: [] for one in found}
+    for number in range(rounds):
+        turn = number % len(found)
+        for one in (*found[turn:], *found[:turn]):
+            runs[one.label].append(measure(one, concurrency, directory))
+            done()
+    return runs
+
+
+def of(runs: Sequence[Run], key: str) -> list[float]:
+    return [run[key] for run in runs]

@@ -1,169 +1,166 @@
 #!/usr/bin/env python3
-"""``make bench``: what the filter costs, as ratios inside one interleaved run.
+"""``make bench``: what the filter costs, as ratios inside interleaved runs, beside its targets.
 
-In every round each alternative runs once, in a rotated order, because shared machines drift: only ratios within a
-round are worth comparing, and the table shows their medians. The messages are those of make_corpus.py, the client is
-qqbench (it starts the program as qmail-smtpd would), the backends alone are driven by scanbench.
+Parts: rates (messages per second, latency), hook (CPU of hook and daemon), single (scans, tables, start),
+growth (size, recipients, rows, hooks at once), memory, stages (where a worker's CPU goes). In every round each
+alternative runs once, in a rotated order, because machines drift: only ratios within a round are worth comparing,
+and the tables show their medians [lowest-highest].
 
-    stand-in     the program behind the hook, run directly: the floor
-    no scan      hook + daemon, nobody is protected
-    signatures   + chksignature and chkloadertype for everybody
-    clamd        + clamd for everybody, no signature scanners
-    spamd        + spamd for everybody (messages up to 250,000 bytes)
-    clamd alone, spamd alone   what they can do behind a resident client
+Writes to bench/out: report.md (the table of docs/performance.md and all details), runs.json (every single run),
+and each plot as PNG and as text.
 """
 
 import argparse
 import json
+import os
+import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
-import hook_cost  # noqa: E402  (tests/ is on the path only now)
-from lab import standin  # noqa: E402
-from lab.clamd import Clamd  # noqa: E402
-from lab.spamd import Spamd  # noqa: E402
-from lab.system import System, installed_hook  # noqa: E402
-from measure import Alternative, Run, compile_drivers, measure, median  # noqa: E402
+import growth  # noqa: E402  (tests/ is on the path only now)
+import hook_cost  # noqa: E402
+import parts  # noqa: E402
+import rates  # noqa: E402
+import stages  # noqa: E402
+from figures import Figure, Spread, markdown  # noqa: E402
+from measure import Runs, interleaved, of  # noqa: E402
+from plots import Plot, save, text  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import Progress  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-FLOOR, NO_SCAN = "stand-in", "no scan"
-SPAMD_LARGEST = 250_000
-EVERYBODY = "@bench.example\n"
+PARTS = ("rates", "hook", "single", "growth", "memory", "stages")
+QUICK = {"rounds": 1, "count": 200, "scans": 100, "spam_scans": 12, "messages": 4_000}
 
 
-def alternatives(directory: Path, corpus: Path, options: argparse.Namespace, stack: ExitStack) -> list[Alternative]:
-    """Start everything that is measured."""
-    qqbench, scanbench = compile_drivers(directory)
-    clamd = stack.enter_context(Clamd(directory / "clamd", "DisableCache yes"))
-    spamd = stack.enter_context(Spamd(directory / "spamd", children=2))
-    floor = str(standin.build(directory))
-    found = [Alternative(FLOOR, (qqbench,), (floor, str(corpus)), options.count)]
+class Report:
+    """What was found so far."""
 
-    def filtered(label: str, count: int, base: str = "", extra: Sequence[str] = (), **parts: Any) -> None:
-        name = label.replace(" ", "-")
-        system = stack.enter_context(System(directory / name, program=installed_hook(), **parts))
-        conf = shutil.copy(system.queue_conf(), directory / name / "bench.conf")
-        pids = ",".join(str(pid) for pid in (system.daemon.pid, *system.daemon.workers()))
-        command = (qqbench, "-D", pids, "-V", f"CONTENTFILTER_QUEUE_CONF={conf}", *extra)
-        found.append(Alternative(label, command, (str(system.program), str(corpus)), count, base))
+    def __init__(self, console: Console, out: Path) -> None:
+        self.console, self.out = console, out
+        self.figures: list[Figure] = []
+        self.plots: list[Plot] = []
+        self.details: list[str] = []
+        self.runs: dict[str, dict[str, Runs]] = {}
 
-    small = ("-M", str(SPAMD_LARGEST))
-    filtered(NO_SCAN, options.count)
-    switches = {"options": "chksignature 1\nchkloadertype 1\n", "clamavclients": EVERYBODY}
-    filtered("signatures", options.count, controls=switches)
-    filtered("clamd", options.clamd_count, "clamd alone", controls={"clamavclients": EVERYBODY}, clamd=clamd)
-    filtered("spamd", options.spamd_count, "spamd alone", small, controls={"spamdclients": EVERYBODY}, spamd=spamd)
-    alone = (scanbench, "-D", str(clamd.pid))
-    found.append(Alternative("clamd alone", alone, ("clamd-memfd", clamd.socket, str(corpus)), options.clamd_count))
-    alone = (scanbench, "-D", str(spamd.pid), *small)
-    found.append(Alternative("spamd alone", alone, ("spamd-check", spamd.socket, str(corpus)), options.spamd_count))
-    return found
+    def add(self, figures: Iterable[Figure], plots: Iterable[Plot] = ()) -> None:
+        for figure in figures:
+            self.figures.append(figure)
+            self.console.print("  ".join(cell for cell in figure.cells() if cell), markup=False, highlight=False)
+        self.plots += plots
+
+    def table(self, title: str, headings: Sequence[str], rows: Iterable[tuple[str, ...]]) -> None:
+        shown = Table(title=title, title_justify="left")
+        shown.add_column("what")
+        for heading in headings:
+            shown.add_column(heading, justify="right")
+        for row in rows:
+            shown.add_row(*row)
+        self.console.print(shown)
+        plain = Console(width=150, record=True, quiet=True)
+        plain.print(shown)
+        self.details.append(plain.export_text())
+
+    def write(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        for plot in self.plots:
+            save(plot, self.out)
+            self.console.print(text(plot), markup=False, highlight=False)
+        machine = f"{os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}"
+        blocks = [f"```\n{one.rstrip()}\n```\n" for one in (*self.details, *map(text, self.plots))]
+        sections = (f"# Measured on {machine}\n", markdown(self.figures), rates.NOTE + "\n", *blocks)
+        (self.out / "report.md").write_text("\n".join(sections))
+        found = {"figures": [asdict(figure) for figure in self.figures], "runs": self.runs}
+        (self.out / "runs.json").write_text(json.dumps(found, default=str))
+        self.console.print(f"written: {self.out}/report.md, runs.json, and the plots", highlight=False)
 
 
-def ratio(runs: Sequence[Run], base: Sequence[Run]) -> str:
-    """The median of the rounds' ratios of rates, with their range."""
-    ratios = sorted(a["rate"] / b["rate"] for a, b in zip(runs, base, strict=True))
-    return f"{statistics.median(ratios):.2f} [{ratios[0]:.2f}-{ratios[-1]:.2f}]"
-
-
-def table_for(concurrency: int, found: Sequence[Alternative], runs: dict[str, list[Run]]) -> Table:
-    table = Table(title=f"{concurrency} at a time", title_justify="left")
-    table.add_column("what")
-    for heading in (
-        "msg/s [min-max]",
-        "of stand-in",
-        "of backend alone",
-        "p50 ms",
-        "p99 ms",
-        "hook ms",
-        "daemon ms",
-        "rc",
-    ):
-        table.add_column(heading, justify="right")
-    floor = median(runs[FLOOR], "hook")
-    for one in found:
-        mine = runs[one.label]
-        rates = [run["rate"] for run in mine]
-        alone = one.label.endswith("alone")
-        hook = "" if alone else f"{median(mine, 'hook') - (0 if one.label == FLOOR else floor):.2f}"
-        codes: dict[str, int] = {}
-        for what, count in mine[0].get("rc", {}).items():
-            code = what.rpartition(":")[2]
-            codes[code] = codes.get(code, 0) + count
-        table.add_row(
-            one.label,
-            f"{statistics.median(rates):.0f} [{min(rates):.0f}-{max(rates):.0f}]",
-            "" if alone else ratio(mine, runs[FLOOR]),
-            ratio(mine, runs[one.base]) if one.base else "",
-            f"{median(mine, 'p50'):.2f}",
-            f"{median(mine, 'p99'):.1f}",
-            hook,
-            f"{median(mine, 'daemon'):.2f}",
-            " ".join(f"{code}:{count}" for code, count in sorted(codes.items())),
+def compared(part: ModuleType, directory: Path, corpus: Path, options: argparse.Namespace, report: Report) -> None:
+    """A part that is rounds of alternatives."""
+    levels = [int(level) for level in options.concurrency.split(",")]
+    runs: dict[str, Runs] = {}
+    with ExitStack() as stack:
+        found = part.alternatives(directory, corpus, options, stack)
+        progress = stack.enter_context(
+            Progress(console=report.console, transient=True, disable=not sys.stdout.isatty())
         )
-    return table
-
-
-NOTE = (
-    "hook ms: CPU of the hook and what it becomes, less the stand-in's own; daemon ms: CPU of supervisor and workers, "
-    "for the rows 'alone' of the backend. Ratios: medians over the rounds [lowest-highest]."
-)
+        task = progress.add_task("measuring", total=len(levels) * options.rounds * len(found))
+        for level in levels:
+            runs[str(level)] = interleaved(found, level, options.rounds, directory, lambda: progress.advance(task))
+            report.table(f"{level} at a time", part.HEADINGS, part.rows(runs[str(level)]))
+    report.runs[part.__name__] = runs
+    report.add(part.figures(runs))
+    if part is rates:
+        shown = (rates.FLOOR, rates.NO_SCAN, rates.SIGNATURES, rates.CLAMD, rates.BOTH)
+        curves = {
+            label: [(float(level), Spread.of(of(some[label], "rate")).median) for level, some in runs.items()]
+            for label in shown
+        }
+        report.add((), (Plot("throughput", "Throughput", "messages at a time", "messages/s", curves),))
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hook", action="store_true", help="the hook's own cost instead, beside bare programs")
+    parser.add_argument("--only", metavar="PART", action="append", choices=PARTS, help=", ".join(PARTS))
+    parser.add_argument("--quick", action="store_true", help="one round of few messages: does it work?")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--concurrency", default="1,8,40", help="messages at a time, a list (1,8,40)")
     parser.add_argument("--count", type=int, default=800, help="messages per run (800)")
-    parser.add_argument("--clamd-count", type=int, default=400)
-    parser.add_argument("--spamd-count", type=int, default=48)
-    parser.add_argument("--json", metavar="FILE", help="keep every single run, one JSON line each")
-    return parser.parse_args(arguments)
+    parser.add_argument("--scans", type=int, default=400, help="per run with clamd (400)")
+    parser.add_argument("--spam-scans", type=int, default=48, help="per run with spamd (48)")
+    parser.add_argument("--messages", type=int, default=200_000, help="for the growth of memory (200000)")
+    parser.add_argument("--qmail-queue", metavar="PROGRAM", help="measure before this real qmail-queue, too")
+    parser.add_argument("--out", type=Path, default=HERE / "out")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        vars(options).update(QUICK)
+    return options
 
 
 def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    levels = [int(level) for level in options.concurrency.split(",")]
-    directory = Path(tempfile.mkdtemp(prefix="cf-bench-"))
-    directory.chmod(0o711)  # clamd and spamd run as their own users
-    try:
-        corpus = directory / "corpus"
-        subprocess.run([sys.executable, HERE / "make_corpus.py", corpus], check=True, stdout=subprocess.DEVNULL)
-        with ExitStack() as stack:
-            start, table, note = (alternatives, table_for, lambda _: NOTE)
-            if options.hook:
-                start, table, note = (hook_cost.alternatives, hook_cost.table_for, hook_cost.note)
-            found = start(directory, corpus, options, stack)
-            progress = stack.enter_context(Progress(console=console, transient=True, disable=not sys.stdout.isatty()))
-            task = progress.add_task("measuring", total=len(levels) * options.rounds * len(found))
-            for level in levels:
-                runs: dict[str, list[Run]] = {one.label: [] for one in found}
-                for number in range(options.rounds):
-                    turn = number % len(found)
-                    for one in found[turn:] + found[:turn]:
-                        runs[one.label].append(measure(one, level, directory))
-                        progress.advance(task)
-                console.print(table(level, found, runs))
-                if options.json:
-                    with Path(options.json).open("a") as file:
-                        file.writelines(json.dumps(run) + "\n" for mine in runs.values() for run in mine)
-            console.print(note(directory), markup=False)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+    report = Report(Console(width=None if sys.stdout.isatty() else 150), options.out)
+
+    def single(directory: Path, corpus: Path) -> None:
+        for found in (parts.scans(corpus), parts.tables(directory), parts.starts(directory)):
+            report.add(found)
+
+    def grown(directory: Path, corpus: Path) -> None:
+        report.add(*growth.curves(directory))
+        report.add(*growth.crowd(directory, corpus))
+
+    run: dict[str, Callable[[Path, Path], None]] = {
+        "rates": lambda directory, corpus: compared(rates, directory, corpus, options, report),
+        "hook": lambda directory, corpus: (
+            compared(hook_cost, directory, corpus, options, report),
+            report.add((hook_cost.memory(directory),)),
+        )[0],
+        "single": single,
+        "growth": grown,
+        "memory": lambda directory, corpus: report.add(growth.memory(directory, corpus, options)),
+        "stages": lambda directory, corpus: report.add((), (stages.shares(directory, corpus, options),)),
+    }
+    for part in options.only or PARTS:
+        directory = Path(tempfile.mkdtemp(prefix="cf-bench-"))
+        directory.chmod(0o711)  # clamd and spamd run as their own users
+        try:
+            corpus = directory / "corpus"
+            subprocess.run([sys.executable, HERE / "make_corpus.py", corpus], check=True, stdout=subprocess.DEVNULL)
+            report.console.rule(part)
+            run[part](directory, corpus)
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+    report.write()
     return 0
 
 

@@ -21,7 +21,7 @@ clamav-daemon  clamd                                demo bench test
 spamd          spamd                                demo bench test
 mailfront      smtpfront-qmail                      test
 mandoc         mandoc                               test
-mariadb-server mariadbd                             test
+mariadb-server mariadbd                             bench test
 libdbd-mariadb-perl /usr/share/doc/libdbd-mariadb-perl test
 chromium       chromium                             test
 prometheus     promtool                             test

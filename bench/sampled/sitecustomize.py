@@ -1,0 +1,67 @@
+"""In a worker that ``bench/stages.py`` started: where its CPU goes, by samples. Python imports this by its name.
+
+Each time the process has used a little CPU, the innermost stage on the stack gets a point. Written to the file
+``$SAMPLES.PID`` when the process ends.
+"""
+
+import atexit
+import json
+import os
+import signal
+import sys
+from collections import Counter
+from types import FrameType
+
+STAGES = {
+    "contentfilter/intake/": "intake",
+    "contentfilter/wire/": "intake",
+    "contentfilter/policy/plan.py": "plan",
+    "contentfilter/tables/": "plan",
+    "contentfilter/scanners/signatures.py": "signatures",
+    "contentfilter/scanners/mime.py": "signatures",
+    "contentfilter/scanners/": "clamd and spamd",
+    "contentfilter/policy/": "decide",
+    "contentfilter/verdict/reply.py": "answer",
+    "contentfilter/verdict/headers.py": "answer",
+    "contentfilter/verdict/": "record and account",
+    "contentfilter/ops/": "log",
+    "contentfilter/service/bus.py": "events",
+    "contentfilter/service/frames.py": "events",
+    "contentfilter/service/suspects.py": "poison marks",
+    "contentfilter/": "glue",
+    "structlog/": "log",
+    "zmq/": "events",
+    "asyncio/": "event loop",
+    "selectors.py": "event loop",
+}
+
+
+def sample() -> None:
+    points: Counter[str] = Counter()
+
+    def tick(number: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            name = frame.f_code.co_filename
+            for part, stage in STAGES.items():
+                if part in name:
+                    points[stage] += 1
+                    return
+            frame = frame.f_back
+        points["other"] += 1
+
+    def begin(number: int, frame: FrameType | None) -> None:
+        points.clear()
+        signal.setitimer(signal.ITIMER_PROF, 0.001, 0.001)
+
+    def end() -> None:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        with open(f"{os.environ['SAMPLES']}.{os.getpid()}", "w") as file:
+            json.dump(points, file)
+
+    signal.signal(signal.SIGPROF, tick)
+    signal.signal(signal.SIGUSR2, begin)
+    atexit.register(end)
+
+
+if "SAMPLES" in os.environ and "contentfilter.service.worker" in sys.orig_argv:
+    sample()

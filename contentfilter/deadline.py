@@ -6,11 +6,11 @@ seconds of the monotonic clock, the one that asyncio's loop uses too.
 
 import asyncio
 import time
-from dataclasses import dataclass
+
+import msgspec
 
 
-@dataclass(frozen=True, slots=True)
-class Deadline:
+class Deadline(msgspec.Struct, frozen=True):
     """An absolute moment on the monotonic clock."""
 
     at: float

@@ -8,6 +8,8 @@ import mmap
 import os
 from dataclasses import dataclass, field
 
+import msgspec
+
 from contentfilter.errors import Cause
 
 BytesLike = bytes | bytearray | memoryview | mmap.mmap
@@ -23,8 +25,7 @@ class OriginKind(enum.Enum):
     BOUNCE = "bounce"  # the uid of qmail-send
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
+class Origin(msgspec.Struct, frozen=True):
     """Where a message comes from: the peer's credentials and what its environment may claim."""
 
     kind: OriginKind
@@ -36,8 +37,7 @@ class Origin:
     user: bytes = b""  # the authenticated name, when kind is AUTHENTICATED
 
 
-@dataclass(frozen=True, slots=True)
-class Envelope:
+class Envelope(msgspec.Struct, frozen=True):
     """Sender and recipients exactly as the client gave them. Zero recipients are legal."""
 
     sender: bytes

@@ -173,7 +173,7 @@ class Pipeline:
         if len(plan.users) < 2:
             return plan
         owners = open_owners(Scanner.SPAMD, plan, outcomes, origin.kind, self.settings)
-        return replace(plan, users=tuple(user for user in plan.users if user[0] in owners))
+        return msgspec.structs.replace(plan, users=tuple(user for user in plan.users if user[0] in owners))
 
     async def _plan(self, envelope: Envelope, message: Message, origin: Origin) -> ScanPlan:
         facts = (envelope, message.size, origin, self.settings, self.switches, self.lookup, self.owners)
@@ -283,7 +283,7 @@ class Pipeline:
             await self.quarantine.keep(case.incident, case.message, facts, deadline)
         except (OSError, TimeoutError) as error:
             failed = Decision(Action.DEFER, Reason.NONE, f"quarantine: {error or 'out of time'}")
-            return replace(case, decision=failed)
+            return msgspec.structs.replace(case, decision=failed)
         return case
 
 

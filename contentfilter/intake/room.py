@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from random import getrandbits
 from typing import Any, Protocol
 
+import msgspec
+
 from contentfilter.deadline import Deadline
 from contentfilter.intake.message import Spool
 from contentfilter.intake.origin import ResolvedOrigin
@@ -26,8 +28,7 @@ SEATS = 16  # connections of one local user that have not sent a request
 ALL_SEATS = 256  # of all local users together
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(msgspec.Struct, frozen=True):
     """One offered message, ready to be handled. Its owner closes ``message`` after the answer."""
 
     request: hook.Request
@@ -38,8 +39,7 @@ class Job:
     incident: str
 
 
-@dataclass(frozen=True, slots=True)
-class Offered:
+class Offered(msgspec.Struct, frozen=True):
     """A message that waits for its place, unopened. Who closes the connection closes ``fds``, too."""
 
     request: hook.Request

@@ -16,6 +16,8 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import msgspec
+
 from contentfilter.model import Origin, OriginKind
 
 LARGE = 262_144  # bytes; above it a message comes after the small ones
@@ -28,8 +30,7 @@ Source = tuple[str, bytes | int]
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(msgspec.Struct, frozen=True):
     """What a message may expect: whose it is, its rank (0 goes first), and the bytes that count (0: small)."""
 
     source: Source

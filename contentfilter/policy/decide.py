@@ -12,6 +12,8 @@ not be asked, and could not change anything. Of spamd's answers each recipient h
 import enum
 from dataclasses import dataclass, replace
 
+import msgspec
+
 from contentfilter.config.settings import Settings
 from contentfilter.model import OriginKind, Scanner, ScanOutcome, ScanStatus
 from contentfilter.policy.failure import on_fault
@@ -69,8 +71,7 @@ class Finding:
     to: bytes = b""  # where MOVE goes
 
 
-@dataclass(frozen=True, slots=True)
-class Delivery:
+class Delivery(msgspec.Struct, frozen=True):
     """Recipients (indices) that get the message in one form."""
 
     recipients: tuple[int, ...]
@@ -81,8 +82,7 @@ class Delivery:
     owner: bytes = b""  # whose preferences spamd's headers in it go by
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(msgspec.Struct, frozen=True):
     """What is to be done, and which rule said so."""
 
     action: Action
@@ -283,7 +283,9 @@ def _merge(deliveries: list[Delivery], outcomes: tuple[ScanOutcome, ...]) -> tup
         lines = headers.get(d.owner) if d.spam is not ScanStatus.SKIPPED else None
         merged.setdefault((d.virus, d.spam, d.marked.fate if d.marked else None, d.moved_to, lines), []).append(d)
     return tuple(
-        replace(first, recipients=tuple(sorted(index for d in (first, *others) for index in d.recipients)))
+        msgspec.structs.replace(
+            first, recipients=tuple(sorted(index for d in (first, *others) for index in d.recipients))
+        )
         for first, *others in merged.values()
     )
 

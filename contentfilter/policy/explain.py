@@ -3,7 +3,7 @@
 The same story for ``explain`` (what would happen) and for the journal (what happened).
 """
 
-from dataclasses import dataclass
+import msgspec
 
 from contentfilter.errors import Cause
 from contentfilter.model import Envelope, Origin, OriginKind, Scanner, ScanOutcome, ScanStatus, readable
@@ -16,8 +16,7 @@ GROUPS_SHOWN = 50
 """Lines for recipients, and for deliveries; the rest is counted."""
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(msgspec.Struct, frozen=True):
     """One step: the stage it belongs to, and what happened there."""
 
     stage: str

@@ -15,7 +15,9 @@ asked once for each owner of SpamAssassin preferences among those who want it, a
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+import msgspec
 
 from contentfilter.config.settings import Settings
 from contentfilter.model import Envelope, Origin, OriginKind, Scanner, Want, readable
@@ -57,8 +59,7 @@ FULL_REWRITES = 64 << 20
 """Bytes of rewritten messages, for all owners together, above which ``rewrite = "full"`` is done by headers alone."""
 
 
-@dataclass(frozen=True, slots=True)
-class Treatment:
+class Treatment(msgspec.Struct, frozen=True):
     """What one recipient gets, and the rule that said so."""
 
     virus: bool
@@ -69,8 +70,7 @@ class Treatment:
     owner: bytes = b""  # of the SpamAssassin preferences that hold; empty: nobody's own
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(msgspec.Struct, frozen=True):
     """Whether a scanner is asked, and why (not)."""
 
     scanner: Scanner
@@ -78,8 +78,7 @@ class Step:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class ScanPlan:
+class ScanPlan(msgspec.Struct, frozen=True):
     """The whole plan for one message. ``groups`` pairs a treatment with indices into the recipients."""
 
     groups: tuple[tuple[Treatment, tuple[int, ...]], ...]
@@ -99,7 +98,7 @@ class ScanPlan:
         """The plan for a message that was released: nobody is asked again."""
         why = f"released from quarantine ({incident})"
         steps = tuple(Step(scanner, run=False, reason=why) for scanner in Scanner)
-        return replace(self, steps=steps, hold="", released=incident)
+        return msgspec.structs.replace(self, steps=steps, hold="", released=incident)
 
 
 NO_TABLES = "the recipient tables are not loaded yet"

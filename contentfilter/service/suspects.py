@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from types import coroutine
 from typing import Any, TypeVar
 
+import msgspec
+
 from contentfilter.ops.log import Logger
 from contentfilter.service.process import Process
 
@@ -61,8 +63,7 @@ def fingerprint(data: mmap.mmap | bytes) -> bytes:
     return digest.digest()
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
+class Mark(msgspec.Struct, frozen=True):
     """A message that somebody works on, or died of."""
 
     fingerprint: bytes

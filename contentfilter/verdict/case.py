@@ -1,6 +1,6 @@
 """All that is known about one message once it is decided: what reply, journal and explain are made of."""
 
-from dataclasses import dataclass
+import msgspec
 
 from contentfilter.config.settings import Settings
 from contentfilter.model import Envelope, Message, Origin, ScanOutcome
@@ -8,8 +8,7 @@ from contentfilter.policy.decide import Decision
 from contentfilter.policy.plan import ScanPlan, Switches
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
+class Case(msgspec.Struct, frozen=True):
     """One message from intake to decision."""
 
     incident: str

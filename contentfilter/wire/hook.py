@@ -9,6 +9,8 @@ import enum
 import struct
 from dataclasses import dataclass
 
+import msgspec
+
 from contentfilter.errors import EnvelopeError, LocalProtocolError, RemoteProtocolError
 from contentfilter.wire import envelope as envelope_format
 
@@ -46,8 +48,7 @@ class Reason(enum.IntEnum):
     SIZE = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(msgspec.Struct, frozen=True):
     """One offer of a message. ``budget`` is what is left for the answer, in seconds."""
 
     attempt: int  # 0 first; each further offer of the same message counts one more
@@ -57,8 +58,7 @@ class Request:
     environ: dict[bytes, bytes]  # of the hook's caller; who may be believed is for the peer's uid to say
 
 
-@dataclass(frozen=True, slots=True)
-class Submission:
+class Submission(msgspec.Struct, frozen=True):
     """What one real qmail-queue gets: ``prepend`` + message[``skip``:], and an envelope."""
 
     prepend: bytes = b""
@@ -66,8 +66,7 @@ class Submission:
     envelope: bytes | None = None  # None: as received
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True):
     """The verdict. ``text`` (printable ASCII, at most 250 bytes, no letter in front) is for refusals."""
 
     action: Action
@@ -76,8 +75,7 @@ class Answer:
     submissions: tuple[Submission, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class EncodedAnswer:
+class EncodedAnswer(msgspec.Struct, frozen=True):
     """The packet, and the body that must go into a sealed memfd sent along (None: inside the packet)."""
 
     packet: bytes

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -83,7 +84,7 @@ def test_a_scanner_that_nobody_wants_is_not_bypassed_but_skipped() -> None:
 
 
 def test_every_owner_of_preferences_is_told_that_spamd_was_left_out() -> None:
-    several = replace(plan(), users=((b"", b""), (b"a", b"a@example.org"), (b"b", b"b@example.org")))
+    several = msgspec.structs.replace(plan(), users=((b"", b""), (b"a", b"a@example.org"), (b"b", b"b@example.org")))
     assert [outcome.owner for outcome in left_out(SPAMD, Scanner.SPAMD, several)] == [b"", b"a", b"b"]
 
 

@@ -10,7 +10,7 @@ import base64
 import mmap
 import quopri
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from contentfilter.model import readable
 
@@ -81,30 +81,25 @@ def overruled(fields: bytes, found: bool) -> bytes:
     return b"X-Spam-Flag: YES\n" + kept if found else kept
 
 
-def compose(
-    original: mmap.mmap | bytes, lines: Iterable[bytes], claimed: frozenset[bytes], subject_tag: bytes = b""
-) -> tuple[bytes, int]:
-    """``lines`` (each with its line end) in front of ``original``, forged copies of our fields renamed.
+def correct(original: mmap.mmap | bytes, claimed: frozenset[bytes], subject_tag: bytes = b"") -> tuple[bytes, int]:
+    """The header block to put in place of that of ``original``: forged copies of our fields are renamed in it.
 
-    ``claimed`` says which families of fields speak for us in this delivery (b"contentfilter",
+    ``claimed`` says which families of fields speak for us in a delivery (b"contentfilter",
     b"virus-", b"spam-"): only those are renamed, to ``X-Received-X-…``. ``subject_tag`` (UTF-8) is put
     in front of each Subject unless it is there already, also behind ``Re:``; a missing Subject is added.
-    Returns (prepend, skip).
+    Returns (block, bytes of the original that it replaces); (b"", 0) where the original may stay.
     """
 
     def rename(field: re.Match[bytes]) -> bytes:
         family = field.group(1).replace(b"\0", b"").lower()
         return b"X-Received-" + field.group(0) if family in claimed else field.group(0)
 
-    ours = b"".join(lines)
     block = header_block(original)
     lower = block.replace(b"\0", b"").lower()  # most messages have none of them, and the pattern tries every byte
     renamed = _OURS.sub(rename, block) if any(name in lower for name in _OUR_NAMES) else block
     if subject_tag:
         renamed = _tagged(renamed, subject_tag)
-    if renamed == block:
-        return ours, 0
-    return ours + renamed, len(block)
+    return (b"", 0) if renamed == block else (renamed, len(block))
 
 
 def _tagged(block: bytes, tag: bytes) -> bytes:

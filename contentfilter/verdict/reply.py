@@ -4,6 +4,9 @@ Texts are printable ASCII of at most 250 bytes, carry the incident id and an enh
 (RFC 3463), and never contain what a peer sent without passing :func:`~contentfilter.model.readable`.
 """
 
+from collections.abc import Callable
+from functools import cache, partial
+
 from contentfilter.model import OriginKind, Scanner, ScanStatus, Want, readable
 from contentfilter.policy.decide import Action, Decision, Delivery, Reason, spamd_said
 from contentfilter.verdict import headers
@@ -12,6 +15,7 @@ from contentfilter.wire import envelope as envelope_format
 from contentfilter.wire import hook
 
 TEXT_LIMIT = 250
+_Correct = Callable[[frozenset[bytes], bytes], tuple[bytes, int]]  # see headers.correct
 
 _ACTIONS = {
     Action.QUEUE: hook.Action.QUEUE,
@@ -63,11 +67,13 @@ def answer(case: Case) -> hook.Answer:
     if decision.action is not Action.QUEUE:
         text = text_for(decision, case.incident)
         return hook.Answer(_ACTIONS[decision.action], _REASONS[decision.reason], text, ())
-    submissions = tuple(_submission(case, delivery) for delivery in decision.deliveries)
+    # a header may be long and the deliveries many, which hardly differ in it
+    correct = cache(partial(headers.correct, case.message.data))
+    submissions = tuple(_submission(case, delivery, correct) for delivery in decision.deliveries)
     return hook.Answer(hook.Action.QUEUE, hook.Reason.NONE, "", submissions)
 
 
-def _submission(case: Case, delivery: Delivery) -> hook.Submission:
+def _submission(case: Case, delivery: Delivery, correct: _Correct) -> hook.Submission:
     envelope, settings = case.envelope, case.settings
     everybody = len(delivery.recipients) == len(envelope.recipients) and not delivery.moved_to
     to = tuple(envelope.recipients[i] for i in delivery.recipients)
@@ -90,13 +96,13 @@ def _submission(case: Case, delivery: Delivery) -> hook.Submission:
     rewritten = said.rewritten if said and claimed else b""
     agreed = said is not None and said.status is delivery.spam  # else these recipients have a threshold of their own
     if rewritten and is_spam and agreed and case.plan.want is Want.PROCESS:
-        prepend, skip = headers.compose(rewritten, lines, claimed - {b"spam-"}, tag)
-        return hook.Submission(prepend + rewritten[skip:], case.message.size, block)
+        header, skip = headers.correct(rewritten, claimed - {b"spam-"}, tag)
+        return hook.Submission(b"".join((*lines, header, rewritten[skip:])), case.message.size, block)
     if rewritten and delivery.spam is not ScanStatus.SKIPPED:
         fields = headers.spam_lines(headers.header_block(rewritten))
         lines.append(fields if agreed else headers.overruled(fields, is_spam))
-    prepend, skip = headers.compose(case.message.data, lines, claimed, tag)
-    return hook.Submission(prepend, skip, block)
+    header, skip = correct(claimed, tag)
+    return hook.Submission(b"".join((*lines, header)), skip, block)
 
 
 def _lines(case: Case, delivery: Delivery, to: tuple[bytes, ...]) -> list[bytes]:

@@ -64,7 +64,8 @@ def decoders(data: bytes) -> None:
 def header_lines(data: bytes) -> None:
     """Our lines in front, forged ones renamed, the body as it was, and a subject that is tagged once."""
     tag, message = (b"[SPAM]", b"\xe2\x98\xa0 spam")[len(data) % 2], data
-    prepend, skip = headers.compose(message, LINES, ALL, tag)
+    header, skip = headers.correct(message, ALL, tag)
+    prepend = b"".join((*LINES, header))
     assert prepend.startswith(LINES[0])
     assert skip in (0, len(headers.header_block(message)))
     delivered = prepend + message[skip:]
@@ -74,8 +75,8 @@ def header_lines(data: bytes) -> None:
         assert not any(
             line.replace(b"\0", b"").lower().startswith(name) and b":" in line for line in field_lines(block)
         ), name
-    again, cut = headers.compose(block, LINES, ALL, tag)
-    assert again + block[cut:] == delivered
+    again, cut = headers.correct(block, ALL, tag)
+    assert b"".join((*LINES, again)) + block[cut:] == delivered
     parsed = email.parser.BytesHeaderParser(policy=email.policy.compat32).parsebytes(LINES[0] + block)
     assert [value for name, value in parsed.items() if name.lower() == "x-contentfilter"][1:] == []
     text = headers.message_id(headers.header_block(message))

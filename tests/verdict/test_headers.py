@@ -4,15 +4,22 @@ import email.parser
 import email.policy
 import re
 import time
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from contentfilter.verdict.headers import HEADER_LIMIT, compose, header_block, spam_lines
+from contentfilter.verdict.headers import HEADER_LIMIT, correct, header_block, spam_lines
 
 ALL = frozenset((b"contentfilter", b"virus-", b"spam-"))
 LINES = [b"X-ContentFilter: id; virus=clean; spam=skipped\n"]
+
+
+def compose(original: bytes, lines: Iterable[bytes], claimed: frozenset[bytes], tag: bytes = b"") -> tuple[bytes, int]:
+    """What goes in front of the original, and how much of that is left out."""
+    header, skip = correct(original, claimed, tag)
+    return b"".join((*lines, header)), skip
 
 
 def delivered(original, prepend_skip):

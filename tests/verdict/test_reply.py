@@ -1,5 +1,6 @@
 """What the SMTP client reads and what each recipient's copy gets in front."""
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,6 +11,7 @@ from contentfilter.model import Envelope, Message, Origin, OriginKind, Scanner, 
 from contentfilter.policy.decide import decide
 from contentfilter.policy.options import read_options
 from contentfilter.policy.plan import ScanPlan, Step, Switches, Treatment
+from contentfilter.verdict import headers
 from contentfilter.verdict.case import Case
 from contentfilter.verdict.reply import answer
 from contentfilter.wire import envelope as envelope_format
@@ -238,3 +240,31 @@ def test_what_is_queued_is_our_lines_and_the_original_bytes(data):
     s = only(reply(wants=((False, False),), data=b"Subject: x\n\n" + data))
     assert s.skip == 0
     assert all(line.startswith(b"X-") for line in s.prepend.splitlines())
+
+
+def test_a_header_is_corrected_once_for_all_deliveries_that_are_alike_in_it(monkeypatch):
+    """A hostile one is long, and there may be 128 deliveries."""
+    asked = []
+
+    def counted(data, claimed, tag):
+        asked.append((claimed, tag))
+        return correct(data, claimed, tag)
+
+    correct = headers.correct
+    monkeypatch.setattr(headers, "correct", counted)
+    plan = ((Treatment(True, False, "v", "s"), (0, 1, 2)),)
+    decision = decide(ScanPlan(plan, STEPS), CLEAN, OriginKind.STRANGER, 3, Settings())
+    deliveries = tuple(d for d in decision.deliveries for _ in range(50))
+    case = Case(
+        ID,
+        Origin(OriginKind.STRANGER, 1),
+        Envelope(b"s@example.net", (b"a@b.example",) * 3),
+        Message(-1, len(MAIL), MAIL),
+        Settings(),
+        Switches(),
+        ScanPlan(plan, STEPS),
+        CLEAN,
+        msgspec.structs.replace(decision, deliveries=deliveries),
+    )
+    assert len(answer(case).submissions) == 50 * len(decision.deliveries)
+    assert len(asked) == 1

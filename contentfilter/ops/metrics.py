@@ -226,6 +226,7 @@ class Metrics:
         self._present = _Present()
         self._backends: frozenset[str] = frozenset()
         self._last: dict[int, Mapping[str, int]] = {}
+        self._found: dict[tuple[str, ...], Any] = {}  # series by name and labels: labels() takes a lock and checks
         for metric in COUNTED:
             if metric.kind == "counter":
                 self._counters[metric.name] = Counter(metric.name, metric.help, metric.labels, registry=registry)
@@ -267,23 +268,31 @@ class Metrics:
 
     def _mail(self, fields: Mapping[str, Any]) -> None:
         mail = msgspec.convert(fields, _Mail)
-        counters, histograms = self._counters, self._histograms
+        counters, series = self._counters, self._series
         decision, rule = _known(mail.decision, DECISIONS), rule_class(mail.rule, mail.reason)
-        counters["contentfilter_messages_total"].labels(decision, rule, _known(mail.origin, ORIGINS)).inc()
+        series("contentfilter_messages_total", decision, rule, _known(mail.origin, ORIGINS)).inc()
         counters["contentfilter_message_bytes_total"].inc(mail.size)
         counters["contentfilter_quarantined_total"].inc(mail.quarantined > 0)
-        histograms["contentfilter_message_seconds"].labels(decision).observe(mail.ms / 1000)
+        series("contentfilter_message_seconds", decision).observe(mail.ms / 1000)
         for scan in mail.scans:
             scanner, status = _known(scan.scanner, SCANNERS), _known(scan.status, STATUSES)
             cause = _known(scan.cause, CAUSES)
             backend = scan.backend if scan.backend in self._backends else ""
-            counters["contentfilter_scans_total"].labels(scanner, backend, status, cause).inc()
+            series("contentfilter_scans_total", scanner, backend, status, cause).inc()
             if scan.reused:
-                counters["contentfilter_scans_reused_total"].labels(scanner, _known(scan.reused, REUSED)).inc()
+                series("contentfilter_scans_reused_total", scanner, _known(scan.reused, REUSED)).inc()
             elif scan.ms:  # not where another scan's time holds for this one, or nothing was done
-                histograms["contentfilter_scan_seconds"].labels(scanner, backend).observe(scan.ms / 1000)
+                series("contentfilter_scan_seconds", scanner, backend).observe(scan.ms / 1000)
             if decision == Action.QUEUE.value and status == ScanStatus.UNCHECKED.value:
-                counters["contentfilter_unchecked_total"].labels(scanner, cause).inc()
+                series("contentfilter_unchecked_total", scanner, cause).inc()
+
+    def _series(self, name: str, *labels: str) -> Any:
+        """A counter or histogram with its labels, found once."""
+        key = name, *labels
+        if (found := self._found.get(key)) is None:
+            metric: Counter | Histogram = self._counters.get(name) or self._histograms[name]
+            found = self._found[key] = metric.labels(*labels)
+        return found
 
     def _report(self, fields: Mapping[str, Any]) -> None:
         result = commit_result(msgspec.convert(fields, _Report).results)
@@ -322,6 +331,7 @@ class Metrics:
                 seconds.labels(scanner.value, backend)
                 scans.labels(scanner.value, backend, ScanStatus.CLEAN.value, "")
         self._backends = names
+        self._found.clear()  # what was removed is not counted any more
 
     # What is to be read
 

@@ -111,10 +111,11 @@ class SupervisorBus:
         self._pull = self._bind(zmq.PULL, where["reports"], 0o600)
         self._commands = self._bind(zmq.PUB, where["commands"], 0o600)
         self._router = self._bind(zmq.ROUTER, where["control"], 0o660)
-        self._events = self._bind(zmq.PUB, where["events"], 0o660)
+        # A plain socket, as the worker's: nobody waits for a PUB socket, which drops what a reader does not take.
+        self._events = self._bind(zmq.PUB, where["events"], 0o660, zmq.Context(self._context))
 
-    def _bind(self, kind: int, address: str, mode: int) -> Any:
-        each = self._context.socket(kind)
+    def _bind(self, kind: int, address: str, mode: int, context: zmq.Context[Any] | None = None) -> Any:
+        each = (context or self._context).socket(kind)
         _limits(each)
         with _umask(0o777 & ~mode):
             each.bind(address)
@@ -155,9 +156,9 @@ class SupervisorBus:
             if not lossy:
                 raise
 
-    async def publish(self, event: Event) -> None:
-        """To the event feed: the topic is the event's name."""
-        await self._events.send_multipart([event.name.encode(), VERSION + msgspec.msgpack.encode(event)], zmq.NOBLOCK)
+    def publish(self, event: Event) -> None:
+        """To the event feed: the topic is the event's name. Never waits."""
+        self._events.send_multipart([event.name.encode(), VERSION + msgspec.msgpack.encode(event)], zmq.NOBLOCK)
 
     def close(self) -> None:
         for each in (self._pull, self._commands, self._router, self._events):

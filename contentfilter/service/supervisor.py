@@ -229,21 +229,21 @@ class Supervisor:
         if isinstance(report, frames.Happened):
             for event in self._canary.others(report.events):
                 self._recorder.put(event)
-                await self._publish(event)
+                self._publish(event)
         elif (process := self._pool.heard(report)) is not None:
             self._moved.set()
             await self._glass.heard(process)
             await self._configuration.heard(process)
 
-    async def _publish(self, event: frames.Event) -> None:
+    def _publish(self, event: frames.Event) -> None:
         self._monitor.remote.publish(event)
         try:
-            await self._bus.publish(event)
+            self._bus.publish(event)
         except zmq.Again:
             pass  # a slow reader of the feed loses events
 
     async def _ordered(self, event: frames.Event) -> None:
-        await self._publish(event)
+        self._publish(event)
         if self._state == "ready":
             self._notify.status(self._summary())
 

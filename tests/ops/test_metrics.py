@@ -186,6 +186,15 @@ def test_a_backend_that_is_no_longer_configured_is_forgotten(counted: Metrics) -
     assert samples.counts("scans_total", "scanner", "backend") == {("clamd", ""): 1, ("spamd", SPAMD): 1}
 
 
+def test_a_backend_that_comes_back_is_counted_again(counted: Metrics) -> None:
+    mail = MAIL | {"scans": (scan("clamd", backend=CLAMD),)}
+    counted.event("mail.done", mail)
+    counted.backends({Scanner.CLAMD: ["unix:/new"], Scanner.SPAMD: [SPAMD]})
+    counted.backends({Scanner.CLAMD: [CLAMD], Scanner.SPAMD: [SPAMD]})
+    counted.event("mail.done", mail)
+    assert read(counted).counts("scans_total", "scanner", "backend") == {("clamd", CLAMD): 1}
+
+
 # Workers
 
 

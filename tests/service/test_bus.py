@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 from lab.daemon import WAIT, Daemon
 from lab.offer import Offer, offer
 
+from contentfilter.deadline import Deadline
 from contentfilter.errors import RemoteProtocolError
 from contentfilter.service import bus, frames
 from contentfilter.wire import hook
 
 Make = Callable[..., Daemon]
 
+EVENTS = msgspec.msgpack.Decoder(frames.Event)
 BEAT = frames.Heartbeat(1, 2, 0, 0.5, (frames.Busy("ab", "handling", 1.5),), 1, {"accepted": 3})
 FRAMES = [
     (BEAT, frames.REPORTS),
@@ -149,5 +151,55 @@ async def test_what_a_worker_said_last_is_still_heard_when_it_has_ended() -> Non
             assert isinstance(report, frames.Happened)
             assert report.events == [frames.Event("mail.done", {"id": "x"}, b"account")]
             assert not await supervisor.waiting(0.0)
+        finally:
+            supervisor.close()
+
+
+@pytest.mark.asyncio
+async def test_events_come_in_bounded_batches_in_order_and_none_is_left_behind_at_the_end() -> None:
+    count = 2 * bus.BATCH + 3
+    batches: list[list[int]] = []
+    with tempfile.TemporaryDirectory(prefix="cf-", dir="/tmp") as run:
+        supervisor, worker = bus.SupervisorBus(run), bus.WorkerBus(run, 7)
+        try:
+            for number in range(count):
+                if worker.add(frames.Event("mail.done", {"n": number})):
+                    worker.flush()
+            worker.close()
+            while sum(map(len, batches)) < count:
+                assert await supervisor.waiting(WAIT)
+                report = await supervisor.report()
+                assert isinstance(report, frames.Happened)
+                batches.append([event.fields["n"] for event in report.events])
+        finally:
+            supervisor.close()
+    assert [len(batch) for batch in batches] == [bus.BATCH, bus.BATCH, 3]
+    assert [number for batch in batches for number in batch] == list(range(count))
+
+
+@pytest.mark.asyncio
+async def test_a_reader_of_the_feed_that_has_stalled_loses_events_and_keeps_nobody(context: zmq.Context) -> None:
+    with tempfile.TemporaryDirectory(prefix="cf-", dir="/tmp") as run:
+        supervisor = bus.SupervisorBus(run)
+        try:
+            reader = context.socket(zmq.SUB)
+            reader.setsockopt(zmq.RCVHWM, 1)
+            reader.subscribe(b"")
+            reader.connect(bus.addresses(run)["events"])
+            limit = Deadline.after(WAIT)
+            while not reader.poll(10):  # until it has subscribed
+                assert not limit.expired()
+                supervisor.publish(frames.Event("mail.done", {"n": -1}))
+            sent = 2 * bus.HIGH_WATER
+            for number in range(sent):
+                supervisor.publish(frames.Event("mail.done", {"n": number, "text": "x" * 500}))
+            found = []
+            while reader.poll(100):
+                topic, frame = reader.recv_multipart()
+                assert topic == b"mail.done"
+                found.append(frames.decode(frame, EVENTS).fields["n"])
+            numbers = [number for number in found if number >= 0]
+            assert 0 < len(numbers) < sent
+            assert numbers == sorted(numbers)
         finally:
             supervisor.close()

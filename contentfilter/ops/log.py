@@ -76,6 +76,8 @@ EVENTS: Mapping[str, str] = {
     "drain.end": "mail is accepted again, and who or what ended it",
     "orders.not-saved": "bypasses could not be written down: they hold, but a restart forgets the change",
     "bus.malformed": "a frame on the bus that could not be decoded; dropped",
+    "bus.mended": "sockets in the run directory had been removed, and were made anew",
+    "bus.not-mended": "they cannot be made anew: workers that start now find no supervisor",
     "tables.stale": "the recipient tables are not brought up to date, and why; the last good ones stay in force",
     "tables.current": "they are again what their source has",
     "poison.isolated": "a message that killed two workers was decided without a look at it, and kept for study",

@@ -38,6 +38,7 @@ from contentfilter.service.frames import (
 T = TypeVar("T")
 HIGH_WATER = 10_000  # frames
 LIMIT = 64 * 1024 * 1024  # bytes in one frame; a configuration with long signature lists is the largest
+MENDS = 100  # times that removed sockets are made anew
 BATCH = 64  # events in one frame
 BATCH_DELAY = 0.05  # seconds
 
@@ -106,6 +107,9 @@ class SupervisorBus:
 
     def __init__(self, run: str) -> None:
         self._context = zmq.asyncio.Context(io_threads=1)
+        self._run = run
+        self._mended = 0
+        self._bound: list[tuple[Any, str, int]] = []
         self.malformed = 0
         where = addresses(run)
         self._pull = self._bind(zmq.PULL, where["reports"], 0o600)
@@ -119,7 +123,23 @@ class SupervisorBus:
         _limits(each)
         with _umask(0o777 & ~mode):
             each.bind(address)
+        self._bound.append((each, address, mode))
         return each
+
+    def mend(self) -> tuple[str, ...]:
+        """Listen anew on paths that somebody removed; returns those. Who is connected stays so. Raises OSError.
+
+        Each time costs a descriptor, for the old listener is kept: to close it would remove the new path.
+        """
+        gone = [(each, address, mode) for each, address, mode in self._bound if not os.path.exists(_path(address))]
+        if not gone or self._mended >= MENDS:
+            return ()
+        self._mended += 1
+        os.makedirs(self._run, 0o750, exist_ok=True)
+        for each, address, mode in gone:
+            with _umask(0o777 & ~mode):
+                each.bind(address)
+        return tuple(_path(address) for _, address, _ in gone)
 
     async def report(self) -> Report:
         """The next report of a worker. Raises RemoteProtocolError for a malformed one."""
@@ -169,7 +189,7 @@ class SupervisorBus:
 def ask(run: str, question: Question, seconds: float) -> Reply | None:
     """One question to the running daemon, for the command line. None when nobody answers in time."""
     address = addresses(run)["control"]
-    if trouble_at(address.removeprefix("ipc://")):
+    if trouble_at(_path(address)):
         return None
     context = zmq.Context(io_threads=1)
     try:
@@ -192,6 +212,10 @@ def trouble_at(path: str) -> int:
         except OSError as error:
             return error.errno or errno.EIO
     return 0
+
+
+def _path(address: str) -> str:
+    return address.removeprefix("ipc://")
 
 
 def _peer_uid(frame: Any) -> int:

@@ -284,7 +284,19 @@ class Supervisor:
         while True:
             service = self._settings.service
             self._pool.check(service.stuck_after)
+            self._mend_bus()
             await asyncio.sleep(min(service.heartbeat, service.stuck_after / 4))
+
+    def _mend_bus(self) -> None:
+        """Somebody may have emptied the run directory; a worker that starts now would find nobody."""
+        try:
+            paths = self._bus.mend()
+        except OSError as error:  # ZeroMQ's errors are of this kind
+            if (held := self._bad_frames.allow()) is not None:
+                self._log.error("bus.not-mended", why=error.strerror or str(error), not_logged=held)
+        else:
+            if paths:
+                self._log.error("bus.mended", paths=paths)
 
     async def _say_ready(self) -> None:
         while not self._pool.full():

@@ -137,18 +137,22 @@ def test_a_worker_without_memory_defers_or_is_replaced_and_loses_nothing(make_sy
 
 
 def test_the_run_directory_is_emptied_and_mail_goes_on(make_system: MakeSystem, lab_directory: Path) -> None:
-    """Also after a worker has died, though its successor cannot find the supervisor. ``status`` gets no answer."""
+    """The sockets in it are made anew: workers that start afterwards find the supervisor, and so does ``status``."""
     run = lab_directory / "run-emptied"
     run.mkdir()
     system = make_system(settings={"service": {"run": str(run), "stuck_after": 2.0}})
     shutil.rmtree(run)
     for _ in range(3):
         assert len(system.deliver(PLAIN, NOBODY).queued) == 1
+    (told,) = system.daemon.wait_for("bus.mended")
+    assert len(told["paths"]) == 4
     os.kill(system.daemon.workers()[0], signal.SIGKILL)
+    system.daemon.wait_for("worker.ready", 2)
     began = time.monotonic()
     while time.monotonic() - began < 3.0:
         assert len(system.deliver(PLAIN, NOBODY).queued) == 1
-    assert bus.ask(str(run), frames.AskStatus(), 5.0) is None
+    assert isinstance(bus.ask(str(run), frames.AskStatus(), 5.0), frames.Status)
+    assert system.daemon.log("worker.stuck") == []
 
 
 def test_the_queue_socket_is_removed_and_who_asks_is_told(make_system: MakeSystem) -> None:

@@ -13,7 +13,6 @@ import threading
 import time
 import traceback
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 
 import clamd as clamd_package
 
@@ -88,8 +87,7 @@ class ClamdScanner:
                     return await judged(answer, True, one)
             return await judged(await self._instream(address, message, one, left(False)), False, one)
 
-        outcome = await self.pool.run(ask, deadline)
-        return replace(outcome, seconds=time.monotonic() - started)
+        return await self.pool.run(ask, deadline)
 
     async def database(self, backend: str, deadline: Deadline) -> str:
         """What database it has at this moment; empty when it does not say so at once."""

@@ -387,4 +387,5 @@ async def _ready(sock: Endpoint, *, writing: bool) -> None:
         await ready
     finally:
         loop.remove_reader(fd)
-        loop.remove_writer(fd)
+        if writing:
+            loop.remove_writer(fd)

@@ -150,3 +150,4 @@ async def test_after_a_spamd_that_hangs_there_is_time_for_another_one(tmp_path: 
         one = scanner(peer.backend, spamd.backend, timeout_base=3.0)
         outcome = await one.scan(message(LETTER), Deadline.after(30))
     assert (outcome.status, outcome.backend, peer.connections) == (ScanStatus.CLEAN, spamd.backend, 1)
+    assert outcome.seconds >= 3.0, "what the first one took counts"

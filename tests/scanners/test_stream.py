@@ -60,6 +60,8 @@ async def test_every_byte_arrives_in_order_through_a_slow_reader(pair: Pair, siz
     await task
     assert answer == (clamd.Clean(), True)
     assert heard == b"".join(b"".join(batch) for batch in batches())
+    assert not loop.remove_reader(ours)  # nor does anything wait for this socket any more
+    assert not loop.remove_writer(ours)
 
 
 async def test_writing_leaves_the_event_loop_its_turn() -> None:

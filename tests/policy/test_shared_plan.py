@@ -37,7 +37,7 @@ def planned(by: Pipeline, recipients: tuple[bytes, ...], kind: OriginKind, size:
     [
         Switches(chksignature=True),
         Switches(clamglobal=True, skipcachk=2),
-        Switches(spamglobal=True, skipsachk=1),
+        Switches(spamglobal=True, skipsachk=1, samsgsize=500),
         Switches(clamglobal=True, spamglobal=True, skipcachk=1, skipsachk=2),
         Switches(databytes=500, maxrecipients=1),
     ],

@@ -89,7 +89,7 @@ class Pipeline:
             Scanner.CLAMD: hashlib.sha256(msgspec.msgpack.encode(settings.clamd)).digest(),
             Scanner.SPAMD: hashlib.sha256(msgspec.msgpack.encode(settings.spamd)).digest(),
         }
-        self._unchecked: dict[OriginKind, ScanPlan] = {}  # for one recipient without a row, where that means no check
+        self._shared: dict[OriginKind, ScanPlan] = {}  # for one recipient without a row, where that means no check
         # A scan goes on when its message is given up, but not where that lets the message pass: nobody comes again.
         self._comes_again = {
             scanner: on_fault(scanner, Cause.TIMEOUT, OriginKind.STRANGER, settings) == "defer"
@@ -182,13 +182,13 @@ class Pipeline:
         if self.lookup is None or len(envelope.recipients) != 1 or 0 < self.switches.databytes < message.size:
             return make_plan(*facts)
         # Most mail of most servers: without row and check the plan is the same for all clients of a kind.
-        shared = self._unchecked.get(origin.kind)
+        shared = self._shared.get(origin.kind)
         if shared is not None and self.lookup(envelope.recipients[0]) == (None, None):
             return shared
         plan = make_plan(*facts)
         (treatment, _), *_ = plan.groups
         if not (treatment.virus or treatment.spam) and self.lookup(envelope.recipients[0]) == (None, None):
-            self._unchecked[origin.kind] = plan
+            self._shared[origin.kind] = plan
         return plan
 
     async def _released(self, message: Message) -> str | None:

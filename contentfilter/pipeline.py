@@ -89,6 +89,7 @@ class Pipeline:
             Scanner.CLAMD: hashlib.sha256(msgspec.msgpack.encode(settings.clamd)).digest(),
             Scanner.SPAMD: hashlib.sha256(msgspec.msgpack.encode(settings.spamd)).digest(),
         }
+        self._shared: dict[OriginKind, ScanPlan] = {}  # for one recipient without a row, where that means no check
         # A scan goes on when its message is given up, but not where that lets the message pass: nobody comes again.
         self._comes_again = {
             scanner: on_fault(scanner, Cause.TIMEOUT, OriginKind.STRANGER, settings) == "defer"
@@ -122,8 +123,7 @@ class Pipeline:
         if not origin.remote_ip and (by := await self._released(message)):  # the token does not count over SMTP
             plan = plan.released_by(by)
         outcomes: tuple[ScanOutcome, ...] = ()
-        claim = claim_of(origin, message.size)
-        for together, ask in self._stages(self.recall):
+        for together, ask in self._stages(self.recall) if any(step.run for step in plan.steps) else ():
             if not any(needed(scanner, plan, outcomes, origin.kind, self.settings) for scanner in together):
                 continue
             still = self._open(plan, outcomes, origin)
@@ -132,7 +132,7 @@ class Pipeline:
                 outcomes += tuple(outcome for scanner in together for outcome in left_out(bypass, scanner, still))
                 continue
             kept = kept_back(deadline.left(), together[-1], plan, message.size, self.settings)
-            said = await ask(message, still, claim, deadline.before(kept))
+            said = await ask(message, still, claim_of(origin, message.size), deadline.before(kept))
             outcomes += tuple(tolerate(outcome, self.settings, self.allowed, time.time()) for outcome in said)
         decision = decide(plan, outcomes, origin.kind, len(envelope.recipients), self.settings)
         return Case(incident, origin, envelope, message, self.settings, self.switches, plan, outcomes, decision)
@@ -179,7 +179,17 @@ class Pipeline:
         facts = (envelope, message.size, origin, self.settings, self.switches, self.lookup, self.owners)
         if len(envelope.recipients) > MANY_RECIPIENTS:
             return await asyncio.to_thread(make_plan, *facts)
-        return make_plan(*facts)
+        if self.lookup is None or len(envelope.recipients) != 1 or 0 < self.switches.databytes < message.size:
+            return make_plan(*facts)
+        # Most mail of most servers: without row and check the plan is the same for all clients of a kind.
+        shared = self._shared.get(origin.kind)
+        if shared is not None and self.lookup(envelope.recipients[0]) == (None, None):
+            return shared
+        plan = make_plan(*facts)
+        (treatment, _), *_ = plan.groups
+        if not (treatment.virus or treatment.spam) and self.lookup(envelope.recipients[0]) == (None, None):
+            self._shared[origin.kind] = plan
+        return plan
 
     async def _released(self, message: Message) -> str | None:
         """The incident of a message that an operator let go, whoever forwards it now."""

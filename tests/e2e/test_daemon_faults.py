@@ -1,19 +1,24 @@
 """Disk, memory, run directory, supervisor, clock, scanners and clients fail around a daemon: mail goes on or waits."""
 
 import contextlib
+import errno
 import os
 import resource
 import shutil
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq
 from e2e.mails import PLAIN, VIRUS
 from e2e.trouble import open_files, waiting_in
+from lab import standin
+from lab.crowd import most_memory
 from lab.hook import until
 from lab.offer import Offer
 from lab.peers import (
@@ -113,6 +118,37 @@ def test_a_daemon_starts_on_a_disk_that_takes_nothing(
         system.daemon.stop()
 
 
+@pytest.mark.parametrize("error", [errno.EIO, errno.EROFS, errno.EDQUOT], ids=errno.errorcode.get)
+def test_a_state_directory_that_takes_nothing_any_more_costs_entries_and_no_mail(
+    make_system: MakeSystem, clamd: Any, lab_directory: Path, error: int
+) -> None:
+    """A disk that breaks, a file system that the kernel makes read-only, a quota that is used up."""
+    state, broken = lab_directory / f"state-{error}", lab_directory / f"broken-{error}"
+    state.mkdir()
+    library = lab_directory / f"refuse-{error}.so"
+    source = Path(standin.__file__).with_name("refuse.c")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    environ = {"LD_PRELOAD": str(library), "REFUSE_UNDER": str(state), "REFUSE_WITH": str(broken)}
+    settings = {"service": {"state": str(state)}, "clamd": {"action": "remove"}}
+    system = make_system(clamd=clamd, settings=settings, environ=environ)
+    assert system.deliver(PLAIN, ONE).status == 0
+
+    broken.write_text(str(error))
+    for _ in range(3):
+        assert system.deliver(PLAIN, ONE).status == 0
+        assert len(system.deliver(PLAIN, NOBODY).queued) == 1
+    d = system.deliver(VIRUS, ONE)
+    assert (d.status, d.text[:1], d.queued) == (TOLD, "Z", ()), "it cannot be kept, so it is not removed"
+    system.daemon.wait_for("journal.failed")
+    workers = system.daemon.workers()
+
+    broken.unlink()
+    d = system.deliver(VIRUS, ONE)
+    assert (d.status, d.queued) == (0, ())
+    assert len(list((state / "quarantine" / "entries").glob("*.eml"))) == 1
+    assert system.daemon.workers() == workers
+
+
 # Memory
 
 
@@ -153,6 +189,25 @@ def test_the_run_directory_is_emptied_and_mail_goes_on(make_system: MakeSystem, 
         assert len(system.deliver(PLAIN, NOBODY).queued) == 1
     assert isinstance(bus.ask(str(run), frames.AskStatus(), 5.0), frames.Status)
     assert system.daemon.log("worker.stuck") == []
+
+
+def test_a_flood_of_reports_costs_no_mail_and_little_memory(make_system: MakeSystem) -> None:
+    """From a process of the daemon's own user: nobody else may write there."""
+    system = make_system()
+    assert len(system.deliver(PLAIN, NOBODY).queued) == 1
+    run = system.daemon.directory
+    beat = frames.encode(frames.Happened(1, [frames.Event("mail.done", {"id": "x" * 1000})]))
+    with zmq.Context() as context, context.socket(zmq.PUSH) as flood:
+        flood.linger, flood.sndtimeo = 0, 5000
+        flood.connect(bus.addresses(str(run))["reports"])
+        for count in range(60_000):
+            flood.send((b"\xff" * 1000, beat)[count % 2])
+            if count % 10_000 == 0:
+                assert len(system.deliver(PLAIN, NOBODY).queued) == 1
+        until(lambda: isinstance(bus.ask(str(run), frames.AskStatus(), 5.0), frames.Status), "no answer")
+    assert system.daemon.log("bus.malformed")
+    assert system.daemon.log("worker.stuck") == []
+    assert most_memory(system.daemon.pid) < 150e6
 
 
 def test_the_queue_socket_is_removed_and_who_asks_is_told(make_system: MakeSystem) -> None:

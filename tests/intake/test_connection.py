@@ -1,6 +1,7 @@
 """One hook's connection: every request that may come, and what becomes of it."""
 
 import asyncio
+import errno
 import os
 import socket
 from collections.abc import Callable
@@ -359,3 +360,44 @@ async def test_rarely_lets_the_first_through_and_counts_the_rest() -> None:
     rarely = Rarely(3600)
     assert rarely.allow() == 0
     assert [rarely.allow() for _ in range(3)] == [None] * 3
+
+
+async def test_an_answer_that_finds_no_descriptor_closes_the_connection_and_the_next_one_is_given(
+    listening: Listening, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hook offers its message again."""
+    long = hook.Answer(hook.Action.QUEUE, submissions=(hook.Submission(prepend=b"X-Long: " + b"x" * 200_000 + b"\n"),))
+
+    async def handle(job: Job) -> hook.Answer:
+        return long
+
+    true = os.memfd_create
+
+    def none(name: str, flags: int) -> int:
+        if name == "answer":
+            raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
+        return true(name, flags)
+
+    async with listening(handle) as bench:
+        with monkeypatch.context() as patch:
+            patch.setattr(connection.os, "memfd_create", none)
+            with Offer(bench.path) as refused:
+                await asyncio.to_thread(refused.send)
+                await bench.idle()
+                assert bench.log("intake.answer-failed")[0]["why"] == os.strerror(errno.ENFILE)
+        assert await asyncio.to_thread(offer, bench.path) == long
+
+
+async def test_a_client_that_goes_in_the_moment_of_its_answer_leaves_nothing(listening: Listening) -> None:
+    """Nobody has queued it: only the hook does that, and it is gone."""
+
+    async def handle(job: Job) -> hook.Answer:
+        client.close()
+        return hook.Answer(hook.Action.QUEUE, submissions=(hook.Submission(), hook.Submission()))
+
+    async with listening(handle) as bench:
+        client = Offer(bench.path)
+        await asyncio.to_thread(client.send)
+        await bench.idle()
+        assert bench.listener.counters.answered == 0
+        assert bench.log("intake.answer-failed")[0]["why"] == os.strerror(errno.EPIPE)

@@ -1,6 +1,7 @@
 """The listening socket and the accept loop: never stolen, never spinning, never more than it may."""
 
 import asyncio
+import errno
 import os
 import resource
 import socket
@@ -153,6 +154,39 @@ async def test_without_free_descriptors_accepting_pauses_and_recovers(listening:
         assert bench.log("intake.accept-failed")[0]["why"] == "Too many open files"
         assert turns > 3
         assert bench.listener._failure_log._held <= (time.monotonic() - began) / module.PAUSE, "it must pause, not spin"
+
+
+class Refusing:
+    """A listening socket whose accept fails some times, as when the whole machine has no descriptors left."""
+
+    def __init__(self, true: Any, error: int, times: int) -> None:
+        self._true, self._error, self.times = true, error, times
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._true, name)
+
+    def accept(self) -> Any:
+        if self.times:
+            self.times -= 1
+            raise OSError(self._error, os.strerror(self._error))
+        return self._true.accept()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("error", [errno.ENFILE, errno.ENOMEM, errno.ENOBUFS], ids=errno.errorcode.get)
+async def test_where_the_machine_has_no_descriptors_accepting_pauses_and_recovers(
+    listening: Listening, error: int
+) -> None:
+    async def accept(job: Job) -> hook.Answer:
+        return QUEUE
+
+    async with listening(accept) as bench:
+        bench.listener._socket = refusing = Refusing(bench.listener._socket, error, 2)
+        began = time.monotonic()
+        assert await asyncio.to_thread(offer, bench.path) == QUEUE
+        assert refusing.times == 0
+        assert time.monotonic() - began >= 2 * module.PAUSE
+        assert bench.log("intake.accept-failed")[0]["why"] == os.strerror(error)
 
 
 @pytest.mark.asyncio

@@ -100,6 +100,34 @@ def test_a_bad_row_is_named_and_left_out(db: MariaDb, place: Path, address: str)
     assert address[:10].split("\n")[0] in problems[0]
 
 
+GARBAGE = {
+    "X'6100407865'": "a NUL",
+    "X'FFFE6100'": "another character set",
+    "CONCAT(REPEAT('x', 5000000), '@x.example')": "megabytes",
+}
+BYTES = {"X'C3284078'": b"\xc3(@x", "CONVERT('\u00e9@x.example' USING latin1)": b"\xe9@x.example"}
+
+
+@pytest.mark.parametrize("value", GARBAGE, ids=GARBAGE.values())
+def test_bytes_that_are_no_address_are_left_out_and_the_others_stay(db: MariaDb, place: Path, value: str) -> None:
+    db.run("ALTER TABLE clamavclients DROP PRIMARY KEY, MODIFY address LONGBLOB")
+    db.run(f"INSERT INTO clamavclients (address) VALUES ('a@x.example'), ({value}), ('b@x.example')")
+    rows, problems = read(db, place)
+    assert list(rows.clamav) == [b"a@x.example", b"b@x.example"]
+    assert len(problems) == 1
+    assert problems[0].isprintable()
+    assert len(problems[0]) < 1000
+
+
+@pytest.mark.parametrize("value", BYTES)
+def test_an_address_in_no_known_character_set_stays_the_bytes_that_it_is(db: MariaDb, place: Path, value: str) -> None:
+    """As in an envelope, where it may stand so."""
+    db.run("ALTER TABLE clamavclients DROP PRIMARY KEY, MODIFY address LONGBLOB")
+    db.run(f"INSERT INTO clamavclients (address) VALUES ('a@x.example'), ({value})")
+    rows, problems = read(db, place)
+    assert (list(rows.clamav), problems) == ([b"a@x.example", BYTES[value]], [])
+
+
 def test_a_null_address_and_bad_options_are_problems(db: MariaDb, place: Path) -> None:
     db.run("ALTER TABLE clamavclients MODIFY address VARCHAR(320) NULL, DROP PRIMARY KEY")
     db.run("INSERT INTO clamavclients (address, virus) VALUES (NULL, 'mark'), ('a@x.example', 'delete')")

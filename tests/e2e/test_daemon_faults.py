@@ -25,9 +25,9 @@ from lab.peers import (
     Peer,
     Read,
     Talk,
+    alive,
     closes,
     closes_after_question,
-    in_turn,
     read_clamd,
     read_spamd,
     refuses_descriptor,
@@ -373,8 +373,8 @@ def test_where_descriptors_are_refused_the_virus_is_found_in_the_stream(
 def test_a_client_that_is_gone_at_any_stage_leaves_nothing_and_queues_nothing(
     make_system: MakeSystem, tmp_path: Path
 ) -> None:
-    with Peer(tmp_path, in_turn(says_and_stays(b"")), read_clamd) as peer:
-        system = make_system(clamd=peer)
+    with Peer(tmp_path, alive(says_and_stays(b"")), read_clamd) as peer:
+        system = make_system(clamd=peer, settings={"reuse": {"late": 2.0}})
         assert len(system.deliver(PLAIN, NOBODY).queued) == 1
         before = open_files(system.daemon)
 
@@ -394,7 +394,7 @@ def test_a_client_that_is_gone_at_any_stage_leaves_nothing_and_queues_nothing(
         system.daemon.wait_for("intake.client-gone", 3)
 
         # submitting several copies: the daemon waits for the report
-        peer.talk = says(b"fd[10]: OK\0")
+        peer.talk = alive(says(b"fd[10]: OK\0"))
         knobs = {"at": "message", "stall": "1"}
         another = b"X-Another: one, which does not wait for the scans that go on\n" + PLAIN
         process, standin = system.start_hook(another, (ONE, b"none@mixed.example"), knobs=knobs)

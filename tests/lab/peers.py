@@ -155,6 +155,18 @@ def says_and_stays(answer: bytes) -> Talk:
     return talk
 
 
+def alive(talk: Talk) -> Talk:
+    """A clamd that answers each PING; what else it is asked is for ``talk``."""
+
+    def answer(peer: Peer, sock: socket.socket) -> None:
+        if sock.recv(6, socket.MSG_PEEK).startswith(b"zPING\0"):
+            sock.sendall(b"PONG\0")
+        else:
+            talk(peer, sock)
+
+    return answer
+
+
 def drips(answer: bytes) -> Talk:
     """The answer in single bytes, each in a packet of its own."""
 

@@ -1,7 +1,7 @@
 """Where bypasses survive a restart, and who ordered what: ``bypass.json`` and ``audit.jsonl`` in the state directory.
 
-The supervisor writes both. The first is replaced as a whole; to the second, lines are only ever added. A damaged
-``bypass.json`` bypasses nothing.
+The supervisor writes both. The first is replaced as a whole; to the second, lines are only ever added, until it is
+large and becomes ``audit.jsonl.1``. A damaged ``bypass.json`` bypasses nothing.
 """
 
 import os
@@ -17,6 +17,7 @@ from contentfilter.policy.bypass import SCANNERS, Bypass, objection
 FILE = "bypass.json"
 AUDIT = "audit.jsonl"
 SIZE_MAX = 1 << 16
+AUDIT_MAX = 1 << 20  # bytes: some thousand orders; the ones before are kept once
 
 
 def read_bypasses(state: str) -> tuple[Bypass, ...]:
@@ -54,8 +55,13 @@ def save(state: str, bypasses: tuple[Bypass, ...], events: Iterable[Mapping[str,
 
 
 def _append(path: str, lines: bytes) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open(path, flags, 0o600)
     try:
+        if os.fstat(fd).st_size + len(lines) > AUDIT_MAX:
+            os.rename(path, f"{path}.1")
+            os.close(fd)
+            fd = os.open(path, flags, 0o600)
         os.write(fd, lines)
         os.fsync(fd)
     finally:

@@ -8,6 +8,7 @@ import ctypes
 import mmap
 import os
 import re
+import signal
 import sys
 
 from contentfilter import app
@@ -18,11 +19,15 @@ from contentfilter.service.worker import Surroundings
 
 
 def scan(engine: Engine, data: mmap.mmap | bytes) -> Finding | None:
-    """As the message says: die of a wild pointer, or search for ever, holding the GIL."""
+    """As the message says: die of a wild pointer, search for ever, holding the GIL, or take all memory."""
     if b"\nPOISON segfault" in data:
         ctypes.string_at(0)
     elif b"\nPOISON loop" in data:
         re.match(rb"(a|a)*$", b"a" * 64 + b"!")
+    elif b"\nPOISON memory" in data:
+        held = bytearray(64 << 20)
+        os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does where there is no more
+        del held
     return real(engine, data)
 
 

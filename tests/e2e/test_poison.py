@@ -4,7 +4,7 @@ import signal
 import stat
 import sys
 from collections.abc import Callable
-from os import kill
+from os import getuid, kill
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def status(system: System) -> frames.Status:
     return said
 
 
-@pytest.mark.parametrize("how", ["segfault", "loop"])
+@pytest.mark.parametrize("how", ["segfault", "loop", "memory"])
 def test_the_third_offer_is_deferred_and_the_workers_live_on(poisoned, how: str) -> None:
     system = poisoned()
     message = poison(how)
@@ -115,6 +115,18 @@ def test_by_policy_it_passes_untouched_and_marked_unchecked(poisoned) -> None:
     assert body == message  # not a byte of it was looked at
     assert b"virus=unchecked; spam=unchecked\n" in head
     assert [record["rule"][:16] for record in system.daemon.wait_for("mail.done")] == ["passed unchecked"]
+
+
+def test_a_bounce_that_kills_passes_unchecked_for_a_deferral_would_never_end(poisoned) -> None:
+    system = poisoned(settings={"origin": {"smtp_users": [], "bounce_users": [str(getuid())]}})
+    message = poison("segfault")
+    d = system.deliver(message, NOBODY, sender=b"")
+    assert d.status == 0
+    assert d.only.message.endswith(message)
+    assert b"virus=unchecked" in d.only.message
+    (isolated,) = system.daemon.wait_for("poison.isolated")
+    assert (isolated["decision"], Path(isolated["kept"]).read_bytes()) == ("queue", message)
+    assert len(system.daemon.log("worker.died")) == 2
 
 
 def test_new_workers_try_it_again(poisoned) -> None:

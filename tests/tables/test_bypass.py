@@ -10,7 +10,7 @@ import pytest
 from contentfilter.errors import ConfigError
 from contentfilter.model import OriginKind, Scanner
 from contentfilter.policy.bypass import Bypass
-from contentfilter.tables.bypass import AUDIT, FILE, read_bypasses, save
+from contentfilter.tables.bypass import AUDIT, AUDIT_MAX, FILE, read_bypasses, save
 
 ORDER = Bypass(Scanner.CLAMD, 1000.0, 2800.0, 'café \\ "quoted"', "root", (OriginKind.RELAY, OriginKind.LOCAL))
 SOUND = {"scanner": "clamd", "since": 0, "until": 600, "reason": "r", "by": "x", "origins": []}
@@ -62,6 +62,17 @@ def test_the_audit_is_written_though_the_list_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=os.strerror(21)):
         save(str(tmp_path), (ORDER,), [{"event": "one"}])
     assert json.loads((tmp_path / AUDIT).read_text()) == {"event": "one"}
+
+
+def test_the_audit_does_not_grow_for_ever_and_the_last_orders_stay(tmp_path: Path) -> None:
+    reason = "x" * 10_000
+    for number in range(250):
+        save(str(tmp_path), (), [{"event": str(number), "reason": reason}])
+    kept = [json.loads(line)["event"] for name in (f"{AUDIT}.1", AUDIT) for line in (tmp_path / name).open()]
+    assert kept == [str(number) for number in range(250 - len(kept), 250)]
+    assert len(kept) >= 100
+    assert {path.name for path in tmp_path.iterdir()} == {FILE, AUDIT, f"{AUDIT}.1"}
+    assert all(path.stat().st_size <= AUDIT_MAX for path in tmp_path.iterdir())
 
 
 def test_the_audit_follows_no_link(tmp_path: Path) -> None:

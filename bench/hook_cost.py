@@ -26,6 +26,7 @@ from lab.hook import SILENT, FakeDaemon, HookProcess
 from lab.system import System, installed_hook
 from measure import Alternative, Runs, compile_drivers, of
 
+DEFAULT = {"service": {"heartbeat": 1.0}}  # the tests' daemons have a faster one
 SMALL = 16_384
 NOTHING, MUSL, GLIBC = "nothing", "bare, musl", "bare, glibc"
 STORING, WAITING = "bare + memfd", "bare + wait"
@@ -69,8 +70,8 @@ def alternatives(directory: Path, corpus: Path, options: argparse.Namespace, sta
     bare = compile_bare(directory)
     switches = {"options": "chksignature 1\nchkloadertype 1\n", "clamavclients": "@bench.example\n"}
     systems = {
-        "daemon": stack.enter_context(System(directory / "daemon", program=installed_hook())),
-        "signatures": stack.enter_context(System(directory / "sign", program=installed_hook(), controls=switches)),
+        who: stack.enter_context(System(directory / who, program=installed_hook(), settings=DEFAULT, controls=controls))
+        for who, controls in (("daemon", {}), ("signatures", switches))
     }
     found = {label: ((path,), ("-V", f"NEXT={bare[NOTHING]}")) for label, path in bare.items()}
 

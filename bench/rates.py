@@ -29,6 +29,7 @@ from measure import Alternative, Run, Runs, compile_drivers, of
 
 FLOOR, NO_SCAN, SIGNATURES, CLAMD, BOTH = "stand-in", "no scan", "signatures", "clamd", "both"
 QUEUE, BEHIND = "queue", "queue, filtered"
+DEFAULT = {"service": {"heartbeat": 1.0}}  # the tests' daemons have a faster one
 SPAMD_LARGEST = 250_000
 EVERYBODY = "@bench.example\n"
 SIMSCAN_SHARE = 50.9 / 112  # of clamd alone, at 8 at a time: measured once, with a simscan built for it
@@ -45,7 +46,7 @@ def alternatives(directory: Path, corpus: Path, options: argparse.Namespace, sta
 
     def filtered(label: str, count: int, extra: Sequence[str] = (), queue: str = "", **parts: Any) -> None:
         name = label.replace(" ", "-").replace(",", "")
-        system = stack.enter_context(System(directory / name, program=installed_hook(), **parts))
+        system = stack.enter_context(System(directory / name, program=installed_hook(), settings=DEFAULT, **parts))
         conf = shutil.copy(system.queue_conf(**{"queue": queue} if queue else {}), directory / name / "bench.conf")
         pids = ",".join(str(pid) for pid in (system.daemon.pid, *system.daemon.workers()))
         command = (qqbench, "-D", pids, "-V", f"CONTENTFILTER_QUEUE_CONF={conf}", *extra)
@@ -59,8 +60,8 @@ def alternatives(directory: Path, corpus: Path, options: argparse.Namespace, sta
     protected = {"clamavclients": EVERYBODY, "spamdclients": EVERYBODY}
     filtered(BOTH, options.spam_scans, small, controls=protected, clamd=clamd, spamd=spamd)
     if options.qmail_queue:
-        found.append(Alternative(QUEUE, (qqbench,), (options.qmail_queue, str(corpus)), options.count))
-        filtered(BEHIND, options.count, queue=options.qmail_queue)
+        found.append(Alternative(QUEUE, (qqbench,), (options.qmail_queue, str(corpus)), options.scans))
+        filtered(BEHIND, options.scans, queue=options.qmail_queue)
     alone = (scanbench, "-D", str(clamd.pid))
     found.append(Alternative(f"{CLAMD} alone", alone, ("clamd-memfd", clamd.socket, str(corpus)), options.scans))
     alone = (scanbench, "-D", f"{clamd.pid},{spamd.pid}", *small)

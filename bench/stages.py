@@ -14,6 +14,7 @@ from measure import Alternative, compile_drivers, measure
 from plots import Plot
 
 SAMPLED = Path(__file__).resolve().parent / "sampled"
+DEFAULT = {"service": {"heartbeat": 1.0}}  # the tests' daemons have a faster one
 EVERYBODY = "@bench.example\n"
 
 
@@ -44,7 +45,7 @@ def stages(
     path = os.pathsep.join((str(SAMPLED), os.environ.get("PYTHONPATH", "")))
     environ = {"SAMPLES": str(samples), "PYTHONPATH": path}
     count = options.count * 5
-    with System(directory, program=installed_hook(), environ=environ, **more) as system:
+    with System(directory, program=installed_hook(), environ=environ, settings=DEFAULT, **more) as system:
         workers = system.daemon.workers()
         for worker in workers:
             os.kill(worker, signal.SIGUSR2)

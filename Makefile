@@ -30,6 +30,11 @@ bench: ## set everything up, then measure: messages per second, latency, CPU per
 	@$(MAKE) --silent .venv/installed
 	@$(BIN)/python bench/run.py
 
+coverage: ## set everything up, then run the tests (or TESTS="tests/wire ...") and say what they do not reach; takes long
+	@tools/prepare.sh packages test
+	@$(MAKE) --silent .venv/covering
+	@$(BIN)/python tools/measure_coverage.py $(TESTS)
+
 faults: ## set everything up, then let every system call of the hook fail in every way (make test tries a sample)
 	@tools/prepare.sh packages test
 	@$(MAKE) --silent .venv/testing
@@ -90,6 +95,11 @@ clean: ## remove everything that these commands made
 	@$(PIP) install 'contentfilter[fuzz]'
 	@touch $@
 
+.venv/covering: .venv/testing
+	@echo "installing coverage"
+	@$(PIP) install 'contentfilter[coverage]'
+	@touch $@
+
 # The hook. Warnings are errors here and nowhere else: a user's newer compiler may know new ones.
 
 STRICT := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wshadow -Wconversion -Wformat=2 -Wstrict-prototypes -Werror
@@ -107,4 +117,4 @@ build/hook/warnings: $(C_SOURCES) $(C_HEADERS) Makefile
 	@gcc -fsyntax-only $(STRICT) $(C_SOURCES)
 	@touch $@
 
-.PHONY: help demo test bench faults soak fuzz setup lint hook wheel clean
+.PHONY: help demo test bench coverage faults soak fuzz setup lint hook wheel clean

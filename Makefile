@@ -13,7 +13,7 @@ C_HEADERS := $(wildcard queue_hook/*.h)
 WHEEL := meson.build README.md tools/toml_page.py $(shell find contentfilter queue_hook etc -name '__pycache__*' -prune -o -print)
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
 demo: ## set everything up, then watch real messages go through hook, daemon and scanners
 	@tools/prepare.sh packages demo
@@ -30,7 +30,7 @@ bench: ## set everything up, then measure: messages per second, latency, CPU per
 	@$(MAKE) --silent .venv/installed
 	@$(BIN)/python bench/run.py
 
-coverage: ## set everything up, then run the tests (or TESTS="tests/wire ...") and say what they do not reach; takes long
+coverage: ## set everything up, then run the tests and say which lines and branches they do not reach
 	@tools/prepare.sh packages test
 	@$(MAKE) --silent .venv/covering
 	@$(BIN)/python tools/measure_coverage.py $(TESTS)

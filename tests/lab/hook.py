@@ -33,7 +33,7 @@ COMPILERS = {
 Variant = Literal["musl", "gcc", "clang", "impatient", "impatient static", "sanitize"]
 Kind = Literal["closed", "pipe", "read end", "full pipe", "deaf pipe", "socket", "file"]
 GCOV = os.environ.get("CONTENTFILTER_GCOV", "")  # `make coverage`: the directory where every hook adds its counts
-# gcov counts at exit(), which the hook does without. A musl program cannot carry gcov, a sanitized one has other branches.
+# gcov counts at exit(), which the hook does without. musl cannot carry gcov; sanitizers bring branches of their own.
 COUNTED = ["-O0", "--coverage", "-fprofile-update=atomic", "-D_exit=exit"]
 FINAL = 30.0  # seconds after which a test that waits has failed
 

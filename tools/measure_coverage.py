@@ -125,10 +125,14 @@ def rows(counts: dict[str, Count], title: str) -> Iterator[str]:
     groups["all of it"] = groups.pop("all of it", Count())  # last
     yield from ("", f"| {title} | lines | of | % | branches | of | % |", "|---|---:|---:|---:|---:|---:|---:|")
     for name, count in groups.items():
-        yield f"| {name} | " + " | ".join(
-            f"{part} | {whole} | {100 * part / whole if whole else 100:.1f}"
-            for part, whole in ((count.lines, count.of_lines), (count.branches, count.of_branches))
-        ) + " |"
+        yield (
+            f"| {name} | "
+            + " | ".join(
+                f"{part} | {whole} | {100 * part / whole if whole else 100:.1f}"
+                for part, whole in ((count.lines, count.of_lines), (count.branches, count.of_branches))
+            )
+            + " |"
+        )
     yield ""
     for name, count in sorted(counts.items(), key=lambda each: each[1].lines / (each[1].of_lines or 1)):
         if count.missing:

@@ -13,7 +13,7 @@ C_HEADERS := $(wildcard queue_hook/*.h)
 WHEEL := meson.build README.md tools/toml_page.py $(shell find contentfilter queue_hook etc -name '__pycache__*' -prune -o -print)
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
 demo: ## set everything up, then watch real messages go through hook, daemon and scanners
 	@tools/prepare.sh packages demo
@@ -29,6 +29,11 @@ bench: ## set everything up, then measure everything beside its target (25 minut
 	@tools/prepare.sh packages bench
 	@$(MAKE) --silent .venv/benching
 	@$(BIN)/python bench/run.py $(BENCH)
+
+coverage: ## set everything up, then run the tests and say which lines and branches they do not reach
+	@tools/prepare.sh packages test
+	@$(MAKE) --silent .venv/covering
+	@$(BIN)/python tools/measure_coverage.py $(TESTS)
 
 faults: ## set everything up, then let every system call of the hook fail in every way (make test tries a sample)
 	@tools/prepare.sh packages test
@@ -95,6 +100,11 @@ clean: ## remove everything that these commands made
 	@$(PIP) install 'contentfilter[fuzz]'
 	@touch $@
 
+.venv/covering: .venv/testing
+	@echo "installing coverage"
+	@$(PIP) install 'contentfilter[coverage]'
+	@touch $@
+
 # The hook. Warnings are errors here and nowhere else: a user's newer compiler may know new ones.
 
 STRICT := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wshadow -Wconversion -Wformat=2 -Wstrict-prototypes -Werror
@@ -112,4 +122,4 @@ build/hook/warnings: $(C_SOURCES) $(C_HEADERS) Makefile
 	@gcc -fsyntax-only $(STRICT) $(C_SOURCES)
 	@touch $@
 
-.PHONY: help demo test bench faults soak fuzz setup lint hook wheel clean
+.PHONY: help demo test bench coverage faults soak fuzz setup lint hook wheel clean

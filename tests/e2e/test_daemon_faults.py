@@ -70,6 +70,16 @@ def fill(place: Path) -> Path:
     return ballast
 
 
+def only_entries_are_lost(system: System) -> None:
+    """While nothing can be written."""
+    for _ in range(3):
+        assert system.deliver(PLAIN, ONE).status == 0
+        assert len(system.deliver(PLAIN, NOBODY).queued) == 1
+    d = system.deliver(VIRUS, ONE)
+    assert (d.status, d.text[:1], d.queued) == (TOLD, "Z", ()), "it cannot be kept, so it is not removed"
+    system.daemon.wait_for("journal.failed")
+
+
 def test_a_full_state_directory_costs_entries_and_no_mail(
     make_system: MakeSystem, clamd: Any, lab_directory: Path
 ) -> None:
@@ -78,12 +88,7 @@ def test_a_full_state_directory_costs_entries_and_no_mail(
         assert system.deliver(PLAIN, ONE).status == 0
 
         ballast = fill(state)
-        for _ in range(3):
-            assert system.deliver(PLAIN, ONE).status == 0
-            assert len(system.deliver(PLAIN, NOBODY).queued) == 1
-        d = system.deliver(VIRUS, ONE)
-        assert (d.status, d.text[:1], d.queued) == (TOLD, "Z", ()), "it cannot be kept, so it is not removed"
-        system.daemon.wait_for("journal.failed")
+        only_entries_are_lost(system)
         system.control("clamavclients", "late@elsewhere.example\n")
         system.daemon.reload()
         system.daemon.wait_for("service.reload-failed")
@@ -134,12 +139,7 @@ def test_a_state_directory_that_takes_nothing_any_more_costs_entries_and_no_mail
     assert system.deliver(PLAIN, ONE).status == 0
 
     broken.write_text(str(error))
-    for _ in range(3):
-        assert system.deliver(PLAIN, ONE).status == 0
-        assert len(system.deliver(PLAIN, NOBODY).queued) == 1
-    d = system.deliver(VIRUS, ONE)
-    assert (d.status, d.text[:1], d.queued) == (TOLD, "Z", ()), "it cannot be kept, so it is not removed"
-    system.daemon.wait_for("journal.failed")
+    only_entries_are_lost(system)
     workers = system.daemon.workers()
 
     broken.unlink()

@@ -65,7 +65,12 @@ def _wire() -> dict[str, list[bytes]]:
         "envelopes": [envelope.build(b"s", [b"a", b"b"]), b"Fs\0Tr\0Q\0", b"Fs\0Tr\0Q1\0Tt\0\0behind", *edges],
         "clamd_answer": list(CLAMD),
         "spamd_response": list(SPAMD),
-        "spam_fields": [HEADER, HEADER.replace(b"\r", b""), b"X-Spam-Report: a\rX-Forged: b\0c\n\n"],
+        "spam_fields": [
+            b"|Flag: YES|Status: Yes, score=7.0 required=5.0\r\n\ttests=A|Level: *",
+            HEADER,
+            HEADER.replace(b"\r", b""),
+            b"X-Spam-Report: a\rX-Forged: b\0c\n\n",
+        ],
         "frame": [
             frames.encode(frame)[1:]
             for frame in (frames.Ping(), orders, frames.AskBypass(Scanner.CLAMD, 60.0, "test"), frames.Done(True, 1))

@@ -1,6 +1,8 @@
 """Fixtures that several directories share: the real daemons, started once per test process."""
 
+import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,18 @@ from lab.spamd import Spamd
 # How long an example takes says something about this machine's other jobs, and nothing about the code.
 settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy machine")
+
+
+def pytest_configure() -> None:
+    """Started in the background, the tests ignore Ctrl-C, and so would every program that they interrupt."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """``-n auto``: half as many again as there are processors, for most tests wait for a daemon half of their time."""
+    processors = len(os.sched_getaffinity(0))
+    return processors + (processors + 1) // 2
 
 
 @pytest.fixture(scope="session")

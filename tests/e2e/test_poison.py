@@ -64,7 +64,7 @@ def test_the_third_offer_is_deferred_and_the_workers_live_on(poisoned, how: str)
     kept = Path(isolated["kept"])
     assert kept.read_bytes() == message
     assert [stat.S_IMODE(path.stat().st_mode) for path in (kept, kept.parent)] == [0o600, 0o700]
-    (record,) = system.records()
+    (record,) = system.daemon.wait_for("mail.done")
     assert (record["decision"], record["rule"]) == ("defer", "signatures: poison")
     assert status(system).poison == (isolated["fingerprint"],)
 

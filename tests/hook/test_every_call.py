@@ -94,7 +94,7 @@ def common(o: Outcome, began: float) -> None:
     assert o.leftovers == (), told
     if o.fault.how == "kill" and o.fault.call:
         assert o.status == -9, told
-    elif o.fault.call == "clock_gettime":
+    elif o.fault.call == "clock_gettime" and o.fault.how != "short":  # that one moves no bytes: nothing happened
         assert o.status == 81, f"{told}: without a clock nobody knows when to give up"
     elif o.fault.call not in STARTING:
         telling = TELLING.get((o.fault.call, o.fault.how))
@@ -194,7 +194,7 @@ def test_without_a_daemon_the_answer_is_what_was_configured(bench: Make, unavail
     first = calls.index("connect")
     near = {*range(first, first + 8), *range(len(calls) - 22, len(calls) + 1)}
     faults = [fault for fault in sample(calls, thin=False) if fault.number in near]
-    with ThreadPoolExecutor(24) as pool:
+    with ThreadPoolExecutor(96) as pool:
         outcomes = list(pool.map(lab.run, faults if EVERYTHING else faults[::2]))
     for o in outcomes:
         common(o, time.monotonic())

@@ -7,6 +7,7 @@ asked. A talk that stalls waits on ``peer.over``, so nothing sleeps and all thre
 
 import array
 import contextlib
+import itertools
 import socket
 import threading
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from typing import Self
 
 Read = Callable[[socket.socket], bytes]
 WAIT = 30.0  # seconds after which a stuck peer gives up, far beyond any test
+
+_numbers = itertools.count(1)
 
 
 @dataclass
@@ -37,7 +40,7 @@ class Peer:
             self._listener = socket.create_server(("127.0.0.1", 0), backlog=self.backlog)
             self.backend = f"tcp:127.0.0.1:{self._listener.getsockname()[1]}"
         else:
-            path = str(self.directory / f"peer{id(self):x}")
+            path = str(self.directory / f"peer{next(_numbers)}")  # the file outlives the peer
             self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             self._listener.bind(path)
             self._listener.listen(self.backlog)

@@ -54,9 +54,11 @@ class Standin:
         return {"STANDIN_DIR": str(self.directory)} | {f"STANDIN_{k.upper()}": v for k, v in knobs.items()}
 
     def queued(self) -> list[Queued]:
-        """All complete submissions, in the order of their process ids."""
-        messages = sorted(self.directory.glob("*.msg"), key=lambda path: int(path.stem))
-        return [self._read(path) for path in messages]
+        """All complete submissions, in the order in which their processes were started."""
+        paths = sorted(self.directory.glob("*.msg"), key=lambda path: path.stat().st_mtime_ns)
+        found = [self._read(path) for path in paths]
+        most = int(Path("/proc/sys/kernel/pid_max").read_text())  # after which the numbers begin anew
+        return sorted(found, key=lambda queued: (queued.pid - found[0].ppid) % most)
 
     def leftovers(self) -> list[str]:
         """Files of submissions that were begun and not finished."""

@@ -69,7 +69,7 @@ Make = Callable[..., Bench]
 @pytest.fixture
 def bench(tmp_path: Path, standin_program: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
     base = shared(tmp_path_factory)
-    programs = (inject.build(base), hook.build(base, "impatient static"), standin_program)
+    programs = (inject.build(base), hook.build(base, "impatient static", counts=False), standin_program)
 
     def make(reply: Reply | None, message: bytes = SMALL, **settings: object) -> Bench:
         return Bench(tmp_path / "b", programs, reply, message, **settings)

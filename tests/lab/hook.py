@@ -9,6 +9,7 @@ import signal
 import socket
 import struct
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -38,24 +39,28 @@ COUNTED = ["-O0", "--coverage", "-fprofile-update=atomic", "-D_exit=exit"]
 FINAL = 30.0  # seconds after which a test that waits has failed
 
 
-def build(directory: Path, variant: Variant | None = None) -> Path:
-    """Compile the hook into ``directory``, unless it is there. Default: the variant that a user would get."""
+def build(directory: Path, variant: Variant | None = None, *, counts: bool = bool(GCOV)) -> Path:
+    """Compile the hook into ``directory``, unless it is there. Default: the variant that a user would get.
+
+    ``counts=False``: without gcov, for tests where each call fails in turn: its own calls would be among them.
+    """
     variant = variant or ("musl" if shutil.which("musl-gcc") else "gcc")
     program = directory / f"contentfilter-queue-{variant.replace(' ', '-')}"
     if not program.exists():
         unfinished = directory / f"{program.name}.{os.getpid()}"
-        counts = GCOV and variant != "impatient static"  # where each call fails in turn, gcov's own would, too
-        words = _counted(variant, unfinished.name) if counts else COMPILERS[variant]
+        words = _counted(variant) if counts else COMPILERS[variant]
         subprocess.run([*words, "-o", unfinished, *SOURCES], check=True)
         unfinished.replace(program)
     return program
 
 
-def _counted(variant: Variant, name: str) -> list[str]:
-    """The same hook, counting what is executed."""
+def _counted(variant: Variant) -> list[str]:
+    """The same hook, counting what is executed, in a directory of this build."""
     times = [word for word in COMPILERS[variant] if word.startswith("-D")]
     compiler = "musl-gcc" if shutil.which("musl-gcc") else "gcc"
-    return [compiler, *STRICT, *times, "-static", *COUNTED, "-dumpdir", f"{GCOV}/{name}-"]
+    counts = Path(tempfile.mkdtemp(dir=GCOV))
+    counts.chmod(0o1777)  # some hooks run as another user
+    return [compiler, *STRICT, *times, "-static", *COUNTED, "-dumpdir", f"{counts}/"]
 
 
 @dataclass(frozen=True, slots=True)

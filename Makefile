@@ -25,7 +25,7 @@ test: ## set everything up, then check the style and run the tests
 	@$(MAKE) --silent lint
 	@PYTHONSAFEPATH=1 $(BIN)/pytest -n auto  # safe path: the installed package, not this directory's
 
-bench: ## set everything up, then measure everything beside its target (25 minutes); BENCH="--quick" and other options
+bench: ## set everything up, then measure everything beside its target (a quarter of an hour); BENCH="--quick" and other options
 	@tools/prepare.sh packages bench
 	@$(MAKE) --silent .venv/benching
 	@$(BIN)/python bench/run.py $(BENCH)

@@ -25,7 +25,8 @@ class Plot:
 def save(plot: Plot, directory: Path) -> None:
     """``name.png`` and ``name.txt``."""
     (directory / f"{plot.name}.txt").write_text(text(plot))
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display; a large import
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display; large imports
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -33,6 +34,7 @@ def save(plot: Plot, directory: Path) -> None:
     axes = figure.add_subplot(title=plot.title, xlabel=plot.x, ylabel=plot.y)
     if plot.bars:
         left = [0.0] * len(plot.bars)
+        axes.set_prop_cycle(color=colormaps["tab20"].colors)
         for name, points in plot.curves.items():
             values = [y for _, y in points]
             axes.barh(list(plot.bars), values, left=left, label=name)
@@ -44,7 +46,7 @@ def save(plot: Plot, directory: Path) -> None:
         axes.grid(alpha=0.3)
         if plot.logarithmic:
             axes.loglog()
-    axes.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside right upper")
     figure.savefig(directory / f"{plot.name}.png", dpi=110)
 
 

@@ -25,7 +25,7 @@ def pytest_configure() -> None:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """``-n auto``: half as many again as there are processors, for most tests wait for a daemon half of their time."""
+    """``-n auto``: half as many again as there are processors, for most tests wait for a daemon much of their time."""
     processors = len(os.sched_getaffinity(0))
     return processors + (processors + 1) // 2
 

@@ -96,6 +96,8 @@ class Recall:
         content = Content(question.message)
         place = question.kind, content.size
         joined: list[Flight] = []
+        # for others' scans together; they may hang, and time must be left for a scan of our own
+        patience = deadline.within(min(question.one_try, deadline.left() / 2))
         while True:
             flights = self._flights.get(place, ())
             if not flights and not self._memory.may_know(*place):
@@ -111,7 +113,7 @@ class Recall:
             if flight is None:
                 break
             joined.append(flight)
-            shared = await self._join(flight, deadline.within(question.one_try))
+            shared = await self._join(flight, patience)
             fresh = self._clock() - flight.began < FRESH
             if shared is not None and await self._counts(shared, question, digest, deadline, fresh=fresh):
                 return self._reused(shared, "shared", started)

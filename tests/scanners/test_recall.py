@@ -138,15 +138,23 @@ async def test_who_joined_and_goes_away_does_not_disturb_the_others() -> None:
 
 
 @pytest.mark.asyncio
-async def test_who_joined_keeps_to_its_own_deadline() -> None:
+async def test_however_many_equal_scans_hang_time_is_left_for_one_of_our_own() -> None:
     recall, scans = Recall(), Scans()
-    leader = start(recall, question(MAIL), scans)
-    await settle()
-    with pytest.raises(BackendError) as caught:
-        await recall.ask(question(MAIL), scans, Deadline.after(0.05))
-    assert caught.value.cause is Cause.TIMEOUT
-    scans.say(CLEAN)
-    await leader
+    hung = []
+    for count in (1, 2, 3):
+        hung.append(start(recall, replace(question(MAIL), one_try=0.01), scans))
+        while scans.asked < count:
+            await asyncio.sleep(0.01)
+    deadline = Deadline.after(2.0)
+    other = asyncio.create_task(recall.ask(question(MAIL), scans, deadline))
+    while scans.asked < 4:
+        await asyncio.sleep(0.01)
+    assert deadline.left() > 0.5
+    scans.say(FOUND)
+    assert (await other).reused == ""
+    for number, leader in enumerate(hung):
+        scans.say(CLEAN, number)
+        await leader
 
 
 @pytest.mark.asyncio

@@ -15,8 +15,8 @@ from figures import Figure, Spread
 from lab.mariadb import MariaDb
 from lab.system import System
 
-from contentfilter.config.settings import Settings
-from contentfilter.scanners.signatures import Engine, default_loadertypes, default_signatures
+from contentfilter.scanners.signatures.engine import Engine, default_loadertypes, default_signatures
+from contentfilter.settings import Settings
 from contentfilter.tables.keeper import read_source
 from contentfilter.tables.rows import Rows
 from contentfilter.tables.snapshot import Snapshot, compile_snapshot

@@ -14,7 +14,6 @@ from functools import partial
 
 import msgspec
 
-from contentfilter.config.settings import Settings
 from contentfilter.deadline import Deadline
 from contentfilter.errors import BackendError, Cause
 from contentfilter.model import Envelope, Message, Origin, OriginKind, Scanner, ScanOutcome, ScanStatus, Want
@@ -25,16 +24,17 @@ from contentfilter.policy.decide import Action, Decision, Reason, decide, needed
 from contentfilter.policy.failure import on_fault
 from contentfilter.policy.plan import Lookup, Owners, ScanPlan, Step, Switches, make_plan
 from contentfilter.policy.tolerance import Allowance, tolerate
+from contentfilter.scanners.cache import Question, Recall
 from contentfilter.scanners.clamd import ClamdScanner
-from contentfilter.scanners.recall import Question, Recall
-from contentfilter.scanners.signatures import Engine
+from contentfilter.scanners.limiter import Turns
+from contentfilter.scanners.signatures.engine import Engine
 from contentfilter.scanners.spamd import SpamdScanner
 from contentfilter.scanners.stream import Leave
-from contentfilter.scanners.turns import Turns
-from contentfilter.verdict.case import Case
-from contentfilter.verdict.quarantine import Quarantine
+from contentfilter.settings import Settings
+from contentfilter.store.quarantine import Quarantine
+from contentfilter.store.release import released
+from contentfilter.verdict.context import Case
 from contentfilter.verdict.record import Account, Record, fields, make_account, make_record
-from contentfilter.verdict.release import released
 from contentfilter.verdict.reply import answer
 from contentfilter.wire import hook
 

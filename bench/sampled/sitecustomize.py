@@ -13,21 +13,21 @@ from collections import Counter
 from types import FrameType
 
 STAGES = {
-    "contentfilter/intake/": "intake",
+    "contentfilter/doors/": "intake",
     "contentfilter/wire/": "intake",
     "contentfilter/policy/plan.py": "plan",
     "contentfilter/tables/": "plan",
     "contentfilter/scanners/signatures.py": "signatures",
-    "contentfilter/scanners/mime.py": "signatures",
+    "contentfilter/scanners/signatures/mime.py": "signatures",
     "contentfilter/scanners/": "clamd and spamd",
     "contentfilter/policy/": "decide",
     "contentfilter/verdict/reply.py": "answer",
     "contentfilter/verdict/headers.py": "answer",
     "contentfilter/verdict/": "record and account",
-    "contentfilter/ops/": "log",
-    "contentfilter/service/bus.py": "events",
-    "contentfilter/service/frames.py": "events",
-    "contentfilter/service/suspects.py": "poison marks",
+    "contentfilter/log": "log",
+    "contentfilter/bus/sockets.py": "events",
+    "contentfilter/bus/messages.py": "events",
+    "contentfilter/worker/crashes.py": "poison marks",
     "contentfilter/": "glue",
     "structlog/": "log",
     "zmq/": "events",
@@ -63,5 +63,5 @@ def sample() -> None:
     atexit.register(end)
 
 
-if "SAMPLES" in os.environ and "contentfilter.service.worker" in sys.orig_argv:
+if "SAMPLES" in os.environ and "contentfilter.worker.main" in sys.orig_argv:
     sample()

@@ -15,12 +15,12 @@ from pathlib import Path
 import click
 import msgspec
 
+from contentfilter.bus import messages, sockets
 from contentfilter.cli.common import become_owner, print_rows, span, when
 from contentfilter.config.load import load_settings
 from contentfilter.model import readable
 from contentfilter.policy.tolerance import UNOFFICIAL, Allowance
-from contentfilter.service import bus, frames
-from contentfilter.tables.allow import change_allowed, read_allowed
+from contentfilter.store.allow import change_allowed, read_allowed
 
 RELOAD_WAIT = 60.0
 LONGEST = 366 * 86_400
@@ -101,14 +101,14 @@ def _change(config_path: str, change: Callable[[tuple[Allowance, ...]], tuple[Al
 
 def _go_live(config_path: str) -> None:
     """The running daemon takes it now; one that does not run takes it when it starts."""
-    reply = bus.ask(load_settings(config_path).service.run, frames.AskReload(), RELOAD_WAIT)
+    reply = sockets.ask(load_settings(config_path).service.run, messages.AskReload(), RELOAD_WAIT)
     if reply is None:
         click.echo("no daemon answers; it holds from its next start", err=True)
-    elif isinstance(reply, frames.Refused):
+    elif isinstance(reply, messages.Refused):
         click.echo(f"contentfilter: saved, but not live yet: {reply.why}", err=True)
         click.echo("the daemon takes it with its next look at the tables ([tables] refresh)", err=True)
         sys.exit(1)
-    elif isinstance(reply, frames.Done) and not reply.ok:
+    elif isinstance(reply, messages.Done) and not reply.ok:
         for problem in reply.problems:
             click.echo(f"contentfilter: {problem}", err=True)
         click.echo("saved, but not live: the daemon refuses the configuration", err=True)

@@ -11,11 +11,11 @@ from typing import NoReturn
 import click
 import msgspec
 
+from contentfilter.bus import messages, sockets
 from contentfilter.cli.common import print_rows, printable, span, when
 from contentfilter.config.load import read_settings
 from contentfilter.model import OriginKind, Scanner
 from contentfilter.policy.bypass import SCANNERS, Bypass, objection
-from contentfilter.service import bus, frames
 
 WAIT = 30.0  # seconds; the daemon itself waits up to 15 for its workers and the disk
 
@@ -54,7 +54,7 @@ def _command(scanner: Scanner) -> click.Command:
     def command(config_path: str, origins: tuple[str, ...], seconds: float, reason: str, as_json: bool) -> None:
         _check(seconds, reason, needed=True)
         kinds = tuple(map(OriginKind, origins))
-        reply = _order(config_path, frames.AskBypass(scanner, seconds, reason, kinds, _claim()))
+        reply = _order(config_path, messages.AskBypass(scanner, seconds, reason, kinds, _claim()))
         new = next((b for b in reply.bypasses if b.scanner is scanner), None)
         text = _told(new) if new else f"{scanner.value} is asked again already"
         _answer(reply, as_json, text)
@@ -92,7 +92,7 @@ def list_(config_path: str, as_json: bool) -> None:
 def end(config_path: str, scanner: str, as_json: bool) -> None:
     """Ask SCANNER again, before the bypass ends by itself. Status 1: there was none."""
     which = None if scanner == "all" else Scanner(scanner)
-    reply = _order(config_path, frames.AskBypassEnd(which, _claim()))
+    reply = _order(config_path, messages.AskBypassEnd(which, _claim()))
     _answer(reply, as_json, "every scanner is asked again" if which is None else f"{scanner} is asked again")
 
 
@@ -108,7 +108,7 @@ def drain(config_path: str, seconds: float | None, reason: str, as_json: bool) -
     refused for good. Without --for it lasts until `contentfilter resume` or a restart of the daemon.
     """
     _check(seconds, reason)
-    reply = _order(config_path, frames.AskDrain(seconds, reason, _claim()))
+    reply = _order(config_path, messages.AskDrain(seconds, reason, _claim()))
     until = reply.drain.until if reply.drain else None
     text = f"no mail is accepted until {when(until) if until else 'contentfilter resume'}"
     _answer(reply, as_json, f"{text}; messages under way: {reply.in_flight}")
@@ -119,7 +119,7 @@ def drain(config_path: str, seconds: float | None, reason: str, as_json: bool) -
 @click.pass_obj
 def resume(config_path: str, as_json: bool) -> None:
     """Accept mail again, after `contentfilter drain`. Status 1: nothing was drained."""
-    _answer(_order(config_path, frames.AskResume(_claim())), as_json, "mail is accepted again")
+    _answer(_order(config_path, messages.AskResume(_claim())), as_json, "mail is accepted again")
 
 
 def _check(seconds: float | None, reason: str, *, needed: bool = False) -> None:
@@ -136,8 +136,8 @@ def _claim() -> str:
 
 
 def _list(config_path: str, as_json: bool) -> None:
-    status = _ask(config_path, frames.AskStatus())
-    assert isinstance(status, frames.Status)  # noqa: S101 - the daemon answers this question with nothing else
+    status = _ask(config_path, messages.AskStatus())
+    assert isinstance(status, messages.Status)  # noqa: S101 - the daemon answers this question with nothing else
     if as_json:
         facts = {"bypasses": status.bypasses, "drain": status.drain, "problem": status.orders_problem}
         click.echo(json.dumps(msgspec.to_builtins(facts), indent=2))
@@ -157,24 +157,24 @@ def _list(config_path: str, as_json: bool) -> None:
         click.echo(f"contentfilter: {printable(status.orders_problem)}", err=True)
 
 
-def _answer(reply: frames.Ordered, as_json: bool, text: str) -> None:
+def _answer(reply: messages.Ordered, as_json: bool, text: str) -> None:
     click.echo(json.dumps(msgspec.to_builtins(reply)) if as_json else text)
     for problem in reply.problems:
         click.echo(f"contentfilter: {printable(problem)}", err=True)
     sys.exit(1 if reply.problems else 0)
 
 
-def _order(config_path: str, question: frames.Question) -> frames.Ordered:
+def _order(config_path: str, question: messages.Question) -> messages.Ordered:
     reply = _ask(config_path, question)
-    assert isinstance(reply, frames.Ordered)  # noqa: S101 - see above
+    assert isinstance(reply, messages.Ordered)  # noqa: S101 - see above
     return reply
 
 
-def _ask(config_path: str, question: frames.Question) -> frames.Reply:
+def _ask(config_path: str, question: messages.Question) -> messages.Reply:
     settings, _ = read_settings(config_path)  # with problems in it, too: the daemon runs on an older one
     path = f"{settings.service.run}/control.sock"
-    reply = bus.ask(settings.service.run, question, WAIT)
-    if isinstance(reply, frames.Refused):
+    reply = sockets.ask(settings.service.run, question, WAIT)
+    if isinstance(reply, messages.Refused):
         _fail(reply.why)
     if reply is None and os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):
         _fail(f"{path}: you may not ask the daemon; try again as root")

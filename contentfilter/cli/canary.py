@@ -9,9 +9,9 @@ import sys
 import click
 import msgspec
 
+from contentfilter.bus import messages
 from contentfilter.cli.common import print_rows
 from contentfilter.cli.control import ask
-from contentfilter.service import frames
 
 WAIT = 120.0  # seconds: a round under way, and then ours, each with a scanner that does not answer
 WORDS = {True: "ok", False: "WRONG", None: "-"}
@@ -26,8 +26,8 @@ def canary(config_path: str, as_json: bool) -> None:
     Nobody gets any of them. The clean one must pass, each of the others must be caught by its scanner. Those whose
     scanner is switched off are skipped.
     """
-    reply = ask(config_path, frames.AskCanary(), WAIT)
-    assert isinstance(reply, frames.CanaryRound)  # noqa: S101 - the daemon answers this question with nothing else
+    reply = ask(config_path, messages.AskCanary(), WAIT)
+    assert isinstance(reply, messages.CanaryRound)  # noqa: S101 - the daemon answers this question with nothing else
     good = not reply.problem and any(r.ok for r in reply.results) and all(r.ok is not False for r in reply.results)
     if as_json:
         click.echo(json.dumps({"ok": good, **msgspec.to_builtins(reply)}))

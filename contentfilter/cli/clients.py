@@ -19,11 +19,11 @@ from contentfilter.cli.clients_diff import accept, diff
 from contentfilter.cli.progress import progress
 from contentfilter.config.controls import read_controls
 from contentfilter.config.load import load_settings
-from contentfilter.config.settings import Settings
 from contentfilter.deadline import Deadline
 from contentfilter.errors import ConfigError, Problem
 from contentfilter.model import readable
 from contentfilter.policy.addresses import EXEMPT, candidates, deciding, parse_key
+from contentfilter.settings import Settings
 from contentfilter.tables.edit import Edit, change_table, locked
 from contentfilter.tables.files import MAX_SIZE
 from contentfilter.tables.keeper import read_source

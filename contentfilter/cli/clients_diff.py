@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass
 
 import click
 
+from contentfilter.bus import messages, sockets
 from contentfilter.cli.progress import progress
 from contentfilter.config.load import load_settings
-from contentfilter.config.settings import Settings
 from contentfilter.errors import ConfigError, Problem
 from contentfilter.model import readable
-from contentfilter.service import bus, frames
+from contentfilter.settings import Settings
 from contentfilter.tables import shrink
 from contentfilter.tables.keeper import read_source
 from contentfilter.tables.rows import TABLES, Rows, row_text
@@ -86,12 +86,12 @@ def accept(config_path: str, checksum: str) -> None:
         shrink.accept(state, name)
     except OSError as e:
         raise ConfigError((Problem(state, 0, f"cannot note it there: {e.strerror}"),)) from e
-    reply = bus.ask(settings.service.run, frames.AskReload(), WAIT)
-    if isinstance(reply, frames.Refused):
+    reply = sockets.ask(settings.service.run, messages.AskReload(), WAIT)
+    if isinstance(reply, messages.Refused):
         click.echo(f"contentfilter: accepted, but not in force yet: {reply.why}", err=True)
         click.echo("the daemon takes them with its next look at the tables ([tables] refresh)", err=True)
         sys.exit(1)
-    if not isinstance(reply, frames.Done):
+    if not isinstance(reply, messages.Done):
         click.echo("accepted; no daemon answers, it will take them when it starts")
         return
     for problem in reply.problems:

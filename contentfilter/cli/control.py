@@ -13,9 +13,9 @@ from typing import NoReturn
 import click
 import msgspec
 
+from contentfilter.bus import messages, sockets
 from contentfilter.config.load import read_settings
 from contentfilter.errors import Problem
-from contentfilter.service import bus, frames
 
 RELOAD_WAIT = 120.0  # a database may take its time
 
@@ -26,8 +26,8 @@ RELOAD_WAIT = 120.0  # a database may take its time
 @click.pass_obj
 def reload(config_path: str, restart: bool, as_json: bool) -> None:
     """Read the configuration again. A bad one changes nothing."""
-    reply = ask(config_path, frames.AskReload(restart), RELOAD_WAIT)
-    assert isinstance(reply, frames.Done)  # noqa: S101 - see above
+    reply = ask(config_path, messages.AskReload(restart), RELOAD_WAIT)
+    assert isinstance(reply, messages.Done)  # noqa: S101 - see above
     if as_json:
         click.echo(json.dumps(msgspec.to_builtins(reply)))
     else:
@@ -37,14 +37,14 @@ def reload(config_path: str, restart: bool, as_json: bool) -> None:
     sys.exit(0 if reply.ok and not reply.problems else 1)
 
 
-def ask(config_path: str, question: frames.Question, seconds: float) -> frames.Reply:
+def ask(config_path: str, question: messages.Question, seconds: float) -> messages.Reply:
     """The daemon's answer. Ends the program with status 1, and says what to do, when there is none."""
     settings, problems = read_settings(config_path)  # with problems in it, too: the daemon may run on an older one
     run = settings.service.run
-    reply = bus.ask(run, question, seconds)
+    reply = sockets.ask(run, question, seconds)
     if reply is None:
         unreachable(run, "control", problems)
-    if isinstance(reply, frames.Refused):
+    if isinstance(reply, messages.Refused):
         click.echo(f"contentfilter: {reply.why}", err=True)
         sys.exit(1)
     return reply
@@ -54,7 +54,7 @@ def find_feed(config_path: str) -> str:
     """The run directory of a daemon that has an event feed. Ends the program with status 1 when there is none."""
     settings, problems = read_settings(config_path)
     run = settings.service.run
-    if bus.trouble_at(bus.addresses(run)["events"].removeprefix("ipc://")):
+    if sockets.trouble_at(sockets.addresses(run)["events"].removeprefix("ipc://")):
         unreachable(run, "events", problems)
     return run
 
@@ -66,9 +66,9 @@ def unreachable(run: str, name: str, problems: Sequence[Problem]) -> NoReturn:
     """
     for problem in problems:
         click.echo(f"contentfilter: {problem}", err=True)
-    path = bus.addresses(run)[name].removeprefix("ipc://")
+    path = sockets.addresses(run)[name].removeprefix("ipc://")
     remedy = "start it with `systemctl start contentfilter`; `contentfilter doctor` says what else is wrong"
-    if trouble := bus.trouble_at(path):
+    if trouble := sockets.trouble_at(path):
         if trouble == errno.EACCES:
             remedy = "ask as root, or as a member of the daemon's group"
         click.echo(f"contentfilter: no daemon answers at {path}: {os.strerror(trouble)}", err=True)

@@ -11,20 +11,20 @@ from pathlib import Path
 
 import click
 
+from contentfilter.admin import doctor as ops
+from contentfilter.admin.diagnostic import Finding, Level, examine, run
+from contentfilter.admin.doctor_freshclam import FRESHCLAM_CONF
+from contentfilter.admin.doctor_scanners import CLAMD_CONF
+from contentfilter.admin.qmail import DEFAULT_CONF, Place, RefusedError, packaged_hook
+from contentfilter.bus import messages, sockets
 from contentfilter.cli.common import printable
 from contentfilter.config.controls import Controls, read_controls
 from contentfilter.config.load import load_settings
-from contentfilter.config.settings import Settings
 from contentfilter.deadline import Deadline
+from contentfilter.doors.origin import resolve
 from contentfilter.errors import ConfigError, Problem
-from contentfilter.intake.origin import resolve
-from contentfilter.ops import doctor as ops
-from contentfilter.ops.doctor_freshclam import FRESHCLAM_CONF
-from contentfilter.ops.doctor_scanners import CLAMD_CONF
-from contentfilter.ops.finding import Finding, Level, examine, run
-from contentfilter.ops.qmail import DEFAULT_CONF, Place, RefusedError, packaged_hook
-from contentfilter.service import bus, frames
-from contentfilter.service.supervisor import worker_count
+from contentfilter.settings import Settings
+from contentfilter.supervisor.supervisor import worker_count
 
 QUESTION = 2.5  # seconds for the daemon and the control directory
 PROBES = 6.0  # seconds for everything else
@@ -107,8 +107,8 @@ def _ask(settings: Settings) -> tuple[ops.Daemon | None, int]:
     def controls() -> Controls:
         return asyncio.run(read_controls(settings.service.control))[0]
 
-    def status() -> frames.Reply | None:
-        return bus.ask(settings.service.run, frames.AskStatus(), QUESTION - 0.5)
+    def status() -> messages.Reply | None:
+        return sockets.ask(settings.service.run, messages.AskStatus(), QUESTION - 0.5)
 
     results = run({"status": status, "controls": controls}, Deadline.after(QUESTION))
     read, said = results["controls"], results["status"]
@@ -116,10 +116,10 @@ def _ask(settings: Settings) -> tuple[ops.Daemon | None, int]:
         raise read
     if not isinstance(read, Controls):
         raise ConfigError((Problem(settings.service.control, 0, f"cannot be read in time: {read!r}"),))
-    return _daemon(said) if isinstance(said, frames.Status) else None, read.values["spamdchildren"]
+    return _daemon(said) if isinstance(said, messages.Status) else None, read.values["spamdchildren"]
 
 
-def _daemon(said: frames.Status) -> ops.Daemon:
+def _daemon(said: messages.Status) -> ops.Daemon:
     ready = tuple(worker.pid for worker in said.workers if worker.state == "ready")
     return ops.Daemon(said.pid, said.state, said.socket, said.wanted, ready, said.problems, said.tables)
 

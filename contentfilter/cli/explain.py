@@ -15,18 +15,18 @@ from typing import Any
 
 import click
 
-from contentfilter.app import Workbench
 from contentfilter.cli.common import print_story
-from contentfilter.config.settings import Settings
 from contentfilter.deadline import Deadline
-from contentfilter.intake.message import message_of
-from contentfilter.intake.origin import classify, resolve
+from contentfilter.doors.message import message_of
+from contentfilter.doors.origin import classify, resolve
 from contentfilter.model import Envelope, Origin, OriginKind
 from contentfilter.policy.decide import Action
-from contentfilter.verdict.case import Case
+from contentfilter.settings import Settings
+from contentfilter.verdict.context import Case
 from contentfilter.verdict.record import case_story, fields, make_record
 from contentfilter.verdict.reply import answer
 from contentfilter.wire import hook
+from contentfilter.worker.build import Workbench
 
 INCIDENT = "explain"
 ADDRESS_MAX = 1002  # qmail-queue's limit

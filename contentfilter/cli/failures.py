@@ -12,12 +12,12 @@ from typing import Any
 
 import click
 
+from contentfilter.bus import messages, sockets
 from contentfilter.config.load import read_settings
-from contentfilter.config.settings import Failure
 from contentfilter.errors import Cause, ConfigError, Problem
 from contentfilter.model import OriginKind, Scanner
 from contentfilter.policy.failure import MEANINGS, Cell, Key, Table, failure_table
-from contentfilter.service import bus, frames
+from contentfilter.settings import Failure
 
 WAIT = 5.0  # seconds
 WIDTH = 80  # of the explanations
@@ -65,12 +65,12 @@ def failures(
     sys.exit(0 if current else 1)
 
 
-def _running(run: str) -> frames.Failures | None:
+def _running(run: str) -> messages.Failures | None:
     """None where no daemon answers."""
-    reply = bus.ask(run, frames.AskFailures(), WAIT)
-    if isinstance(reply, frames.Refused):
+    reply = sockets.ask(run, messages.AskFailures(), WAIT)
+    if isinstance(reply, messages.Refused):
         raise click.ClickException(f"{reply.why}; --file prints what the configuration file says")
-    return reply if isinstance(reply, frames.Failures) else None
+    return reply if isinstance(reply, messages.Failures) else None
 
 
 def _chosen(key: Key, scanner: str | None, cause: str | None, origin: str | None) -> bool:
@@ -112,7 +112,7 @@ def _explain(causes: list[Cause]) -> None:
 
 
 def _comment(
-    written: Failure, running: frames.Failures | None, wrong: tuple[Problem, ...], only_file: bool, run: str
+    written: Failure, running: messages.Failures | None, wrong: tuple[Problem, ...], only_file: bool, run: str
 ) -> None:
     """What whoever reads the table must know about where it comes from; on stderr, to keep the table clean."""
     if running is None:
@@ -137,7 +137,7 @@ def _comment(
         click.echo(f"the daemon follows configuration {running.generation}, shown above; {remedy}", err=True)
 
 
-def _facts(table: Table, shown: list[Key], running: frames.Failures | None, current: bool) -> dict[str, Any]:
+def _facts(table: Table, shown: list[Key], running: messages.Failures | None, current: bool) -> dict[str, Any]:
     normal = failure_table(Failure())
     return {
         "source": "daemon" if running else "file",

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from contentfilter.ops import qmail as ops
-from contentfilter.ops.qmail import DEFAULT_CONF, DIALECTS, Place, RefusedError, Step
+from contentfilter.admin import qmail as ops
+from contentfilter.admin.qmail import DEFAULT_CONF, DIALECTS, Place, RefusedError, Step
 
 _EXIT_CONF = 78
 

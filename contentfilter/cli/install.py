@@ -10,11 +10,11 @@ from pathlib import Path
 
 import click
 
+from contentfilter.admin import install as ops
+from contentfilter.admin.install_items import System
+from contentfilter.admin.qmail import RefusedError, Step, carry_out
 from contentfilter.cli.hook import Refusable
 from contentfilter.config import DEFAULT_PATH
-from contentfilter.ops import install as ops
-from contentfilter.ops.qmail import RefusedError, Step, carry_out
-from contentfilter.ops.things import System
 
 _prefix = click.option(
     "--prefix",

@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from contentfilter.admin import migrate_hsphere, migrate_simscan
+from contentfilter.admin.migration import Difference, Kind, Migration, NewFile
 from contentfilter.cli.progress import progress
-from contentfilter.config import hsphere, simscan
-from contentfilter.config.migration import Difference, Kind, Migration, NewFile
 from contentfilter.model import readable
 
 LARGEST = 256 << 20  # bytes of one old file; a table of a million rows has some 30 MB
-_FROM = {"hsphere": hsphere, "simscan": simscan}
+_FROM = {"hsphere": migrate_hsphere, "simscan": migrate_simscan}
 _ORDER = (Kind.CHECK, Kind.LOST, Kind.CHANGED, Kind.SAME, Kind.LEFT)
 _WORDS = {
     Kind.CHECK: "to decide",

@@ -25,13 +25,13 @@ from contentfilter.cli.common import become_owner, moment
 from contentfilter.cli.progress import Progress, progress
 from contentfilter.cli.quarantine_view import print_entries, print_message, story
 from contentfilter.config.load import load_settings
-from contentfilter.config.settings import Settings
 from contentfilter.deadline import Deadline
 from contentfilter.errors import QuarantineError
-from contentfilter.verdict.entry import Entry, Search, plain
+from contentfilter.settings import Settings
+from contentfilter.store.quarantine import Quarantine
+from contentfilter.store.release import Releaser, load_secret
+from contentfilter.store.sidecar import Entry, Search, plain
 from contentfilter.verdict.headers import HEADER_LIMIT, header_block
-from contentfilter.verdict.quarantine import Quarantine
-from contentfilter.verdict.release import Releaser, load_secret
 
 SUBMISSION = 300.0
 """Seconds for one qmail-queue."""

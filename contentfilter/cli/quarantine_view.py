@@ -11,7 +11,7 @@ import click
 
 from contentfilter.cli.common import print_rows, when
 from contentfilter.model import readable
-from contentfilter.verdict.entry import Entry, plain
+from contentfilter.store.sidecar import Entry, plain
 
 SHOWN = 20
 """Recipients named in ``show``; all of them are in ``--json``."""

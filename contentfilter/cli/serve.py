@@ -10,12 +10,12 @@ import sys
 
 import click
 
-from contentfilter.app import Files
+from contentfilter.doors.listener import SocketError
 from contentfilter.errors import ConfigError
-from contentfilter.intake.listener import SocketError
-from contentfilter.service.hardening import give_up_privileges
-from contentfilter.service.housekeeping import chores
-from contentfilter.service.supervisor import Supervisor
+from contentfilter.hardening import give_up_privileges
+from contentfilter.supervisor.maintenance import chores
+from contentfilter.supervisor.supervisor import Supervisor
+from contentfilter.worker.build import Files
 
 EX_NOPERM, EX_CONFIG = 77, 78
 AS_ROOT = (

@@ -15,7 +15,7 @@ from contentfilter.config.controls import LISTS, PARAMETERS, Controls, read_cont
 from contentfilter.config.load import load_settings
 from contentfilter.errors import Problem
 from contentfilter.model import readable
-from contentfilter.scanners.signature_rules import (
+from contentfilter.scanners.signatures.rules import (
     default_loadertypes,
     default_signatures,
     parse_loadertypes,

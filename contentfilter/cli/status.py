@@ -13,11 +13,11 @@ from collections.abc import Iterator
 import click
 import msgspec
 
+from contentfilter.bus import messages
 from contentfilter.cli.common import printable
 from contentfilter.cli.control import ask
-from contentfilter.ops.history import Window
-from contentfilter.service import frames
-from contentfilter.service.glance import WORDS, Glance, clock, glance, length
+from contentfilter.monitor.diagnosis import WORDS, Glance, clock, glance, length
+from contentfilter.monitor.history import Window
 from contentfilter.tables.keeper import State
 
 WAIT = 5.0  # seconds
@@ -49,10 +49,10 @@ def status(config_path: str, as_json: bool) -> None:
     sys.exit(0 if seen.ok else 1)
 
 
-def fetch(config_path: str) -> frames.Status:
+def fetch(config_path: str) -> messages.Status:
     """The daemon's answer. Ends the program with status 1 when there is none."""
-    reply = ask(config_path, frames.AskStatus(), WAIT)
-    assert isinstance(reply, frames.Status)  # noqa: S101 - the daemon answers this question with nothing else
+    reply = ask(config_path, messages.AskStatus(), WAIT)
+    assert isinstance(reply, messages.Status)  # noqa: S101 - the daemon answers this question with nothing else
     return reply
 
 
@@ -67,7 +67,7 @@ def styled(style: str, text: str) -> str:
     return click.style(text, **colour) if colour else text  # type: ignore[arg-type]
 
 
-def lines(reply: frames.Status, seen: Glance, now: float) -> Iterator[Line]:
+def lines(reply: messages.Status, seen: Glance, now: float) -> Iterator[Line]:
     """The screen, most important first."""
     yield ("good" if seen.ok else "bad" if not seen.flowing or _unchecked(seen) else "warning"), seen.verdict
     for trouble in seen.troubles:
@@ -110,7 +110,7 @@ def _window(window: Window) -> Iterator[Line]:
             yield "warning", f"  {what}: " + ", ".join(f"{count} by {rule}" for rule, count in list(counts.items())[:5])
 
 
-def _backend(backend: frames.BackendStatus, now: float) -> Line:
+def _backend(backend: messages.BackendStatus, now: float) -> Line:
     name = f"{backend.scanner} {backend.backend}"
     use = f", {backend.outstanding} of {backend.limit} questions" if backend.outstanding else ""
     use += f", {backend.waiting} wait" if backend.waiting else ""
@@ -125,7 +125,7 @@ def _backend(backend: frames.BackendStatus, now: float) -> Line:
     return "plain" if backend.wanted else "faint", f"{name}: well, answered {length(now - backend.heard)} ago{use}"
 
 
-def _workers(workers: tuple[frames.WorkerStatus, ...]) -> Iterator[Line]:
+def _workers(workers: tuple[messages.WorkerStatus, ...]) -> Iterator[Line]:
     ordered = sorted(workers, key=lambda worker: (worker.slot, worker.pid))
     shown = ordered
     if len(ordered) > WORKERS_SHOWN:
@@ -136,7 +136,7 @@ def _workers(workers: tuple[frames.WorkerStatus, ...]) -> Iterator[Line]:
         yield "faint", f"and {len(ordered) - len(shown)} more workers"
 
 
-def _worker(worker: frames.WorkerStatus) -> str:
+def _worker(worker: messages.WorkerStatus) -> str:
     text = f"worker {worker.slot} pid {worker.pid} {worker.state}"
     if worker.state == "starting":
         return f"{text} for {worker.age:.0f} s"
@@ -159,7 +159,7 @@ def _tables(state: State) -> str:
     return f"{rows}, {stale if state.trouble else f'seen current {state.age:.0f} s ago'}"
 
 
-def _daemon(reply: frames.Status) -> str:
+def _daemon(reply: messages.Status) -> str:
     text = f"contentfilter {reply.version} pid {reply.pid}, {reply.state}, configuration {reply.generation}, "
     text += f"up {length(reply.uptime)}, {reply.socket}"
     died = ", ".join(f"{count} {reason}" for reason, count in reply.deaths.items() if count)

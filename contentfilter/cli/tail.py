@@ -17,14 +17,14 @@ from typing import Any
 import click
 import msgspec
 
+from contentfilter.bus.feed import Feed, Link, Remote
+from contentfilter.bus.messages import Event
 from contentfilter.cli.common import address_pattern, glob, printable
 from contentfilter.cli.control import find_feed
 from contentfilter.config.keys import read_secret, sound
 from contentfilter.deadline import Deadline
 from contentfilter.model import OriginKind
 from contentfilter.policy.decide import Action
-from contentfilter.service.feed import Feed, Link, Remote
-from contentfilter.service.frames import Event
 from contentfilter.verdict.record import Account
 
 LINE_MAX = 400  # characters of a line for people

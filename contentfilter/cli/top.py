@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
+from contentfilter.bus import messages, sockets
+from contentfilter.bus.feed import Feed
 from contentfilter.cli.control import find_feed
 from contentfilter.cli.status import Line, lines, styled
 from contentfilter.cli.tail import told
 from contentfilter.deadline import Deadline
-from contentfilter.service import bus, frames
-from contentfilter.service.feed import Feed
-from contentfilter.service.glance import glance
+from contentfilter.monitor.diagnosis import glance
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -88,7 +88,7 @@ class Watched:
         """Until the deadline. False: somebody pressed a key."""
         while not deadline.expired():
             happened = self.feed.next(deadline)
-            if isinstance(happened, frames.Event):
+            if isinstance(happened, messages.Event):
                 self.last.append(told(happened, time.time()))
                 if (seen := _seen(happened.fields)) is not None:
                     self.mails.append(seen)
@@ -96,9 +96,9 @@ class Watched:
                 return False
         return True
 
-    def status(self) -> frames.Status | None:
-        reply = bus.ask(self.run, frames.AskStatus(), ANSWER)
-        return reply if isinstance(reply, frames.Status) else None
+    def status(self) -> messages.Status | None:
+        reply = sockets.ask(self.run, messages.AskStatus(), ANSWER)
+        return reply if isinstance(reply, messages.Status) else None
 
     def rates(self) -> dict[str, Any]:
         """Messages and scans in a second, and how long they took in milliseconds."""
@@ -140,7 +140,7 @@ def _seen(fields: dict[str, Any]) -> Seen | None:
         return None
 
 
-def _screen(watched: Watched, status: frames.Status | None) -> Iterator[Line]:
+def _screen(watched: Watched, status: messages.Status | None) -> Iterator[Line]:
     now = time.time()
     if status is None:
         yield "bad", "the daemon does not answer: hooks keep their mail and wait for it"

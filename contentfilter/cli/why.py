@@ -18,16 +18,16 @@ import click
 from contentfilter.cli.common import address_pattern, become_owner, moment, print_rows, print_story, when
 from contentfilter.cli.quarantine_view import releases
 from contentfilter.config.load import read_settings
-from contentfilter.config.settings import Settings
 from contentfilter.errors import JournalError, QuarantineError
 from contentfilter.policy.decide import Action
-from contentfilter.verdict.entry import Entry
-from contentfilter.verdict.journal import Journal, Mail, Query, journal_path, outcome_of
-from contentfilter.verdict.quarantine import Quarantine
+from contentfilter.settings import Settings
+from contentfilter.store.journal import Journal, Mail, Query, journal_path, outcome_of
+from contentfilter.store.quarantine import Quarantine
+from contentfilter.store.sidecar import Entry
 
 YOUNG = 3.0  # seconds
 AGAIN = 0.1  # seconds between two looks
-_WHOLE = re.compile(r"(?<![0-9a-z])[0-9a-z]{16}(?![0-9a-z])", re.ASCII)  # intake/connection.py: new_incident
+_WHOLE = re.compile(r"(?<![0-9a-z])[0-9a-z]{16}(?![0-9a-z])", re.ASCII)  # doors/queue.py: new_incident
 _PREFIX = re.compile(r"[0-9a-z]{1,16}", re.ASCII)
 
 

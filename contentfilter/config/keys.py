@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import zmq
 
-from contentfilter.config.settings import Events
 from contentfilter.errors import ConfigError, Problem
+from contentfilter.settings import Events
 
 MAX_SIZE = 1 << 16
 _KEY = re.compile(rb"[0-9a-zA-Z.:+=^!/*?&<>()\[\]{}@%$#-]{40}")

@@ -17,12 +17,12 @@ from msgspec import inspect
 
 from contentfilter.config import DEFAULT_PATH
 from contentfilter.config.keys import listens
-from contentfilter.config.settings import MariaDb, Settings, Spamd
 from contentfilter.errors import ConfigError, Problem
-from contentfilter.ops.http import parse_listen
+from contentfilter.monitor.http import parse_listen
 from contentfilter.policy.failure import complaints
 from contentfilter.policy.options import SPAM_OPTIONS, VIRUS_OPTIONS
 from contentfilter.scanners.stream import Address
+from contentfilter.settings import MariaDb, Settings, Spamd
 
 MAX_SIZE = 1 << 20
 MAX_ROWS = 100  # of an array of tables

@@ -11,12 +11,12 @@ steps are, each one can have min(1, left / all wants) of what it wants. Times ar
 
 from collections.abc import Sequence
 
-from contentfilter.config.settings import Clamd, Settings, Spamd
 from contentfilter.model import Scanner
 from contentfilter.policy.plan import ScanPlan
+from contentfilter.settings import Clamd, Settings, Spamd
 
 MEGABYTE = 1_000_000
-TRIES = 2  # the second one on another backend (scanners/backends.py)
+TRIES = 2  # the second one on another backend (scanners/pool.py)
 SIGNATURES = 10.0  # for both lists; they take milliseconds, but the largest messages some seconds
 FINISH = 5.0  # after the last scanner: to decide, to keep what is not delivered, to answer
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from contentfilter.config.settings import Settings
 from contentfilter.model import OriginKind, Scanner, ScanOutcome, ScanStatus
 from contentfilter.policy.failure import on_fault
 from contentfilter.policy.options import Options
 from contentfilter.policy.plan import ScanPlan, Treatment
 from contentfilter.policy.tolerance import class_action
+from contentfilter.settings import Settings
 from contentfilter.wire.clamd import signature_class
 from contentfilter.wire.hook import SUBMISSIONS_MAX
 

@@ -14,9 +14,9 @@ from functools import lru_cache
 from itertools import product
 from types import MappingProxyType
 
-from contentfilter.config.settings import Failure, FaultAction, FaultRule, Settings
 from contentfilter.errors import Cause
 from contentfilter.model import OriginKind, Scanner
+from contentfilter.settings import Failure, FaultAction, FaultRule, Settings
 
 Key = tuple[Scanner, Cause, OriginKind]
 

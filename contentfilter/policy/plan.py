@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 import msgspec
 
-from contentfilter.config.settings import Settings
 from contentfilter.model import Envelope, Origin, OriginKind, Scanner, Want, readable
 from contentfilter.policy.options import DEFAULTS, Options, read_options
+from contentfilter.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ might be in the same message stays unseen while that signature is allowed.
 
 from dataclasses import dataclass, replace
 
-from contentfilter.config.settings import Settings
 from contentfilter.model import Scanner, ScanOutcome, ScanStatus
+from contentfilter.settings import Settings
 from contentfilter.wire.clamd import SignatureClass, signature_class
 
 UNOFFICIAL = ".UNOFFICIAL"

@@ -16,13 +16,13 @@ from collections.abc import Awaitable, Callable
 
 import clamd as clamd_package
 
-from contentfilter.config import settings
+from contentfilter import settings
 from contentfilter.deadline import Deadline
 from contentfilter.errors import BackendError, Cause, RemoteProtocolError
 from contentfilter.model import Message, Scanner, ScanOutcome, ScanStatus
 from contentfilter.policy.budget import one_try
-from contentfilter.scanners.backends import Pool
 from contentfilter.scanners.health import USUAL, Patience
+from contentfilter.scanners.pool import Pool
 from contentfilter.scanners.resolve import Resolver
 from contentfilter.scanners.stream import Address, Late, Leave, Limits, Pending, Surroundings, converse
 from contentfilter.wire import clamd

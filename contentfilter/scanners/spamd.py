@@ -9,14 +9,14 @@ import time
 import zlib
 from collections.abc import Callable
 
-from contentfilter.config import settings
+from contentfilter import settings
 from contentfilter.deadline import Deadline
 from contentfilter.errors import BackendError, Cause
 from contentfilter.model import Message, Scanner, ScanOutcome, ScanStatus, Want
 from contentfilter.policy.budget import one_try
 from contentfilter.scanners import tls
-from contentfilter.scanners.backends import Pool
 from contentfilter.scanners.health import USUAL, Patience
+from contentfilter.scanners.pool import Pool
 from contentfilter.scanners.resolve import Resolver
 from contentfilter.scanners.stream import Address, Late, Leave, Limits, Pending, Surroundings, converse
 from contentfilter.wire import spamd

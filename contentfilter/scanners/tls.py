@@ -9,8 +9,8 @@ import ssl
 from contextlib import suppress
 from dataclasses import dataclass
 
-from contentfilter.config.settings import Spamd
 from contentfilter.errors import ConfigError, Problem
+from contentfilter.settings import Spamd
 
 PIECE = 65_536  # bytes that are encrypted or received at once
 

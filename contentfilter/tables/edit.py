@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from contentfilter.deadline import Deadline
 from contentfilter.errors import ConfigError, Problem
-from contentfilter.ops.durable import replace_file
+from contentfilter.files import replace_file
 from contentfilter.policy.addresses import EXEMPT, PLAIN_KEYS
 from contentfilter.tables.files import MAX_SIZE, file_state, read_file
 from contentfilter.tables.rows import Report, parse_row, row_text

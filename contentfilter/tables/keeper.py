@@ -10,8 +10,8 @@ import time
 
 import msgspec
 
-from contentfilter.config.settings import Settings
 from contentfilter.errors import ConfigError, Problem
+from contentfilter.settings import Settings
 from contentfilter.tables import shrink
 from contentfilter.tables.files import load_tables, sources
 from contentfilter.tables.rows import Rows, Source

@@ -18,10 +18,10 @@ from functools import partial
 
 import aiomysql
 
-from contentfilter.config.settings import MariaDb, Settings
 from contentfilter.deadline import Deadline
 from contentfilter.errors import ConfigError, Problem
 from contentfilter.model import readable
+from contentfilter.settings import MariaDb, Settings
 from contentfilter.tables.files import default_domain, read_file
 from contentfilter.tables.owners import OwnerBuilder
 from contentfilter.tables.result import Builder

@@ -7,8 +7,8 @@ confirmed is exactly one state of the tables, named by its checksum: when they c
 import os
 from hashlib import blake2b
 
-from contentfilter.config.settings import Tables
-from contentfilter.ops.durable import replace_file
+from contentfilter.files import replace_file
+from contentfilter.settings import Tables
 from contentfilter.tables.rows import TABLES, Rows
 
 FILE = "tables.accepted"

@@ -28,7 +28,7 @@ from zlib import crc32
 import msgspec
 
 from contentfilter.errors import ConfigError, Problem
-from contentfilter.ops.durable import replace_file
+from contentfilter.files import replace_file
 from contentfilter.policy.addresses import EVERYBODY, EXEMPT
 from contentfilter.policy.plan import Lookup, Owners, Row
 from contentfilter.tables.rows import Rows, Source

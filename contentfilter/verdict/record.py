@@ -12,7 +12,7 @@ import msgspec
 from contentfilter.model import ScanOutcome, ScanStatus, readable
 from contentfilter.policy.decide import Action
 from contentfilter.policy.explain import story
-from contentfilter.verdict.case import Case
+from contentfilter.verdict.context import Case
 from contentfilter.verdict.headers import header_block, message_id
 
 RECIPIENTS_SHOWN = 20

@@ -10,7 +10,7 @@ from functools import cache, partial
 from contentfilter.model import OriginKind, Scanner, ScanStatus, Want, readable
 from contentfilter.policy.decide import Action, Decision, Delivery, Reason, spamd_said
 from contentfilter.verdict import headers
-from contentfilter.verdict.case import Case
+from contentfilter.verdict.context import Case
 from contentfilter.wire import envelope as envelope_format
 from contentfilter.wire import hook
 

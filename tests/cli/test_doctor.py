@@ -21,10 +21,10 @@ from lab.clamd import Clamd
 from lab.spamd import Spamd
 from lab.system import System
 
+from contentfilter.admin import doctor_scanners
+from contentfilter.admin.diagnostic import Finding, Level, examine
 from contentfilter.cli.main import cli
 from contentfilter.deadline import Deadline
-from contentfilter.ops import doctor_scanners
-from contentfilter.ops.finding import Finding, Level, examine
 from contentfilter.wire.clamd import Version
 
 _numbers = itertools.count(1)

@@ -10,10 +10,10 @@ from click.testing import CliRunner, Result
 from lab.daemon import Daemon, toml
 
 from contentfilter.cli.main import cli
-from contentfilter.config.settings import Failure, FaultRule
 from contentfilter.errors import Cause
 from contentfilter.model import OriginKind, Scanner
 from contentfilter.policy.failure import MEANINGS, failure_table
+from contentfilter.settings import Failure, FaultRule
 
 RULE = """
 [[failure.rule]]

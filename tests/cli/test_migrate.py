@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from contentfilter.admin.migration import CONTROL
 from contentfilter.cli import migrate as module
 from contentfilter.cli.main import cli
 from contentfilter.config.controls import read_controls
 from contentfilter.config.load import load_settings
-from contentfilter.config.migration import CONTROL
 from contentfilter.tables.files import load_tables
 
 

@@ -20,8 +20,8 @@ from contentfilter.cli.main import cli
 from contentfilter.cli.quarantine import real_queue
 from contentfilter.deadline import Deadline
 from contentfilter.model import Message
-from contentfilter.verdict.quarantine import Quarantine
-from contentfilter.verdict.release import load_secret, released
+from contentfilter.store.quarantine import Quarantine
+from contentfilter.store.release import load_secret, released
 
 MAIL = b"Message-ID: <m1@x>\nSubject: \x1b[31mred [bold]\n\nbody\x1b]0;title\x07\xff\0\n"
 

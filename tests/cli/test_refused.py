@@ -8,8 +8,8 @@ import pytest
 from click.testing import CliRunner, Result
 from lab.daemon import toml
 
+from contentfilter.bus import messages, sockets
 from contentfilter.cli.main import cli
-from contentfilter.service import bus, frames
 
 WHY = "only root and the daemon's user may do that, not uid 7"
 
@@ -22,7 +22,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "control" / "clamavclients").write_text("@protected.example\n")
     path = tmp_path / "contentfilter.toml"
     path.write_text(toml({"service": {name: str(tmp_path / name) for name in ("state", "control", "run")}}))
-    monkeypatch.setattr(bus, "ask", lambda *_: frames.Refused(WHY))
+    monkeypatch.setattr(sockets, "ask", lambda *_: messages.Refused(WHY))
     return path
 
 
@@ -61,6 +61,6 @@ def test_an_order_that_is_refused_says_why(config: Path, words: tuple[str, ...])
 
 def test_who_may_not_ask_is_told_so_and_not_that_nobody_is_there(config: Path, monkeypatch: Any) -> None:
     (config.parent / "run" / "control.sock").touch()
-    monkeypatch.setattr(bus, "ask", lambda *_: None)
+    monkeypatch.setattr(sockets, "ask", lambda *_: None)
     monkeypatch.setattr("os.access", lambda *_: False)
     assert "try again as root" in run(config, "resume").output

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from contentfilter.bus.messages import Event
 from contentfilter.cli.tail import LINE_MAX, as_json_line, as_text, matching, told
-from contentfilter.service.frames import Event
 from contentfilter.verdict.record import Account
 
 FIELDS: dict[str, Any] = {

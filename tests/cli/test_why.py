@@ -16,8 +16,8 @@ from click.testing import CliRunner, Result
 
 import contentfilter.cli.why as why_module
 from contentfilter.cli.main import cli
-from contentfilter.intake.room import new_incident
-from contentfilter.verdict.journal import FILE, Journal
+from contentfilter.doors.admission import new_incident
+from contentfilter.store.journal import FILE, Journal
 from contentfilter.verdict.record import Account
 
 NOON = 1_700_000_000.0

@@ -7,8 +7,8 @@ import msgspec
 import pytest
 
 from contentfilter.config.load import DEFAULT_PATH, load_settings, read_settings
-from contentfilter.config.settings import FaultRule, Settings
 from contentfilter.errors import ConfigError
+from contentfilter.settings import FaultRule, Settings
 
 SAMPLE = Path(__file__).parents[2] / "etc" / "contentfilter.toml"
 SECTIONS = {field.name: field.type for field in msgspec.structs.fields(Settings)}

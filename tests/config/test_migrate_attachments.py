@@ -9,7 +9,7 @@ import clamd as oracle
 import pytest
 from lab.clamd import Clamd
 
-from contentfilter.config.simscan import migrate
+from contentfilter.admin.migrate_simscan import migrate
 
 MESSAGE = b"""From: a@example.com
 To: b@example.com

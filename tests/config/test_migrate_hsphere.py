@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from contentfilter.admin.migrate_hsphere import LISTS, PARAMETERS, QMAIL, READS, migrate
+from contentfilter.admin.migration import CONTROL, Difference, Kind, Migration
 from contentfilter.config.controls import PARAMETERS as READ_BY_DAEMON
-from contentfilter.config.hsphere import LISTS, PARAMETERS, QMAIL, READS, migrate
-from contentfilter.config.migration import CONTROL, Difference, Kind, Migration
-from contentfilter.config.settings import Settings
-from contentfilter.scanners.signature_rules import parse_loadertypes, parse_signatures
+from contentfilter.scanners.signatures.rules import parse_loadertypes, parse_signatures
+from contentfilter.settings import Settings
 from contentfilter.tables.rows import parse_table
 
 TABLES = {"clamavclients": b"a@example.com\n", "spamdclients": b"a@example.com\n"}

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from contentfilter.config.migration import LISTED, Difference, Kind, Migration
-from contentfilter.config.settings import Settings
-from contentfilter.config.simscan import migrate
+from contentfilter.admin.migrate_simscan import migrate
+from contentfilter.admin.migration import LISTED, Difference, Kind, Migration
 from contentfilter.policy.addresses import deciding
+from contentfilter.settings import Settings
 from contentfilter.tables.rows import parse_table
 
 

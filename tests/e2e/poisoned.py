@@ -11,11 +11,11 @@ import re
 import signal
 import sys
 
-from contentfilter import app
-from contentfilter.scanners.signatures import Engine, Finding
-from contentfilter.service.housekeeping import chores
-from contentfilter.service.supervisor import Supervisor
-from contentfilter.service.worker import Surroundings
+from contentfilter.scanners.signatures.engine import Engine, Finding
+from contentfilter.supervisor.maintenance import chores
+from contentfilter.supervisor.supervisor import Supervisor
+from contentfilter.worker import build
+from contentfilter.worker.main import Surroundings
 
 
 def scan(engine: Engine, data: mmap.mmap | bytes) -> Finding | None:
@@ -35,9 +35,9 @@ real = Engine.scan
 Engine.scan = scan  # type: ignore[method-assign]
 
 
-async def build(blob: bytes, surroundings: Surroundings) -> app.Application:
-    return await app.build(blob, surroundings)
+async def build(blob: bytes, surroundings: Surroundings) -> build.Application:
+    return await build.build(blob, surroundings)
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(Supervisor(app.Files(sys.argv[1]), "poisoned:build", os.environ, chores()).run()))
+    sys.exit(asyncio.run(Supervisor(build.Files(sys.argv[1]), "poisoned:build", os.environ, chores()).run()))

@@ -18,7 +18,7 @@ from lab.hook import until
 from lab.scrape import HTTP, address, get, scrape
 from lab.system import System
 
-from contentfilter.service import bus, frames
+from contentfilter.bus import messages, sockets
 
 Make = Callable[..., System]
 STOPPED = {"clamd": {"backends": ["unix:/nonexistent/clamd.sock"]}}
@@ -35,9 +35,9 @@ def run(system: System, *words: str, status: int = 0, **environ: str) -> str:
     return done.stdout + done.stderr
 
 
-def status(system: System) -> frames.Status:
-    reply = bus.ask(str(system.directory), frames.AskStatus(), 30)
-    assert isinstance(reply, frames.Status)
+def status(system: System) -> messages.Status:
+    reply = sockets.ask(str(system.directory), messages.AskStatus(), 30)
+    assert isinstance(reply, messages.Status)
     return reply
 
 

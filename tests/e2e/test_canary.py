@@ -30,10 +30,10 @@ from lab.scrape import HTTP, scrape, scrape_until
 from lab.spamd import Spamd
 from lab.system import System
 
-from contentfilter.config.settings import Settings
-from contentfilter.ops import canary
-from contentfilter.service import bus, frames
-from contentfilter.verdict.release import load_secret
+from contentfilter.bus import messages, sockets
+from contentfilter.monitor import samples
+from contentfilter.settings import Settings
+from contentfilter.store.release import load_secret
 from contentfilter.wire import hook
 
 GREEN = {"clean": "passed", "eicar": "caught", "gtube": "caught", "signature": "caught"}
@@ -61,19 +61,19 @@ class Aviary(System):
         controls = {"options": OPTIONS} | options.pop("controls", {})
         super().__init__(directory, settings=settings, controls=controls, program=program, **options)
 
-    def canary(self) -> dict[str, frames.CanaryResult]:
+    def samples(self) -> dict[str, messages.CanaryResult]:
         """A round now; the results by sample."""
-        reply = bus.ask(str(self.directory), frames.AskCanary(), 120)
-        assert isinstance(reply, frames.CanaryRound)
+        reply = sockets.ask(str(self.directory), messages.AskCanary(), 120)
+        assert isinstance(reply, messages.CanaryRound)
         assert not reply.problem
         return {result.sample: result for result in reply.results}
 
     def words(self) -> dict[str, str]:
         return {name: result.result for name, result in self.canary().items()}
 
-    def status(self) -> frames.Status:
-        reply = bus.ask(str(self.directory), frames.AskStatus(), 30)
-        assert isinstance(reply, frames.Status)
+    def status(self) -> messages.Status:
+        reply = sockets.ask(str(self.directory), messages.AskStatus(), 30)
+        assert isinstance(reply, messages.Status)
         return reply
 
     def command(self, *words: str) -> subprocess.CompletedProcess[str]:
@@ -341,7 +341,7 @@ def test_a_hook_that_cannot_be_run_is_red_and_says_why(make: Make, settings: dic
 
 def marked(aviary: Aviary, message: bytes, *, secret: bytes | None = None, ends: float = 60.0) -> str:
     secret = load_secret(aviary.directory / "state") if secret is None else secret
-    return canary.sign(secret, "clean", secrets.token_hex(16), int(time.time() + ends), message)
+    return samples.sign(secret, "clean", secrets.token_hex(16), int(time.time() + ends), message)
 
 
 MAIL = b"From: a@example.org\nSubject: hello\n\nThis is mail.\n"
@@ -350,7 +350,7 @@ MAIL = b"From: a@example.org\nSubject: hello\n\nThis is mail.\n"
 def test_what_only_looks_like_a_canary_is_mail(make: Make) -> None:
     """Each is delivered as what it is, so nobody can make mail vanish, and none is looked at less."""
     aviary = make(controls={"options": OPTIONS + "clamglobal 1\n"})
-    sample = next(s for s in canary.make_samples(Settings(), None, None) if s.name == "clean")
+    sample = next(s for s in samples.make_samples(Settings(), None, None) if s.name == "clean")
     copied = sample.message("0" * 32, time.time())
     for message, mark in (
         (MAIL, "1:clean"),
@@ -360,7 +360,7 @@ def test_what_only_looks_like_a_canary_is_mail(make: Make) -> None:
         (MAIL, marked(aviary, MAIL)),  # a good one, but in the environment of an SMTP session
         (copied, ""),  # the sample itself
     ):
-        got = aviary.deliver(message, env={canary.VARIABLE: mark}, environ=canary.VARIABLE)
+        got = aviary.deliver(message, env={samples.VARIABLE: mark}, environ=samples.VARIABLE)
         assert got.status == 0
         assert got.only.message.endswith(message)
     assert len(aviary.daemon.wait_for("mail.done", 6)) == 6
@@ -369,12 +369,12 @@ def test_what_only_looks_like_a_canary_is_mail(make: Make) -> None:
 def test_a_good_mark_in_another_users_hands_is_mail(make: Make) -> None:
     aviary = make()
     mark = marked(aviary, MAIL)
-    environ = {canary.VARIABLE.encode(): mark.encode()}
+    environ = {samples.VARIABLE.encode(): mark.encode()}
     assert offer(aviary.daemon.socket, MAIL, environ=environ).action is hook.Action.DROP  # ours: it is a canary
     if os.geteuid():
         pytest.skip("only root can be somebody else")
     conf = aviary.directory / "theirs.conf"
-    conf.write_text(f"socket {aviary.daemon.socket}\nqueue /dev/null\nenviron {canary.VARIABLE}\n")
+    conf.write_text(f"socket {aviary.daemon.socket}\nqueue /dev/null\nenviron {samples.VARIABLE}\n")
     ends = os.pipe()
     os.write(ends[1], b"Fa@example.org\0Tb@example.net\0\0")
     os.close(ends[1])
@@ -383,7 +383,7 @@ def test_a_good_mark_in_another_users_hands_is_mail(make: Make) -> None:
         input=MAIL,
         stdout=ends[0],
         stderr=subprocess.PIPE,
-        env={"CONTENTFILTER_QUEUE_CONF": str(conf), canary.VARIABLE: mark},
+        env={"CONTENTFILTER_QUEUE_CONF": str(conf), samples.VARIABLE: mark},
         user="nobody",
         timeout=60,
         check=False,

@@ -36,8 +36,8 @@ from lab.peers import (
 )
 from lab.system import System
 
+from contentfilter.bus import messages, sockets
 from contentfilter.model import Scanner
-from contentfilter.service import bus, frames
 
 TOLD = 82
 ONE = b"virus-only@mixed.example"
@@ -187,7 +187,7 @@ def test_the_run_directory_is_emptied_and_mail_goes_on(make_system: MakeSystem, 
     began = time.monotonic()
     while time.monotonic() - began < 3.0:
         assert len(system.deliver(PLAIN, NOBODY).queued) == 1
-    assert isinstance(bus.ask(str(run), frames.AskStatus(), 5.0), frames.Status)
+    assert isinstance(sockets.ask(str(run), messages.AskStatus(), 5.0), messages.Status)
     assert system.daemon.log("worker.stuck") == []
 
 
@@ -196,15 +196,15 @@ def test_a_flood_of_reports_costs_no_mail_and_little_memory(make_system: MakeSys
     system = make_system()
     assert len(system.deliver(PLAIN, NOBODY).queued) == 1
     run = system.daemon.directory
-    beat = frames.encode(frames.Happened(1, [frames.Event("mail.done", {"id": "x" * 1000})]))
+    beat = messages.encode(messages.Happened(1, [messages.Event("mail.done", {"id": "x" * 1000})]))
     with zmq.Context() as context, context.socket(zmq.PUSH) as flood:
         flood.linger, flood.sndtimeo = 0, 5000
-        flood.connect(bus.addresses(str(run))["reports"])
+        flood.connect(sockets.addresses(str(run))["reports"])
         for count in range(60_000):
             flood.send((b"\xff" * 1000, beat)[count % 2])
             if count % 10_000 == 0:
                 assert len(system.deliver(PLAIN, NOBODY).queued) == 1
-        until(lambda: isinstance(bus.ask(str(run), frames.AskStatus(), 5.0), frames.Status), "no answer")
+        until(lambda: isinstance(sockets.ask(str(run), messages.AskStatus(), 5.0), messages.Status), "no answer")
     assert system.daemon.log("bus.malformed")
     assert system.daemon.log("worker.stuck") == []
     assert most_memory(system.daemon.pid) < 150e6
@@ -238,7 +238,7 @@ def test_a_supervisor_that_stands_still_stops_no_mail(make_system: MakeSystem) -
         system.daemon.signal(signal.SIGCONT)
     assert count > 5
     assert len(system.daemon.wait_for("mail.done", count)) == count
-    assert isinstance(bus.ask(str(system.directory), frames.AskStatus(), 30.0), frames.Status)
+    assert isinstance(sockets.ask(str(system.directory), messages.AskStatus(), 30.0), messages.Status)
     assert system.daemon.workers() == workers
     assert system.daemon.log("worker.stuck") == []
 
@@ -275,12 +275,12 @@ def test_a_clock_that_jumps_ends_no_deadline_and_every_bypass(
         process, standin = system.start_hook(PLAIN, (ONE,))
         waiting_in(system.daemon, peer)
         run = str(system.directory)
-        ordered = bus.ask(run, frames.AskBypass(Scanner.SPAMD, 3600.0, "test"), 30.0)
-        assert isinstance(ordered, frames.Ordered)
+        ordered = sockets.ask(run, messages.AskBypass(Scanner.SPAMD, 3600.0, "test"), 30.0)
+        assert isinstance(ordered, messages.Ordered)
         clock.write_text(str(ahead))
         system.daemon.wait_for("bypass.end")
         assert len(system.deliver(PLAIN, NOBODY).queued) == 1
-        assert bus.ask(run, frames.AskStatus(), 30.0).workers
+        assert sockets.ask(run, messages.AskStatus(), 30.0).workers
         peer.over.set()
         d = system.delivered(process.wait(), standin)
         assert (d.status, len(d.queued)) == (0, 1)

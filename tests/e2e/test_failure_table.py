@@ -12,10 +12,10 @@ from lab.peers import Peer, read_clamd, says_and_stays
 from lab.scripted import scripted
 from lab.system import System
 
-from contentfilter.config.settings import Failure, FaultRule, Settings
 from contentfilter.errors import Cause
 from contentfilter.model import OriginKind, Scanner
 from contentfilter.policy.failure import MEANINGS, on_fault
+from contentfilter.settings import Failure, FaultRule, Settings
 
 # What a scripted scanner is told to do -> the cause that must come of it.
 CLAMD = {

@@ -14,7 +14,7 @@ from e2e.trouble import waiting_in
 from lab.peers import Peer, in_turn, read_clamd, says, says_and_stays
 from lab.system import System
 
-from contentfilter.service import bus, frames
+from contentfilter.bus import messages, sockets
 
 TOLD = 82
 CLEAN = says(b"fd[10]: OK\0")
@@ -43,9 +43,9 @@ def poison(how: str, received: bytes = b"from a by b; Thu, 1 Jan 1970") -> bytes
     return b"Received: %b\n\tsomewhere\nSubject: poison\n\nPOISON %b\n" % (received, how.encode())
 
 
-def status(system: System) -> frames.Status:
-    said = bus.ask(str(system.directory), frames.AskStatus(), 10.0)
-    assert isinstance(said, frames.Status)
+def status(system: System) -> messages.Status:
+    said = sockets.ask(str(system.directory), messages.AskStatus(), 10.0)
+    assert isinstance(said, messages.Status)
     return said
 
 
@@ -132,7 +132,7 @@ def test_a_bounce_that_kills_passes_unchecked_for_a_deferral_would_never_end(poi
 def test_new_workers_try_it_again(poisoned) -> None:
     system = poisoned()
     assert system.deliver(poison("segfault"), NOBODY).status == TOLD
-    assert isinstance(bus.ask(str(system.directory), frames.AskReload(restart=True), 30.0), frames.Done)
+    assert isinstance(sockets.ask(str(system.directory), messages.AskReload(restart=True), 30.0), messages.Done)
     assert status(system).poison == ()
     assert system.deliver(poison("segfault"), NOBODY).status == TOLD
     assert [line["deaths"] for line in system.daemon.wait_for("worker.suspect", 4)] == [1, 2, 1, 2]

@@ -17,20 +17,20 @@ from lab.system import Delivered, System
 from tables.conftest import SQL, prepare
 
 from contentfilter.cli.main import cli
-from contentfilter.config.settings import Service, Settings
-from contentfilter.config.settings import Spamd as Section
 from contentfilter.deadline import Deadline
+from contentfilter.doors.message import message_of
 from contentfilter.errors import BackendError, Cause
-from contentfilter.intake.message import message_of
 from contentfilter.model import Envelope, Message, Origin, OriginKind, Scanner, ScanOutcome, ScanStatus, Want
 from contentfilter.pipeline import Pipeline, Scanners
 from contentfilter.policy.plan import Row, Switches
 from contentfilter.scanners.clamd import ClamdScanner
+from contentfilter.scanners.limiter import Turns
 from contentfilter.scanners.spamd import SpamdScanner
 from contentfilter.scanners.stream import Leave
-from contentfilter.scanners.turns import Turns
-from contentfilter.verdict.case import Case
-from contentfilter.verdict.quarantine import Quarantine
+from contentfilter.settings import Service, Settings
+from contentfilter.settings import Spamd as Section
+from contentfilter.store.quarantine import Quarantine
+from contentfilter.verdict.context import Case
 
 SAMPLE = SQL.parent / "spamassassin" / "sql.cf"
 WORDS = ("body CF_WORDS /three points of spam/", "score CF_WORDS 3.0", "describe CF_WORDS a rule of this test")

@@ -16,7 +16,7 @@ import pytest
 from e2e import mails
 from lab.system import SMTP, System
 
-from contentfilter.verdict.journal import FILE, SET_ASIDE
+from contentfilter.store.journal import FILE, SET_ASIDE
 
 WAIT = 30.0
 MIXED = (b"virus-only@mixed.example", b"spam-only@mixed.example", b"nobody@elsewhere.example")

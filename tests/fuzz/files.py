@@ -11,10 +11,10 @@ from contentfilter.config.controls import PARAMETERS, _Taken
 from contentfilter.config.load import read_settings
 from contentfilter.errors import Problem, QuarantineError
 from contentfilter.policy.options import read_options
-from contentfilter.scanners.signatures import Engine, parse_loadertypes, parse_signatures
+from contentfilter.scanners.signatures.engine import Engine, parse_loadertypes, parse_signatures
+from contentfilter.store import sidecar as sidecar_format
 from contentfilter.tables.owners import parse_owners
 from contentfilter.tables.rows import TABLES, parse_table, row_text
-from contentfilter.verdict import entry
 
 
 def readable_problems(problems: tuple[Problem, ...]) -> None:
@@ -76,17 +76,17 @@ def sidecar(data: bytes) -> None:
     found = re.search(rb'"incident": ?"([A-Za-z0-9][A-Za-z0-9_-]{0,63})"', data)
     incident = found[1].decode("ascii") if found else "a"
     try:
-        read = entry.parse(incident, data)
+        read = sidecar_format.parse(incident, data)
     except QuarantineError as error:
         if not str(error).startswith(incident):
             raise
         return
-    assert entry.valid_incident(incident) or not read.incident
+    assert sidecar.valid_incident(incident) or not read.incident
     assert len(read.withheld) == len(read.withheld_from)
-    assert entry.parse(incident, msgspec.json.encode(read)) == read
-    json.dumps(entry.plain(read))
-    assert entry.Search(incident=incident).matches(read)
-    entry.Search("a", "*b?[", "c*", "d", "e").matches(read)
+    assert sidecar_format.parse(incident, msgspec.json.encode(read)) == read
+    json.dumps(sidecar_format.plain(read))
+    assert sidecar.Search(incident=incident).matches(read)
+    sidecar.Search("a", "*b?[", "c*", "d", "e").matches(read)
 
 
 def queue_conf(data: bytes) -> None:

@@ -8,11 +8,13 @@ import time
 from lab.programs import b64, made, qp, uu
 
 from contentfilter.errors import BackendError, Cause
-from contentfilter.ops import canary
-from contentfilter.scanners import mime, mime_decode
-from contentfilter.scanners.mime import Marks
-from contentfilter.scanners.signatures import Engine, default_loadertypes, default_signatures
-from contentfilter.verdict import entry, headers, release
+from contentfilter.monitor import samples
+from contentfilter.scanners.signatures import decoders as decoding
+from contentfilter.scanners.signatures import mime
+from contentfilter.scanners.signatures.engine import Engine, default_loadertypes, default_signatures
+from contentfilter.scanners.signatures.mime import Marks
+from contentfilter.store import release, sidecar
+from contentfilter.verdict import headers
 
 SECONDS = 1.0  # of CPU for any input of a fuzzer's size: some hundred times what the slowest takes
 SECRET = b"0123456789abcdef0123456789abcdef"
@@ -48,17 +50,17 @@ def finds(message: bytes) -> bool:
 
 def decoders(data: bytes) -> None:
     """What encoders write is read back wherever it stands; and any bytes are decoded to no more than they can hold."""
-    for decode in (mime_decode.base64, mime_decode.quoted, mime_decode.uuencode, mime_decode.raw):
+    for decode in (decoding.base64, decoding.quoted, decoding.uuencode, decoding.raw):
         assert len(b"".join(decode(data, 0, len(data)))) <= 63 * (len(data) + 1)
     columns = data[0] + 1 if data else 1
-    for encode, decode in ((lambda d: b64(d, columns), mime_decode.base64), (qp, mime_decode.quoted)):
+    for encode, decode in ((lambda d: b64(d, columns), decoding.base64), (qp, decoding.quoted)):
         text = data[:20] + encode(data)
         assert b"".join(decode(text, len(data[:20]), len(text))) == data
     letters = bytes(set(data) & set(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"))
     kept = bytes(byte for byte in data if byte in letters)
     whole = kept[: len(kept) & ~3]
     if kept == whole and b"=" not in data:
-        assert b"".join(mime_decode.base64(data, 0, len(data))) == binascii.a2b_base64(whole)
+        assert b"".join(decoding.base64(data, 0, len(data))) == binascii.a2b_base64(whole)
 
 
 def header_lines(data: bytes) -> None:
@@ -81,8 +83,8 @@ def header_lines(data: bytes) -> None:
     assert [value for name, value in parsed.items() if name.lower() == "x-contentfilter"][1:] == []
     text = headers.message_id(headers.header_block(message))
     assert not text or (text.isprintable() and text.isascii() and len(text) <= headers.MESSAGE_ID_MAX)
-    for value in entry.described(message).values():
-        assert not value or (value.isprintable() and len(value) <= entry.FIELD_SHOWN)
+    for value in sidecar.described(message).values():
+        assert not value or (value.isprintable() and len(value) <= sidecar.FIELD_SHOWN)
 
 
 def field_lines(block: bytes) -> list[bytes]:
@@ -93,16 +95,16 @@ def field_lines(block: bytes) -> list[bytes]:
 def marks(data: bytes) -> None:
     """Nobody without the key makes a mark, and no byte of a marked message may change."""
     assert release.released(data, SECRET, NOW) is None
-    assert canary.recognise({canary.VARIABLE.encode(): data}, SECRET, data, NOW) is None
+    assert samples.recognise({samples.VARIABLE.encode(): data}, SECRET, data, NOW) is None
     digest = release.hashlib.sha256(data).hexdigest()
     line = release.sign(SECRET, "0123456789abcdef", data[:40].decode("latin-1"), NOW + 60, digest)
     assert line.count(b"\n") == 1
     assert release.released(line + data, SECRET, NOW) == "0123456789abcdef"
     assert release.released(line + data + b"x", SECRET, NOW) is None
-    token = canary.sign(SECRET, canary.CLEAN, "0" * 32, NOW + 60, data).encode("ascii")
-    name = canary.VARIABLE.encode()
-    assert canary.recognise({name: token}, SECRET, data, NOW) is not None
-    assert canary.recognise({name: token + data[:1]}, SECRET, data, NOW) is None or not data
+    token = samples.sign(SECRET, samples.CLEAN, "0" * 32, NOW + 60, data).encode("ascii")
+    name = samples.VARIABLE.encode()
+    assert samples.recognise({name: token}, SECRET, data, NOW) is not None
+    assert samples.recognise({name: token + data[:1]}, SECRET, data, NOW) is None or not data
     at = data[0] % len(token) if data else 0
     forged = token[:at] + bytes((token[at] ^ 1,)) + token[at + 1 :]
-    assert canary.recognise({name: forged}, SECRET, data, NOW) is None
+    assert samples.recognise({name: forged}, SECRET, data, NOW) is None

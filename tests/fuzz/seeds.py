@@ -9,9 +9,9 @@ from pathlib import Path
 import msgspec
 from lab.programs import disguises, made
 
+from contentfilter.bus import messages
 from contentfilter.model import Scanner
-from contentfilter.service import frames
-from contentfilter.verdict.entry import Entry, EnvelopeHex, Release
+from contentfilter.store.sidecar import Entry, EnvelopeHex, Release
 from contentfilter.verdict.record import Scan
 from contentfilter.wire import envelope, hook
 
@@ -57,7 +57,7 @@ def _wire() -> dict[str, list[bytes]]:
     apart = bytearray(packets[1])
     apart[12] = 1
     edges = [b"F%b\0T%b\0\0" % (b"s" * first, b"r" * second) for first, second in ((1002, 1), (1003, 1), (1, 1003))]
-    orders = frames.Orders(3, (), frames.Drain(1.0, None, "why", "root"))
+    orders = messages.Orders(3, (), messages.Drain(1.0, None, "why", "root"))
     return {
         "request": [hook.encode_request(hook.Request(1, 9.5, 100, 20, {b"TCPREMOTEIP": b"192.0.2.1", b"EXTRA": b""}))],
         "answer": [*(b"\0\0\0" + packet for packet in packets), b"\1\0\x18" + apart],
@@ -72,8 +72,13 @@ def _wire() -> dict[str, list[bytes]]:
             b"X-Spam-Report: a\rX-Forged: b\0c\n\n",
         ],
         "frame": [
-            frames.encode(frame)[1:]
-            for frame in (frames.Ping(), orders, frames.AskBypass(Scanner.CLAMD, 60.0, "test"), frames.Done(True, 1))
+            messages.encode(frame)[1:]
+            for frame in (
+                messages.Ping(),
+                orders,
+                messages.AskBypass(Scanner.CLAMD, 60.0, "test"),
+                messages.Done(True, 1),
+            )
         ],
     }
 

@@ -5,10 +5,10 @@ from typing import Any
 
 from fuzz.hook_library import hook_parsers
 
+from contentfilter.bus import messages
 from contentfilter.errors import EnvelopeError, RemoteProtocolError
 from contentfilter.model import Scanner, ScanOutcome, ScanStatus
 from contentfilter.policy.decide import Action, Decision, Fate, Finding, Reason
-from contentfilter.service import frames
 from contentfilter.verdict import headers
 from contentfilter.verdict.reply import text_for
 from contentfilter.wire import clamd, envelope, hook, spamd
@@ -180,9 +180,9 @@ def _overruled(fields: bytes) -> bytes:
 
 def frame(data: bytes) -> None:
     """Frames of the bus, from whoever has the socket."""
-    for decoder in (frames.REPORTS, frames.ORDERS, frames.COMMANDS, frames.QUESTIONS, frames.REPLIES):
+    for decoder in (messages.REPORTS, messages.ORDERS, messages.COMMANDS, messages.QUESTIONS, messages.REPLIES):
         try:
-            read = frames.decode(b"\x01" + data, decoder)
+            read = messages.decode(b"\x01" + data, decoder)
         except RemoteProtocolError:
             continue
-        assert frames.decode(frames.encode(read), decoder) == read
+        assert messages.decode(messages.encode(read), decoder) == read

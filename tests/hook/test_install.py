@@ -10,8 +10,8 @@ import pytest
 from click.testing import CliRunner, Result
 from lab.hook import HookLab, HookProcess, accepted
 
+from contentfilter.admin import qmail as ops
 from contentfilter.cli.hook import hook as command
-from contentfilter.ops import qmail as ops
 
 ORIGINAL = b"#!/bin/sh\nexit 0\n"
 

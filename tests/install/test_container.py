@@ -21,9 +21,9 @@ from style.tree import ROOT
 
 import contentfilter
 from contentfilter.config.load import load_settings
-from contentfilter.config.settings import Settings
-from contentfilter.ops.http import parse_listen
+from contentfilter.monitor.http import parse_listen
 from contentfilter.scanners.stream import Address
+from contentfilter.settings import Settings
 
 CONTAINER = ROOT / "etc" / "container"
 SETTINGS = CONTAINER / "settings" / "contentfilter.toml"

@@ -11,9 +11,9 @@ import pytest
 from click.testing import CliRunner, Result
 from style.tree import ROOT
 
+from contentfilter.admin import install as ops
+from contentfilter.admin.install_items import Inventory, System
 from contentfilter.cli.main import cli
-from contentfilter.ops import install as ops
-from contentfilter.ops.things import Inventory, System
 
 Listing = dict[str, tuple[int, str]]
 UNITS = "usr/local/lib/systemd/system"

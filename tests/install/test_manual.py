@@ -13,7 +13,7 @@ import pytest
 from style.tree import ROOT
 
 from contentfilter.cli.main import COMMANDS, EX_CONFIG, cli
-from contentfilter.config.settings import Settings
+from contentfilter.settings import Settings
 
 MAN = ROOT / "etc" / "man"
 COMMAND_PAGE = (MAN / "contentfilter.8").read_text()

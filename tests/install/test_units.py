@@ -15,10 +15,10 @@ from lab.daemon import Daemon
 from lab.offer import offer
 from style.tree import ROOT
 
-from contentfilter.config.settings import Settings
-from contentfilter.ops import install as ops
-from contentfilter.ops.things import STATE, USER, System, Thing
-from contentfilter.service import supervisor
+from contentfilter.admin import install as ops
+from contentfilter.admin.install_items import STATE, USER, System, Thing
+from contentfilter.settings import Settings
+from contentfilter.supervisor import supervisor
 from contentfilter.wire import hook
 
 SYSTEMD = ROOT / "etc" / "systemd"

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from contentfilter.config.settings import OriginRules
 from contentfilter.deadline import Deadline
-from contentfilter.intake.listener import Listener, open_socket
-from contentfilter.intake.message import Spool
-from contentfilter.intake.origin import resolve
-from contentfilter.intake.room import Job, Offered, Terms
-from contentfilter.ops.log import make_logger
+from contentfilter.doors.admission import Job, Offered, Terms
+from contentfilter.doors.listener import Listener, open_socket
+from contentfilter.doors.message import Spool
+from contentfilter.doors.origin import resolve
+from contentfilter.log import make_logger
+from contentfilter.settings import OriginRules
 from contentfilter.wire import hook
 
 Handle = Callable[[Job], Awaitable[hook.Answer]]

@@ -13,8 +13,8 @@ import pytest
 from lab.offer import ENVELOPE, MESSAGE, Offer, offer, sealed
 
 from contentfilter.deadline import Deadline
-from contentfilter.intake import connection, room
-from contentfilter.intake.room import Job
+from contentfilter.doors import admission, queue
+from contentfilter.doors.admission import Job
 from contentfilter.policy.admission import LARGE
 from contentfilter.wire import hook
 
@@ -257,17 +257,19 @@ async def test_idle_connections_of_a_local_user_do_not_keep_mail_out(
     async def accept(job: Job) -> hook.Answer:
         return QUEUE
 
-    monkeypatch.setattr(connection, "REQUEST_WAIT", 60.0)
+    monkeypatch.setattr(queue, "REQUEST_WAIT", 60.0)
     async with listening(accept, max_in_flight=2, max_waiting=2) as bench:
         open_to_all(bench.path)
-        words = [sys.executable, "-c", FLOOD, bench.path, "300", str(room.SEATS)]
+        words = [sys.executable, "-c", FLOOD, bench.path, "300", str(admission.SEATS)]
         with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as flood:
             assert flood.stdout is not None
             assert await asyncio.to_thread(flood.stdout.readline) == b"connected\n"
             said = await asyncio.gather(*(asyncio.to_thread(offer, bench.path) for _ in range(4)))
             assert said == [QUEUE] * 4
-            assert int(await asyncio.to_thread(flood.stdout.readline)) == 300 - room.SEATS, "closed at once, the rest"
-            assert len(bench.listener.connections) == room.SEATS
+            assert int(await asyncio.to_thread(flood.stdout.readline)) == 300 - admission.SEATS, (
+                "closed at once, the rest"
+            )
+            assert len(bench.listener.connections) == admission.SEATS
             assert bench.log("intake.garbage")[0]["uid"] == 65534
             flood.communicate()
         await bench.idle()
@@ -281,10 +283,10 @@ async def test_half_requests_give_their_seats_back(listening: Listening) -> None
 
     async with listening(accept) as bench:
         uid = 65534
-        for _ in range(3 * room.SEATS):
+        for _ in range(3 * admission.SEATS):
             assert bench.listener._room.sit(uid)
             bench.listener._room.rise(uid)
-        for each in range(room.ALL_SEATS):
+        for each in range(admission.ALL_SEATS):
             assert bench.listener._room.sit(100_000 + each)
         assert not bench.listener._room.sit(uid), "all local users together have a bound, too"
         assert bench.listener._room.sit(0), "but the system's users are not in it"

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from lab.offer import ENVELOPE, MESSAGE, Offer, offer, sealed, unnamed
 
-from contentfilter.intake import connection
-from contentfilter.intake.room import Job, Rarely, new_incident
+from contentfilter.doors import queue
+from contentfilter.doors.admission import Job, Rarely, new_incident
 from contentfilter.model import OriginKind
 from contentfilter.wire import hook
 
@@ -204,7 +204,7 @@ async def test_a_long_answer_travels_in_a_sealed_descriptor(listening: Listening
 
 
 async def test_a_large_message_is_taken_over_off_the_loop(listening: Listening) -> None:
-    large = b"x" * (connection.INLINE + 1)
+    large = b"x" * (queue.INLINE + 1)
     sizes = []
 
     async def look(job: Job) -> hook.Answer:
@@ -270,7 +270,7 @@ async def test_a_request_in_its_own_time_is_served(listening: Listening) -> None
 async def test_a_connection_without_a_request_is_closed_in_time(
     listening: Listening, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection, "REQUEST_WAIT", 0.1)
+    monkeypatch.setattr(queue, "REQUEST_WAIT", 0.1)
     async with listening(accept) as bench:
         with Offer(bench.path) as once:
             assert await asyncio.to_thread(once.answer) is None
@@ -380,7 +380,7 @@ async def test_an_answer_that_finds_no_descriptor_closes_the_connection_and_the_
 
     async with listening(handle) as bench:
         with monkeypatch.context() as patch:
-            patch.setattr(connection.os, "memfd_create", none)
+            patch.setattr(queue.os, "memfd_create", none)
             with Offer(bench.path) as refused:
                 await asyncio.to_thread(refused.send)
                 await bench.idle()

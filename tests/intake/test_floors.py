@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from contentfilter.intake import floors
-from contentfilter.intake.floors import Floors, Lookout, available_memory, what_is_short
+from contentfilter.doors import watermarks
+from contentfilter.doors.watermarks import Floors, Lookout, available_memory, what_is_short
 
 MEGABYTE = 1 << 20
 
@@ -40,7 +40,7 @@ def test_a_cgroup_may_allow_less_and_page_cache_counts_as_free(tmp_path: Path, g
 
 def test_nothing_to_look_at_is_no_shortage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert available_memory(tmp_path) is None
-    monkeypatch.setattr(floors, "available_memory", lambda: None)
+    monkeypatch.setattr(watermarks, "available_memory", lambda: None)
     assert what_is_short(Floors(1 << 60, 1 << 60, str(tmp_path / "missing"))) == ""
 
 
@@ -59,12 +59,12 @@ def test_what_was_short_needs_some_more_before_it_is_enough(tmp_path: Path, monk
         (110, "memory", "memory"),
         (126, "memory", ""),
     ):
-        monkeypatch.setattr(floors, "available_memory", lambda available=available: available * MEGABYTE)
+        monkeypatch.setattr(watermarks, "available_memory", lambda available=available: available * MEGABYTE)
         assert what_is_short(wanted, short) == expected, available
 
 
 def test_the_lookout_tells_each_change_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(floors, "EVERY", 0.001)
+    monkeypatch.setattr(watermarks, "EVERY", 0.001)
     disk = [1 << 60]
     told: list[str] = []
     news = threading.Condition()

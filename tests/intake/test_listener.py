@@ -15,9 +15,9 @@ import pytest
 from lab.offer import Offer, offer
 
 from contentfilter.deadline import Deadline
-from contentfilter.intake import listener as module
-from contentfilter.intake.listener import SocketError, hold_lock, inherited_socket, open_socket
-from contentfilter.intake.room import Job
+from contentfilter.doors import listener as module
+from contentfilter.doors.admission import Job
+from contentfilter.doors.listener import SocketError, hold_lock, inherited_socket, open_socket
 from contentfilter.wire import hook
 
 Listening = Callable[..., Any]

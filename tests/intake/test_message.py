@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from lab.offer import sealed, unnamed
 
+from contentfilter.doors.message import ENVELOPE_LIMIT, SEALS, SMALL, Spool, open_message, open_pair, read_envelope
 from contentfilter.errors import MessageError
-from contentfilter.intake.message import ENVELOPE_LIMIT, SEALS, SMALL, Spool, open_message, open_pair, read_envelope
 
 CONTENT = b"Subject: x\n\nbody\n" * 5000  # large enough to be mapped
 SIZE = len(CONTENT)

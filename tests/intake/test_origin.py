@@ -2,9 +2,9 @@
 
 import pytest
 
-from contentfilter.config.settings import OriginRules
-from contentfilter.intake.origin import classify, resolve
+from contentfilter.doors.origin import classify, resolve
 from contentfilter.model import OriginKind
+from contentfilter.settings import OriginRules
 
 USERS = {"qmaild": 101, "vpopmail": 102, "qmails": 103}
 RULES, _ = resolve(OriginRules(), USERS.__getitem__)

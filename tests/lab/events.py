@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import contentfilter
-from contentfilter.ops.log import EVENTS
+from contentfilter.log import EVENTS
 from contentfilter.verdict.record import Record
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import contentfilter
-from contentfilter.config.settings import Clamd, Settings, Spamd
 from contentfilter.model import Scanner
-from contentfilter.ops import canary
-from contentfilter.ops.canary import make_samples, recognise, sign
+from contentfilter.monitor import samples
+from contentfilter.monitor.samples import make_samples, recognise, sign
 from contentfilter.policy.tolerance import Allowance
-from contentfilter.scanners.signatures import Engine, Rule, Rules, default_loadertypes, default_signatures
+from contentfilter.scanners.signatures.engine import Engine, Rule, Rules, default_loadertypes, default_signatures
+from contentfilter.settings import Clamd, Settings, Spamd
 
 # Not the strings themselves: no scanner shall stop at this file.
 EICAR_SHA256 = "275a021bbfb6489e54d471899f7db9d1663fc695ec2fe2a2c4538aabf651fd0f"
@@ -33,7 +33,7 @@ def body(name: str) -> bytes:
     return payload
 
 
-def program(signatures: Rules | None, loadertypes: Rules | None) -> canary.Sample:
+def program(signatures: Rules | None, loadertypes: Rules | None) -> samples.Sample:
     return make_samples(Settings(), signatures, loadertypes)[3]
 
 
@@ -130,7 +130,7 @@ def environ(message: bytes = b"m", **changes) -> dict[bytes, bytes]:
 
 
 def test_a_mark_says_which_sample_it_is() -> None:
-    assert recognise(environ(), KEY, b"m", NOW) == canary.Mark("eicar", NONCE)
+    assert recognise(environ(), KEY, b"m", NOW) == samples.Mark("eicar", NONCE)
 
 
 def test_a_mark_holds_while_a_hook_offers_its_message_again() -> None:
@@ -148,7 +148,7 @@ def test_a_mark_holds_while_a_hook_offers_its_message_again() -> None:
         (environ(secret=b""), b"", b"m", NOW),  # a key that could not be read proves nothing
         (environ(), KEY, b"another message", NOW),
         (environ(), KEY, b"m", NOW + 61),
-        (environ(expires=int(NOW) + canary.LIFETIME + 1), KEY, b"m", NOW),  # of a clock that was set back
+        (environ(expires=int(NOW) + samples.LIFETIME + 1), KEY, b"m", NOW),  # of a clock that was set back
         (environ(sample="other"), KEY, b"m", NOW),
         (environ() | {b"TCPREMOTEIP": b"192.0.2.1"}, KEY, b"m", NOW),
         (environ() | {b"RELAYCLIENT": b""}, KEY, b"m", NOW),
@@ -183,7 +183,7 @@ def test_every_byte_of_a_mark_counts() -> None:
 def test_a_released_message_cannot_be_turned_into_a_mark() -> None:
     """One key, two uses: what is signed for one says nothing for the other."""
     told = f"1:eicar:{NONCE}:{int(NOW) + 60}:{hashlib.sha256(b'm').hexdigest()}".encode()
-    from contentfilter.verdict import release
+    from contentfilter.store import release
 
     value = told + b":" + release._mac(KEY, told)
     assert recognise({b"CONTENTFILTER_CANARY": value}, KEY, b"m", NOW) is None

@@ -14,11 +14,11 @@ from lab import clamdb
 from lab.clamd import Clamd
 from lab.process import find_program
 
-from contentfilter.config.settings import Clamd as ClamdSettings
-from contentfilter.config.settings import Settings
-from contentfilter.ops.doctor_freshclam import configuration, freshclam, loaded, on_disk, outcome, schedule
-from contentfilter.ops.doctor_scanners import _queue
-from contentfilter.ops.finding import Finding, Level
+from contentfilter.admin.diagnostic import Finding, Level
+from contentfilter.admin.doctor_freshclam import configuration, freshclam, loaded, on_disk, outcome, schedule
+from contentfilter.admin.doctor_scanners import _queue
+from contentfilter.settings import Clamd as ClamdSettings
+from contentfilter.settings import Settings
 
 HOUR = 3600.0
 

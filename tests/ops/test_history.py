@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from contentfilter.ops import history
-from contentfilter.ops.history import History
+from contentfilter.monitor import history
+from contentfilter.monitor.history import History
 
 NOON = 43_200.0
 MAIL: dict[str, Any] = {

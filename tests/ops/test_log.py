@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from lab.events import said
 
-from contentfilter.ops.log import EVENTS, LINE_LIMIT, Forward, make_logger
+from contentfilter.log import EVENTS, LINE_LIMIT, Forward, make_logger
 
 
 def lines(path: Path) -> list[bytes]:

@@ -4,8 +4,8 @@ import msgspec
 from lab.events import COMMON, document, fields_of, said, schema
 from lab.schema import wrong
 
-from contentfilter.ops.log import EVENTS
-from contentfilter.ops.log_target import SEVERITIES
+from contentfilter.log import EVENTS
+from contentfilter.log_target import SEVERITIES
 from contentfilter.verdict.record import Record, Scan
 
 

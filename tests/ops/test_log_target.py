@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from contentfilter.ops.log import make_logger
-from contentfilter.ops.log_target import FACILITIES, Stream, Syslog, Target, is_journal, open_target
+from contentfilter.log import make_logger
+from contentfilter.log_target import FACILITIES, Stream, Syslog, Target, is_journal, open_target
 
 
 class Syslogd:

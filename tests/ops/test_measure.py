@@ -9,14 +9,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from contentfilter.config.settings import Settings
 from contentfilter.deadline import Deadline
 from contentfilter.model import Message
-from contentfilter.ops.measure import backlog, measure
+from contentfilter.monitor.measure import backlog, measure
+from contentfilter.settings import Settings
+from contentfilter.store.journal import Journal, journal_path
+from contentfilter.store.quarantine import Quarantine
 from contentfilter.tables.rows import Rows
 from contentfilter.tables.snapshot import FILE, compile_snapshot
-from contentfilter.verdict.journal import Journal, journal_path
-from contentfilter.verdict.quarantine import Quarantine
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lab.scrape import OPENMETRICS, Samples, promtool
 
-from contentfilter.intake.room import Counters
+from contentfilter.doors.admission import Counters
 from contentfilter.model import Scanner
-from contentfilter.ops import metrics
-from contentfilter.ops.metrics import METRICS, Metrics, Registry
+from contentfilter.monitor import metrics
+from contentfilter.monitor.metrics import METRICS, Metrics, Registry
 from contentfilter.policy.shedding import SHED
-from contentfilter.service.load import PREFIX
+from contentfilter.worker.load import PREFIX
 
 ROOT = Path(__file__).parents[2]
 CLAMD, SPAMD = "unix:/run/clamd", "tcp:127.0.0.1:783"

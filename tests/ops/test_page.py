@@ -14,12 +14,12 @@ import pytest
 from lab.browser import Browser
 
 from contentfilter import ops
+from contentfilter.bus.messages import BackendStatus, Busy, CanaryResult, Status, WorkerStatus
 from contentfilter.model import Scanner
-from contentfilter.ops.history import History
-from contentfilter.ops.http import Server
-from contentfilter.ops.page import PATHS, make_pages
+from contentfilter.monitor.history import History
+from contentfilter.monitor.http import Server
+from contentfilter.monitor.page import PATHS, make_pages
 from contentfilter.policy.bypass import Bypass
-from contentfilter.service.frames import BackendStatus, Busy, CanaryResult, Status, WorkerStatus
 from contentfilter.tables.keeper import State
 
 HTML = resources.files(ops).joinpath("page.html").read_text()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from contentfilter.ops.systemd import Notifier, listen_fds, watchdog_interval
+from contentfilter.supervisor.systemd import Notifier, listen_fds, watchdog_interval
 
 
 @pytest.fixture

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from contentfilter.config.settings import Clamd, Settings, Spamd
 from contentfilter.model import Scanner
 from contentfilter.policy.budget import FINISH, SIGNATURES, kept_back, one_try, reserve, wants
 from contentfilter.policy.plan import ScanPlan, Step
+from contentfilter.settings import Clamd, Settings, Spamd
 
 MARGIN = 1e-9
 SECONDS = st.floats(0, 86_400)

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from contentfilter.config.settings import Failure, Settings
 from contentfilter.errors import Cause
 from contentfilter.model import Envelope, Origin, OriginKind, Scanner, ScanStatus
 from contentfilter.policy.bypass import (
@@ -23,6 +22,7 @@ from contentfilter.policy.bypass import (
 from contentfilter.policy.decide import Action, decide
 from contentfilter.policy.explain import story
 from contentfilter.policy.plan import ScanPlan, Switches, make_plan
+from contentfilter.settings import Failure, Settings
 
 NOW = 1_800_000_000.0
 CLAMD = Bypass(Scanner.CLAMD, NOW, NOW + 600, "ticket 1", "root")

@@ -5,13 +5,13 @@ import itertools
 import msgspec
 import pytest
 
-from contentfilter.config.settings import Clamd, Failure, Settings, Signatures, Spamd, Tables
 from contentfilter.errors import Cause
 from contentfilter.model import OriginKind, Scanner, ScanOutcome, ScanStatus
 from contentfilter.policy.decide import Action, Reason, decide, needed, open_owners
 from contentfilter.policy.failure import on_fault
 from contentfilter.policy.options import DEFAULTS, Options, read_options
 from contentfilter.policy.plan import ScanPlan, Step, Treatment
+from contentfilter.settings import Clamd, Failure, Settings, Signatures, Spamd, Tables
 from contentfilter.wire.hook import SUBMISSIONS_MAX
 
 BOTH = Treatment(True, True, "v", "s")

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from contentfilter.config import settings as config
-from contentfilter.config.settings import Failure, FaultRule, Settings
+from contentfilter import settings as config
 from contentfilter.errors import Cause
 from contentfilter.model import OriginKind, Scanner, ScanOutcome, ScanStatus
 from contentfilter.policy.decide import Action, decide
 from contentfilter.policy.failure import MEANINGS, complaints, failure_table, named, on_fault
 from contentfilter.policy.plan import ScanPlan, Step, Treatment
+from contentfilter.settings import Failure, FaultRule, Settings
 
 ROOT = Path(__file__).parents[2]
 KEYS = list(itertools.product(Scanner, Cause, OriginKind))

@@ -6,12 +6,12 @@ from pathlib import Path
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from contentfilter.config.settings import Clamd, Failure, Settings, Signatures, Spamd, Tables
 from contentfilter.errors import Cause
 from contentfilter.model import Envelope, Origin, OriginKind, Scanner, ScanOutcome, ScanStatus
 from contentfilter.policy.decide import Action, decide, needed, open_owners
 from contentfilter.policy.failure import on_fault
 from contentfilter.policy.plan import Switches, make_plan
+from contentfilter.settings import Clamd, Failure, Settings, Signatures, Spamd, Tables
 from contentfilter.tables.rows import Rows, parse_table
 from contentfilter.tables.snapshot import Snapshot, compile_snapshot
 

@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 
-from contentfilter.config.settings import MariaDb, Settings, Spamd, Tables
 from contentfilter.model import Envelope, Origin, OriginKind, Scanner, Want
 from contentfilter.policy.decide import Action, decide
 from contentfilter.policy.plan import FULL_REWRITES, Row, Switches, make_plan
+from contentfilter.settings import MariaDb, Settings, Spamd, Tables
 
 ROW = Row(b"@protected.example", exempt=False)
 EXEMPT = Row(b"boss@protected.example", exempt=True)

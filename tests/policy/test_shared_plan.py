@@ -5,11 +5,11 @@ from typing import cast
 
 import pytest
 
-from contentfilter.config.settings import Settings
 from contentfilter.model import Envelope, Message, Origin, OriginKind
 from contentfilter.pipeline import Pipeline, Scanners
 from contentfilter.policy.plan import Lookup, Row, ScanPlan, Switches, make_plan
-from contentfilter.verdict.quarantine import Quarantine
+from contentfilter.settings import Settings
+from contentfilter.store.quarantine import Quarantine
 
 ROWS: dict[bytes, tuple[Row | None, Row | None]] = {
     b"both@example.net": (Row(b"both@example.net", False), Row(b"both@example.net", False)),

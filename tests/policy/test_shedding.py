@@ -2,9 +2,9 @@
 
 import pytest
 
-from contentfilter.config.settings import Clamd, Spamd
 from contentfilter.model import Scanner
 from contentfilter.policy.shedding import SHED, expected_wait, mean_with, patience, what_is_shed
+from contentfilter.settings import Clamd, Spamd
 
 
 def test_patience_ends_in_the_written_order() -> None:

@@ -2,12 +2,12 @@
 
 import pytest
 
-from contentfilter.config.settings import Clamd, Classes, Settings
 from contentfilter.model import OriginKind, Scanner, ScanOutcome, ScanStatus
 from contentfilter.policy.decide import Action, Fate, decide
 from contentfilter.policy.options import Options
 from contentfilter.policy.plan import ScanPlan, Step, Treatment
 from contentfilter.policy.tolerance import Allowance, tolerate
+from contentfilter.settings import Clamd, Classes, Settings
 
 NAMES = {
     "pua": "PUA.Win.Packer.Upx-1",

@@ -8,8 +8,8 @@ import pytest
 
 from contentfilter.deadline import Deadline
 from contentfilter.errors import BackendError, Cause
-from contentfilter.scanners.backends import Pool
 from contentfilter.scanners.health import FAIR_TRY, LONGEST_REST, REST_AFTER, Backend, Health, choose
+from contentfilter.scanners.pool import Pool
 from contentfilter.scanners.stream import Address, ClosedError
 
 pytestmark = pytest.mark.asyncio

@@ -15,7 +15,7 @@ from lab.clamd import EICAR, EICAR_NAME, PHISHING, PUA, Clamd
 from lab.peers import Peer, Talk, read_clamd
 from lab.process import MissingProgramError, NotStartedError, ask, find_program
 
-from contentfilter.config import settings
+from contentfilter import settings
 from contentfilter.deadline import Deadline
 from contentfilter.errors import BackendError, Cause
 from contentfilter.model import Message, ScanOutcome, ScanStatus

@@ -4,9 +4,9 @@ import pytest
 from lab.programs import BASE64, b64, made, mixed, qp, uu, wrap
 
 from contentfilter.model import Scanner
-from contentfilter.scanners import compatible
-from contentfilter.scanners.compatible import Hit
-from contentfilter.scanners.signatures import (
+from contentfilter.scanners.signatures import compatible
+from contentfilter.scanners.signatures.compatible import Hit
+from contentfilter.scanners.signatures.engine import (
     Engine,
     Finding,
     default_loadertypes,

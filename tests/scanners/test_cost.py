@@ -9,7 +9,7 @@ import pytest
 from lab.hostile import SHAPES
 
 from contentfilter.errors import BackendError
-from contentfilter.scanners.signatures import Engine, default_loadertypes, default_signatures
+from contentfilter.scanners.signatures.engine import Engine, default_loadertypes, default_signatures
 
 BOTH = Engine(default_signatures(), default_loadertypes())
 WARLORD = Engine(default_signatures(), default_loadertypes(), "compatible")

@@ -25,7 +25,7 @@ from lab.peers import Peer, read_clamd
 from lab.process import ask
 from scanners.test_clamd import LETTER, PADDING, fault, scan, scanner
 
-from contentfilter.config import settings
+from contentfilter import settings
 from contentfilter.deadline import Deadline
 from contentfilter.errors import BackendError, Cause, LocalProtocolError
 from contentfilter.model import Message, ScanOutcome, ScanStatus

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from contentfilter.model import Scanner, ScanOutcome, ScanStatus
-from contentfilter.scanners import memory
-from contentfilter.scanners.memory import Kept, Key, Memory
+from contentfilter.scanners import cache_entries
+from contentfilter.scanners.cache_entries import Kept, Key, Memory
 
 KEEP, ENTRIES = 100.0, 4
 KEYS = st.builds(Key, st.sampled_from([b"clamd", b"spamd"]), st.integers(1, 3), st.sampled_from([b"x", b"y"]))
@@ -76,7 +76,7 @@ def test_the_one_that_was_used_least_recently_goes_first() -> None:
 
 
 def test_bytes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "BYTES", 100_000)
+    monkeypatch.setattr(cache_entries, "BYTES", 100_000)
     store = Memory(KEEP, 10_000)
     for key, _ in zip(keys(), range(50), strict=False):
         store.put(key, kept(0.0, rewritten=b"x" * 60_000), 0.0)

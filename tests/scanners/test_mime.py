@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lab.programs import b64, qp, uu
 
-from contentfilter.scanners import mime, mime_decode
-from contentfilter.scanners.mime import As, Leaf, Marks
+from contentfilter.scanners.signatures import decoders, mime
+from contentfilter.scanners.signatures.mime import As, Leaf, Marks
 
 MARKS = Marks((b"TV",))
 
@@ -168,38 +168,38 @@ def decoded(windows: object) -> bytes:
 @settings(max_examples=40, deadline=None)
 def test_base64_of_any_line_length_is_decoded(data: bytes, columns: int) -> None:
     text = b64(data, columns)
-    assert decoded(mime_decode.base64(text, 0, len(text))) == data
-    assert decoded(mime_decode.base64(text, 0, len(text), joined=True)) == data
+    assert decoded(decoders.base64(text, 0, len(text))) == data
+    assert decoded(decoders.base64(text, 0, len(text), joined=True)) == data
 
 
 def test_large_contents_survive_every_encoding() -> None:
     data = random.Random(5).randbytes(300_000)
-    for encode, decode in ((b64, mime_decode.base64), (qp, mime_decode.quoted), (bytes, mime_decode.raw)):
+    for encode, decode in ((b64, decoders.base64), (qp, decoders.quoted), (bytes, decoders.raw)):
         text = b"in front" + encode(data)
         assert decoded(decode(memoryview(text), 8, len(text))) == data
     text = uu(data)
-    assert decoded(mime_decode.uuencode(text, text.index(b"\n") + 1, len(text))) == data
+    assert decoded(decoders.uuencode(text, text.index(b"\n") + 1, len(text))) == data
 
 
 def test_quoted_printable_without_line_ends_is_never_cut_inside_an_escape() -> None:
     data = random.Random(6).randbytes(100_000)
     for shift in range(3):
         text = b"x" * shift + b"".join(b"=%02x" % byte for byte in data)
-        assert decoded(mime_decode.quoted(text, 0, len(text))) == b"x" * shift + data
+        assert decoded(decoders.quoted(text, 0, len(text))) == b"x" * shift + data
 
 
 def test_padding_in_the_middle_is_read_in_both_ways() -> None:
-    assert decoded(mime_decode.base64(b"TQ==WpA=AAA", 0, 11)) == b"MZ\x90\0\0"
-    assert decoded(mime_decode.base64(b"T=V==qQ", 0, 7, joined=True)) == b"MZ\x90"
+    assert decoded(decoders.base64(b"TQ==WpA=AAA", 0, 11)) == b"MZ\x90\0\0"
+    assert decoded(decoders.base64(b"T=V==qQ", 0, 7, joined=True)) == b"MZ\x90"
 
 
 def test_uuencode_is_read_whatever_its_lines_look_like() -> None:
     text = b"\n\n#35J0\r\njunk line\n#35J\n#35J0 and more\n`\nend\n#35J0\n"
-    assert decoded(mime_decode.uuencode(text, 0, len(text))) == b"MZ\x90" + b"MZ\x80" + b"MZ\x90"
+    assert decoded(decoders.uuencode(text, 0, len(text))) == b"MZ\x90" + b"MZ\x80" + b"MZ\x90"
 
 
 @given(st.binary(max_size=3000))
 @settings(max_examples=200, deadline=None)
 def test_no_bytes_make_a_decoder_fail(data: bytes) -> None:
-    for decode in (mime_decode.base64, mime_decode.quoted, mime_decode.uuencode, mime_decode.raw):
+    for decode in (decoders.base64, decoders.quoted, decoders.uuencode, decoders.raw):
         assert len(decoded(decode(data, 0, len(data)))) <= 63 * (len(data) + 1)

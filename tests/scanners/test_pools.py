@@ -12,7 +12,7 @@ import pytest
 from lab.clamd import EICAR, Clamd
 from lab.process import ask
 
-from contentfilter.config import settings
+from contentfilter import settings
 from contentfilter.deadline import Deadline
 from contentfilter.errors import BackendError, Cause
 from contentfilter.model import Message, ScanOutcome, ScanStatus

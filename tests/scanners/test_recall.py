@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from lab.peers import Peer, read_clamd, says, says_and_stays
 from lab.slow import OK, Slow, tried
 
-from contentfilter.config.settings import Clamd, Reuse
 from contentfilter.deadline import Deadline
 from contentfilter.errors import BackendError, Cause
 from contentfilter.model import Message, Scanner, ScanOutcome, ScanStatus
+from contentfilter.scanners.cache import Question, Recall
+from contentfilter.scanners.cache_entries import Kept, Key
 from contentfilter.scanners.clamd import ClamdScanner
-from contentfilter.scanners.memory import Kept, Key
-from contentfilter.scanners.recall import Question, Recall
+from contentfilter.settings import Clamd, Reuse
 
 MAIL = b"Subject: hello\n\nletter\n"
 CLEAN = ScanOutcome(Scanner.CLAMD, ScanStatus.CLEAN, backend="b", database="1")

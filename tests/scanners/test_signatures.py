@@ -18,10 +18,9 @@ from lab.programs import BASE64, BINARY, QUOTED, b64, mixed, qp, wrap
 
 from contentfilter.errors import BackendError, Cause
 from contentfilter.model import Scanner
-from contentfilter.scanners import mime
-from contentfilter.scanners import signatures as module
-from contentfilter.scanners.signature_rules import Fragment
-from contentfilter.scanners.signatures import (
+from contentfilter.scanners.signatures import engine as module
+from contentfilter.scanners.signatures import mime
+from contentfilter.scanners.signatures.engine import (
     Engine,
     Finding,
     Rule,
@@ -31,6 +30,7 @@ from contentfilter.scanners.signatures import (
     parse_loadertypes,
     parse_signatures,
 )
+from contentfilter.scanners.signatures.rules import Fragment
 
 ETC = Path(__file__).parents[2] / "etc/control"
 BOTH = Engine(default_signatures(), default_loadertypes())

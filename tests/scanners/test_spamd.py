@@ -18,7 +18,7 @@ from lab.clamd import Clamd
 from lab.peers import Peer, Talk, read_spamd
 from lab.spamd import GTUBE, Spamd
 
-from contentfilter.config import settings
+from contentfilter import settings
 from contentfilter.deadline import Deadline
 from contentfilter.errors import BackendError, Cause
 from contentfilter.model import Message, ScanOutcome, ScanStatus, Want

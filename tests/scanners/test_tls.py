@@ -13,7 +13,7 @@ from lab.process import free_port
 from lab.spamd import GTUBE, Spamd
 from lab.tls import Authority, Pair
 
-from contentfilter.config import settings
+from contentfilter import settings
 from contentfilter.deadline import Deadline
 from contentfilter.errors import BackendError, Cause, ConfigError
 from contentfilter.model import ScanStatus, Want

@@ -10,7 +10,7 @@ from contentfilter.deadline import Deadline
 from contentfilter.errors import BackendError, Cause
 from contentfilter.model import Scanner
 from contentfilter.policy.admission import LARGE, Claim
-from contentfilter.scanners.turns import Turns
+from contentfilter.scanners.limiter import Turns
 
 pytestmark = pytest.mark.asyncio
 

@@ -7,8 +7,8 @@ import pytest
 
 from contentfilter.deadline import Deadline
 from contentfilter.errors import BackendError, Cause
-from contentfilter.scanners.backends import Pool
 from contentfilter.scanners.health import REST_AFTER, USUAL, Backend, Health, Patience, choose, due, usable
+from contentfilter.scanners.pool import Pool
 from contentfilter.scanners.stream import Address, ClosedError, UnreachableError
 
 pytestmark = pytest.mark.asyncio

@@ -13,35 +13,36 @@ from lab.daemon import WAIT, Daemon
 from lab.hook import until
 from lab.offer import Offer, offer
 
-from contentfilter.config.settings import Service, Settings
+from contentfilter.bus import messages, sockets
 from contentfilter.model import OriginKind, Scanner
-from contentfilter.service import breakglass, bus, frames, spread
-from contentfilter.service.breakglass import BreakGlass
+from contentfilter.settings import Service, Settings
+from contentfilter.supervisor import overrides, spread
+from contentfilter.supervisor.overrides import BreakGlass
 from contentfilter.wire import hook
 
 Make = Callable[..., Daemon]
 NOBODY = 65534
 ORDERS = (
-    frames.AskBypass(Scanner.CLAMD, 600.0, "r", (OriginKind.LOCAL,)),
-    frames.AskBypassEnd(),
-    frames.AskDrain(),
-    frames.AskResume(),
+    messages.AskBypass(Scanner.CLAMD, 600.0, "r", (OriginKind.LOCAL,)),
+    messages.AskBypassEnd(),
+    messages.AskDrain(),
+    messages.AskResume(),
 )
 
 
-def ask(running: Daemon, question: frames.Question) -> frames.Reply:
-    reply = bus.ask(str(running.directory), question, WAIT)
+def ask(running: Daemon, question: messages.Question) -> messages.Reply:
+    reply = sockets.ask(str(running.directory), question, WAIT)
     assert reply is not None
     return reply
 
 
-def status(running: Daemon) -> frames.Status:
-    reply = ask(running, frames.AskStatus())
-    assert isinstance(reply, frames.Status)
+def status(running: Daemon) -> messages.Status:
+    reply = ask(running, messages.AskStatus())
+    assert isinstance(reply, messages.Status)
     return reply
 
 
-def ask_as(uid: int, running: Daemon, *questions: frames.Question) -> list[str]:
+def ask_as(uid: int, running: Daemon, *questions: messages.Question) -> list[str]:
     """The types of the replies to a process of that user, which has dropped root's rights for good."""
     reading, writing = os.pipe()
     if not (child := os.fork()):
@@ -49,7 +50,7 @@ def ask_as(uid: int, running: Daemon, *questions: frames.Question) -> list[str]:
             os.setgroups([])
             os.setresgid(uid, uid, uid)
             os.setresuid(uid, uid, uid)
-            said = [type(bus.ask(str(running.directory), question, WAIT)).__name__ for question in questions]
+            said = [type(sockets.ask(str(running.directory), question, WAIT)).__name__ for question in questions]
             os.write(writing, " ".join(said).encode())
         finally:
             os._exit(0)
@@ -65,7 +66,7 @@ def test_orders_of_another_user_are_refused_though_the_socket_lets_it_in(daemon:
     with daemon() as running:
         running.directory.chmod(0o711)
         (running.directory / "control.sock").chmod(0o666)
-        assert ask_as(NOBODY, running, frames.AskStatus(), *ORDERS) == ["Status", *["Refused"] * 4]
+        assert ask_as(NOBODY, running, messages.AskStatus(), *ORDERS) == ["Status", *["Refused"] * 4]
         lines = running.wait_for("control.refused", 4)
         assert {(line["uid"], line["question"]) for line in lines} == {(NOBODY, type(o).__name__) for o in ORDERS}
         now = status(running)
@@ -75,18 +76,18 @@ def test_orders_of_another_user_are_refused_though_the_socket_lets_it_in(daemon:
 @pytest.mark.parametrize(
     "order",
     [
-        frames.AskBypass(Scanner.CLAMD, 59.0, "r"),
-        frames.AskBypass(Scanner.CLAMD, 1e9, "r"),
-        frames.AskBypass(Scanner.CLAMD, 600.0, " "),
-        frames.AskBypass(Scanner.CLAMD, 600.0, "\x1b[2J"),
-        frames.AskBypass(Scanner.LOADERTYPES, 600.0, "r"),
-        frames.AskDrain(1.0),
-        frames.AskDrain(None, "\n"),
+        messages.AskBypass(Scanner.CLAMD, 59.0, "r"),
+        messages.AskBypass(Scanner.CLAMD, 1e9, "r"),
+        messages.AskBypass(Scanner.CLAMD, 600.0, " "),
+        messages.AskBypass(Scanner.CLAMD, 600.0, "\x1b[2J"),
+        messages.AskBypass(Scanner.LOADERTYPES, 600.0, "r"),
+        messages.AskDrain(1.0),
+        messages.AskDrain(None, "\n"),
     ],
 )
-def test_the_daemon_itself_refuses_what_is_out_of_bounds(order: frames.Question, daemon: Make) -> None:
+def test_the_daemon_itself_refuses_what_is_out_of_bounds(order: messages.Question, daemon: Make) -> None:
     with daemon({"service": {"workers": 1}}) as running:
-        assert isinstance(ask(running, order), frames.Refused)
+        assert isinstance(ask(running, order), messages.Refused)
         assert status(running).state == "ready"
 
 
@@ -95,7 +96,7 @@ def test_drained_workers_finish_what_they_have_and_accept_nothing(daemon: Make, 
         held.send(gate.message)
         gate.wait()
         until(lambda: sum(w.open for w in status(running).workers) == 2, "both are accepted")
-        assert isinstance(reply := ask(running, frames.AskDrain(600.0, "disk", "eve\n")), frames.Ordered)
+        assert isinstance(reply := ask(running, messages.AskDrain(600.0, "disk", "eve\n")), messages.Ordered)
         assert (reply.problems, reply.in_flight) == ((), 2)
         assert reply.drain is not None
         assert reply.drain.by.endswith("(says it is eve?)")
@@ -107,7 +108,7 @@ def test_drained_workers_finish_what_they_have_and_accept_nothing(daemon: Make, 
             late.send()
             until(lambda: status(running).waiting == 1, "it waits in the queue")
             assert "DRAINED" in running.wait_notified("STATUS")["STATUS"]
-            assert isinstance(ask(running, frames.AskResume()), frames.Ordered)
+            assert isinstance(ask(running, messages.AskResume()), messages.Ordered)
             answer = late.answer()
             assert answer is not None
             assert answer.action is hook.Action.QUEUE
@@ -115,7 +116,7 @@ def test_drained_workers_finish_what_they_have_and_accept_nothing(daemon: Make, 
 
 def test_a_drained_daemon_is_alive_for_the_watchdog(daemon: Make) -> None:
     with daemon(watchdog=0.4) as running:
-        ask(running, frames.AskDrain())
+        ask(running, messages.AskDrain())
         running.notified_now()
         for _ in range(3):
             assert running.wait_notified("WATCHDOG") == {"WATCHDOG": "1"}
@@ -126,7 +127,7 @@ def test_a_killed_supervisor_leaves_no_drain_behind(daemon: Make) -> None:
     running = daemon()
     try:
         running.start()
-        ask(running, frames.AskDrain())
+        ask(running, messages.AskDrain())
         running.kill()
         running.wait_exit()
         running.start()
@@ -144,16 +145,16 @@ class Fake:
     """A break-glass with nobody around it."""
 
     def __init__(self, state: Path) -> None:
-        self.sent: list[frames.Orders] = []
-        self.told: list[frames.Event] = []
+        self.sent: list[messages.Orders] = []
+        self.told: list[messages.Event] = []
         self.logged: list[tuple[str, dict[str, Any]]] = []
         self.processes: list[Any] = []
         settings = Settings(service=Service(state=str(state)))
 
-        async def send(orders: frames.Orders) -> None:
+        async def send(orders: messages.Orders) -> None:
             self.sent.append(orders)
 
-        async def publish(event: frames.Event) -> None:
+        async def publish(event: messages.Event) -> None:
             self.told.append(event)
 
         def log(name: str, **fields: Any) -> None:
@@ -162,7 +163,7 @@ class Fake:
         logger: Any = SimpleNamespace(warning=log, error=log, info=log)
         self.glass = BreakGlass(logger, lambda: settings, send, publish, lambda: self.processes, asyncio.Event())
 
-    async def ask(self, question: frames.Question) -> frames.Reply:
+    async def ask(self, question: messages.Question) -> messages.Reply:
         return await self.glass.answers()[type(question)](question, os.geteuid())
 
 
@@ -170,7 +171,7 @@ class Fake:
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     clock = SimpleNamespace(now=1_800_000_000.0, ticks=5000.0)
     fake = SimpleNamespace(time=lambda: clock.now, monotonic=lambda: clock.ticks)
-    for module in (breakglass, spread):
+    for module in (overrides, spread):
         monkeypatch.setattr(module, "time", fake)
     return clock
 
@@ -184,9 +185,9 @@ async def until_true(true: Callable[[], object]) -> None:
 @pytest.mark.asyncio
 async def test_orders_end_by_the_clock(tmp_path: Path, clock: SimpleNamespace) -> None:
     fake = Fake(tmp_path)
-    await fake.ask(frames.AskDrain(60.0))
-    await fake.ask(frames.AskBypass(Scanner.SPAMD, 60.0, "r"))
-    await fake.ask(frames.AskBypass(Scanner.CLAMD, 3600.0, "r"))
+    await fake.ask(messages.AskDrain(60.0))
+    await fake.ask(messages.AskBypass(Scanner.SPAMD, 60.0, "r"))
+    await fake.ask(messages.AskBypass(Scanner.CLAMD, 3600.0, "r"))
     running = asyncio.create_task(fake.glass.run())
     clock.now += 60
     await until_true(lambda: fake.glass.orders.drain is None)
@@ -200,7 +201,7 @@ async def test_orders_end_by_the_clock(tmp_path: Path, clock: SimpleNamespace) -
 
 @pytest.mark.asyncio
 async def test_what_ended_while_no_daemon_ran_is_told_at_the_start(tmp_path: Path, clock: SimpleNamespace) -> None:
-    await Fake(tmp_path).ask(frames.AskBypass(Scanner.CLAMD, 600.0, "r"))
+    await Fake(tmp_path).ask(messages.AskBypass(Scanner.CLAMD, 600.0, "r"))
     clock.now += 601
     fake = Fake(tmp_path)
     assert fake.glass.bypasses() == ()
@@ -213,7 +214,7 @@ async def test_what_ended_while_no_daemon_ran_is_told_at_the_start(tmp_path: Pat
 @pytest.mark.asyncio
 async def test_the_log_is_reminded_every_five_minutes(tmp_path: Path, clock: SimpleNamespace) -> None:
     fake = Fake(tmp_path)
-    await fake.ask(frames.AskBypass(Scanner.CLAMD, 3600.0, "r"))
+    await fake.ask(messages.AskBypass(Scanner.CLAMD, 3600.0, "r"))
 
     def reminders() -> int:
         return sum(name == "bypass.active" for name, _ in fake.logged)
@@ -230,13 +231,13 @@ async def test_the_log_is_reminded_every_five_minutes(tmp_path: Path, clock: Sim
 @pytest.mark.asyncio
 async def test_a_worker_that_lacks_the_orders_gets_them_again(tmp_path: Path, clock: SimpleNamespace) -> None:
     fake = Fake(tmp_path)
-    await fake.ask(frames.AskDrain())
-    beat = frames.Heartbeat(1, 1, 0, 0.0, (), 0, {}, orders=fake.glass.orders.number)
+    await fake.ask(messages.AskDrain())
+    beat = messages.Heartbeat(1, 1, 0, 0.0, (), 0, {}, orders=fake.glass.orders.number)
     process: Any = SimpleNamespace(retiring=False, beat=beat)
     clock.ticks += 10
     await fake.glass.heard(process)
     assert len(fake.sent) == 1, "it has them"
-    process.beat = frames.Heartbeat(1, 1, 0, 0.0, (), 0, {}, orders=1)
+    process.beat = messages.Heartbeat(1, 1, 0, 0.0, (), 0, {}, orders=1)
     await fake.glass.heard(process)
     await fake.glass.heard(process)
     assert len(fake.sent) == 2, "once, and not with every heartbeat"
@@ -247,10 +248,10 @@ async def test_a_disk_that_hangs_keeps_no_order_waiting(
     tmp_path: Path, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = Fake(tmp_path)
-    monkeypatch.setattr(breakglass, "SAVE_WAIT", 0.05)
-    monkeypatch.setattr(breakglass, "save", lambda *_: time.sleep(1))
-    reply = await fake.ask(frames.AskBypass(Scanner.CLAMD, 600.0, "r"))
-    assert isinstance(reply, frames.Ordered)
+    monkeypatch.setattr(overrides, "SAVE_WAIT", 0.05)
+    monkeypatch.setattr(overrides, "save", lambda *_: time.sleep(1))
+    reply = await fake.ask(messages.AskBypass(Scanner.CLAMD, 600.0, "r"))
+    assert isinstance(reply, messages.Ordered)
     assert "the disk does not answer" in reply.problems[0]
     assert len(fake.sent) == 1
 
@@ -260,14 +261,14 @@ async def test_a_worker_that_does_not_follow_in_time_is_named(
     tmp_path: Path, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = Fake(tmp_path)
-    monkeypatch.setattr(breakglass, "TAKE_WAIT", 0.05)
+    monkeypatch.setattr(overrides, "TAKE_WAIT", 0.05)
     starting, late, leaving = (
         SimpleNamespace(retiring=False, beat=None, slot=0, pid=10),
-        SimpleNamespace(retiring=False, beat=frames.Heartbeat(1, 1, 0, 0.0, (), 3, {}, orders=1), slot=1, pid=11),
+        SimpleNamespace(retiring=False, beat=messages.Heartbeat(1, 1, 0, 0.0, (), 3, {}, orders=1), slot=1, pid=11),
         SimpleNamespace(retiring=True, beat=None, slot=2, pid=12),
     )
     fake.processes = [starting, late, leaving]
-    reply = await fake.ask(frames.AskDrain())
-    assert isinstance(reply, frames.Ordered)
+    reply = await fake.ask(messages.AskDrain())
+    assert isinstance(reply, messages.Ordered)
     assert [problem.split(" has")[0] for problem in reply.problems] == ["worker 0 (pid 10)", "worker 1 (pid 11)"]
     assert reply.in_flight == 3

@@ -15,53 +15,53 @@ from hypothesis import strategies as st
 from lab.daemon import WAIT, Daemon
 from lab.offer import Offer, offer
 
+from contentfilter.bus import messages, sockets
 from contentfilter.deadline import Deadline
 from contentfilter.errors import RemoteProtocolError
-from contentfilter.service import bus, frames
 from contentfilter.wire import hook
 
 Make = Callable[..., Daemon]
 
-EVENTS = msgspec.msgpack.Decoder(frames.Event)
-BEAT = frames.Heartbeat(1, 2, 0, 0.5, (frames.Busy("ab", "handling", 1.5),), 1, {"accepted": 3})
+EVENTS = msgspec.msgpack.Decoder(messages.Event)
+BEAT = messages.Heartbeat(1, 2, 0, 0.5, (messages.Busy("ab", "handling", 1.5),), 1, {"accepted": 3})
 FRAMES = [
-    (BEAT, frames.REPORTS),
-    (frames.Happened(1, [frames.Event("mail.done", {"id": "ab", "ms": 1.5})]), frames.REPORTS),
-    (frames.Configure(7, b"\0blob"), frames.COMMANDS),
-    (frames.Ping(), frames.QUESTIONS),
-    (frames.AskReload(True), frames.QUESTIONS),
-    (frames.Done(False, 3, ("a: b",)), frames.REPLIES),
+    (BEAT, messages.REPORTS),
+    (messages.Happened(1, [messages.Event("mail.done", {"id": "ab", "ms": 1.5})]), messages.REPORTS),
+    (messages.Configure(7, b"\0blob"), messages.COMMANDS),
+    (messages.Ping(), messages.QUESTIONS),
+    (messages.AskReload(True), messages.QUESTIONS),
+    (messages.Done(False, 3, ("a: b",)), messages.REPLIES),
 ]
 
 
 @pytest.mark.parametrize(("frame", "decoder"), FRAMES)
-def test_a_frame_survives_the_way(frame: frames.Frame, decoder: msgspec.msgpack.Decoder[frames.Frame]) -> None:
-    assert frames.decode(frames.encode(frame), decoder) == frame
+def test_a_frame_survives_the_way(frame: messages.Frame, decoder: msgspec.msgpack.Decoder[messages.Frame]) -> None:
+    assert messages.decode(messages.encode(frame), decoder) == frame
 
 
 @pytest.mark.parametrize(
     "data",
     [
         b"",
-        frames.VERSION,
-        b"\x02" + frames.encode(BEAT)[1:],
-        frames.encode(BEAT)[:-1],
-        frames.encode(BEAT) + b"x",
-        frames.encode(frames.Ping()),
-        frames.VERSION + msgspec.msgpack.encode({"type": "Heartbeat"}),
-        frames.VERSION + msgspec.msgpack.encode(["Heartbeat", "pid", 1]),
+        messages.VERSION,
+        b"\x02" + messages.encode(BEAT)[1:],
+        messages.encode(BEAT)[:-1],
+        messages.encode(BEAT) + b"x",
+        messages.encode(messages.Ping()),
+        messages.VERSION + msgspec.msgpack.encode({"type": "Heartbeat"}),
+        messages.VERSION + msgspec.msgpack.encode(["Heartbeat", "pid", 1]),
     ],
 )
 def test_a_malformed_frame_is_an_error_of_its_own_kind(data: bytes) -> None:
     with pytest.raises(RemoteProtocolError):
-        frames.decode(data, frames.REPORTS)
+        messages.decode(data, messages.REPORTS)
 
 
 @given(st.binary(max_size=200))
 def test_noise_never_does_anything_else(noise: bytes) -> None:
     for _, decoder in FRAMES:
         try:
-            frames.decode(frames.VERSION + noise, decoder)
+            messages.decode(messages.VERSION + noise, decoder)
         except RemoteProtocolError:
             pass
 
@@ -73,9 +73,9 @@ def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
     made.destroy(linger=1000)
 
 
-def status(running: Daemon) -> frames.Status:
-    reply = bus.ask(str(running.directory), frames.AskStatus(), WAIT)
-    assert isinstance(reply, frames.Status)
+def status(running: Daemon) -> messages.Status:
+    reply = sockets.ask(str(running.directory), messages.AskStatus(), WAIT)
+    assert isinstance(reply, messages.Status)
     return reply
 
 
@@ -84,10 +84,10 @@ def test_noise_on_the_bus_is_counted_and_disturbs_nobody(where: str, daemon: Mak
     with daemon() as running:
         kind = zmq.PUSH if where == "reports" else zmq.DEALER
         each = context.socket(kind)
-        each.connect(bus.addresses(str(running.directory))[where])
+        each.connect(sockets.addresses(str(running.directory))[where])
         each.send(b"garbage")
         each.send_multipart([b"one", b"two", b"three", b"four"])
-        each.send(frames.encode(frames.Heartbeat(999_999, 1, 0, 0.0, (), 0, {})) if where == "reports" else b"")
+        each.send(messages.encode(messages.Heartbeat(999_999, 1, 0, 0.0, (), 0, {})) if where == "reports" else b"")
         line = running.wait_for("bus.malformed")[0]
         assert line["where"] == where
         seen = status(running).malformed
@@ -112,7 +112,7 @@ def test_the_status_tells_what_each_worker_does(daemon: Make, gate: Any) -> None
 
 
 def test_nobody_home_is_told_in_time(tmp_path: Path) -> None:
-    assert bus.ask(str(tmp_path), frames.Ping(), 0.1) is None
+    assert sockets.ask(str(tmp_path), messages.Ping(), 0.1) is None
 
 
 def test_every_message_is_an_event_for_subscribers(daemon: Make, context: zmq.Context) -> None:
@@ -120,12 +120,12 @@ def test_every_message_is_an_event_for_subscribers(daemon: Make, context: zmq.Co
         feed = context.socket(zmq.SUB)
         feed.subscribe(b"mail.")
         feed.setsockopt(zmq.RCVTIMEO, int(WAIT * 1000))
-        feed.connect(bus.addresses(str(running.directory))["events"])
+        feed.connect(sockets.addresses(str(running.directory))["events"])
         feed.poll(50)  # a subscription takes a moment; the first offers may pass unseen
         while not feed.poll(100):
             assert offer(running.socket)
         topic, frame = feed.recv_multipart()
-        event = msgspec.msgpack.decode(frame[1:], type=frames.Event)
+        event = msgspec.msgpack.decode(frame[1:], type=messages.Event)
         assert (topic, event.name) == (b"mail.done", "mail.done")
         assert len(event.fields["id"]) == 16
 
@@ -134,7 +134,7 @@ def test_the_bus_is_closed_to_other_users(daemon: Make) -> None:
     with daemon() as running:
         modes = {
             name: stat.S_IMODE(os.stat(address.removeprefix("ipc://")).st_mode)
-            for name, address in bus.addresses(str(running.directory)).items()
+            for name, address in sockets.addresses(str(running.directory)).items()
         }
     assert modes == {"reports": 0o600, "commands": 0o600, "control": 0o660, "events": 0o660}
 
@@ -142,14 +142,14 @@ def test_the_bus_is_closed_to_other_users(daemon: Make) -> None:
 @pytest.mark.asyncio
 async def test_what_a_worker_said_last_is_still_heard_when_it_has_ended() -> None:
     with tempfile.TemporaryDirectory(prefix="cf-", dir="/tmp") as run:
-        supervisor, worker = bus.SupervisorBus(run), bus.WorkerBus(run, 7)
+        supervisor, worker = sockets.SupervisorBus(run), sockets.WorkerBus(run, 7)
         try:
-            worker.add(frames.Event("mail.done", {"id": "x"}, b"account"))
+            worker.add(messages.Event("mail.done", {"id": "x"}, b"account"))
             worker.close()
             assert await supervisor.waiting(WAIT)
             report = await supervisor.report()
-            assert isinstance(report, frames.Happened)
-            assert report.events == [frames.Event("mail.done", {"id": "x"}, b"account")]
+            assert isinstance(report, messages.Happened)
+            assert report.events == [messages.Event("mail.done", {"id": "x"}, b"account")]
             assert not await supervisor.waiting(0.0)
         finally:
             supervisor.close()
@@ -157,47 +157,47 @@ async def test_what_a_worker_said_last_is_still_heard_when_it_has_ended() -> Non
 
 @pytest.mark.asyncio
 async def test_events_come_in_bounded_batches_in_order_and_none_is_left_behind_at_the_end() -> None:
-    count = 2 * bus.BATCH + 3
+    count = 2 * sockets.BATCH + 3
     batches: list[list[int]] = []
     with tempfile.TemporaryDirectory(prefix="cf-", dir="/tmp") as run:
-        supervisor, worker = bus.SupervisorBus(run), bus.WorkerBus(run, 7)
+        supervisor, worker = sockets.SupervisorBus(run), sockets.WorkerBus(run, 7)
         try:
             for number in range(count):
-                if worker.add(frames.Event("mail.done", {"n": number})):
+                if worker.add(messages.Event("mail.done", {"n": number})):
                     worker.flush()
             worker.close()
             while sum(map(len, batches)) < count:
                 assert await supervisor.waiting(WAIT)
                 report = await supervisor.report()
-                assert isinstance(report, frames.Happened)
+                assert isinstance(report, messages.Happened)
                 batches.append([event.fields["n"] for event in report.events])
         finally:
             supervisor.close()
-    assert [len(batch) for batch in batches] == [bus.BATCH, bus.BATCH, 3]
+    assert [len(batch) for batch in batches] == [sockets.BATCH, sockets.BATCH, 3]
     assert [number for batch in batches for number in batch] == list(range(count))
 
 
 @pytest.mark.asyncio
 async def test_a_reader_of_the_feed_that_has_stalled_loses_events_and_keeps_nobody(context: zmq.Context) -> None:
     with tempfile.TemporaryDirectory(prefix="cf-", dir="/tmp") as run:
-        supervisor = bus.SupervisorBus(run)
+        supervisor = sockets.SupervisorBus(run)
         try:
             reader = context.socket(zmq.SUB)
             reader.setsockopt(zmq.RCVHWM, 1)
             reader.subscribe(b"")
-            reader.connect(bus.addresses(run)["events"])
+            reader.connect(sockets.addresses(run)["events"])
             limit = Deadline.after(WAIT)
             while not reader.poll(10):  # until it has subscribed
                 assert not limit.expired()
-                supervisor.publish(frames.Event("mail.done", {"n": -1}))
-            sent = 2 * bus.HIGH_WATER
+                supervisor.publish(messages.Event("mail.done", {"n": -1}))
+            sent = 2 * sockets.HIGH_WATER
             for number in range(sent):
-                supervisor.publish(frames.Event("mail.done", {"n": number, "text": "x" * 500}))
+                supervisor.publish(messages.Event("mail.done", {"n": number, "text": "x" * 500}))
             found = []
             while reader.poll(100):
                 topic, frame = reader.recv_multipart()
                 assert topic == b"mail.done"
-                found.append(frames.decode(frame, EVENTS).fields["n"])
+                found.append(messages.decode(frame, EVENTS).fields["n"])
             numbers = [number for number in found if number >= 0]
             assert 0 < len(numbers) < sent
             assert numbers == sorted(numbers)

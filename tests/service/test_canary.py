@@ -11,15 +11,16 @@ from typing import Any
 import msgspec
 import pytest
 
-from contentfilter.config.settings import Canary as CanarySettings
-from contentfilter.config.settings import Service, Settings
-from contentfilter.ops.canary import Sample
-from contentfilter.ops.log import make_logger
-from contentfilter.ops.metrics import CANARY_RESULTS
-from contentfilter.service import canary, frames
-from contentfilter.service.canary import SEEN, Canary, Seen, answer_for, find_hook, judge, measured
-from contentfilter.service.canary_hook import Ended
-from contentfilter.service.source import Loaded
+from contentfilter.bus import messages
+from contentfilter.log import make_logger
+from contentfilter.monitor import canary
+from contentfilter.monitor.canary import SEEN, Canary, Seen, answer_for, find_hook, judge, measured
+from contentfilter.monitor.canary_hook import Ended
+from contentfilter.monitor.metrics import CANARY_RESULTS
+from contentfilter.monitor.samples import Sample
+from contentfilter.settings import Canary as CanarySettings
+from contentfilter.settings import Service, Settings
+from contentfilter.supervisor.source import Loaded
 from contentfilter.verdict.record import Scan
 from contentfilter.wire import hook
 
@@ -146,14 +147,14 @@ async def test_rounds_never_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_events_about_samples_go_no_further() -> None:
     bird = Canary(SimpleNamespace(), lambda: None, lambda: "ready")  # type: ignore[arg-type, return-value]
-    mail = frames.Event("mail.done", {})
-    about = frames.Event(SEEN, msgspec.to_builtins(Seen("n", "eicar", (FOUND,))))
-    broken = frames.Event(SEEN, {"nonce": 7})
+    mail = messages.Event("mail.done", {})
+    about = messages.Event(SEEN, msgspec.to_builtins(Seen("n", "eicar", (FOUND,))))
+    broken = messages.Event(SEEN, {"nonce": 7})
     assert list(bird.others([about, mail, broken, mail])) == [mail, mail]
 
 
-def result(word: str, ok: bool | None, last: float | None = 7.0) -> frames.CanaryResult:
-    return frames.CanaryResult("eicar", word, ok, "", 0.5, 9.0, last, {"caught": 3})
+def result(word: str, ok: bool | None, last: float | None = 7.0) -> messages.CanaryResult:
+    return messages.CanaryResult("eicar", word, ok, "", 0.5, 9.0, last, {"caught": 3})
 
 
 def test_what_was_switched_off_or_bypassed_has_no_result_to_ring_about() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from contentfilter.service.clock import DAY, believable
+from contentfilter.supervisor.clock import DAY, believable
 
 HOUR = 3600.0
 

@@ -13,7 +13,7 @@ import pytest
 from lab.daemon import PACKAGE, WAIT, Daemon
 from lab.offer import offer
 
-from contentfilter.service import bus, frames
+from contentfilter.bus import messages, sockets
 
 NOBODY = 65_534
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
@@ -82,7 +82,7 @@ CHANGES = {
 
 
 def test_every_question_that_changes_something_is_tried_here() -> None:
-    assert set(CHANGES) == {question.__name__ for question in frames.CHANGES}
+    assert set(CHANGES) == {question.__name__ for question in messages.CHANGES}
 
 
 def test_a_member_of_the_group_changes_nothing(running: Daemon) -> None:
@@ -93,8 +93,8 @@ def test_a_member_of_the_group_changes_nothing(running: Daemon) -> None:
         assert f"only root and the daemon's user may do that, not uid {NOBODY}" in done.stderr
         line = running.wait_for("control.refused", count)[-1]
         assert (line["uid"], line["question"], line["level"]) == (NOBODY, question, "warning")
-    reply = bus.ask(str(running.directory), frames.AskStatus(), WAIT)
-    assert isinstance(reply, frames.Status)
+    reply = sockets.ask(str(running.directory), messages.AskStatus(), WAIT)
+    assert isinstance(reply, messages.Status)
     assert (reply.generation, reply.state, reply.bypasses) == (1, "ready", ())
     assert running.workers() == before
 
@@ -118,5 +118,5 @@ def test_a_configuration_that_cannot_be_read_is_told_with_the_socket_that_nobody
 
 
 def test_root_may_change(running: Daemon) -> None:
-    reply: Any = bus.ask(str(running.directory), frames.AskReload(), WAIT)
-    assert (type(reply), reply.ok) == (frames.Done, True)
+    reply: Any = sockets.ask(str(running.directory), messages.AskReload(), WAIT)
+    assert (type(reply), reply.ok) == (messages.Done, True)

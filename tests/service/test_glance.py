@@ -7,12 +7,12 @@ import msgspec
 import pytest
 from style.tree import ROOT
 
+from contentfilter.bus.messages import BackendStatus, Busy, CanaryResult, Drain, Status, WorkerStatus
 from contentfilter.cli.status import lines
 from contentfilter.model import OriginKind, Scanner
-from contentfilter.ops.history import Window
+from contentfilter.monitor.diagnosis import consequence, glance, length
+from contentfilter.monitor.history import Window
 from contentfilter.policy.bypass import Bypass
-from contentfilter.service.frames import BackendStatus, Busy, CanaryResult, Drain, Status, WorkerStatus
-from contentfilter.service.glance import consequence, glance, length
 from contentfilter.tables.keeper import State
 
 NOW = 1_790_000_000.0

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from contentfilter.config.settings import Clamd, Failure, Settings, Spamd
+from contentfilter.bus.messages import BackendStatus, WorkerStatus
 from contentfilter.errors import Cause
 from contentfilter.model import Scanner
-from contentfilter.scanners.backends import BackendHealth
-from contentfilter.service.frames import BackendStatus, WorkerStatus
-from contentfilter.service.health import STALE, backend_statuses
-from contentfilter.service.probe import Probed
+from contentfilter.monitor.backends import STALE, backend_statuses
+from contentfilter.monitor.probe import Probed
+from contentfilter.scanners.pool import BackendHealth
+from contentfilter.settings import Clamd, Failure, Settings, Spamd
 
 CLAMD = "unix:/c"
 SETTINGS = Settings(clamd=Clamd(backends=(CLAMD,)), spamd=Spamd(backends=()))

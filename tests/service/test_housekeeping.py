@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from contentfilter.config.settings import Quarantine as QuarantineSettings
-from contentfilter.config.settings import Service, Settings
 from contentfilter.deadline import Deadline
+from contentfilter.log import make_logger
 from contentfilter.model import Message
-from contentfilter.ops.log import make_logger
-from contentfilter.service.clock import DAY, believable
-from contentfilter.service.housekeeping import Chore, chores, keep_house
-from contentfilter.verdict.quarantine import Quarantine
+from contentfilter.settings import Quarantine as QuarantineSettings
+from contentfilter.settings import Service, Settings
+from contentfilter.store.quarantine import Quarantine
+from contentfilter.supervisor.clock import DAY, believable
+from contentfilter.supervisor.maintenance import Chore, chores, keep_house
 
 pytestmark = pytest.mark.asyncio
 

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from contentfilter.ops.log import make_logger
-from contentfilter.service.load import QUIET, Load
+from contentfilter.log import make_logger
+from contentfilter.worker.load import QUIET, Load
 
 
 class Said:

@@ -12,10 +12,10 @@ import pytest
 from lab.daemon import WAIT, Daemon
 from lab.offer import Offer, offer, offer_until_answered
 
-from contentfilter.ops.log import make_logger
-from contentfilter.service import bus, frames
-from contentfilter.service.pool import Pool
-from contentfilter.service.process import Process
+from contentfilter.bus import messages, sockets
+from contentfilter.log import make_logger
+from contentfilter.supervisor.pool import Pool
+from contentfilter.supervisor.process import Process
 from contentfilter.wire import hook
 
 Make = Callable[..., Daemon]
@@ -175,8 +175,8 @@ def test_a_rolling_restart_replaces_every_worker_and_nobody_notices(daemon: Make
         client = threading.Thread(target=keep_offering)
         client.start()
         try:
-            reply = bus.ask(str(running.directory), frames.AskReload(restart=True), WAIT)
-            assert reply == frames.Done(True, 2)
+            reply = sockets.ask(str(running.directory), messages.AskReload(restart=True), WAIT)
+            assert reply == messages.Done(True, 2)
             for pid in before:
                 wait_gone(pid)
         finally:

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from lab.peers import Peer, closes, in_turn, read_clamd, read_spamd, says, says_and_stays
 
-from contentfilter.config.settings import Clamd, Settings, Spamd
 from contentfilter.deadline import Deadline
 from contentfilter.errors import Cause
 from contentfilter.model import Scanner
-from contentfilter.service import probe
-from contentfilter.service.probe import Prober
+from contentfilter.monitor import probe
+from contentfilter.monitor.probe import Prober
+from contentfilter.settings import Clamd, Settings, Spamd
 
 pytestmark = pytest.mark.asyncio
 

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from contentfilter.config.settings import Journal as JournalSettings
-from contentfilter.config.settings import Service, Settings
+from contentfilter.bus.messages import Event
 from contentfilter.errors import JournalError
-from contentfilter.ops.log import Logger, make_logger
-from contentfilter.service import recorder as module
-from contentfilter.service.frames import Event
-from contentfilter.service.recorder import Recorder
-from contentfilter.verdict.journal import FILE, SET_ASIDE, Journal, Query
+from contentfilter.log import Logger, make_logger
+from contentfilter.settings import Journal as JournalSettings
+from contentfilter.settings import Service, Settings
+from contentfilter.store.journal import FILE, SET_ASIDE, Journal, Query
+from contentfilter.supervisor import recorder as module
+from contentfilter.supervisor.recorder import Recorder
 
 WAIT = 30.0
 

@@ -8,7 +8,7 @@ from typing import Any
 from lab.daemon import WAIT, Daemon
 from lab.offer import Offer, offer
 
-from contentfilter.service import bus, frames
+from contentfilter.bus import messages, sockets
 from contentfilter.wire import hook
 
 Make = Callable[..., Daemon]
@@ -19,9 +19,9 @@ def budgets(running: Daemon, count: int = 8) -> set[str]:
     return {offer(running.socket, b"WHO\n").text.split()[1] for _ in range(count)}
 
 
-def status(running: Daemon) -> frames.Status:
-    reply = bus.ask(str(running.directory), frames.AskStatus(), WAIT)
-    assert isinstance(reply, frames.Status)
+def status(running: Daemon) -> messages.Status:
+    reply = sockets.ask(str(running.directory), messages.AskStatus(), WAIT)
+    assert isinstance(reply, messages.Status)
     return reply
 
 

@@ -19,13 +19,13 @@ from lab.daemon import PACKAGE, WAIT, Daemon
 from lab.offer import offer
 from lab.process import free_port
 
+from contentfilter.bus.messages import Event
+from contentfilter.bus.remote_feed import HIGH_WATER, RemoteFeed
 from contentfilter.config.keys import Keys, load_keys, public, read_secret, write_secret
 from contentfilter.config.load import read_settings
-from contentfilter.config.settings import Events, Settings
 from contentfilter.errors import ConfigError
-from contentfilter.ops.log import make_logger
-from contentfilter.service.frames import Event
-from contentfilter.service.remote_feed import HIGH_WATER, RemoteFeed
+from contentfilter.log import make_logger
+from contentfilter.settings import Events, Settings
 
 Make = Callable[..., Daemon]
 ENVIRON = {**os.environ, "PYTHONPATH": str(PACKAGE)}

@@ -8,9 +8,9 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from contentfilter.ops.log import make_logger
-from contentfilter.service import suspects as module
-from contentfilter.service.suspects import DEATHS, FATAL, HALF, LANES, MARKS, Lane, Place, Suspects, fingerprint
+from contentfilter.log import make_logger
+from contentfilter.worker import crashes as module
+from contentfilter.worker.crashes import DEATHS, FATAL, HALF, LANES, MARKS, Lane, Place, Suspects, fingerprint
 
 KEY, OTHER = b"k" * 16, b"o" * 16
 

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import msgspec
 
-from contentfilter.config.settings import Settings
+from contentfilter.bus.messages import Event
+from contentfilter.doors.admission import Job, Offered
+from contentfilter.doors.listener import SocketError
 from contentfilter.errors import ConfigError, Problem
-from contentfilter.intake.listener import SocketError
-from contentfilter.intake.room import Job, Offered
-from contentfilter.scanners.backends import BackendHealth
-from contentfilter.service.frames import Event
-from contentfilter.service.source import Loaded
-from contentfilter.service.supervisor import Supervisor
-from contentfilter.service.worker import Surroundings
+from contentfilter.scanners.pool import BackendHealth
+from contentfilter.settings import Settings
+from contentfilter.supervisor.source import Loaded
+from contentfilter.supervisor.supervisor import Supervisor
 from contentfilter.wire import hook
+from contentfilter.worker.main import Surroundings
 
 QUEUE = hook.Answer(hook.Action.QUEUE, submissions=(hook.Submission(),))
 

@@ -10,7 +10,7 @@ import pytest
 from contentfilter.errors import ConfigError
 from contentfilter.model import OriginKind, Scanner
 from contentfilter.policy.bypass import Bypass
-from contentfilter.tables.bypass import AUDIT, AUDIT_MAX, FILE, read_bypasses, save
+from contentfilter.store.bypass import AUDIT, AUDIT_MAX, FILE, read_bypasses, save
 
 ORDER = Bypass(Scanner.CLAMD, 1000.0, 2800.0, 'café \\ "quoted"', "root", (OriginKind.RELAY, OriginKind.LOCAL))
 SOUND = {"scanner": "clamd", "since": 0, "until": 600, "reason": "r", "by": "x", "origins": []}

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from contentfilter.errors import ConfigError
-from contentfilter.ops.durable import replace_file
+from contentfilter.files import replace_file
 from contentfilter.tables import files
 from contentfilter.tables.files import load_tables, read_file, sources
 

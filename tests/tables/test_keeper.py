@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from contentfilter.config.settings import Service, Settings, Tables
 from contentfilter.errors import ConfigError
+from contentfilter.settings import Service, Settings, Tables
 from contentfilter.tables import shrink
 from contentfilter.tables.keeper import Keeper
 from contentfilter.tables.rows import Rows

@@ -18,7 +18,7 @@ from lab.daemon import WAIT
 from lab.mariadb import MariaDb
 from lab.system import System
 
-from contentfilter.service import bus, frames
+from contentfilter.bus import messages, sockets
 from contentfilter.tables.keeper import State
 
 VIRUS = b"From: a@example.net\nSubject: look\n\n" + EICAR + b"\n"
@@ -54,8 +54,8 @@ def fate(system: System, recipient: str = "user@x.example") -> str:
 
 
 def tables(system: System) -> State:
-    reply = bus.ask(str(system.directory), frames.AskStatus(), WAIT)
-    assert isinstance(reply, frames.Status)
+    reply = sockets.ask(str(system.directory), messages.AskStatus(), WAIT)
+    assert isinstance(reply, messages.Status)
     assert reply.tables is not None
     return reply.tables
 

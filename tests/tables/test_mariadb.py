@@ -18,9 +18,9 @@ from lab.peers import Peer
 from tables.conftest import prepare
 
 from contentfilter.config.load import read_settings
-from contentfilter.config.settings import MariaDb as Section
-from contentfilter.config.settings import Service, Settings
 from contentfilter.errors import ConfigError
+from contentfilter.settings import MariaDb as Section
+from contentfilter.settings import Service, Settings
 from contentfilter.tables.mariadb import fingerprint_query, read_tables, server_name
 from contentfilter.tables.rows import Rows
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from lab.mariadb import MariaDb
 from tables.conftest import SQL
 
-from contentfilter.config.settings import MariaDb as Section
-from contentfilter.config.settings import Service, Settings
 from contentfilter.errors import ConfigError
+from contentfilter.settings import MariaDb as Section
+from contentfilter.settings import Service, Settings
 from contentfilter.tables.files import load_tables, sources
 from contentfilter.tables.mariadb import BATCH, fingerprint_query, read_tables
 from contentfilter.tables.owners import OwnerBuilder, parse_owners

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from contentfilter.errors import JournalError
-from contentfilter.verdict.journal import (
+from contentfilter.store.journal import (
     CHUNK,
     FILE,
     SET_ASIDE,

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from contentfilter.config.settings import Settings
 from contentfilter.deadline import Deadline
 from contentfilter.errors import QuarantineError
 from contentfilter.model import Message
-from contentfilter.verdict.entry import Release, Search, plain, valid_incident
-from contentfilter.verdict.expiry import STALE
-from contentfilter.verdict.quarantine import DAY, RECOUNT, Quarantine
+from contentfilter.settings import Settings
+from contentfilter.store.quarantine import DAY, RECOUNT, Quarantine
+from contentfilter.store.retention import STALE
+from contentfilter.store.sidecar import Release, Search, plain, valid_incident
 from contentfilter.verdict.record import Record, Scan, fields
 
 MAIL = b"Message-ID: <one@there>\nSubject: =?utf-8?q?x?=\n y\n\nbody\0\xff"
@@ -194,7 +194,7 @@ CRASH = """
 import asyncio, os, signal, sys
 from contentfilter.deadline import Deadline
 from contentfilter.model import Message
-from contentfilter.verdict.quarantine import Quarantine
+from contentfilter.store.quarantine import Quarantine
 directory, victim = sys.argv[1], int(sys.argv[2])
 step = 0
 steps = ("open", "os.link", "os.rename", "os.remove", "os.mkdir", "os.utime")
@@ -245,7 +245,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
     """RLIMIT_FSIZE makes the kernel refuse the write itself."""
     program = (
         "import asyncio, sys, signal\nfrom pathlib import Path\nfrom contentfilter.deadline import Deadline\n"
-        "from contentfilter.model import Message\nfrom contentfilter.verdict.quarantine import Quarantine\n"
+        "from contentfilter.model import Message\nfrom contentfilter.store.quarantine import Quarantine\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "q = Quarantine(Path(sys.argv[1]))\n"
         "try: asyncio.run(q.keep('id', Message(-1, 100_000, bytes(100_000)), {}, Deadline.after(20)))\n"

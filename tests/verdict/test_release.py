@@ -21,8 +21,8 @@ from lab.standin import Standin, build
 from contentfilter.deadline import Deadline
 from contentfilter.errors import QuarantineError
 from contentfilter.model import Message
-from contentfilter.verdict.quarantine import Quarantine
-from contentfilter.verdict.release import LIFETIME, TOKEN_WITHIN, Releaser, load_secret, released, sign
+from contentfilter.store.quarantine import Quarantine
+from contentfilter.store.release import LIFETIME, TOKEN_WITHIN, Releaser, load_secret, released, sign
 
 SECRET = bytes(range(32))
 NOW = 1_800_000_000.0
@@ -343,8 +343,8 @@ RELEASE = """
 import asyncio, sys
 from pathlib import Path
 from contentfilter.deadline import Deadline
-from contentfilter.verdict.quarantine import Quarantine
-from contentfilter.verdict.release import Releaser
+from contentfilter.store.quarantine import Quarantine
+from contentfilter.store.release import Releaser
 releaser = Releaser(Quarantine(Path(sys.argv[1])), Path(sys.argv[2]), bytes(32), "ann")
 asyncio.run(releaser.release("id1", Deadline.after(20)))
 """

@@ -5,14 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from contentfilter.config.settings import Clamd, Headers, Settings, Spamd
 from contentfilter.errors import Cause
 from contentfilter.model import Envelope, Message, Origin, OriginKind, Scanner, ScanOutcome, ScanStatus, Want
 from contentfilter.policy.decide import decide
 from contentfilter.policy.options import read_options
 from contentfilter.policy.plan import ScanPlan, Step, Switches, Treatment
+from contentfilter.settings import Clamd, Headers, Settings, Spamd
 from contentfilter.verdict import headers
-from contentfilter.verdict.case import Case
+from contentfilter.verdict.context import Case
 from contentfilter.verdict.reply import answer
 from contentfilter.wire import envelope as envelope_format
 from contentfilter.wire import hook

@@ -1,0 +1,1 @@
+"""One-off tools for administrators: installing, diagnosing, migrating."""

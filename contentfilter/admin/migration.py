@@ -1,0 +1,184 @@
+"""What a migration is: the files to write, and every difference in meaning, each with its file and line.
+
+:mod:`contentfilter.admin.migrate_hsphere` and :mod:`contentfilter.admin.migrate_simscan` make one from the bytes of
+the old controls. Nothing here reads or writes a file.
+"""
+
+import enum
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from contentfilter.model import readable
+from contentfilter.policy.addresses import EVERYBODY, parse_key
+
+CONTROL = "/etc/contentfilter/control"
+"""Where the new controls go: apart from qmail's own, so that the old filter stays as it was for the way back."""
+
+LISTED = 1000  # differences listed per file and kind; what is beyond is counted
+_PRINTABLE = re.compile(rb"[!-~]+")
+_PATTERN = re.compile(rb"[*?\[\]\\]")
+Value = str | bool | float
+
+
+class Kind(enum.Enum):
+    """What became of one thing in the old controls, the quietest first."""
+
+    SAME = "same"  # carried over, and it means the same
+    LEFT = "left"  # not the content filter's; it stays where it is
+    CHANGED = "changed"  # carried over, and the text says what is different
+    LOST = "lost"  # not supported; the text says what to do instead
+    CHECK = "check"  # a person has to decide; the text says between what
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One line of the report. ``subject`` and ``text`` are printable ASCII; ``line`` is 0 where none applies."""
+
+    kind: Kind
+    path: str
+    line: int
+    subject: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class NewFile:
+    """A file to write: its path below the output directory, its bytes, and what to do with it."""
+
+    path: str
+    content: bytes
+    purpose: str
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    """All that comes out of the old controls."""
+
+    files: tuple[NewFile, ...]
+    differences: tuple[Difference, ...]
+
+    @property
+    def needs_a_person(self) -> bool:
+        """Whether something was not carried over or has to be decided."""
+        return any(d.kind in (Kind.LOST, Kind.CHECK) for d in self.differences)
+
+
+class Report:
+    """Collects differences; of one kind in one file the first :data:`LISTED` are kept and the rest counted."""
+
+    def __init__(self) -> None:
+        self._listed: list[Difference] = []
+        self._count: Counter[tuple[str, Kind]] = Counter()
+
+    def add(self, kind: Kind, path: str, line: int, subject: bytes | str, text: str) -> None:
+        """Note one difference; ``subject`` is what stands in the old file and is cut to 80 characters."""
+        self._count[path, kind] += 1
+        if self._count[path, kind] > LISTED:
+            return
+        what = readable(subject.encode("utf-8", "replace") if isinstance(subject, str) else subject[:1000])
+        what = what if len(what) <= 80 else what[:77] + "..."
+        self._listed.append(Difference(kind, path, line, what, text))
+
+    def differences(self) -> tuple[Difference, ...]:
+        """Everything in the order found, then the counts of what was not listed."""
+        more = [
+            Difference(
+                kind, path, 0, f"{count - LISTED} more", "of the same kind in this file; they are not listed here"
+            )
+            for (path, kind), count in self._count.items()
+            if count > LISTED
+        ]
+        return (*self._listed, *more)
+
+
+def numbered(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file with their numbers from 1, without the LF; a CR stays. No empty last line."""
+    start, number = 0, 1
+    while start < len(data):
+        end = data.find(b"\n", start)
+        end = len(data) if end < 0 else end
+        yield number, data[start:end]
+        start, number = end + 1, number + 1
+
+
+@dataclass(frozen=True, slots=True)
+class TableRow:
+    """A row of clamavclients or spamdclients: ``key [name=value ...]``, ``!key`` for an exempt one."""
+
+    key: bytes
+    exempt: bool = False
+    options: tuple[tuple[str, str], ...] = ()
+
+    def line(self) -> bytes:
+        """The row as it stands in the file, without the line end."""
+        options = "".join(f" {name}={value}" for name, value in self.options)
+        return (b"!" if self.exempt else b"") + self.key + options.encode("ascii")
+
+
+def table_key(raw: bytes) -> bytes | None:
+    """``raw`` as a key of our tables (:mod:`contentfilter.policy.addresses`), or None where it cannot be one.
+
+    Of the wildcards of other filters those survive that our keys can say: ``*@*``, ``*@domain``, ``*@*.domain``,
+    ``*.domain``. Only printable ASCII is taken.
+    """
+    key = raw.lower()
+    if key in (b"*@*", b"@*"):
+        key = EVERYBODY
+    elif key.startswith((b"*@*.", b"@*.", b"*.")):
+        key = key[key.index(b"*.") + 1 :]
+    elif key.startswith(b"*@"):
+        key = key[1:]
+    if not _PRINTABLE.fullmatch(key) or key[:1] in b"#!" or (key != EVERYBODY and _PATTERN.search(key)):
+        return None
+    return parse_key(key)[0] or None
+
+
+def table_file(name: str, origin: str, rows: Iterable[TableRow]) -> NewFile:
+    """The file for one recipient table."""
+    head = f"# Written by contentfilter migrate from {origin}. One key per line; ! in front exempts.\n"
+    body = b"".join(row.line() + b"\n" for row in rows)
+    return NewFile(f"control/{name}", head.encode("ascii") + body, f"goes to {CONTROL}/{name}")
+
+
+def options_file(origin: str, options: Mapping[str, str]) -> NewFile:
+    """The file ``control/options``."""
+    head = f"# Written by contentfilter migrate from {origin}. H-Sphere's parameters: name, blank, value.\n"
+    body = "".join(f"{name} {value}\n" for name, value in options.items())
+    return NewFile("control/options", (head + body).encode("ascii"), f"goes to {CONTROL}/options")
+
+
+NAMES = ("me", "envnoathost")
+"""qmail's controls that the tables need: the domain of a recipient that has none."""
+
+
+def name_files(old: Mapping[str, bytes], report: Report) -> Iterator[NewFile]:
+    """Copies of :data:`NAMES`, since our controls have a directory of their own."""
+    for name in NAMES:
+        if name not in old:
+            continue
+        first = old[name].partition(b"\n")[0].rstrip(b" \t\r")
+        if _PRINTABLE.fullmatch(first):
+            report.add(Kind.SAME, name, 1, first, f"copied to control/{name}: the domain of recipients without one")
+            yield NewFile(f"control/{name}", first + b"\n", f"goes to {CONTROL}/{name}")
+        else:
+            report.add(Kind.CHECK, name, 1, first, "not a host name in printable ASCII; left out")
+
+
+def settings_file(origin: str, settings: Mapping[str, Mapping[str, Value]]) -> NewFile:
+    """``contentfilter.toml`` with the sections and keys that differ from the defaults."""
+    text = f"# Written by contentfilter migrate from {origin}. What is not here has its default.\n"
+    for section, keys in settings.items():
+        # JSON's strings, booleans and finite numbers are TOML's too.
+        text += f"\n[{section}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items())
+    return NewFile("contentfilter.toml", text.encode("ascii"), "goes to /etc/contentfilter/contentfilter.toml")
+
+
+def queue_file(origin: str, lines: Iterable[str]) -> NewFile:
+    """``queue.conf``: hints for the hook, as far as the old controls tell."""
+    text = f"# Written by contentfilter migrate from {origin}. Lines of: name, blank, value.\n"
+    return NewFile(
+        "queue.conf", (text + "".join(f"{x}\n" for x in lines)).encode("ascii"), "goes to /etc/contentfilter/queue.conf"
+    )

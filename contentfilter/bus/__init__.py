@@ -1,0 +1,1 @@
+"""Messages and sockets inside the pool, and the event feed."""

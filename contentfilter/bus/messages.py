@@ -1,0 +1,305 @@
+"""What workers, supervisor and command line say to each other: frozen frames, and how they are written.
+
+A frame is one version byte and a msgpack map with a type tag. Nothing here opens a socket.
+"""
+
+from typing import Any, TypeVar
+
+import msgspec
+
+from contentfilter.errors import RemoteProtocolError
+from contentfilter.model import OriginKind, Scanner
+from contentfilter.monitor.history import Window
+from contentfilter.policy.bypass import Bypass
+from contentfilter.scanners.cache_entries import Kept, Key
+from contentfilter.scanners.pool import BackendHealth
+from contentfilter.settings import Failure
+from contentfilter.tables.keeper import State
+
+VERSION = b"\x01"
+
+
+class Frame(msgspec.Struct, frozen=True, tag=True):
+    """Base of all frames."""
+
+
+# Worker to supervisor
+
+
+class Busy(msgspec.Struct, frozen=True):
+    """A connection that a worker has open."""
+
+    incident: str
+    stage: str
+    seconds: float
+
+
+class Heartbeat(Frame, frozen=True):
+    """A sign of life from a worker's event loop. The first one says that it accepts messages."""
+
+    pid: int
+    generation: int
+    refused: int  # a generation that this worker could not build, or 0
+    lag: float  # seconds by which the loop was late
+    in_flight: tuple[Busy, ...]  # the oldest ones
+    open: int
+    counters: dict[str, int]
+    bytes: int = 0  # of the messages in flight
+    backends: tuple[BackendHealth, ...] = ()  # as this worker knows them
+    orders: int = 0  # the number of the orders that it follows
+    waiting: int = 0  # messages that wait for a place
+    short: str = ""  # what there is too little of to take mail: memory, disk space
+
+
+class Event(msgspec.Struct, frozen=True):
+    """Something that happened; ``fields`` are those of the log line, ``account`` (JSON) is what has no room there."""
+
+    name: str
+    fields: dict[str, Any]
+    account: bytes = b""
+
+
+class Happened(Frame, frozen=True):
+    pid: int
+    events: list[Event]
+
+
+class Remember(Frame, frozen=True):
+    """An answer that a worker keeps. The supervisor passes it on to all of them."""
+
+    key: Key
+    kept: Kept
+
+
+Report = Heartbeat | Happened | Remember
+
+
+# Supervisor to workers
+
+
+class Drain(msgspec.Struct, frozen=True):
+    """An order to accept no mail for a while. Times are seconds since 1970."""
+
+    since: float
+    until: float | None  # None: until somebody ends it
+    reason: str
+    by: str
+
+
+class Orders(Frame, frozen=True):
+    """What operators ordered, as it holds from now on. Repeated until every worker has it."""
+
+    number: int  # grows with each change
+    bypasses: tuple[Bypass, ...] = ()
+    drain: Drain | None = None
+
+
+class Configure(Frame, frozen=True):
+    """What holds from now on. Repeated until every worker has it."""
+
+    generation: int
+    blob: bytes
+
+
+Command = Configure | Orders | Remember
+
+
+# Command line to supervisor, and back
+
+
+class Ping(Frame, frozen=True):
+    pass
+
+
+class AskStatus(Frame, frozen=True):
+    pass
+
+
+class AskFailures(Frame, frozen=True):
+    """What the failure table in force is made of."""
+
+
+class AskReload(Frame, frozen=True):
+    """``restart`` also replaces every worker process, each new one before its old one goes."""
+
+    restart: bool = False
+
+
+class AskCanary(Frame, frozen=True):
+    """Send every sample through the hook now, and say what became of it."""
+
+
+class AskBypass(Frame, frozen=True):
+    """Leave a scanner out for ``seconds``. In place of an earlier order for the same scanner."""
+
+    scanner: Scanner
+    seconds: float
+    reason: str
+    origins: tuple[OriginKind, ...] = ()
+    claimed: str = ""  # who the asker says to be; believed by nobody, but noted
+
+
+class AskBypassEnd(Frame, frozen=True):
+    """Ask a scanner again; all of them where none is named."""
+
+    scanner: Scanner | None = None
+    claimed: str = ""
+
+
+class AskDrain(Frame, frozen=True):
+    """Accept no more mail, for ``seconds`` or until AskResume. What is under way is finished."""
+
+    seconds: float | None = None
+    reason: str = ""
+    claimed: str = ""
+
+
+class AskResume(Frame, frozen=True):
+    """Accept mail again."""
+
+    claimed: str = ""
+
+
+Question = Ping | AskStatus | AskFailures | AskCanary | AskReload | AskBypass | AskBypassEnd | AskDrain | AskResume
+CHANGES = (AskReload, AskBypass, AskBypassEnd, AskDrain, AskResume)
+"""Questions that change something: for root and the user of the daemon only. The rest is for their group, too."""
+
+
+class WorkerStatus(msgspec.Struct, frozen=True):
+    slot: int
+    pid: int
+    state: str  # starting, ready, retiring
+    generation: int
+    age: float  # seconds since it was started
+    silent: float  # seconds since its last heartbeat
+    lag: float
+    open: int
+    in_flight: tuple[Busy, ...]
+    counters: dict[str, int]
+    bytes: int = 0
+    backends: tuple[BackendHealth, ...] = ()
+    waiting: int = 0
+    short: str = ""
+
+
+class BackendStatus(msgspec.Struct, frozen=True):
+    """How one backend stands, by all that workers and probes know. Moments are seconds since 1970."""
+
+    scanner: str
+    backend: str
+    state: str  # well, failing, unknown (nobody has asked it yet)
+    cause: str = ""  # of the last failure, while it is failing
+    detail: str = ""
+    since: float = 0.0  # failing since; 0 while it is not
+    failures: int = 0  # in a row, those of all workers
+    heard: float = 0.0  # its last sound answer, to a probe or a scan; 0: none yet
+    outstanding: int = 0
+    limit: int = 0
+    waiting: int = 0
+    wanted: bool = True  # there is mail that needs this scanner
+    meanwhile: dict[str, str] = {}  # origin -> what a message of it gets that needs this scanner: defer, pass
+
+
+class CanaryResult(msgspec.Struct, frozen=True):
+    """What became of one of the canary's samples, the last time. Moments are seconds since 1970."""
+
+    sample: str
+    result: str  # see metrics.CANARY_RESULTS; skipped where its scanner is switched off
+    ok: bool | None  # whether it was as it should be; None: skipped
+    text: str  # the result for people
+    seconds: float  # from handing it to the hook to the hook's end
+    at: float
+    last_success: float | None = None  # since the start of the daemon
+    runs: dict[str, int] = {}  # results since the start
+
+
+class Status(Frame, frozen=True):
+    """The daemon at a glance."""
+
+    version: str
+    pid: int
+    state: str  # starting, ready, drained, draining
+    generation: int
+    uptime: float
+    socket: str
+    restarts: int  # workers that died or were killed
+    malformed: int  # frames dropped
+    problems: tuple[str, ...]  # of the last reload; empty when it was good
+    workers: tuple[WorkerStatus, ...]
+    not_recorded: int = 0  # events that the journal lost
+    tables: State | None = None  # the recipient tables in force
+    wanted: int = 0  # workers
+    deaths: dict[str, int] = {}  # restarts by reason
+    backends: tuple[BackendStatus, ...] = ()
+    waiting: int | None = None  # hooks that no worker has accepted yet; None where the kernel does not tell
+    waiting_limit: int | None = None
+    window: Window | None = None  # what came of the mail of the last 15 minutes
+    recent: Window | None = None  # and of the last two
+    bypasses: tuple[Bypass, ...] = ()  # those that hold now
+    drain: Drain | None = None
+    canary: tuple[CanaryResult, ...] = ()  # empty: off, or no round yet
+    poison: tuple[str, ...] = ()  # fingerprints of messages that killed two workers and are isolated
+    orders_problem: str = ""  # why orders do not survive a restart, or why older ones are not in force
+
+
+class Failures(Frame, frozen=True):
+    """``[failure]`` as it is in force."""
+
+    generation: int
+    failure: Failure
+
+
+class CanaryRound(Frame, frozen=True):
+    """One result for each sample."""
+
+    results: tuple[CanaryResult, ...]
+    problem: str = ""  # why nothing was sent, and these are older
+
+
+class Done(Frame, frozen=True):
+    """It was done, or tried."""
+
+    ok: bool
+    generation: int
+    problems: tuple[str, ...] = ()  # with ok: what is not as it should be all the same
+
+
+class Ordered(Frame, frozen=True):
+    """Orders as they are in force now."""
+
+    bypasses: tuple[Bypass, ...]
+    drain: Drain | None
+    problems: tuple[str, ...] = ()  # what is not as it should be all the same
+    in_flight: int = 0  # messages under way
+
+
+class Refused(Frame, frozen=True):
+    """Nothing was done."""
+
+    why: str
+
+
+Reply = Status | Failures | CanaryRound | Done | Ordered | Refused
+
+T = TypeVar("T")
+
+
+def encode(frame: Frame) -> bytes:
+    return VERSION + msgspec.msgpack.encode(frame)
+
+
+def decode(data: bytes, decoder: msgspec.msgpack.Decoder[T]) -> T:
+    """Raises RemoteProtocolError."""
+    if data[:1] != VERSION:
+        raise RemoteProtocolError("frame of another version")
+    try:
+        return decoder.decode(memoryview(data)[1:])
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        raise RemoteProtocolError(str(e)) from e
+
+
+REPORTS: msgspec.msgpack.Decoder[Report] = msgspec.msgpack.Decoder(Report)
+ORDERS: msgspec.msgpack.Decoder[Orders] = msgspec.msgpack.Decoder(Orders)
+COMMANDS: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
+QUESTIONS: msgspec.msgpack.Decoder[Question] = msgspec.msgpack.Decoder(Question)
+REPLIES: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)

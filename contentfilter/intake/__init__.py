@@ -1,1 +1,0 @@
-"""Messages come in: the listening socket, descriptors, origin."""

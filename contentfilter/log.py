@@ -1,0 +1,186 @@
+"""Log lines: events with fixed names and fields, one line each, JSON or logfmt.
+
+A line is written at once and is at most PIPE_BUF long, so the lines of several workers on one pipe
+never mix; where they go is a matter of log_target.py. docs/logs.md describes every event and field. Nothing here
+is global: whoever starts a process makes its logger.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, MutableMapping
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import msgspec
+import structlog
+
+from contentfilter.log_target import Stream, Target
+
+LINE_LIMIT = 4096  # PIPE_BUF: up to here a write to a pipe is atomic
+LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+
+Logger = structlog.typing.FilteringBoundLogger
+EventDict = MutableMapping[str, Any]
+
+# Every event name that the daemon uses, with its meaning. A test compares this table with the source.
+EVENTS: Mapping[str, str] = {
+    "backends.watch-failed": "a defect: PINGs to clamd and spamd have ended; mail finds out by itself who is well",
+    "canary.done": "all samples were treated as they should be; told when that is new",
+    "canary.failed": "a sample was not treated as it should be, and how; told when it changes, then every 10 minutes",
+    "canary.off": "no samples are sent, and why",
+    "canary.defect": "a defect in what sends the samples; mail goes on",
+    "control.failed": "a defect: a question of the command line was not answered",
+    "control.refused": "somebody who may only look asked the daemon to change something",
+    "events.ready": "the event feed is open to the collectors with a known key, at this address",
+    "events.failed": "the event feed cannot be offered over the network, and why; mail goes on, and it is tried again",
+    "http.ready": "metrics and state of health are served at this address",
+    "http.failed": "the address of [http] cannot be used; mail goes on, and it is tried again",
+    "http.error": "a defect: a page could not be made; answered with 500",
+    "intake.accept-failed": "accept(2) failed, mostly for want of descriptors; accepting pauses",
+    "intake.garbage": "a packet or descriptors that no hook sends; the connection was closed",
+    "intake.bad-message": "a sound request with descriptors that cannot serve as a message; deferred",
+    "intake.client-gone": "the hook closed its connection before the answer; the handling was cancelled",
+    "intake.answer-failed": "the answer could not be sent; the hook will offer the message again",
+    "intake.internal-error": "a defect: the handling raised; the message was deferred",
+    "intake.bad-envelope": "a request whose envelope is malformed, which our hook never sends; deferred",
+    "load.shed": "scanners or places do not keep up: what is left out or deferred, and how often so far",
+    "load.normal": "nothing was left out for ten seconds; how often it was",
+    "load.short": "too little of this to take mail: it waits, then it is deferred",
+    "load.enough": "there is enough of it again",
+    "mail.done": "what happened to one message: the record with the fixed fields",
+    "mail.step": "one step of the story of a message, where `smtplog` asks for it",
+    "mail.report": "what the hook's several submissions came to",
+    "housekeeping.done": "a chore was done; the fields count what it removed",
+    "housekeeping.failed": "a chore failed; it is tried again with the next round",
+    "journal.failed": "the journal could not be written: some messages will not be found; mail is not affected",
+    "journal.malformed": "events that the journal cannot keep; dropped",
+    "journal.set-aside": "the journal's file was damaged or of another version; it was moved away and a new one begun",
+    "monitor.failed": "a defect in what watches the daemon; mail goes on",
+    "origin.unknown-user": "a configured user name does not exist; it was left out",
+    "quarantine.no-secret": "released mail cannot be recognised: the secret in the state directory is unusable",
+    "scan.late": "a scan whose message was given up has come to its end; its answer is kept for the retry",
+    "service.start": "the supervisor has its sockets and starts workers",
+    "service.ready": "every worker accepts messages",
+    "service.problem": "one problem in the configuration, with file and line",
+    "service.reload": "a new configuration generation was sent to the workers",
+    "service.reload-failed": "a bad configuration; the old one stays in force",
+    "service.restart-needed": "a changed setting takes effect only after a restart of the daemon",
+    "service.drain": "no new messages; those under way are finished",
+    "service.stop": "the supervisor ends",
+    "bypass.begin": "an operator ordered that a scanner is not asked for a while: who, why, until when",
+    "bypass.active": "that still holds; said every few minutes",
+    "bypass.end": "the scanner is asked again, and who or what ended it",
+    "clock.jumped": "more than a day went by since the last look: for a day nothing is deleted for its age",
+    "drain.begin": "an operator ordered that no mail is accepted: who, why, until when",
+    "drain.active": "that still holds; said every few minutes",
+    "drain.end": "mail is accepted again, and who or what ended it",
+    "orders.not-saved": "bypasses could not be written down: they hold, but a restart forgets the change",
+    "bus.malformed": "a frame on the bus that could not be decoded; dropped",
+    "bus.mended": "sockets in the run directory had been removed, and were made anew",
+    "bus.not-mended": "they cannot be made anew: workers that start now find no supervisor",
+    "tables.stale": "the recipient tables are not brought up to date, and why; the last good ones stay in force",
+    "tables.current": "they are again what their source has",
+    "poison.isolated": "a message that killed two workers was decided without a look at it, and kept for study",
+    "poison.not-kept": "such a message could not be kept",
+    "worker.suspect": "the message that a worker was working on when it died",
+    "worker.start": "a worker process was started",
+    "worker.ready": "a worker accepts messages",
+    "worker.died": "a worker ended without being asked to",
+    "worker.stuck": "a worker gave no heartbeat for too long and was killed",
+    "worker.reload": "a worker runs a new configuration generation",
+    "worker.reload-failed": "a worker could not build what the supervisor had checked; the old one stays",
+    "worker.drain": "a worker stopped accepting and finishes its messages",
+    "worker.orphaned": "the supervisor is gone; the worker drains and ends",
+    "worker.stop": "a worker ends",
+    "python.log": "a record of the standard library's logging, mostly from a library",
+}
+
+
+class Writer:
+    """What structlog calls last, with the finished line and its level."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+
+    def msg(self, line: bytes, level: str) -> None:
+        self._target.write(line, level)
+
+    debug = info = warning = warn = error = critical = exception = log = msg
+
+
+def make_logger(style: Literal["json", "logfmt"], level: str, target: Target | int = 2, **fields: Any) -> Logger:
+    """A logger that writes to ``target`` (or a descriptor) with ``fields`` bound to every line."""
+    render = _json if style == "json" else _logfmt
+    target = Stream(target) if isinstance(target, int) else target
+
+    def finish(logger: Any, method: str, event: EventDict) -> tuple[tuple[bytes, str], dict[str, Any]]:
+        """All in one step: this runs for every message. When, how bad and what come first, as people read it."""
+        if "exc_info" in event:
+            event = structlog.processors.format_exc_info(logger, method, event)
+        if target.lost:
+            event["lines_lost"] = target.lost
+        now = datetime.now(UTC).isoformat(timespec="microseconds")[:-6] + "Z"
+        line = bounded({"time": now, "level": method, "event": event.pop("event"), **event}, render)
+        return (line, method), {}
+
+    logger: Logger = structlog.wrap_logger(
+        Writer(target),
+        processors=[finish],
+        wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
+        cache_logger_on_first_use=True,
+    )
+    return logger.bind(**fields)
+
+
+def bounded(event: EventDict, render: Any) -> bytes:
+    """The line for ``event``; long values lose their middle until it fits."""
+    line: bytes = render(event)
+    while len(line) > LINE_LIMIT:
+        longest = max(event, key=lambda key: len(str(event[key])))
+        text = str(event[longest])
+        if len(text) < 64:  # very many fields: give up on completeness, keep the frame
+            event = {key: event[key] for key in ("time", "level", "event", "id") if key in event}
+            event["cut"] = True
+            return _json(event)[:LINE_LIMIT]
+        keep = len(text) // 4
+        event[longest] = f"{text[:keep]} … {text[-keep:]}"
+        line = render(event)
+    return line
+
+
+def _json(event: EventDict) -> bytes:
+    try:
+        return msgspec.json.encode(event, enc_hook=str) + b"\n"
+    except UnicodeEncodeError:  # a name from the file system that is not UTF-8
+        return json.dumps(event, default=str).encode("ascii") + b"\n"
+
+
+def _logfmt(event: EventDict) -> bytes:
+    words = []
+    for key, value in event.items():
+        text = value if isinstance(value, str) else json.dumps(value, default=str)
+        if not text or any(c in text for c in ' ="\\') or not text.isprintable():
+            text = json.dumps(text, ensure_ascii=False)
+        words.append(f"{key}={text}")
+    return " ".join(words).encode("utf-8", "backslashreplace") + b"\n"
+
+
+class Forward(logging.Handler):
+    """Brings asyncio's and the libraries' own log records into our lines."""
+
+    def __init__(self, log: Logger) -> None:
+        super().__init__(logging.WARNING)
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._log.log(
+                record.levelno, "python.log", logger=record.name, text=record.getMessage(), exc_info=record.exc_info
+            )
+        except Exception:
+            self.handleError(record)
+
+
+def adopt_standard_logging(log: Logger) -> None:
+    """Route the standard library's logging into ``log``. For a process's main function only."""
+    logging.basicConfig(handlers=[Forward(log)], level=logging.WARNING, force=True)

@@ -1,0 +1,265 @@
+"""Sends the canary's samples through the real hook, now and then, and judges what became of them.
+
+Green means that a worker got the sample from the hook, asked the scanner, and answered what it should; a daemon that
+only runs is not enough. No sample can reach anybody, whatever goes wrong, for three reasons of which each will do:
+
+1. its envelope names no recipient;
+2. its hook runs under a configuration of its own in which `queue` is /dev/null, which nobody can execute;
+   before each round the hook is asked whether it reads it so;
+3. a worker answers it with drop, reject or defer, never with queue.
+
+The worker's own account of the scans comes over the bus, with the sample's nonce. The hook's exit status must agree.
+"""
+
+import asyncio
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from contentfilter.admin.qmail import Place, RefusedError, packaged_hook, version_of
+from contentfilter.bus import messages
+from contentfilter.deadline import Deadline
+from contentfilter.doors.admission import Rarely
+from contentfilter.errors import Cause
+from contentfilter.log import Logger
+from contentfilter.model import ScanStatus
+from contentfilter.monitor import samples
+from contentfilter.monitor.canary_hook import ANSWER_WAIT, NOT_STARTED, Ended, Trouble, hand_over, prepare
+from contentfilter.monitor.measure import Sample as Measured
+from contentfilter.monitor.samples import Sample
+from contentfilter.settings import Settings
+from contentfilter.store.release import load_secret
+from contentfilter.supervisor.control import Answer
+from contentfilter.supervisor.maintenance import in_thread
+from contentfilter.supervisor.source import Loaded
+from contentfilter.verdict.record import Scan
+from contentfilter.wire import hook
+
+SEEN = "canary.seen"  # what a worker sends to the supervisor about a sample; never logged, in no feed
+EVENT_WAIT = 3.0  # seconds for the worker's account, when the hook has ended
+READY_WAIT = 1.0  # seconds between two looks whether the daemon is ready
+TELL_AGAIN = 600.0  # seconds after which a failure that lasts is logged again
+STATUSES = {hook.Action.DROP: 0, hook.Action.REJECT: 31, hook.Action.DEFER: 71}
+"""What the hook leaves with, in the dialect `stock`."""
+
+
+_Outcome = tuple[str, str, float]
+"""Result, the same for people, seconds."""
+
+
+class Seen(msgspec.Struct, frozen=True):
+    """A worker's account of one sample."""
+
+    nonce: str
+    sample: str
+    scans: tuple[Scan, ...]
+
+
+def answer_for(scans: Iterable[Scan]) -> hook.Action:
+    """What a worker answers. Never QUEUE."""
+    statuses = {scan.status for scan in scans}
+    if ScanStatus.FOUND.value in statuses:
+        return hook.Action.REJECT
+    return hook.Action.DEFER if ScanStatus.UNCHECKED.value in statuses else hook.Action.DROP
+
+
+def judge(sample: Sample, ended: Ended, seen: Seen | None) -> tuple[str, str]:
+    """One word of metrics.CANARY_RESULTS, and the same for people."""
+    if ended.status == NOT_STARTED:
+        return "unknown", "the daemon on the hook's socket took it for ordinary mail: another daemon, or another key"
+    if ended.status not in STATUSES.values():
+        return "failed", f"the hook left with status {ended.status}: {ended.said or 'it said nothing'}"
+    if seen is None:
+        return "no-answer", f"no worker of this daemon got it within {ANSWER_WAIT:g} s {ended.said}".rstrip()
+    told = STATUSES[answer_for(seen.scans)]
+    if ended.status != told:
+        return "failed", f"the hook left with status {ended.status}, the worker's answer means {told}"
+    if not seen.scans:
+        return "unchecked", "the worker asked no scanner"
+    for scan in seen.scans:
+        if scan.cause == Cause.BYPASSED.value:
+            return "bypassed", f"{scan.scanner}: {scan.detail}"
+    for scan in seen.scans:
+        if scan.status == ScanStatus.FOUND.value:
+            score = "" if scan.score is None else f"{scan.score:g} points of {scan.threshold or 0:g}"
+            return "caught", " ".join(filter(None, (f"{scan.scanner}:", scan.name, score, _at(scan))))
+    for scan in seen.scans:
+        if scan.status != ScanStatus.CLEAN.value:
+            return "unchecked", f"{scan.scanner}: {scan.cause or scan.status} {scan.detail} {_at(scan)}".rstrip()
+    let_through = [f"; {scan.detail}" for scan in seen.scans if " passed, " in scan.detail]  # policy.tolerance
+    return "passed", f"{', '.join(scan.scanner for scan in seen.scans)} found nothing{''.join(let_through)}"
+
+
+def _at(scan: Scan) -> str:
+    return f"({scan.backend})" if scan.backend else ""
+
+
+def find_hook(settings: Settings) -> Path | None:
+    """The hook that mail goes through; None where there is none."""
+    if settings.canary.hook:
+        return Path(settings.canary.hook)
+    installed = Place(Path(settings.service.control).parent).queue
+    if version_of(installed) is not None:
+        return installed
+    try:
+        return packaged_hook(None)
+    except RefusedError:
+        return None
+
+
+class Canary:
+    """:meth:`run` once, in the background. One round at a time, whoever wants it."""
+
+    def __init__(self, log: Logger, loaded: Callable[[], Loaded], state: Callable[[], str]) -> None:
+        """``loaded``: what is in force. ``state``: as frames.Status has it; samples are sent only in ``ready``."""
+        self._log = log
+        self._loaded = loaded
+        self._state = state
+        self._one = asyncio.Lock()
+        self._expected: dict[str, asyncio.Future[Seen]] = {}
+        self._again = Rarely(TELL_AGAIN)
+        self._told: Mapping[str, str] = {}
+        self._off = ""
+        self.results: tuple[messages.CanaryResult, ...] = ()
+
+    def others(self, events: Iterable[messages.Event]) -> Iterable[messages.Event]:
+        """Those that are not about samples; the others are taken out here."""
+        for event in events:
+            if event.name != SEEN:
+                yield event
+                continue
+            with suppress(msgspec.ValidationError):
+                seen = msgspec.convert(event.fields, Seen)
+                future = self._expected.pop(seen.nonce, None)
+                if future is not None and not future.done():
+                    future.set_result(seen)
+
+    def answers(self) -> Mapping[type, Answer]:
+        async def now(question: messages.Question, uid: int) -> messages.Reply:
+            return await self.round()
+
+        return {messages.AskCanary: now}
+
+    async def run(self) -> None:
+        """A round every so often. Does not return."""
+        while True:
+            began = time.monotonic()
+            wanted, ready = self._loaded().settings.canary, self._state() == "ready"
+            if not wanted.enabled:
+                self.results, self._told = (), {}
+            elif ready:
+                try:
+                    await self.round()
+                except Exception:  # a defect here is no reason to end the daemon
+                    self._log.exception("canary.defect")
+            every = wanted.every if ready else READY_WAIT
+            await asyncio.sleep(max(0.0, began + every - time.monotonic()))
+
+    async def round(self) -> messages.CanaryRound:
+        """Every sample once, all at the same time."""
+        async with self._one:
+            if (state := self._state()) != "ready":
+                return messages.CanaryRound(self.results, f"the daemon is {state}: nothing was sent")
+            loaded = self._loaded()
+            program = await in_thread(lambda: find_hook(loaded.settings))
+            if program is None:
+                self.results = ()
+                self._tell_off("no hook on this server: `contentfilter hook install`, or name it in [canary] hook")
+                return messages.CanaryRound((), self._off)
+            self._off = ""
+            sent = [sample for sample in loaded.samples if not sample.skip]
+            self._keep(loaded.samples, await self._send(sent, program, loaded.settings) if sent else {})
+            return messages.CanaryRound(self.results)
+
+    async def _send(self, samples: list[Sample], program: Path, settings: Settings) -> dict[str, _Outcome]:
+        """What became of each."""
+        try:
+            state = Path(settings.service.state)
+            secret = await in_thread(lambda: load_secret(state))
+            conf = await prepare(program, settings.canary.conf)
+        except (OSError, Trouble) as trouble:
+            return {sample.name: ("failed", str(trouble), 0.0) for sample in samples}
+        try:
+            said = await asyncio.gather(*(self._try(sample, program, conf, secret) for sample in samples))
+        finally:
+            os.close(conf)
+        return {sample.name: outcome for sample, outcome in zip(samples, said, strict=True)}
+
+    async def _try(self, sample: Sample, program: Path, conf: int, secret: bytes) -> _Outcome:
+        began = time.monotonic()
+        nonce, now = secrets.token_hex(16), time.time()
+        message = sample.message(nonce, now)
+        mark = samples.sign(secret, sample.name, nonce, int(now) + samples.LIFETIME, message)
+        seen = self._expected[nonce] = asyncio.get_running_loop().create_future()
+        try:
+            ended = await hand_over(program, conf, mark, message)
+            seconds = time.monotonic() - began
+            if ended.status in STATUSES.values():
+                with suppress(TimeoutError):
+                    async with Deadline.after(EVENT_WAIT).timeout():
+                        await asyncio.wait((seen,))
+        except (OSError, Trouble) as trouble:
+            return "failed", str(trouble), time.monotonic() - began
+        finally:
+            self._expected.pop(nonce, None)
+        result, text = judge(sample, ended, seen.result() if seen.done() else None)
+        return result, text, seconds
+
+    def _keep(self, samples: Iterable[Sample], judged: Mapping[str, _Outcome]) -> None:
+        before = {result.sample: result for result in self.results}
+        results = []
+        now = time.time()
+        for sample in samples:
+            old = before.get(sample.name)
+            runs = dict(old.runs) if old else {}
+            success = old.last_success if old else None
+            result, text, seconds = judged.get(sample.name, ("skipped", sample.skip, 0.0))
+            ok = None if sample.skip else result == sample.wanted
+            if not sample.skip:
+                runs[result] = runs.get(result, 0) + 1
+            found = messages.CanaryResult(
+                sample.name, result, ok, text, round(seconds, 4), now, now if ok else success, runs
+            )
+            results.append(found)
+        self.results = tuple(results)
+        self._tell()
+
+    def _tell(self) -> None:
+        """Changes, and now and then a failure that lasts; not each round."""
+        words = {result.sample: result.result for result in self.results}
+        bad = [result for result in self.results if result.ok is False]
+        if words != self._told:
+            self._again = Rarely(TELL_AGAIN)
+        elif not bad:
+            self._log.debug("canary.done", results=words)
+            return
+        if bad and self._again.allow() is None:
+            return
+        self._told = words
+        for result in bad:
+            self._log.warning("canary.failed", sample=result.sample, result=result.result, why=result.text)
+        if not bad:
+            self._log.info("canary.done", results=words)
+
+    def _tell_off(self, why: str) -> None:
+        if why != self._off:
+            self._log.warning("canary.off", why=why)
+        self._off, self._told = why, {}
+
+
+def measured(results: Iterable[messages.CanaryResult]) -> Iterable[Measured]:
+    """For /metrics. What is skipped or bypassed has no result: somebody wanted it so, and other metrics tell."""
+    for result in results:
+        labels = (result.sample,)
+        if result.ok is not None and result.result != "bypassed":
+            yield "contentfilter_canary_result", labels, result.ok
+            yield "contentfilter_canary_seconds", labels, result.seconds
+            if result.last_success is not None:
+                yield "contentfilter_canary_last_success_timestamp_seconds", labels, result.last_success
+        for word, count in result.runs.items():
+            yield "contentfilter_canary_runs_total", (result.sample, word), count

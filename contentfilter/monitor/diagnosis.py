@@ -1,0 +1,271 @@
+"""What a status comes to, in words: does mail flow, what is wrong since when, and what to do about it.
+
+Pure. The verdict is the first line that an administrator reads; each trouble has a remedy and names its heading in
+docs/runbook.md. Only what is wrong now is a trouble: what is over stands in the numbers of the last minutes.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import Literal
+
+import msgspec
+
+from contentfilter.bus.messages import BackendStatus, Status, WorkerStatus
+from contentfilter.errors import Cause
+from contentfilter.model import OriginKind, Scanner
+
+SILENT = 10.0  # seconds without a heartbeat after which a worker does not count as one that accepts mail
+SLOW = 60.0  # seconds after which a message in flight is worth a word
+CROWDED = 0.25  # share of the socket's queue that is taken
+RISING = 0.1  # share of deferred messages
+
+WORDS = {
+    Cause.DOWN.value: "down",
+    Cause.TIMEOUT.value: "not answering in time",
+    Cause.BUSY.value: "busy",
+    Cause.BAD_REPLY.value: "talking nonsense",
+    Cause.RELOADING.value: "reloading",
+    Cause.MEMORY.value: "out of memory",
+}
+
+Effect = Literal["stops", "unchecked", ""]
+"""What a trouble does to mail: it waits or is deferred, it flows without a check, nothing."""
+
+
+class Trouble(msgspec.Struct, frozen=True):
+    """Something that is wrong now."""
+
+    what: str
+    remedy: str
+    runbook: str  # a heading
+    effect: Effect = ""
+
+
+class Oldest(msgspec.Struct, frozen=True):
+    """The message that is here the longest."""
+
+    incident: str
+    stage: str
+    seconds: float
+    worker: int  # its slot
+
+
+class Glance(msgspec.Struct, frozen=True):
+    verdict: str
+    ok: bool  # nothing is wrong
+    flowing: bool  # mail is accepted and delivered
+    troubles: tuple[Trouble, ...]  # the worst first
+    oldest: Oldest | None
+
+
+def glance(status: Status, now: float) -> Glance:
+    """``now``: seconds since 1970."""
+    oldest = oldest_message(status.workers)
+    found = (*_service(status, now), *_scanners(status, now), *_deferrals(status), *_slow(status, oldest))
+    troubles = tuple(
+        sorted((*found, *_poison(status), *_configuration(status)), key=lambda trouble: _ORDER[trouble.effect])
+    )
+    stopped = next((trouble.what for trouble in troubles if trouble.effect == "stops"), "")
+    unchecked = [trouble.what for trouble in troubles if trouble.effect == "unchecked"]
+    if stopped:
+        verdict = stopped
+    elif unchecked:
+        verdict = f"mail is flowing UNCHECKED: {'; '.join(unchecked)}"
+    else:
+        verdict = _quiet(status)
+    return Glance(verdict, not troubles, not stopped, troubles, oldest)
+
+
+_ORDER = {"stops": 0, "unchecked": 1, "": 2}
+
+
+def oldest_message(workers: tuple[WorkerStatus, ...]) -> Oldest | None:
+    ages = [
+        Oldest(busy.incident, busy.stage, busy.seconds + worker.silent, worker.slot)
+        for worker in workers
+        for busy in worker.in_flight
+    ]
+    return max(ages, key=lambda oldest: oldest.seconds, default=None)
+
+
+def able_workers(status: Status) -> int:
+    """How many places have a worker that accepts mail."""
+    return len({w.slot for w in status.workers if w.state == "ready" and w.silent < SILENT})
+
+
+def _quiet(status: Status) -> str:
+    if status.window is None or status.window.messages:
+        return "mail is flowing"
+    if status.uptime < status.window.seconds:
+        return f"ready; nothing came since the start {length(status.uptime)} ago"
+    return "nothing came in the last 15 minutes"
+
+
+def _service(status: Status, now: float) -> Iterator[Trouble]:
+    able = able_workers(status)
+    if status.state == "draining":
+        yield Trouble(
+            "THE DAEMON IS ENDING: hooks keep their mail and wait for the next one",
+            "systemctl start contentfilter",
+            "The daemon is not ready",
+            "stops",
+        )
+    elif status.drain is not None:
+        by, until = status.drain.by, status.drain.until
+        end = f"until {clock(until, now)}" if until else "until contentfilter resume"
+        what = f"DRAINED by {by} since {clock(status.drain.since, now)}, {end}: hooks keep their mail and wait"
+        yield Trouble(
+            what + (f" ({status.drain.reason})" if status.drain.reason else ""),
+            "contentfilter resume",
+            "Mail is drained",
+            "stops",
+        )
+    elif not able:
+        starting = status.state == "starting"
+        yield Trouble(
+            "the daemon is starting: no worker accepts mail yet" if starting else "MAIL WAITS: no worker accepts mail",
+            "journalctl -u contentfilter --since -5min",
+            "The daemon is not ready",
+            "stops",
+        )
+    elif able < status.wanted:
+        yield Trouble(
+            f"{able} of {status.wanted} workers accept mail",
+            "journalctl -u contentfilter | grep -e worker.died -e worker.stuck",
+            "Workers die",
+        )
+    for short in sorted({worker.short for worker in status.workers if worker.short}):
+        yield Trouble(
+            f"MAIL WAITS: there is too little {short}; after a while it is deferred",
+            "df" if short == "disk" else "free -m; ps aux --sort=-rss | head",
+            "Too little memory or disk",
+            "stops",
+        )
+    if status.tables is not None and not status.tables.loaded:
+        yield Trouble(
+            f"MAIL IS DEFERRED: there are no recipient tables: {status.tables.trouble}",
+            "contentfilter check",
+            "The tables are old",
+            "stops",
+        )
+
+
+def _scanners(status: Status, now: float) -> Iterator[Trouble]:
+    whole: set[str] = set()  # scanners that are left out for all mail: their backends do not matter
+    for bypass in status.bypasses:
+        name = bypass.scanner.value
+        only = f" for mail of {', '.join(kind.value for kind in bypass.origins)} origin" if bypass.origins else ""
+        if not bypass.origins:
+            whole.add(name)
+        yield Trouble(
+            f"{name} is bypassed{only} by {bypass.by} until {clock(bypass.until, now)} ({bypass.reason})",
+            f"contentfilter bypass end {name}",
+            "A scanner is bypassed",
+            "unchecked",
+        )
+    for sample in status.canary:
+        if sample.ok is False and sample.result != "bypassed":
+            blind = sample.result == "passed"  # what should have been found was called clean
+            what = f"the canary's {sample.sample} was not treated as it should be: {sample.text}"
+            yield Trouble(what, "contentfilter canary", "The canary is red", "unchecked" if blind else "")
+    for backend in status.backends:
+        if backend.state == "failing" and backend.wanted:
+            others = any(b.scanner == backend.scanner and b.state == "well" for b in status.backends)
+            yield _failing(backend, now, idle=backend.scanner in whole, others=others)
+
+
+def _failing(backend: BackendStatus, now: float, *, idle: bool, others: bool) -> Trouble:
+    actions = set(backend.meanwhile.values())
+    effect: Effect = "" if idle or others else "stops" if "defer" in actions else "unchecked"
+    down = f"{backend.scanner} {backend.backend} is {WORDS.get(backend.cause, backend.cause)} since "
+    down += f"{clock(backend.since, now)} ({length(now - backend.since)})"
+    if idle:
+        down += "; it is bypassed anyway"
+    elif others:
+        down += "; another one takes its mail"
+    else:
+        down += f": {consequence(backend.meanwhile)}"
+    unit = "clamav-daemon" if backend.scanner == Scanner.CLAMD.value else "spamd"
+    remedy = f"systemctl status {unit}"
+    if effect == "stops":
+        down = f"MAIL IS DEFERRED: {down}"
+        remedy += f"; to let mail pass meanwhile: contentfilter bypass {backend.scanner} --for 30m --reason ..."
+    away = backend.cause == Cause.DOWN.value
+    return Trouble(down, remedy, f"{backend.scanner} is down" if away else "clamd or spamd is slow", effect)
+
+
+def consequence(meanwhile: dict[str, str]) -> str:
+    """What the failure table does to mail, in words."""
+    passing = [origin for origin, action in meanwhile.items() if action == "pass"]
+    deferred = [origin for origin, action in meanwhile.items() if action != "pass"]
+    if not deferred:
+        return "mail that needs it passes unchecked"
+    if not passing:
+        return "mail that needs it is deferred"
+    if passing == [OriginKind.BOUNCE.value]:
+        return "mail that needs it is deferred (bounces pass unchecked)"
+    return f"deferred is mail of {', '.join(deferred)} origin; unchecked passes that of {', '.join(passing)}"
+
+
+def _deferrals(status: Status) -> Iterator[Trouble]:
+    """Those of the last moments that no sick backend explains."""
+    recent = status.recent
+    if recent is None:
+        return
+    known = {backend.scanner for backend in status.backends}  # theirs is told above, or over
+    rest = {rule: count for rule, count in recent.deferred.items() if rule.partition(":")[0] not in known}
+    count = sum(rest.values())
+    if count and count > RISING * recent.messages:
+        what = f"MAIL IS DEFERRED: {count} of {recent.messages} messages within two minutes, by {next(iter(rest))}"
+        yield Trouble(what, "contentfilter why --decision defer --since 15m", "Deferrals rise", "stops")
+
+
+def _slow(status: Status, oldest: Oldest | None) -> Iterator[Trouble]:
+    if oldest is not None and oldest.seconds > SLOW:
+        what = f"message {oldest.incident} is in worker {oldest.worker} for {length(oldest.seconds)} ({oldest.stage})"
+        yield Trouble(what, "see the scanners below", "clamd or spamd is slow")
+    if (waiting := sum(worker.waiting for worker in status.workers)) > 0:
+        what = f"{waiting} messages wait for a free place; those that find none are deferred as busy"
+        yield Trouble(what, "contentfilter top", "Mail waits for a free place")
+    if status.waiting and status.waiting_limit and status.waiting > CROWDED * status.waiting_limit:
+        what = f"{status.waiting} hooks wait for a worker, {status.waiting_limit} can"
+        yield Trouble(what, "contentfilter top", "Mail waits for a free place")
+
+
+def _poison(status: Status) -> Iterator[Trouble]:
+    if count := len(status.poison):
+        what = (
+            f"{count} message{'s' * (count > 1)} that killed two workers each {'are' if count > 1 else 'is'} isolated"
+        )
+        yield Trouble(
+            what, "contentfilter tail, and what lies in poison in the state directory", "A message kills workers"
+        )
+
+
+def _configuration(status: Status) -> Iterator[Trouble]:
+    for problem in status.problems[:3]:
+        yield Trouble(f"not in force: {problem}", "contentfilter check", "A new configuration is refused")
+    if len(status.problems) > 3:
+        more = f"not in force: {len(status.problems) - 3} more problems"
+        yield Trouble(more, "contentfilter check", "A new configuration is refused")
+    if status.tables is not None and status.tables.loaded and status.tables.trouble:
+        what = f"the recipient tables are not current for {length(status.tables.age)}: {status.tables.trouble}"
+        yield Trouble(what, "contentfilter clients diff", "The tables are old")
+    if status.orders_problem:
+        yield Trouble(status.orders_problem, "contentfilter bypass list", "The disk is full")
+
+
+def clock(at: float, now: float) -> str:
+    """Local time; with its date where that is not today's."""
+    there, here = time.localtime(at), time.localtime(now)
+    return time.strftime("%H:%M" if there[:3] == here[:3] else "%Y-%m-%d %H:%M", there)
+
+
+def length(seconds: float) -> str:
+    """How long something lasts, in one unit."""
+    whole = max(0, round(seconds))
+    if whole < 120:
+        return f"{whole} s"
+    if whole < 2 * 3600:
+        return f"{whole // 60} min"
+    return f"{whole // 3600} h" if whole < 2 * 86_400 else f"{whole // 86_400} days"

@@ -1,0 +1,255 @@
+"""What the supervisor does for those who watch it: counts, measures, probes, and serves /metrics, /live, /ready.
+
+Mail never waits for any of it. The disk is looked at in a thread of its own that may hang, the text is made in
+another, the probe has a deadline, and an address that cannot be had is logged and tried again.
+"""
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
+from typing import Any, Literal
+
+import msgspec
+
+from contentfilter.bus.messages import Happened, Heartbeat, Status
+from contentfilter.bus.remote_feed import RemoteFeed
+from contentfilter.deadline import Deadline
+from contentfilter.doors.admission import Rarely
+from contentfilter.doors.watermarks import RESOURCES
+from contentfilter.log import Logger
+from contentfilter.model import Scanner
+from contentfilter.monitor.backends import backend_statuses
+from contentfilter.monitor.canary import measured
+from contentfilter.monitor.history import History
+from contentfilter.monitor.http import Page, Response, Server, parse_listen
+from contentfilter.monitor.measure import Sample, backlog, measure
+from contentfilter.monitor.metrics import Metrics, Registry
+from contentfilter.monitor.page import PATHS, make_pages
+from contentfilter.monitor.probe import UP, Prober
+from contentfilter.policy.bypass import SCANNERS
+from contentfilter.settings import Settings
+
+MEASURE_EVERY = 30.0  # seconds between two looks at the disk
+WINDOW, RECENT = 900.0, 120.0  # seconds that the status tells about
+LISTEN_AGAIN = 30.0  # seconds until an address that is in use is tried again
+
+
+class Monitor:
+    """:meth:`run` once, in the background; the rest is called from the event loop and takes microseconds."""
+
+    def __init__(
+        self, log: Logger, settings: Callable[[], Settings], status: Callable[[], Status], listener: socket.socket
+    ) -> None:
+        """``listener`` may be closed while this runs."""
+        self._log = log
+        self._settings = settings
+        self._status = status
+        self._listener = listener
+        self._metrics = Metrics(Registry())
+        self.history = History()
+        self._renderer = ThreadPoolExecutor(1, thread_name_prefix="metrics")
+        self._started = time.time()
+        self._measured: tuple[Sample, ...] = ()
+        self._prober = Prober(settings)
+        self.remote = RemoteFeed(log, settings)
+        self._end = threading.Event()
+        self._defects = Rarely(60.0)
+        self._adopt()
+
+    # What happens
+
+    def heard(self, report: Heartbeat | Happened) -> None:
+        """A report of a worker. Raises nothing."""
+        try:
+            if isinstance(report, Happened):
+                for event in report.events:
+                    self._metrics.event(event.name, event.fields)
+                    if event.name == "mail.done":
+                        self.history.event(event.fields, event.account, time.monotonic())
+            else:
+                self._metrics.worker(report.pid, report.lag, report.counters)
+                for backend in report.backends:
+                    if backend.failures:
+                        self._prober.suspect(backend.failed)
+        except Exception:
+            if (held := self._defects.allow()) is not None:
+                self._log.exception("monitor.failed", not_logged=held)
+
+    def loaded(self, result: Literal["changed", "unchanged", "failed"]) -> None:
+        """Configuration or tables were looked at; the settings are in force already."""
+        self._metrics.loaded(result)
+        if result == "changed":
+            self._adopt()
+
+    def _adopt(self) -> None:
+        settings = self._settings()
+        self._metrics.backends({Scanner.CLAMD: settings.clamd.backends, Scanner.SPAMD: settings.spamd.backends})
+        self._prober.changed()
+        self.remote.changed()
+
+    # In the background
+
+    async def run(self) -> None:
+        """Until it is cancelled. Without HTTP the disk is not looked at, and scanners are probed only with a reason."""
+        where, remote = parse_listen(self._settings().http.listen), self._alone(self.remote.run())
+        if where is None:
+            await asyncio.gather(remote, self._alone(self._prober.run(rhythm=False)))
+            return
+        threading.Thread(target=self._measure, name="measure", daemon=True).start()
+        try:
+            await asyncio.gather(remote, self._alone(self._serve(*where)), self._alone(self._prober.run(rhythm=True)))
+        finally:
+            self._end.set()
+            self._renderer.shutdown(wait=False, cancel_futures=True)
+
+    async def _alone(self, work: Coroutine[Any, Any, None]) -> None:
+        """A defect ends this work and nothing else."""
+        try:
+            await work
+        except Exception:
+            self._log.exception("monitor.failed")
+
+    def _measure(self) -> None:
+        """In its own thread, which nobody joins: a disk may hang."""
+        while not self._end.is_set():
+            self._measured = measure(self._settings())
+            self._end.wait(MEASURE_EVERY)
+
+    async def _serve(self, host: str, port: int) -> None:
+        pages: dict[str, Page] = {"/metrics": self._page_metrics, "/live": self._page_live, "/ready": self._page_ready}
+        if self._settings().http.page == "on":
+            pages |= make_pages(self._look, self.history)
+        server = Server(pages, self._log, private=PATHS, names=(host,))
+        told = False
+        try:
+            while True:
+                try:
+                    address = await server.start(host, port)
+                    break
+                except OSError as error:
+                    if not told:
+                        why = error.strerror or str(error)
+                        self._log.error("http.failed", listen=f"{host}:{port}", why=why)
+                        told = True
+                await asyncio.sleep(LISTEN_AGAIN)
+            self._log.info("http.ready", address=address)
+            await asyncio.get_running_loop().create_future()  # for ever
+        finally:
+            await server.close()
+
+    # What the status tells beside the workers
+
+    async def look(self, deadline: Deadline) -> None:
+        """Somebody wants to know how things are: ask the scanners, unless that was just done."""
+        await self._prober.fresh(deadline)
+
+    def complete(self, status: Status) -> Status:
+        """``status`` with backends, queue and the last minutes."""
+        queue, now = backlog(self._listener.fileno()), time.monotonic()
+        return msgspec.structs.replace(
+            status,
+            backends=backend_statuses(status.workers, self._prober.results, self._settings()),
+            waiting=queue[0] if queue else None,
+            waiting_limit=queue[1] if queue else None,
+            window=self.history.window(WINDOW, now),
+            recent=self.history.window(RECENT, now),
+        )
+
+    # What is served
+
+    async def _page_metrics(self, accept: str) -> Response:
+        status = self._status()
+        unwanted = {(backend.backend,) for backend in status.backends if not backend.wanted}
+        probed = (s for s in self._prober.samples if s[0] != UP[Scanner.SPAMD] or s[1] not in unwanted)
+        samples = (*self._now(status), *self._measured, *probed)
+        values: dict[str, list[tuple[tuple[str, ...], float]]] = {}
+        for name, labels, value in samples:
+            values.setdefault(name, []).append((labels, value))
+        self._metrics.present(values)
+        loop = asyncio.get_running_loop()
+        return Response(*await loop.run_in_executor(self._renderer, self._metrics.render, accept))
+
+    async def _page_live(self, accept: str) -> Response:
+        return _told(accept, "live", ())
+
+    async def _page_ready(self, accept: str) -> Response:
+        return _told(accept, "ready", self._unready(self._status()))
+
+    def _look(self) -> tuple[Status, tuple[str, ...]]:
+        """For the page in the browser."""
+        status = self._status()
+        return status, self._unready(status)
+
+    def _unready(self, status: Status) -> tuple[str, ...]:
+        """What keeps the daemon from being ready, in words; empty when it is."""
+        found = []
+        if status.state == "draining":
+            found.append("draining: no new mail is accepted")
+        if status.drain is not None:
+            found.append(f"draining: no new mail is accepted, by order of {status.drain.by}: contentfilter resume")
+        able = {
+            w.slot for w in status.workers if w.state == "ready" and w.silent < self._settings().service.stuck_after
+        }
+        if len(able) < status.wanted:
+            found.append(f"{len(able)} of {status.wanted} workers accept mail")
+        short = sorted({worker.short for worker in status.workers if worker.short})
+        found += [f"too little {resource}: mail waits" for resource in short]
+        if status.tables is not None and not status.tables.loaded:
+            found.append(f"no recipient tables: {status.tables.trouble}")
+        return tuple(found)
+
+    def _now(self, status: Status) -> Iterable[Sample]:
+        """All that is known without looking anywhere."""
+        settings = self._settings()
+        workers = status.workers
+        yield from measured(status.canary)
+        yield "contentfilter_build_info", (status.version,), 1
+        yield "contentfilter_start_timestamp_seconds", (), self._started
+        yield "contentfilter_ready", (), not self._unready(status)
+        for state in ("starting", "ready", "retiring"):
+            yield "contentfilter_workers", (state,), sum(worker.state == state for worker in workers)
+        yield "contentfilter_workers_wanted", (), status.wanted
+        for reason, count in status.deaths.items():
+            yield "contentfilter_worker_restarts_total", (reason,), count
+        for slot in sorted({worker.slot for worker in workers}):  # two in one slot while one takes over
+            opened = sum(worker.open for worker in workers if worker.slot == slot)
+            yield "contentfilter_in_flight", (str(slot),), opened
+            waiting = sum(worker.waiting for worker in workers if worker.slot == slot)
+            yield "contentfilter_admission_waiting", (str(slot),), waiting
+        for resource in RESOURCES:
+            yield "contentfilter_short", (resource,), any(worker.short == resource for worker in workers)
+        yield "contentfilter_in_flight_limit", (), settings.service.max_in_flight * status.wanted
+        yield "contentfilter_in_flight_bytes", (), sum(worker.bytes for worker in workers)
+        ages = [busy.seconds + worker.silent for worker in workers for busy in worker.in_flight]
+        yield "contentfilter_in_flight_oldest_seconds", (), max(ages, default=0.0)
+        if status.waiting is not None and status.waiting_limit is not None:
+            yield "contentfilter_waiting", (), status.waiting
+            yield "contentfilter_waiting_limit", (), status.waiting_limit
+        yield "contentfilter_frames_malformed_total", (), status.malformed
+        yield "contentfilter_generation", (), status.generation
+        ends = {bypass.scanner: bypass.until for bypass in status.bypasses}
+        for scanner in SCANNERS:
+            yield "contentfilter_bypass_active", (scanner.value,), scanner in ends
+            if scanner in ends:
+                yield "contentfilter_bypass_until_timestamp_seconds", (scanner.value,), ends[scanner]
+        yield "contentfilter_drained", (), status.drain is not None
+        yield "contentfilter_configuration_problems", (), len(status.problems)
+        if (tables := status.tables) is not None and tables.loaded:
+            yield "contentfilter_table_rows", ("clamavclients",), tables.clamav_rows
+            yield "contentfilter_table_rows", ("spamdclients",), tables.spamd_rows
+            yield "contentfilter_tables_checked_timestamp_seconds", (), time.time() - tables.age
+        yield "contentfilter_quarantine_quota_bytes", (), settings.quarantine.quota
+        yield "contentfilter_journal_lost_total", (), status.not_recorded
+
+
+def _told(accept: str, name: str, problems: tuple[str, ...]) -> Response:
+    """A line for each problem, or JSON for who asks for it."""
+    status = HTTPStatus.SERVICE_UNAVAILABLE if problems else HTTPStatus.OK
+    if "application/json" in accept:
+        body = msgspec.json.encode({name: not problems, "problems": problems})
+        return Response(body, "application/json", status)
+    return Response("".join(f"{line}\n" for line in problems or (name,)).encode(), status=status)

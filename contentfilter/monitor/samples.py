@@ -1,0 +1,181 @@
+"""The canary's samples, and the mark by which a worker knows them. Nothing here waits or sends.
+
+Four messages tell whether mail is really scanned: a clean one that everybody must let pass, and three harmless
+ones that one scanner each must find: EICAR (clamd), GTUBE (spamd), and the beginning of a program (chksignature
+or chkloadertype, made from a rule in force). The test strings are in pieces, so that no scanner stops at this file.
+
+The mark is an environment variable of the hook, so no mail can carry it. An HMAC covers the sample, the hash of its
+bytes and an end two minutes ahead. A worker takes it only from its own user, with no other variable beside it. It
+may be seen twice: a hook whose worker died offers its message again.
+"""
+
+import base64
+import hashlib
+import hmac
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from email.utils import formatdate
+
+from contentfilter.model import BytesLike, Scanner
+from contentfilter.policy.tolerance import Allowance
+from contentfilter.scanners.signatures.rules import LIBRARY, Fragment, Rule, Rules, Signature
+from contentfilter.settings import Settings
+
+VARIABLE = "CONTENTFILTER_CANARY"
+ENVELOPE = b"F\0\0"
+"""Nobody sends it, to nobody: a qmail-queue that got it all the same would have nobody to deliver it to."""
+LIFETIME = 120
+"""Seconds for which a mark holds."""
+
+CLEAN, EICAR, GTUBE, SIGNATURE = "clean", "eicar", "gtube", "signature"
+ASKED: Mapping[str, tuple[Scanner, ...]] = {
+    CLEAN: tuple(Scanner),
+    EICAR: (Scanner.CLAMD,),
+    GTUBE: (Scanner.SPAMD,),
+    SIGNATURE: (Scanner.SIGNATURES, Scanner.LOADERTYPES),
+}
+"""Which scanners look at a sample, as far as they are configured, whatever tables and switches say of recipients."""
+
+_EICAR = (b"X5O!P%@AP[4\\PZX5", b"4(P^)7CC)7}$EI", b"CAR-STANDARD-ANTIV", b"IRUS-TEST-FILE!$H+H*")
+_GTUBE = (b"XJS*C4JDBQADN1.N", b"SBN3*2IDNEN*GTUBE-STAN", b"DARD-ANTI-UBE-TEST", b"-EMAIL*C.34X")
+_WORDS = b"A sample that the content filter sends to itself, to see that mail is scanned.\n"
+_PROGRAM = ("T", "VqQAAM", "AAAAEAAAA")  # MZ, as the usual linker writes it, in base64
+_ALIGNED = {0: 0, 2: 1, 4: 2, 6: 3}  # bits of a pattern in the byte before -> its place in a group of four letters
+_TOKEN = re.compile(rb"(1:([a-z]{1,16}):([0-9a-f]{32}):([0-9]{1,12}):([0-9a-f]{64})):([0-9a-f]{64})")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A message that says something about one scanner, or about all of them. ``skip``: why it is not sent."""
+
+    name: str
+    body: bytes = b""  # with the header fields that describe it
+    skip: str = ""
+
+    @property
+    def wanted(self) -> str:
+        """What should become of it."""
+        return "passed" if self.name == CLEAN else "caught"
+
+    def message(self, nonce: str, now: float) -> bytes:
+        """A letter of this moment.
+
+        It has no To: that gives a clean letter about one point in SpamAssassin, enough for its autolearn to leave
+        it alone. Its first field is From, by which clamd knows mail.
+        """
+        head = (
+            f"From: canary@contentfilter.invalid\nDate: {formatdate(now)}\n"
+            f"Message-ID: <{self.name}.{nonce}@contentfilter.invalid>\n"
+            f"Subject: contentfilter canary: {self.name}\nMIME-Version: 1.0\n"
+        )
+        return head.encode("ascii") + self.body
+
+
+def make_samples(
+    settings: Settings, signatures: Rules | None, loadertypes: Rules | None, allowed: tuple[Allowance, ...] = ()
+) -> tuple[Sample, ...]:
+    """All four under this configuration; those whose scanner is switched off say so.
+
+    ``signatures`` and ``loadertypes``: None where the switch is off. Rules that ``allowed`` lets through are not used.
+    """
+    passing = {allowance.signature for allowance in allowed}
+    clamd, spamd = settings.clamd.backends, settings.spamd.backends
+    if any((clamd, spamd, signatures, loadertypes)):
+        clean = Sample(CLEAN, _text(b"Nobody should find anything in it.\n"))
+    else:
+        clean = Sample(CLEAN, skip="no scanner is configured")
+    return (
+        clean,
+        Sample(EICAR, _attachment(_lines(base64.b64encode(b"".join(_EICAR)))))
+        if clamd
+        else Sample(EICAR, skip="[clamd] backends is empty"),
+        Sample(GTUBE, _text(b"".join(_GTUBE) + b"\n")) if spamd else Sample(GTUBE, skip="[spamd] backends is empty"),
+        _program(signatures, loadertypes, passing),
+    )
+
+
+def _program(signatures: Rules | None, loadertypes: Rules | None, passing: set[str]) -> Sample:
+    if signatures is None and loadertypes is None:
+        return Sample(SIGNATURE, skip="chksignature and chkloadertype are off")
+    rules = [rule for rule in signatures.rules if rule.pattern not in passing] if signatures else []
+    for rule in sorted(rules, key=_unfit):
+        if not Signature.compile(rule).text:
+            return Sample(SIGNATURE, _attachment(_lines(_begins(rule))))
+    for rule in loadertypes.rules if loadertypes else ():
+        if rule.pattern not in passing:
+            return Sample(SIGNATURE, _attachment(_lines(_holds(rule))))
+    return Sample(SIGNATURE, skip="no rule in force that a sample can be made from")
+
+
+def _unfit(rule: Rule) -> tuple[bool, bool]:
+    """False first: whole rules, which the compatible mode also takes."""
+    return ("*" in rule.pattern, len(rule.pattern) < 9)
+
+
+def _begins(rule: Rule) -> bytes:
+    """Base64 of content that begins as a rule of badsignatures says."""
+    return rule.pattern.replace("*", "A").ljust(160, "A").encode("ascii")
+
+
+def _holds(rule: Rule) -> bytes:
+    """Base64 of a program that has a rule of badloadertypes in it, and a library's name if it is a piece of one."""
+    fragment = Fragment.compile(rule)[0]
+    letters = "".join(_PROGRAM).ljust(64, "A") + "A" * _ALIGNED[fragment.lead] + rule.pattern
+    letters += "A" * (-len(letters) % 4) + "AAAA"
+    name = base64.b64encode(b"KERNEL" + LIBRARY + b"\0" * 3) if fragment.library else b""
+    return (letters.encode("ascii") + name).ljust(160, b"A")
+
+
+def _text(text: bytes) -> bytes:
+    return b"Content-Type: text/plain; charset=us-ascii\n\n" + _WORDS + b"\n" + text
+
+
+def _attachment(lines: bytes) -> bytes:
+    name = b'Content-Disposition: attachment; filename="canary.bin"\n'
+    return b"Content-Type: application/octet-stream\nContent-Transfer-Encoding: base64\n" + name + b"\n" + lines
+
+
+def _lines(letters: bytes) -> bytes:
+    return b"".join(letters[at : at + 76] + b"\n" for at in range(0, len(letters), 76))
+
+
+# The mark
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A canary that proved to be one."""
+
+    sample: str
+    nonce: str
+
+
+def sign(secret: bytes, sample: str, nonce: str, expires: int, message: bytes) -> str:
+    """The value of VARIABLE for one message. ``nonce``: 32 hexadecimal digits; ``expires``: seconds since 1970."""
+    told = f"1:{sample}:{nonce}:{expires}:{hashlib.sha256(message).hexdigest()}".encode("ascii")
+    return (told + b":" + _mac(secret, told)).decode("ascii")
+
+
+def recognise(environ: Mapping[bytes, bytes], secret: bytes, message: BytesLike, now: float) -> Mark | None:
+    """What the hook's environment proves; None: this is mail. The caller has made sure whose hook it is.
+
+    Mail costs one look-up. Without a secret nothing is proved.
+    """
+    value = environ.get(VARIABLE.encode())
+    if value is None or len(environ) != 1 or not secret:  # a variable of an SMTP server beside it: not ours
+        return None
+    token = _TOKEN.fullmatch(value)
+    if token is None or not hmac.compare_digest(_mac(secret, token[1]), token[6]):
+        return None
+    sample, expires = token[2].decode("ascii"), int(token[4])
+    if sample not in ASKED or not now <= expires <= now + LIFETIME:
+        return None
+    with memoryview(message) as whole:
+        if hashlib.sha256(whole).hexdigest().encode("ascii") != token[5]:
+            return None
+    return Mark(sample, token[3].decode("ascii"))
+
+
+def _mac(secret: bytes, told: bytes) -> bytes:
+    return hmac.new(secret, b"contentfilter canary 1\0" + told, "sha256").hexdigest().encode("ascii")

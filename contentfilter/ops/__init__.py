@@ -1,1 +1,0 @@
-"""Being operated: systemd, log lines."""

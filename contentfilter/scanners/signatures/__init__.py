@@ -1,0 +1,1 @@
+"""chksignature and chkloadertype: programs in attachments, found by their first bytes."""

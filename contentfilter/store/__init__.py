@@ -1,0 +1,1 @@
+"""What is kept: quarantine, journal, overrides, isolated messages."""

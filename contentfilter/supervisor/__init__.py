@@ -1,0 +1,1 @@
+"""The supervisor process: keeps workers running and the configuration current."""

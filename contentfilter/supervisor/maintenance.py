@@ -1,0 +1,97 @@
+"""Chores: what must be done now and then, off the event loop, and may fail without harm.
+
+A chore runs in a thread of its own, a daemon thread, so that one that hangs keeps neither the others' results
+nor the process. Its result is logged as ``housekeeping.done``, its failure as ``housekeeping.failed``.
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from contentfilter.log import Logger
+from contentfilter.settings import Settings
+from contentfilter.store.quarantine import Quarantine
+from contentfilter.supervisor.clock import FILE, believable
+
+T = TypeVar("T")
+DELAY = 60.0  # seconds from the start to the first round
+INTERVAL = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Chore:
+    """Something to do under the settings that hold then; returns what it did, for the log.
+
+    The flag says whether anything may go because of its age: not while the clock is doubted.
+    """
+
+    name: str
+    run: Callable[[Settings, bool], Mapping[str, Any]]  # in a thread: it may block and raise
+
+
+async def keep_house(
+    chores: Sequence[Chore],
+    settings: Callable[[], Settings],
+    log: Logger,
+    delay: float = DELAY,
+    interval: float = INTERVAL,
+) -> None:
+    """All chores, one after the other, after ``delay`` and then every ``interval`` seconds. Does not return."""
+    await asyncio.sleep(delay)
+    while True:
+        clock = Path(settings().service.state) / FILE
+        aged = await in_thread(lambda clock=clock: believable(clock, time.time()))  # type: ignore[misc]
+        if not aged:
+            log.warning("clock.jumped", path=str(clock))
+        for chore in chores:
+            await _do(chore, settings(), aged, log)
+        await asyncio.sleep(interval)
+
+
+async def _do(chore: Chore, settings: Settings, aged: bool, log: Logger) -> None:
+    began = time.monotonic()
+    try:
+        counts = await in_thread(lambda: chore.run(settings, aged))
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        log.error("housekeeping.failed", chore=chore.name, why=why)  # noqa: TRY400 - a full disk is no defect
+    else:
+        log.info("housekeeping.done", chore=chore.name, seconds=round(time.monotonic() - began, 3), **counts)
+
+
+async def in_thread(act: Callable[[], T]) -> T:
+    """What ``act`` returns or raises, from a thread that nobody waits for at the end of the process."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def settle(settled: Callable[[], None]) -> None:
+        if not done.done():  # else cancelled: the service ends
+            settled()
+
+    def work() -> None:
+        try:
+            settled = partial(done.set_result, act())
+        except Exception as error:
+            settled = partial(done.set_exception, error)
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(settle, settled)
+
+    threading.Thread(target=work, name="housekeeping", daemon=True).start()
+    return await done
+
+
+def chores() -> tuple[Chore, ...]:
+    """What the supervisor does now and then."""
+    return (Chore("quarantine", expire_quarantine),)
+
+
+def expire_quarantine(settings: Settings, aged: bool) -> dict[str, int]:
+    """Retention and quota of the quarantine. Raises OSError."""
+    removed = Quarantine.of(settings).expire(aged=aged)
+    return {"entries": len(removed.entries), "stray": removed.stray, "used": removed.used}

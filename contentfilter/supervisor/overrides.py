@@ -1,0 +1,246 @@
+"""Break-glass: what operators order at 3 a.m. takes hold in every worker, is written down, and ends by itself.
+
+Bypasses and drains are apart from the configuration on purpose: they must work while it is bad, while its database
+hangs and while the disk is full. An order is in force first and saved then; the answer waits for both. Bypasses
+survive a restart. A drain does not: who drained in order to restart wants mail to flow afterwards, and a daemon that
+comes back after a crash and silently accepts nothing would be a trap.
+"""
+
+import asyncio
+import pwd
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from contentfilter.bus import messages
+from contentfilter.deadline import Deadline
+from contentfilter.errors import ConfigError
+from contentfilter.log import Logger
+from contentfilter.model import readable
+from contentfilter.policy.bypass import SCANNERS, Bypass, objection, utc
+from contentfilter.settings import Settings
+from contentfilter.store.bypass import read_bypasses, save
+from contentfilter.supervisor.control import Answer
+from contentfilter.supervisor.maintenance import in_thread
+from contentfilter.supervisor.process import Process, memory_file
+from contentfilter.supervisor.spread import Spread
+
+TAKE_WAIT = 10.0  # seconds for all workers to follow
+SAVE_WAIT = 5.0  # seconds for the disk
+REMIND = 300.0  # seconds between two lines in the log about what is still in force
+TICK = 1.0  # seconds; the clock may be set
+
+Tell = Callable[[messages.Event], Awaitable[None]]
+
+
+class BreakGlass:
+    """The orders in force. :meth:`run` once, in the background."""
+
+    def __init__(
+        self,
+        log: Logger,
+        settings: Callable[[], Settings],
+        send: Callable[[messages.Orders], Awaitable[None]],
+        publish: Tell,
+        processes: Callable[[], Sequence[Process]],
+        moved: asyncio.Event,
+    ) -> None:
+        """``send``: to all workers. ``publish``: to the event feed. ``moved``: set when a worker has changed."""
+        self._log = log
+        self._settings = settings
+        self._publish = publish
+        self._processes = processes
+        self._spread = Spread(
+            lambda: send(self.orders), lambda beat: beat.orders >= self.orders.number, processes, moved
+        )
+        self.heard = self._spread.heard  # to be told of each sign of life
+        self._changed = asyncio.Event()
+        self._writing = asyncio.Lock()  # so that the newest is written last
+        self._remind_at = 0.0
+        self.problem = ""
+        self.orders = messages.Orders(1, self._kept())
+
+    def _kept(self) -> tuple[Bypass, ...]:
+        """Those from before the start."""
+        try:
+            return read_bypasses(self._settings().service.state)
+        except ConfigError as error:
+            self.problem = str(error)
+            for problem in error.problems:
+                self._log.error("service.problem", path=problem.path, line=problem.line, text=problem.text)
+            return ()
+
+    # What the supervisor needs
+
+    def inherited(self) -> int:
+        """A descriptor with the orders, for a worker that starts."""
+        return memory_file("orders", messages.encode(self.orders))
+
+    def bypasses(self) -> tuple[Bypass, ...]:
+        """Those that hold now."""
+        now = time.time()
+        return tuple(bypass for bypass in self.orders.bypasses if bypass.active(now))
+
+    def summary(self) -> str:
+        """For the service manager's line of state; empty where nothing is out of the ordinary."""
+        told = "; DRAINED, no mail is accepted" if self.orders.drain else ""
+        return told + "".join(f"; BYPASSED: {b.scanner.value} until {utc(b.until)}" for b in self.bypasses())
+
+    def answers(self) -> Mapping[type, Answer]:
+        """What operators may ask for."""
+        return {
+            messages.AskBypass: self._bypass,
+            messages.AskBypassEnd: self._bypass_end,
+            messages.AskDrain: self._drain,
+            messages.AskResume: self._resume,
+        }
+
+    async def run(self) -> None:
+        """End what is over, and remind the log of what is not. Does not return."""
+        while True:
+            self._changed.clear()
+            now = time.time()
+            await self._end_what_is_over(now)
+            if self._ends() and time.monotonic() >= self._remind_at:
+                self._remind_at = time.monotonic() + REMIND
+                self._remind(now)
+            wait = min((TICK, *(end - now for end in self._ends()))) if self._ends() else None
+            try:
+                async with asyncio.timeout(wait):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+
+    # Orders
+
+    async def _bypass(self, question: messages.Question, uid: int) -> messages.Reply:
+        assert isinstance(question, messages.AskBypass)  # noqa: S101 - see answers()
+        why = objection(question.seconds, question.reason)
+        why = why or ("" if question.reason.strip() else "a bypass needs a reason")
+        why = why or ("" if question.scanner in SCANNERS else f"{question.scanner.value} goes with signatures")
+        if why:
+            return messages.Refused(why)
+        now, by = time.time(), _who(uid, question.claimed)
+        origins = tuple(dict.fromkeys(question.origins))
+        new = Bypass(question.scanner, now, now + question.seconds, question.reason, by, origins)
+        old = [bypass for bypass in self.orders.bypasses if bypass.scanner is new.scanner]
+        kept = [bypass for bypass in self.orders.bypasses if bypass.scanner is not new.scanner]
+        events = [_bypass_event("bypass.end", bypass, ended=f"replaced by {by}") for bypass in old]
+        events.append(_bypass_event("bypass.begin", new))
+        return await self._change((*kept, new), self.orders.drain, events)
+
+    async def _bypass_end(self, question: messages.Question, uid: int) -> messages.Reply:
+        assert isinstance(question, messages.AskBypassEnd)  # noqa: S101 - see answers()
+        over = [b for b in self.orders.bypasses if question.scanner in (None, b.scanner)]
+        if not over:
+            return messages.Refused("there is no such bypass")
+        by = _who(uid, question.claimed)
+        events = [_bypass_event("bypass.end", bypass, ended=f"by {by}") for bypass in over]
+        return await self._change((b for b in self.orders.bypasses if b not in over), self.orders.drain, events)
+
+    async def _drain(self, question: messages.Question, uid: int) -> messages.Reply:
+        assert isinstance(question, messages.AskDrain)  # noqa: S101 - see answers()
+        if why := objection(question.seconds, question.reason):
+            return messages.Refused(why)
+        now, old = time.time(), self.orders.drain
+        until = None if question.seconds is None else now + question.seconds
+        new = messages.Drain(now, until, question.reason, _who(uid, question.claimed))
+        events = [_drain_event("drain.end", old, ended=f"replaced by {new.by}")] if old else []
+        return await self._change(self.orders.bypasses, new, [*events, _drain_event("drain.begin", new)])
+
+    async def _resume(self, question: messages.Question, uid: int) -> messages.Reply:
+        assert isinstance(question, messages.AskResume)  # noqa: S101 - see answers()
+        drain = self.orders.drain
+        if drain is None:
+            return messages.Refused("mail is being accepted; nothing is drained")
+        event = _drain_event("drain.end", drain, ended=f"by {_who(uid, question.claimed)}")
+        return await self._change(self.orders.bypasses, None, [event])
+
+    async def _change(
+        self, bypasses: Iterable[Bypass], drain: messages.Drain | None, events: Sequence[messages.Event]
+    ) -> messages.Reply:
+        """In force in every worker, told and saved when this returns, or else it says what is not so."""
+        if not self._ends():
+            self._remind_at = time.monotonic() + REMIND
+        self.orders = messages.Orders(self.orders.number + 1, tuple(bypasses), drain)
+        self._changed.set()
+        await self._spread.send()
+        for event in events:
+            self._log.warning(event.name, **event.fields)
+            await self._publish(event)
+        await self._save(events)
+        lacking = await self._spread.followed(Deadline.after(TAKE_WAIT))
+        problems = [self.problem] if self.problem else []
+        problems += (f"worker {p.slot} (pid {p.pid}) has not taken it yet; it is told again" for p in lacking)
+        in_flight = sum(p.beat.open for p in self._processes() if p.beat is not None)
+        return messages.Ordered(self.bypasses(), self.orders.drain, tuple(problems), in_flight)
+
+    async def _save(self, events: Sequence[messages.Event]) -> None:
+        """The state directory has it, or ``problem`` says why not. A disk that hangs keeps nobody waiting."""
+        lines = [{"time": utc(time.time()), "event": event.name, **event.fields} for event in events]
+        state, bypasses = self._settings().service.state, self.orders.bypasses
+        writing = asyncio.ensure_future(self._write(state, bypasses, lines))
+        done, _ = await asyncio.wait({writing}, timeout=SAVE_WAIT)
+        why = writing.result() if done else "the disk does not answer"
+        self.problem = f"{state}: orders cannot be written down ({why}): a restart forgets what changed" if why else ""
+        if why:
+            self._log.error("orders.not-saved", path=state, why=why)
+
+    async def _write(self, state: str, bypasses: tuple[Bypass, ...], lines: Sequence[Mapping[str, Any]]) -> str:
+        """Why it failed; empty when it is on the disk."""
+        async with self._writing:
+            try:
+                await in_thread(lambda: save(state, bypasses, lines))
+            except OSError as error:
+                return error.strerror or str(error)
+        return ""
+
+    # In the background
+
+    def _ends(self) -> list[float]:
+        """When each order ends; far in the future for one without end."""
+        drain = self.orders.drain
+        ends = [bypass.until for bypass in self.orders.bypasses]
+        return ends if drain is None else [*ends, drain.until if drain.until is not None else float("inf")]
+
+    async def _end_what_is_over(self, now: float) -> None:
+        over = [bypass for bypass in self.orders.bypasses if not bypass.active(now)]
+        events = [_bypass_event("bypass.end", bypass, ended="expired") for bypass in over]
+        drain = self.orders.drain
+        if drain is not None and drain.until is not None and drain.until <= now:
+            events.append(_drain_event("drain.end", drain, ended="expired"))
+            drain = None
+        if events:
+            await self._change((b for b in self.orders.bypasses if b not in over), drain, events)
+
+    def _remind(self, now: float) -> None:
+        for bypass in self.orders.bypasses:
+            event = _bypass_event("bypass.active", bypass, left=round(bypass.until - now))
+            self._log.warning(event.name, **event.fields)
+        if (drain := self.orders.drain) is not None:
+            self._log.warning("drain.active", **_drain_event("drain.active", drain).fields)
+
+
+def _bypass_event(name: str, bypass: Bypass, **more: Any) -> messages.Event:
+    return _event(name, bypass, bypass.until, scanner=bypass.scanner.value, **more)
+
+
+def _drain_event(name: str, drain: messages.Drain, **more: Any) -> messages.Event:
+    return _event(name, drain, drain.until, **more)
+
+
+def _event(name: str, order: Bypass | messages.Drain, until: float | None, **more: Any) -> messages.Event:
+    fields = msgspec.to_builtins(order) | {"since": utc(order.since), "until": utc(until) if until else ""}
+    return messages.Event(name, fields | more)
+
+
+def _who(uid: int, claimed: str) -> str:
+    """The name of a uid that the kernel vouches for, and who is said to be behind it."""
+    try:
+        name = pwd.getpwuid(uid).pw_name
+    except KeyError:
+        name = f"uid {uid}"
+    claim = readable(claimed.encode("utf-8", "replace")).strip()[:64]
+    return f"{name} (says it is {claim})" if claim and claim != name else name

@@ -1,0 +1,22 @@
+"""All that is known about one message once it is decided: what reply, journal and explain are made of."""
+
+import msgspec
+
+from contentfilter.model import Envelope, Message, Origin, ScanOutcome
+from contentfilter.policy.decide import Decision
+from contentfilter.policy.plan import ScanPlan, Switches
+from contentfilter.settings import Settings
+
+
+class Case(msgspec.Struct, frozen=True):
+    """One message from intake to decision."""
+
+    incident: str
+    origin: Origin
+    envelope: Envelope
+    message: Message
+    settings: Settings
+    switches: Switches
+    plan: ScanPlan
+    outcomes: tuple[ScanOutcome, ...]
+    decision: Decision

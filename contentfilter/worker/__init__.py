@@ -1,0 +1,1 @@
+"""The worker process: accepts messages and handles them."""

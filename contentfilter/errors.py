@@ -98,3 +98,7 @@ class JournalError(ContentFilterError):
     def __init__(self, text: str, *, unusable: bool = False) -> None:
         super().__init__(text)
         self.unusable = unusable
+
+
+class RefusedError(Exception):
+    """What was asked for would break something, or cannot be done; the text says the remedy."""

@@ -7,6 +7,7 @@ is global: whoever starts a process makes its logger.
 
 import json
 import logging
+import time
 from collections.abc import Mapping, MutableMapping
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -184,3 +185,21 @@ class Forward(logging.Handler):
 def adopt_standard_logging(log: Logger) -> None:
     """Route the standard library's logging into ``log``. For a process's main function only."""
     logging.basicConfig(handlers=[Forward(log)], level=logging.WARNING, force=True)
+
+
+class Rarely:
+    """Lets one event through per ``interval`` seconds and counts the others."""
+
+    def __init__(self, interval: float) -> None:
+        self._interval = interval
+        self._next = 0.0
+        self._held = 0
+
+    def allow(self) -> int | None:
+        """None: hold this one back. Otherwise how many were held back since the last."""
+        now = time.monotonic()
+        if now < self._next:
+            self._held += 1
+            return None
+        self._next, held, self._held = now + self._interval, self._held, 0
+        return held

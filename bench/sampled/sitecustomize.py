@@ -63,5 +63,5 @@ def sample() -> None:
     atexit.register(end)
 
 
-if "SAMPLES" in os.environ and "contentfilter.worker.main" in sys.orig_argv:
+if "SAMPLES" in os.environ and "contentfilter.worker" in sys.orig_argv:
     sample()

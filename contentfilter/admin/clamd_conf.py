@@ -3,7 +3,7 @@
 import os
 import re
 
-from contentfilter.scanners.stream import Address
+from contentfilter.endpoint import Address
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 

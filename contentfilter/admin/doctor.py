@@ -16,7 +16,8 @@ from pathlib import Path
 
 from contentfilter.admin import doctor_scanners
 from contentfilter.admin.diagnostic import AS_ROOT, Finding, Level, Probe
-from contentfilter.admin.qmail import Conf, Place, answers, examine, read_conf, version_of
+from contentfilter.admin.qmail import answers, examine
+from contentfilter.qmail import Conf, Place, read_conf, version_of
 from contentfilter.settings import Log, Settings
 from contentfilter.tables.keeper import State
 

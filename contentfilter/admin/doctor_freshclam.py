@@ -15,10 +15,10 @@ from pathlib import Path
 from contentfilter.admin.clamd_conf import is_of, parse_conf, size
 from contentfilter.admin.diagnostic import AS_ROOT, Finding, Level
 from contentfilter.deadline import Deadline
+from contentfilter.endpoint import Address
 from contentfilter.errors import BackendError
 from contentfilter.model import readable
 from contentfilter.scanners.clamd import ClamdScanner
-from contentfilter.scanners.stream import Address
 from contentfilter.settings import Settings
 from contentfilter.wire.clamd import Version
 

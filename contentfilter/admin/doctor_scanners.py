@@ -14,10 +14,10 @@ from contentfilter.admin.clamd_conf import is_of, parse_conf, size
 from contentfilter.admin.diagnostic import Finding, Level, Probe
 from contentfilter.admin.doctor_freshclam import freshclam
 from contentfilter.deadline import Deadline
+from contentfilter.endpoint import Address
 from contentfilter.errors import BackendError, ConfigError
 from contentfilter.scanners.clamd import ClamdScanner
 from contentfilter.scanners.spamd import SpamdScanner
-from contentfilter.scanners.stream import Address
 from contentfilter.settings import Settings
 from contentfilter.wire.clamd import Version
 

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import contentfilter
 from contentfilter.admin.install_items import STATE, USER, Inventory, System, Thing, with_missing_parents
-from contentfilter.admin.qmail import Place, RefusedError, Step, version_of
+from contentfilter.admin.qmail import Step
+from contentfilter.errors import RefusedError
+from contentfilter.qmail import Place, version_of
 
 CONFIG = "/etc/contentfilter"
 RUN = "/run/contentfilter"

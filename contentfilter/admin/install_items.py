@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from contentfilter.admin.qmail import RefusedError, root
+from contentfilter.admin.qmail import root
+from contentfilter.errors import RefusedError
 from contentfilter.files import replace_file, sync_directory
 
 USER = "contentfilter"

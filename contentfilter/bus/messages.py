@@ -9,18 +9,43 @@ import msgspec
 
 from contentfilter.errors import RemoteProtocolError
 from contentfilter.model import OriginKind, Scanner
-from contentfilter.monitor.history import Window
 from contentfilter.policy.bypass import Bypass
 from contentfilter.scanners.cache_entries import Kept, Key
 from contentfilter.scanners.pool import BackendHealth
 from contentfilter.settings import Failure
 from contentfilter.tables.keeper import State
+from contentfilter.verdict.record import Scan
 
 VERSION = b"\x01"
 
 
 class Frame(msgspec.Struct, frozen=True, tag=True):
     """Base of all frames."""
+
+
+SEEN = "canary.seen"  # what a worker sends to the supervisor about a sample; never logged, in no feed
+
+
+class Seen(msgspec.Struct, frozen=True):
+    """A worker's account of one sample."""
+
+    nonce: str
+    sample: str
+    scans: tuple[Scan, ...]
+
+
+class Window(msgspec.Struct, frozen=True):
+    """All that happened in some time, added up. Quantiles are in milliseconds, estimated; None: nothing to tell."""
+
+    seconds: float  # the time that is told about, in whole minutes up to now
+    messages: int
+    bytes: int
+    decisions: dict[str, int]  # queue, reject, defer, drop: each is there
+    deferred: dict[str, int]  # by rule, most first
+    rejected: dict[str, int]
+    unchecked: dict[str, int]  # "scanner cause": passed without this check
+    p50: float | None
+    p95: float | None
 
 
 # Worker to supervisor

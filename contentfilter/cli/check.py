@@ -14,17 +14,17 @@ from pathlib import Path
 
 import click
 
-from contentfilter.admin.qmail import DEFAULT_CONF, RefusedError, packaged_hook, read_conf
 from contentfilter.cli.progress import progress
 from contentfilter.config.controls import Controls, read_controls
 from contentfilter.config.load import read_settings
+from contentfilter.config.runtime import unusable
 from contentfilter.doors.origin import resolve
-from contentfilter.errors import ConfigError, Problem
+from contentfilter.errors import ConfigError, Problem, RefusedError
+from contentfilter.qmail import DEFAULT_CONF, packaged_hook, read_conf
 from contentfilter.scanners.signatures.rules import Rules, parse_loadertypes, parse_signatures
 from contentfilter.settings import Settings
 from contentfilter.tables.keeper import read_source
 from contentfilter.tables.rows import Rows
-from contentfilter.worker.build import unusable
 
 EX_CONFIG = 78
 

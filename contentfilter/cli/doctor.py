@@ -15,16 +15,16 @@ from contentfilter.admin import doctor as ops
 from contentfilter.admin.diagnostic import Finding, Level, examine, run
 from contentfilter.admin.doctor_freshclam import FRESHCLAM_CONF
 from contentfilter.admin.doctor_scanners import CLAMD_CONF
-from contentfilter.admin.qmail import DEFAULT_CONF, Place, RefusedError, packaged_hook
 from contentfilter.bus import messages, sockets
 from contentfilter.cli.common import printable
 from contentfilter.config.controls import Controls, read_controls
 from contentfilter.config.load import load_settings
+from contentfilter.config.runtime import worker_count
 from contentfilter.deadline import Deadline
 from contentfilter.doors.origin import resolve
-from contentfilter.errors import ConfigError, Problem
+from contentfilter.errors import ConfigError, Problem, RefusedError
+from contentfilter.qmail import DEFAULT_CONF, Place, packaged_hook
 from contentfilter.settings import Settings
-from contentfilter.supervisor.supervisor import worker_count
 
 QUESTION = 2.5  # seconds for the daemon and the control directory
 PROBES = 6.0  # seconds for everything else

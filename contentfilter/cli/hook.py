@@ -8,7 +8,9 @@ from pathlib import Path
 import click
 
 from contentfilter.admin import qmail as ops
-from contentfilter.admin.qmail import DEFAULT_CONF, DIALECTS, Place, RefusedError, Step
+from contentfilter.admin.qmail import DIALECTS, Step
+from contentfilter.errors import RefusedError
+from contentfilter.qmail import DEFAULT_CONF, Place, packaged_hook
 
 _EXIT_CONF = 78
 
@@ -61,7 +63,7 @@ def install(
     qmail: Path, conf: Path, binary: str | None, dialect: str, *, force: bool, dry_run: bool, as_json: bool
 ) -> None:
     """Put the hook into DIR/bin; the original becomes qmail-queue.real."""
-    steps, warnings = ops.plan_install(Place(qmail), conf, dialect, ops.packaged_hook(binary), force=force)
+    steps, warnings = ops.plan_install(Place(qmail), conf, dialect, packaged_hook(binary), force=force)
     finish(steps, warnings, nothing="already installed", dry_run=dry_run, as_json=as_json)
 
 
@@ -81,7 +83,7 @@ def uninstall(qmail: Path, conf: Path, binary: str | None, *, dry_run: bool, as_
 def status(ctx: click.Context, qmail: Path, conf: Path, binary: str | None, *, as_json: bool) -> None:
     """Show what stands in DIR/bin, and what is wrong with it (status 1; 78 when queue.conf is)."""
     try:
-        packaged: Path | None = ops.packaged_hook(binary)
+        packaged: Path | None = packaged_hook(binary)
     except RefusedError:
         if binary is not None:
             raise

@@ -12,9 +12,10 @@ import click
 
 from contentfilter.admin import install as ops
 from contentfilter.admin.install_items import System
-from contentfilter.admin.qmail import RefusedError, Step, carry_out
+from contentfilter.admin.qmail import Step, carry_out
 from contentfilter.cli.hook import Refusable
 from contentfilter.config import DEFAULT_PATH
+from contentfilter.errors import RefusedError
 
 _prefix = click.option(
     "--prefix",

@@ -10,14 +10,15 @@ import sys
 
 import click
 
-from contentfilter.doors.listener import SocketError
+from contentfilter.doors.listening_socket import SocketError
 from contentfilter.errors import ConfigError
 from contentfilter.hardening import give_up_privileges
 from contentfilter.supervisor.maintenance import chores
+from contentfilter.supervisor.source import Files
 from contentfilter.supervisor.supervisor import Supervisor
-from contentfilter.worker.build import Files
 
 EX_NOPERM, EX_CONFIG = 77, 78
+WORKER = (sys.executable, "-P", "-m", "contentfilter.worker")  # -P: nothing is imported from the current directory
 AS_ROOT = (
     "contentfilter: serve does not run as root, because it reads what strangers send. Start it as the user"
     " contentfilter (contentfilter install makes the user and a unit or run script that switches to it)"
@@ -45,7 +46,7 @@ def serve(config_path: str, workers: int | None, path: str | None, allow_root: b
 def run(source: Files) -> int:
     """The exit status of the daemon."""
     try:
-        return asyncio.run(Supervisor(source, "contentfilter.app:build", os.environ, chores()).run())
+        return asyncio.run(Supervisor(source, WORKER, os.environ, chores()).run())
     except ConfigError as error:
         for problem in error.problems:
             click.echo(f"contentfilter: {problem}", err=True)

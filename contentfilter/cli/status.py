@@ -14,10 +14,10 @@ import click
 import msgspec
 
 from contentfilter.bus import messages
+from contentfilter.bus.messages import Window
 from contentfilter.cli.common import printable
 from contentfilter.cli.control import ask
 from contentfilter.monitor.diagnosis import WORDS, Glance, clock, glance, length
-from contentfilter.monitor.history import Window
 from contentfilter.tables.keeper import State
 
 WAIT = 5.0  # seconds

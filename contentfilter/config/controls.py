@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from contentfilter.errors import ConfigError, Problem
+from contentfilter.files import Report, first_line, read_file
 from contentfilter.model import readable
-from contentfilter.tables.files import first_line, read_file
-from contentfilter.tables.rows import Report
 
 SIZE_MAX = 1 << 20
 OPTIONS = "options"

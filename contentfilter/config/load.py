@@ -17,11 +17,10 @@ from msgspec import inspect
 
 from contentfilter.config import DEFAULT_PATH
 from contentfilter.config.keys import listens
+from contentfilter.endpoint import Address, parse_listen
 from contentfilter.errors import ConfigError, Problem
-from contentfilter.monitor.http import parse_listen
 from contentfilter.policy.failure import complaints
 from contentfilter.policy.options import SPAM_OPTIONS, VIRUS_OPTIONS
-from contentfilter.scanners.stream import Address
 from contentfilter.settings import MariaDb, Settings, Spamd
 
 MAX_SIZE = 1 << 20

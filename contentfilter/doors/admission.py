@@ -19,7 +19,7 @@ import msgspec
 from contentfilter.deadline import Deadline
 from contentfilter.doors.message import Spool
 from contentfilter.doors.origin import ResolvedOrigin
-from contentfilter.log import Logger
+from contentfilter.log import Logger, Rarely
 from contentfilter.model import Message, Origin
 from contentfilter.policy.admission import UNLIMITED, Claim, Line
 from contentfilter.wire import hook
@@ -173,24 +173,6 @@ class Room:
             self._seats[uid] -= 1
         else:
             del self._seats[uid]  # uids that are gone, and those that need no seats, leave nothing behind
-
-
-class Rarely:
-    """Lets one event through per ``interval`` seconds and counts the others."""
-
-    def __init__(self, interval: float) -> None:
-        self._interval = interval
-        self._next = 0.0
-        self._held = 0
-
-    def allow(self) -> int | None:
-        """None: hold this one back. Otherwise how many were held back since the last."""
-        now = time.monotonic()
-        if now < self._next:
-            self._held += 1
-            return None
-        self._next, held, self._held = now + self._interval, self._held, 0
-        return held
 
 
 def new_incident() -> str:

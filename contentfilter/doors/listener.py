@@ -8,116 +8,19 @@ free worker.
 
 import asyncio
 import errno
-import fcntl
-import os
 import socket
-import stat
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from contentfilter.deadline import Deadline
-from contentfilter.doors.admission import Counters, Rarely, Room, Terms
+from contentfilter.doors.admission import Counters, Room, Terms
 from contentfilter.doors.queue import Connection
-from contentfilter.errors import ContentFilterError
-from contentfilter.log import Logger
+from contentfilter.log import Logger, Rarely
 
 PER_WAKEUP = 4  # accepts in a row; the other workers shall get their share
 NO_DESCRIPTORS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 PAUSE = 0.1  # seconds without accepting when descriptors ran out
 SPARE = 512  # connections above those with a message: without a request yet, or waiting for a report
-ORPHANS = 2.0  # seconds that workers of a killed supervisor get to let go of the socket
-
-
-class SocketError(ContentFilterError):
-    """The listening socket cannot be had; the text says why and what to do."""
-
-
-@dataclass(slots=True)
-class OwnSocket:
-    """A listening socket on a path of ours."""
-
-    socket: socket.socket
-    path: str
-    inode: int
-
-    def close(self) -> None:
-        """Close, and remove the path if it is still ours."""
-        self.socket.close()
-        try:
-            if os.stat(self.path).st_ino == self.inode:
-                os.unlink(self.path)
-        except OSError:
-            pass
-
-
-def hold_lock(path: str) -> int:
-    """A descriptor that holds ``path`` locked until it is closed. Raises SocketError when another process does."""
-    try:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError as e:
-        raise SocketError(f"{path}: {e.strerror}") from e
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
-        os.close(lock)
-        why = "another contentfilter is running" if isinstance(e, BlockingIOError) else e.strerror
-        raise SocketError(f"{path}: {why}") from e
-    return lock
-
-
-def open_socket(path: str, mode: int, backlog: int) -> OwnSocket:
-    """Listen on ``path``, for the holder of the lock only. Blocks for at most ORPHANS seconds. Raises SocketError."""
-    _clear(path)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-    before = os.umask(0o777 & ~mode)
-    try:
-        listener.bind(path)
-        listener.listen(backlog)
-        return OwnSocket(listener, path, os.stat(path).st_ino)
-    except OSError as e:
-        listener.close()
-        raise SocketError(f"{path}: {e.strerror or e}") from e
-    finally:
-        os.umask(before)
-
-
-def _clear(path: str) -> None:
-    """Remove a dead socket. One that still answers is left alone, after a while for orphaned workers to go."""
-    end = Deadline.after(ORPHANS)
-    while True:
-        try:
-            if not stat.S_ISSOCK(os.lstat(path).st_mode):
-                raise SocketError(f"{path}: exists and is not a socket; remove it")
-            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as probe:
-                probe.connect(path)
-        except FileNotFoundError:
-            return
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-        except BlockingIOError:
-            pass  # its queue is full: somebody has it open
-        except OSError as e:
-            raise SocketError(f"{path}: {e.strerror or e}") from e
-        if end.expired():
-            raise SocketError(f"{path}: another process listens there; stop it first")
-        time.sleep(0.05)
-
-
-def inherited_socket(fd: int) -> socket.socket:
-    """The listening socket behind ``fd`` (from systemd or the supervisor). Raises SocketError."""
-    try:
-        listener = socket.socket(fileno=fd)
-    except OSError as e:
-        raise SocketError(f"descriptor {fd} is not a socket: {e.strerror}") from e
-    accepting = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-    if listener.family != socket.AF_UNIX or listener.type != socket.SOCK_SEQPACKET or not accepting:
-        listener.detach()
-        raise SocketError(f"descriptor {fd} is no listening sequential-packet socket (ListenSequentialPacket=)")
-    listener.setblocking(False)
-    return listener
 
 
 class Listener:

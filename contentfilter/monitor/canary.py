@@ -21,26 +21,24 @@ from pathlib import Path
 
 import msgspec
 
-from contentfilter.admin.qmail import Place, RefusedError, packaged_hook, version_of
 from contentfilter.bus import messages
+from contentfilter.bus.messages import SEEN, Seen
 from contentfilter.deadline import Deadline
-from contentfilter.doors.admission import Rarely
-from contentfilter.errors import Cause
-from contentfilter.log import Logger
+from contentfilter.doors import canary
+from contentfilter.doors.canary import answer_for
+from contentfilter.errors import Cause, RefusedError
+from contentfilter.log import Logger, Rarely
 from contentfilter.model import ScanStatus
-from contentfilter.monitor import samples
 from contentfilter.monitor.canary_hook import ANSWER_WAIT, NOT_STARTED, Ended, Trouble, hand_over, prepare
 from contentfilter.monitor.measure import Sample as Measured
 from contentfilter.monitor.samples import Sample
+from contentfilter.qmail import Place, packaged_hook, version_of
 from contentfilter.settings import Settings
 from contentfilter.store.release import load_secret
-from contentfilter.supervisor.control import Answer
-from contentfilter.supervisor.maintenance import in_thread
-from contentfilter.supervisor.source import Loaded
+from contentfilter.threads import in_thread
 from contentfilter.verdict.record import Scan
 from contentfilter.wire import hook
 
-SEEN = "canary.seen"  # what a worker sends to the supervisor about a sample; never logged, in no feed
 EVENT_WAIT = 3.0  # seconds for the worker's account, when the hook has ended
 READY_WAIT = 1.0  # seconds between two looks whether the daemon is ready
 TELL_AGAIN = 600.0  # seconds after which a failure that lasts is logged again
@@ -50,22 +48,6 @@ STATUSES = {hook.Action.DROP: 0, hook.Action.REJECT: 31, hook.Action.DEFER: 71}
 
 _Outcome = tuple[str, str, float]
 """Result, the same for people, seconds."""
-
-
-class Seen(msgspec.Struct, frozen=True):
-    """A worker's account of one sample."""
-
-    nonce: str
-    sample: str
-    scans: tuple[Scan, ...]
-
-
-def answer_for(scans: Iterable[Scan]) -> hook.Action:
-    """What a worker answers. Never QUEUE."""
-    statuses = {scan.status for scan in scans}
-    if ScanStatus.FOUND.value in statuses:
-        return hook.Action.REJECT
-    return hook.Action.DEFER if ScanStatus.UNCHECKED.value in statuses else hook.Action.DROP
 
 
 def judge(sample: Sample, ended: Ended, seen: Seen | None) -> tuple[str, str]:
@@ -115,10 +97,18 @@ def find_hook(settings: Settings) -> Path | None:
 class Canary:
     """:meth:`run` once, in the background. One round at a time, whoever wants it."""
 
-    def __init__(self, log: Logger, loaded: Callable[[], Loaded], state: Callable[[], str]) -> None:
-        """``loaded``: what is in force. ``state``: as frames.Status has it; samples are sent only in ``ready``."""
+    def __init__(
+        self,
+        log: Logger,
+        in_force: Callable[[], tuple[Settings, tuple[Sample, ...]]],
+        state: Callable[[], str],
+    ) -> None:
+        """``in_force``: the settings, and the samples made for them.
+
+        ``state``: as messages.Status has it; samples are sent only in ``ready``.
+        """
         self._log = log
-        self._loaded = loaded
+        self._in_force = in_force
         self._state = state
         self._one = asyncio.Lock()
         self._expected: dict[str, asyncio.Future[Seen]] = {}
@@ -139,17 +129,11 @@ class Canary:
                 if future is not None and not future.done():
                     future.set_result(seen)
 
-    def answers(self) -> Mapping[type, Answer]:
-        async def now(question: messages.Question, uid: int) -> messages.Reply:
-            return await self.round()
-
-        return {messages.AskCanary: now}
-
     async def run(self) -> None:
         """A round every so often. Does not return."""
         while True:
             began = time.monotonic()
-            wanted, ready = self._loaded().settings.canary, self._state() == "ready"
+            wanted, ready = self._in_force()[0].canary, self._state() == "ready"
             if not wanted.enabled:
                 self.results, self._told = (), {}
             elif ready:
@@ -165,15 +149,15 @@ class Canary:
         async with self._one:
             if (state := self._state()) != "ready":
                 return messages.CanaryRound(self.results, f"the daemon is {state}: nothing was sent")
-            loaded = self._loaded()
-            program = await in_thread(lambda: find_hook(loaded.settings))
+            settings, samples = self._in_force()
+            program = await in_thread(lambda: find_hook(settings))
             if program is None:
                 self.results = ()
                 self._tell_off("no hook on this server: `contentfilter hook install`, or name it in [canary] hook")
                 return messages.CanaryRound((), self._off)
             self._off = ""
-            sent = [sample for sample in loaded.samples if not sample.skip]
-            self._keep(loaded.samples, await self._send(sent, program, loaded.settings) if sent else {})
+            sent = [sample for sample in samples if not sample.skip]
+            self._keep(samples, await self._send(sent, program, settings) if sent else {})
             return messages.CanaryRound(self.results)
 
     async def _send(self, samples: list[Sample], program: Path, settings: Settings) -> dict[str, _Outcome]:
@@ -194,7 +178,7 @@ class Canary:
         began = time.monotonic()
         nonce, now = secrets.token_hex(16), time.time()
         message = sample.message(nonce, now)
-        mark = samples.sign(secret, sample.name, nonce, int(now) + samples.LIFETIME, message)
+        mark = canary.sign(secret, sample.name, nonce, int(now) + canary.LIFETIME, message)
         seen = self._expected[nonce] = asyncio.get_running_loop().create_future()
         try:
             ended = await hand_over(program, conf, mark, message)

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from contentfilter.deadline import Deadline
+from contentfilter.doors import canary
+from contentfilter.files import memory_file
 from contentfilter.model import readable
 from contentfilter.monitor import samples
-from contentfilter.supervisor.process import memory_file
 
 NOWHERE = "/dev/null"
 ANSWER_WAIT = 30.0  # seconds for the hook to get an answer
@@ -53,7 +54,7 @@ async def prepare(program: Path, conf_path: str) -> int:
         "budget": f"{int(ANSWER_WAIT)}",
     }
     text = "".join(f"{name} {value}\n" for name, value in values.items())
-    conf = memory_file("canary.conf", f"{text}environ {samples.VARIABLE}\n".encode())
+    conf = memory_file("canary.conf", f"{text}environ {canary.VARIABLE}\n".encode())
     try:
         ours = await _checked(program, _environ(conf), conf)
         if any(ours.get(name) != value for name, value in values.items()):
@@ -80,7 +81,7 @@ async def _checked(program: Path, environ: Mapping[str, str], *keep: int) -> dic
 
 async def hand_over(program: Path, conf: int, mark: str, message: bytes) -> Ended:
     """As qmail-smtpd does it: the message on descriptor 0, the envelope on 1. Raises Trouble."""
-    environ = _environ(conf) | {samples.VARIABLE: mark}
+    environ = _environ(conf) | {canary.VARIABLE: mark}
     ends = [_pipe_with(message), _pipe_with(samples.ENVELOPE)]
     try:
         process = await _started(program, environ=environ, keep=(conf,), stdin=ends[0], stdout=ends[1])

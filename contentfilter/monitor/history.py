@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from contentfilter.bus.messages import Window
 from contentfilter.errors import Cause
 from contentfilter.model import Scanner, ScanStatus
 from contentfilter.policy.decide import Action, Reason
@@ -36,20 +37,6 @@ _ACTIONS = tuple(action.value for action in Action)
 _SCANNERS = tuple(scanner.value for scanner in Scanner)
 _CAUSES = frozenset(cause.value for cause in Cause)
 _Number = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
-
-
-class Window(msgspec.Struct, frozen=True):
-    """All that happened in some time, added up. Quantiles are in milliseconds, estimated; None: nothing to tell."""
-
-    seconds: float  # the time that is told about, in whole minutes up to now
-    messages: int
-    bytes: int
-    decisions: dict[str, int]  # queue, reject, defer, drop: each is there
-    deferred: dict[str, int]  # by rule, most first
-    rejected: dict[str, int]
-    unchecked: dict[str, int]  # "scanner cause": passed without this check
-    p50: float | None
-    p95: float | None
 
 
 class Minute(msgspec.Struct, frozen=True):

@@ -43,22 +43,6 @@ Page = Callable[[str], Awaitable[Response]]
 """The value of the Accept header -> the answer."""
 
 
-def parse_listen(text: str) -> tuple[str, int] | None:
-    """``host:port`` or ``[v6]:port``; None for ``off``. Port 0 is any free one. Raises ValueError that says why."""
-    if text == "off":
-        return None
-    host, colon, port = text.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        raise ValueError(f"{text!r}: an IPv6 address stands in brackets, [::1]:9464")
-    if not (colon and host and host.isascii() and host.isprintable() and " " not in host):
-        raise ValueError(f'{text!r}: expected "address:port" or "off"')
-    if not (port.isascii() and port.isdigit() and len(port) <= 5 and int(port) < 65_536):
-        raise ValueError(f"{text!r}: the port is a number up to 65535")
-    return host, int(port)
-
-
 class Server:
     """Serves ``pages`` (path -> page). A page that raises is answered with 500 and logged.
 

@@ -18,14 +18,14 @@ import msgspec
 from contentfilter.bus.messages import Happened, Heartbeat, Status
 from contentfilter.bus.remote_feed import RemoteFeed
 from contentfilter.deadline import Deadline
-from contentfilter.doors.admission import Rarely
 from contentfilter.doors.watermarks import RESOURCES
-from contentfilter.log import Logger
+from contentfilter.endpoint import parse_listen
+from contentfilter.log import Logger, Rarely
 from contentfilter.model import Scanner
 from contentfilter.monitor.backends import backend_statuses
 from contentfilter.monitor.canary import measured
 from contentfilter.monitor.history import History
-from contentfilter.monitor.http import Page, Response, Server, parse_listen
+from contentfilter.monitor.http import Page, Response, Server
 from contentfilter.monitor.measure import Sample, backlog, measure
 from contentfilter.monitor.metrics import Metrics, Registry
 from contentfilter.monitor.page import PATHS, make_pages

@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from contentfilter.deadline import Deadline
+from contentfilter.endpoint import Address
 from contentfilter.errors import BackendError, Cause
 from contentfilter.model import Scanner
 from contentfilter.monitor.measure import Sample
 from contentfilter.scanners.clamd import ClamdScanner
 from contentfilter.scanners.spamd import SpamdScanner
-from contentfilter.scanners.stream import Address
 from contentfilter.settings import Clamd, Settings, Spamd
 from contentfilter.wire.clamd import Version
 

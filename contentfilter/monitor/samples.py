@@ -10,39 +10,23 @@ may be seen twice: a hook whose worker died offers its message again.
 """
 
 import base64
-import hashlib
-import hmac
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import formatdate
 
-from contentfilter.model import BytesLike, Scanner
+from contentfilter.doors.canary import CLEAN, EICAR, GTUBE, SIGNATURE
 from contentfilter.policy.tolerance import Allowance
 from contentfilter.scanners.signatures.rules import LIBRARY, Fragment, Rule, Rules, Signature
 from contentfilter.settings import Settings
 
-VARIABLE = "CONTENTFILTER_CANARY"
 ENVELOPE = b"F\0\0"
 """Nobody sends it, to nobody: a qmail-queue that got it all the same would have nobody to deliver it to."""
-LIFETIME = 120
-"""Seconds for which a mark holds."""
 
-CLEAN, EICAR, GTUBE, SIGNATURE = "clean", "eicar", "gtube", "signature"
-ASKED: Mapping[str, tuple[Scanner, ...]] = {
-    CLEAN: tuple(Scanner),
-    EICAR: (Scanner.CLAMD,),
-    GTUBE: (Scanner.SPAMD,),
-    SIGNATURE: (Scanner.SIGNATURES, Scanner.LOADERTYPES),
-}
-"""Which scanners look at a sample, as far as they are configured, whatever tables and switches say of recipients."""
 
 _EICAR = (b"X5O!P%@AP[4\\PZX5", b"4(P^)7CC)7}$EI", b"CAR-STANDARD-ANTIV", b"IRUS-TEST-FILE!$H+H*")
 _GTUBE = (b"XJS*C4JDBQADN1.N", b"SBN3*2IDNEN*GTUBE-STAN", b"DARD-ANTI-UBE-TEST", b"-EMAIL*C.34X")
 _WORDS = b"A sample that the content filter sends to itself, to see that mail is scanned.\n"
 _PROGRAM = ("T", "VqQAAM", "AAAAEAAAA")  # MZ, as the usual linker writes it, in base64
 _ALIGNED = {0: 0, 2: 1, 4: 2, 6: 3}  # bits of a pattern in the byte before -> its place in a group of four letters
-_TOKEN = re.compile(rb"(1:([a-z]{1,16}):([0-9a-f]{32}):([0-9]{1,12}):([0-9a-f]{64})):([0-9a-f]{64})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,41 +125,3 @@ def _lines(letters: bytes) -> bytes:
 
 
 # The mark
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """A canary that proved to be one."""
-
-    sample: str
-    nonce: str
-
-
-def sign(secret: bytes, sample: str, nonce: str, expires: int, message: bytes) -> str:
-    """The value of VARIABLE for one message. ``nonce``: 32 hexadecimal digits; ``expires``: seconds since 1970."""
-    told = f"1:{sample}:{nonce}:{expires}:{hashlib.sha256(message).hexdigest()}".encode("ascii")
-    return (told + b":" + _mac(secret, told)).decode("ascii")
-
-
-def recognise(environ: Mapping[bytes, bytes], secret: bytes, message: BytesLike, now: float) -> Mark | None:
-    """What the hook's environment proves; None: this is mail. The caller has made sure whose hook it is.
-
-    Mail costs one look-up. Without a secret nothing is proved.
-    """
-    value = environ.get(VARIABLE.encode())
-    if value is None or len(environ) != 1 or not secret:  # a variable of an SMTP server beside it: not ours
-        return None
-    token = _TOKEN.fullmatch(value)
-    if token is None or not hmac.compare_digest(_mac(secret, token[1]), token[6]):
-        return None
-    sample, expires = token[2].decode("ascii"), int(token[4])
-    if sample not in ASKED or not now <= expires <= now + LIFETIME:
-        return None
-    with memoryview(message) as whole:
-        if hashlib.sha256(whole).hexdigest().encode("ascii") != token[5]:
-            return None
-    return Mark(sample, token[3].decode("ascii"))
-
-
-def _mac(secret: bytes, told: bytes) -> bytes:
-    return hmac.new(secret, b"contentfilter canary 1\0" + told, "sha256").hexdigest().encode("ascii")

@@ -18,13 +18,14 @@ import clamd as clamd_package
 
 from contentfilter import settings
 from contentfilter.deadline import Deadline
+from contentfilter.endpoint import Address
 from contentfilter.errors import BackendError, Cause, RemoteProtocolError
 from contentfilter.model import Message, Scanner, ScanOutcome, ScanStatus
 from contentfilter.policy.budget import one_try
 from contentfilter.scanners.health import USUAL, Patience
 from contentfilter.scanners.pool import Pool
 from contentfilter.scanners.resolve import Resolver
-from contentfilter.scanners.stream import Address, Late, Leave, Limits, Pending, Surroundings, converse
+from contentfilter.scanners.stream import Late, Leave, Limits, Pending, Surroundings, converse
 from contentfilter.wire import clamd
 from contentfilter.wire.buffer import printable
 

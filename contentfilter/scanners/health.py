@@ -9,8 +9,8 @@ import asyncio
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
+from contentfilter.endpoint import Address
 from contentfilter.errors import Cause
-from contentfilter.scanners.stream import Address
 
 REST_AFTER = 3  # failures in a row
 FIRST_REST, LONGEST_REST = 1.0, 10.0  # seconds

@@ -14,10 +14,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from contentfilter.deadline import Deadline
+from contentfilter.endpoint import Address
 from contentfilter.errors import BackendError, Cause
 from contentfilter.scanners.health import USUAL, Backend, Health, Patience, choose, describe, due, usable
 from contentfilter.scanners.health import BackendHealth as BackendHealth
-from contentfilter.scanners.stream import Address, ClosedError, UnreachableError
+from contentfilter.scanners.stream import ClosedError, UnreachableError
 
 T = TypeVar("T")
 Ping = Callable[[Address, Deadline], Awaitable[object]]

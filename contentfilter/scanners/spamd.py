@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from contentfilter import settings
 from contentfilter.deadline import Deadline
+from contentfilter.endpoint import Address
 from contentfilter.errors import BackendError, Cause
 from contentfilter.model import Message, Scanner, ScanOutcome, ScanStatus, Want
 from contentfilter.policy.budget import one_try
@@ -18,7 +19,7 @@ from contentfilter.scanners import tls
 from contentfilter.scanners.health import USUAL, Patience
 from contentfilter.scanners.pool import Pool
 from contentfilter.scanners.resolve import Resolver
-from contentfilter.scanners.stream import Address, Late, Leave, Limits, Pending, Surroundings, converse
+from contentfilter.scanners.stream import Late, Leave, Limits, Pending, Surroundings, converse
 from contentfilter.wire import spamd
 
 GROWTH = 1_048_576  # bytes that spamd's report may add to a message

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from contentfilter.deadline import Deadline
+from contentfilter.endpoint import Address
 from contentfilter.errors import BackendError, Cause, RemoteProtocolError
 from contentfilter.model import ScanOutcome
 from contentfilter.scanners.resolve import Resolver
@@ -33,43 +34,6 @@ _BUSY = frozenset(
     {errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS, errno.EADDRNOTAVAIL}
 )
 _HANG_UP = (BrokenPipeError, ConnectionResetError)
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where a daemon listens: a Unix socket's ``path``, or ``host`` and ``port``, with or without TLS."""
-
-    path: str = ""
-    host: str = ""
-    port: int = 0
-    tls: bool = False
-
-    @classmethod
-    def parse(cls, text: str) -> "Address":
-        """``unix:/path``, ``tcp:host:port``, ``tls:host:port``, ``tcp:[v6]:port``; else a ValueError that says why."""
-        kind, _, rest = text.partition(":")
-        if kind == "unix":
-            if not rest.startswith("/") or "\0" in rest or len(rest.encode()) > 107:
-                raise ValueError(f"{text!r}: unix: needs an absolute path of at most 107 bytes")
-            return cls(path=rest)
-        if kind not in ("tcp", "tls"):
-            raise ValueError(f"{text!r}: a backend is unix:/path, tcp:host:port or tls:host:port")
-        host, _, port = rest.rpartition(":")
-        if host.startswith("[") and host.endswith("]"):
-            host = host[1:-1]
-        elif ":" in host:
-            raise ValueError(f"{text!r}: an IPv6 address stands in brackets, {kind}:[::1]:783")
-        if not host or not host.isascii() or not host.isprintable() or " " in host:
-            raise ValueError(f"{text!r}: {kind}: needs a host, {kind}:host:port")
-        if not (port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65_536):
-            raise ValueError(f"{text!r}: the port is a number from 1 to 65535")
-        return cls(host=host, port=int(port), tls=kind == "tls")
-
-    def __str__(self) -> str:
-        if self.path:
-            return f"unix:{self.path}"
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{'tls' if self.tls else 'tcp'}:{host}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,21 +5,18 @@ nor the process. Its result is logged as ``housekeeping.done``, its failure as `
 """
 
 import asyncio
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from contentfilter.log import Logger
 from contentfilter.settings import Settings
 from contentfilter.store.quarantine import Quarantine
 from contentfilter.supervisor.clock import FILE, believable
+from contentfilter.threads import in_thread
 
-T = TypeVar("T")
 DELAY = 60.0  # seconds from the start to the first round
 INTERVAL = 3600.0
 
@@ -63,27 +60,6 @@ async def _do(chore: Chore, settings: Settings, aged: bool, log: Logger) -> None
         log.error("housekeeping.failed", chore=chore.name, why=why)  # noqa: TRY400 - a full disk is no defect
     else:
         log.info("housekeeping.done", chore=chore.name, seconds=round(time.monotonic() - began, 3), **counts)
-
-
-async def in_thread(act: Callable[[], T]) -> T:
-    """What ``act`` returns or raises, from a thread that nobody waits for at the end of the process."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[T] = loop.create_future()
-
-    def settle(settled: Callable[[], None]) -> None:
-        if not done.done():  # else cancelled: the service ends
-            settled()
-
-    def work() -> None:
-        try:
-            settled = partial(done.set_result, act())
-        except Exception as error:
-            settled = partial(done.set_exception, error)
-        with suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(settle, settled)
-
-    threading.Thread(target=work, name="housekeeping", daemon=True).start()
-    return await done
 
 
 def chores() -> tuple[Chore, ...]:

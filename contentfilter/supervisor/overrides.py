@@ -17,15 +17,16 @@ import msgspec
 from contentfilter.bus import messages
 from contentfilter.deadline import Deadline
 from contentfilter.errors import ConfigError
+from contentfilter.files import memory_file
 from contentfilter.log import Logger
 from contentfilter.model import readable
 from contentfilter.policy.bypass import SCANNERS, Bypass, objection, utc
 from contentfilter.settings import Settings
 from contentfilter.store.bypass import read_bypasses, save
 from contentfilter.supervisor.control import Answer
-from contentfilter.supervisor.maintenance import in_thread
-from contentfilter.supervisor.process import Process, memory_file
+from contentfilter.supervisor.process import Process
 from contentfilter.supervisor.spread import Spread
+from contentfilter.threads import in_thread
 
 TAKE_WAIT = 10.0  # seconds for all workers to follow
 SAVE_WAIT = 5.0  # seconds for the disk

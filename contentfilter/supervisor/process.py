@@ -93,16 +93,3 @@ class Process:
             waiting=beat.waiting if beat else 0,
             short=beat.short if beat else "",
         )
-
-
-def memory_file(name: str, content: bytes) -> int:
-    """A memfd with ``content``, to be inherited and read from its start."""
-    fd = os.memfd_create(name, os.MFD_CLOEXEC)
-    try:
-        view = memoryview(content)
-        while view:
-            view = view[os.write(fd, view) :]
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd

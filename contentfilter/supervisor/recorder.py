@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from contentfilter.bus.messages import Event
-from contentfilter.doors.admission import Rarely
 from contentfilter.errors import JournalError
-from contentfilter.log import Logger
+from contentfilter.log import Logger, Rarely
 from contentfilter.settings import Settings
 from contentfilter.store.journal import Journal, journal_path, set_aside
 

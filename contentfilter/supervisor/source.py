@@ -3,12 +3,16 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from contentfilter.doors.admission import Rarely
-from contentfilter.errors import Problem
-from contentfilter.log import Logger
-from contentfilter.monitor.samples import Sample
+import msgspec
+
+from contentfilter.config.controls import read_controls
+from contentfilter.config.load import load_settings
+from contentfilter.config.runtime import Runtime, make_runtime, read_allowances, unusable
+from contentfilter.errors import ConfigError, Problem
+from contentfilter.log import Logger, Rarely
+from contentfilter.monitor.samples import Sample, make_samples
 from contentfilter.settings import Settings
-from contentfilter.tables.keeper import State
+from contentfilter.tables.keeper import Keeper, State
 
 TELL_AGAIN = 600.0  # seconds after which tables that are still not current are told again
 
@@ -58,3 +62,56 @@ class Staleness:
             if self._again.allow() is not None:
                 self._log.warning("tables.stale", why=state.trouble, age=state.age, **rows)
         self._told = state.trouble
+
+
+class Files:
+    """The configuration from files, for the supervisor. ``workers`` and ``socket`` override the settings."""
+
+    def __init__(self, config_path: str, *, workers: int | None = None, socket: str | None = None) -> None:
+        self._path = config_path
+        self._workers = workers
+        self._socket = socket
+        self._keeper = Keeper()
+        self._problems: tuple[Problem, ...] = ()
+        self._runtime: Runtime | None = None
+
+    async def load(self) -> Loaded:
+        """Read everything anew. Raises ConfigError."""
+        settings = load_settings(self._path)
+        if self._workers is not None:
+            settings = msgspec.structs.replace(
+                settings, service=msgspec.structs.replace(settings.service, workers=self._workers)
+            )
+        if self._socket is not None:
+            settings = msgspec.structs.replace(
+                settings, listen=msgspec.structs.replace(settings.listen, socket=self._socket)
+            )
+        if wrong := unusable(settings):
+            raise ConfigError(wrong)
+        controls, problems = await read_controls(settings.service.control)
+        runtime, more = make_runtime(settings, controls, "")
+        _, table_problems = await self._keeper.update(settings, anew=True)
+        self._runtime, self._problems = runtime, (*problems, *more)
+        return self._loaded(runtime, table_problems)
+
+    async def refresh(self) -> Loaded | None:
+        """Look at the tables only."""
+        runtime = self._runtime
+        if runtime is None:
+            return None
+        changed, problems = await self._keeper.update(runtime.settings, anew=False)
+        allowed, wrong = read_allowances(runtime.settings)
+        if allowed != runtime.allowed:
+            self._runtime = runtime = msgspec.structs.replace(runtime, allowed=allowed)
+            changed = True
+        return self._loaded(runtime, (*problems, *wrong)) if changed else None
+
+    def tables(self) -> State:
+        """How the tables in force stand."""
+        return self._keeper.state()
+
+    def _loaded(self, runtime: Runtime, table_problems: tuple[Problem, ...]) -> Loaded:
+        runtime = msgspec.structs.replace(runtime, snapshot=self._keeper.path)
+        blob = msgspec.msgpack.encode(runtime)
+        samples = make_samples(runtime.settings, runtime.signatures, runtime.loadertypes, runtime.allowed)
+        return Loaded(runtime.settings, blob, (*self._problems, *table_problems), samples, runtime.sysfacility)

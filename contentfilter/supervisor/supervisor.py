@@ -16,21 +16,23 @@ import zmq
 
 from contentfilter import __version__
 from contentfilter.bus import messages, sockets
+from contentfilter.config.runtime import worker_count
 from contentfilter.deadline import Deadline
-from contentfilter.doors.admission import Rarely
-from contentfilter.doors.listener import OwnSocket, SocketError, hold_lock, inherited_socket, open_socket
+from contentfilter.doors.listening_socket import OwnSocket, SocketError, hold_lock, inherited_socket, open_socket
 from contentfilter.errors import RemoteProtocolError
-from contentfilter.log import Logger, adopt_standard_logging, make_logger
+from contentfilter.files import memory_file
+from contentfilter.log import Logger, Rarely, adopt_standard_logging, make_logger
 from contentfilter.log_target import open_target
 from contentfilter.monitor.canary import Canary
 from contentfilter.monitor.monitor import Monitor
+from contentfilter.monitor.samples import Sample
 from contentfilter.settings import Settings
 from contentfilter.supervisor.configuration import Configuration
 from contentfilter.supervisor.control import Answer, answer_questions
 from contentfilter.supervisor.maintenance import Chore, keep_house
 from contentfilter.supervisor.overrides import BreakGlass
 from contentfilter.supervisor.pool import Pool
-from contentfilter.supervisor.process import Process, memory_file
+from contentfilter.supervisor.process import Process
 from contentfilter.supervisor.recorder import Recorder
 from contentfilter.supervisor.source import Loaded, Source
 from contentfilter.supervisor.systemd import Notifier, listen_fds, watchdog_interval
@@ -48,11 +50,11 @@ class Supervisor:
     """The daemon's first process. :meth:`run` returns the exit status."""
 
     def __init__(
-        self, source: Source, app: str, environ: MutableMapping[str, str], chores: Sequence[Chore] = ()
+        self, source: Source, worker: Sequence[str], environ: MutableMapping[str, str], chores: Sequence[Chore] = ()
     ) -> None:
         self._source = source
         self._chores = tuple(chores)
-        self._app = app  # "module:function", what a worker builds its application with
+        self._worker = worker  # the beginning of a worker's command line
         self._environ = environ
         self._state = "starting"
         self._began = time.monotonic()
@@ -103,7 +105,7 @@ class Supervisor:
         )
         self._monitor = Monitor(self._log, lambda: self._settings, self.status, self._listener)
         self._glass = BreakGlass(self._log, lambda: self._settings, self._bus.command, self._ordered, *workers)
-        self._canary = Canary(self._log, lambda: self._configuration.loaded, lambda: self.status().state)
+        self._canary = Canary(self._log, self._in_force, lambda: self.status().state)
         chores = (*self._chores, Chore("journal", lambda _, aged: {"messages": recorder.expire(aged)}))
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._signalled)
@@ -152,9 +154,14 @@ class Supervisor:
             fds = {"listen": self._listener.fileno(), "lifeline": self._lifeline, "runtime": runtime, "orders": orders}
             fds["suspects"] = self._suspects.fd
             place = self._suspects.enlist()
-            words = command_line(self._app, loaded.settings, loaded.sysfacility, slot, generation, place, fds)
+            words = command_line(self._worker, loaded.settings, loaded.sysfacility, slot, generation, place, fds)
+
+            def buried(process: Process) -> None:
+                self._suspects.bury(place, expected=process.expected, child=process.pid)
+                ended(process)
+
             try:
-                return Process(slot, words, tuple(fds.values()), self._suspects.watched(place, ended))
+                return Process(slot, words, tuple(fds.values()), buried)
             except OSError:
                 self._suspects.bury(place, expected=True, child=0)
                 raise
@@ -186,6 +193,10 @@ class Supervisor:
     @property
     def _settings(self) -> Settings:
         return self._configuration.loaded.settings
+
+    def _in_force(self) -> tuple[Settings, tuple[Sample, ...]]:
+        loaded = self._configuration.loaded
+        return loaded.settings, loaded.samples
 
     def _adopt(self, loaded: Loaded) -> None:
         self._recorder.change(loaded.settings)
@@ -257,6 +268,9 @@ class Supervisor:
             await self._monitor.look(Deadline.after(LOOK_WAIT))
             return self.status()
 
+        async def canary(question: messages.Question, uid: int) -> messages.Reply:
+            return await self._canary.round()
+
         async def failures(question: messages.Question, uid: int) -> messages.Reply:
             return messages.Failures(self._configuration.generation, self._settings.failure)
 
@@ -272,7 +286,7 @@ class Supervisor:
             messages.AskStatus: status,
             messages.AskReload: reload,
             **self._glass.answers(),
-            **self._canary.answers(),
+            messages.AskCanary: canary,
             messages.AskFailures: failures,
         }
 
@@ -352,7 +366,3 @@ def _listen(passed: list[tuple[str, int]], settings: Settings) -> tuple[OwnSocke
     listen = settings.listen
     own = open_socket(listen.socket, int(listen.mode, 8), listen.backlog)
     return own, own.socket
-
-
-def worker_count(settings: Settings) -> int:
-    return settings.service.workers or len(os.sched_getaffinity(0))

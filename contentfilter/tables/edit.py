@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 from contentfilter.deadline import Deadline
 from contentfilter.errors import ConfigError, Problem
-from contentfilter.files import replace_file
+from contentfilter.files import Report, file_state, read_file, replace_file
 from contentfilter.policy.addresses import EXEMPT, PLAIN_KEYS
-from contentfilter.tables.files import MAX_SIZE, file_state, read_file
-from contentfilter.tables.rows import Report, parse_row, row_text
+from contentfilter.tables.files import MAX_SIZE
+from contentfilter.tables.rows import parse_row, row_text
 
 LOCK = ".contentfilter-clients.lock"
 _POLL = 0.02  # seconds; flock has no time limit of its own

@@ -11,10 +11,11 @@ import time
 import msgspec
 
 from contentfilter.errors import ConfigError, Problem
+from contentfilter.files import Source
 from contentfilter.settings import Settings
 from contentfilter.tables import shrink
 from contentfilter.tables.files import load_tables, sources
-from contentfilter.tables.rows import Rows, Source
+from contentfilter.tables.rows import Rows
 from contentfilter.tables.snapshot import FILE, Header, Snapshot, compile_snapshot
 
 

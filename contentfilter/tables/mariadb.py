@@ -20,12 +20,13 @@ import aiomysql
 
 from contentfilter.deadline import Deadline
 from contentfilter.errors import ConfigError, Problem
+from contentfilter.files import Source, read_file
 from contentfilter.model import readable
 from contentfilter.settings import MariaDb, Settings
-from contentfilter.tables.files import default_domain, read_file
+from contentfilter.tables.files import default_domain
 from contentfilter.tables.owners import OwnerBuilder
 from contentfilter.tables.result import Builder
-from contentfilter.tables.rows import TABLES, Rows, Source, Table
+from contentfilter.tables.rows import TABLES, Rows, Table
 
 BATCH = 2000  # rows between two chances for others on the event loop
 MAX_PASSWORD_FILE = 4096

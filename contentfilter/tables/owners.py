@@ -8,9 +8,10 @@ spamd's business.
 from collections.abc import Collection, Sequence
 
 from contentfilter.errors import ConfigError, Problem
+from contentfilter.files import Report
 from contentfilter.model import readable
 from contentfilter.policy.addresses import EVERYBODY, EXEMPT, PLAIN_KEYS, parse_key
-from contentfilter.tables.rows import Report, parse_table, short
+from contentfilter.tables.rows import parse_table, short
 
 PREFS = "spamprefs"
 """The list's name in the control directory."""

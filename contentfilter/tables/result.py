@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from contentfilter.errors import ConfigError, Problem
+from contentfilter.files import Report
 from contentfilter.model import readable
 from contentfilter.policy.addresses import EXEMPT, MAX_KEY, PLAIN_KEYS, parse_key
 from contentfilter.policy.options import parse_option
 from contentfilter.tables.files import MAX_SIZE
-from contentfilter.tables.rows import OPTIONS, Report, Table, short
+from contentfilter.tables.rows import OPTIONS, Table, short
 
 # Types of result columns, from the protocol.
 _TEXT = frozenset({15, 247, 249, 250, 251, 252, 253, 254})

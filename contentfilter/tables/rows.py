@@ -9,31 +9,19 @@ from array import array
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-import msgspec
-
 from contentfilter.errors import Problem
+from contentfilter.files import Report, Source
 from contentfilter.model import readable
 from contentfilter.policy.addresses import EXEMPT, PLAIN_KEYS, parse_key
 from contentfilter.policy.options import SPAM_OPTIONS, VIRUS_OPTIONS, parse_option
 
 TABLES = ("clamavclients", "spamdclients")
-MAX_PROBLEMS = 100  # per file; what is beyond is counted
 OPTIONS = {"clamavclients": VIRUS_OPTIONS, "spamdclients": SPAM_OPTIONS}
 """Names that may stand after a key, in each table; see :mod:`contentfilter.policy.options`."""
 ALL_OPTIONS = VIRUS_OPTIONS + SPAM_OPTIONS
 
 Table = dict[bytes, bytes]
 """Canonical key -> ``b""`` (check), ``b"!"`` (exempt), or the options, each in its one form."""
-
-
-class Source(msgspec.Struct, frozen=True):
-    """State of a file or database that rows came from. Two equal ones mean that it need not be read again."""
-
-    path: str
-    mtime_ns: int = 0
-    size: int = -1  # -1: there is no such file
-    inode: int = 0
-    fingerprint: str = ""  # of a database; empty where it has none, and must be read to know
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,31 +33,6 @@ class Rows:
     default_domain: bytes = b""  # what a recipient without domain gets for the look-up
     sources: tuple[Source, ...] = ()
     prefs: Collection[bytes] = ()  # owners of SpamAssassin preferences: user@domain and @domain, each once
-
-
-class Report:
-    """Collects problems of one file and stops at :data:`MAX_PROBLEMS`."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self._found: list[Problem] = []
-        self._more = 0
-        self._more_are_warnings = True
-
-    def add(self, line: int, text: str, *, warning: bool = False) -> None:
-        """Note one; beyond the limit it is only counted."""
-        if len(self._found) < MAX_PROBLEMS:
-            self._found.append(Problem(self.path, line, text, warning))
-        else:
-            self._more += 1
-            self._more_are_warnings &= warning
-
-    def problems(self) -> tuple[Problem, ...]:
-        """All of them, and one more where some were only counted."""
-        if not self._more:
-            return tuple(self._found)
-        text = f"{self._more} more problems are not listed"
-        return (*self._found, Problem(self.path, 0, text, self._more_are_warnings))
 
 
 def parse_table(text: bytes, path: str, allowed: Collection[bytes] = ALL_OPTIONS) -> tuple[Table, tuple[Problem, ...]]:

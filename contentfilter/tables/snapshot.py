@@ -28,10 +28,10 @@ from zlib import crc32
 import msgspec
 
 from contentfilter.errors import ConfigError, Problem
-from contentfilter.files import replace_file
+from contentfilter.files import Source, replace_file
 from contentfilter.policy.addresses import EVERYBODY, EXEMPT
 from contentfilter.policy.plan import Lookup, Owners, Row
-from contentfilter.tables.rows import Rows, Source
+from contentfilter.tables.rows import Rows
 
 FILE = "tables.snapshot"
 """Its name in the state directory."""

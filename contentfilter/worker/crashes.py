@@ -29,7 +29,6 @@ from typing import Any, TypeVar
 import msgspec
 
 from contentfilter.log import Logger
-from contentfilter.supervisor.process import Process
 
 T = TypeVar("T")
 FATAL = 2  # deaths after which a message is isolated
@@ -118,15 +117,6 @@ class Suspects:
         (used,) = _USED.unpack_from(self._table)
         _USED.pack_into(self._table, 0, max(used, lane + 1))
         return Place(lane, self._lives)
-
-    def watched(self, place: Place, ended: Callable[[Process], None]) -> Callable[[Process], None]:
-        """``ended``, after the worker's lane was looked at."""
-
-        def act(process: Process) -> None:
-            self.bury(place, expected=process.expected, child=process.pid)
-            ended(process)
-
-        return act
 
     def bury(self, place: Place, *, expected: bool, child: int) -> None:
         """The worker is gone. What it left in its lane counts unless it was asked to end, and did."""

@@ -9,15 +9,13 @@ SIGTERM and when the lifeline closes, which means that the supervisor is gone; a
 import argparse
 import asyncio
 import gc
-import importlib
 import os
 import resource
 import select
 import selectors
 import signal
-import sys
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -26,7 +24,8 @@ from contentfilter.bus.messages import ORDERS, Busy, Event, Heartbeat, Orders, R
 from contentfilter.bus.sockets import BATCH_DELAY, WorkerBus
 from contentfilter.deadline import Deadline
 from contentfilter.doors.admission import Job, Offered, Terms
-from contentfilter.doors.listener import Listener, inherited_socket
+from contentfilter.doors.listener import Listener
+from contentfilter.doors.listening_socket import inherited_socket
 from contentfilter.doors.message import Spool
 from contentfilter.doors.origin import resolve
 from contentfilter.doors.watermarks import Floors, Lookout
@@ -340,20 +339,17 @@ def read_all(fd: int) -> bytes:
         return file.read()
 
 
-def load_build(name: str) -> Build:
-    """``package.module:function`` as the supervisor was told to use."""
-    module, _, attribute = name.partition(":")
-    build: Build = getattr(importlib.import_module(module), attribute)
-    return build
-
-
 def command_line(
-    app: str, settings: Settings, facility: str, slot: int, generation: int, place: Place, fds: dict[str, int]
+    worker: Sequence[str],
+    settings: Settings,
+    facility: str,
+    slot: int,
+    generation: int,
+    place: Place,
+    fds: dict[str, int],
 ) -> list[str]:
-    """How the supervisor starts a worker. ``-P``: never import from the current directory."""
-    words = [sys.executable, "-P", "-m", "contentfilter.worker.main"]
+    """How the supervisor starts a worker; ``worker`` is the program and its first words."""
     options: dict[str, Any] = {
-        "app": app,
         "run": settings.service.run,
         "log": settings.log.format,
         "level": settings.log.level,
@@ -366,16 +362,17 @@ def command_line(
         "life": place.life,
         **fds,
     }
-    return words + [f"--{name}={value}" for name, value in options.items()]
+    return [*worker, *(f"--{name}={value}" for name, value in options.items())]
 
 
-def main() -> None:
+def main(build: Build, arguments: Sequence[str] | None = None) -> None:
+    """The whole life of a worker process. ``arguments``: in place of the process's own."""
     parser = argparse.ArgumentParser(prog="contentfilter worker", description="Started by contentfilter serve only.")
-    for name in ("app", "run", "log", "level", "to", "syslog", "facility"):
+    for name in ("run", "log", "level", "to", "syslog", "facility"):
         parser.add_argument(f"--{name}", required=True)
     for name in ("slot", "generation", "lane", "life", "listen", "lifeline", "runtime", "orders", "suspects"):
         parser.add_argument(f"--{name}", type=int, required=True)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     give_up_privileges()
     with suppress(OSError):  # the service's unit forbids it, and has set enough
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -387,8 +384,4 @@ def main() -> None:
     adopt_standard_logging(log)
     selector = Exclusive(options.listen)
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector)) as runner:
-        runner.run(Worker(options, load_build(options.app), log).run())
-
-
-if __name__ == "__main__":
-    main()
+        runner.run(Worker(options, build, log).run())

@@ -10,7 +10,7 @@ import sys
 
 from contentfilter.config import DEFAULT_PATH
 from contentfilter.config.load import read_settings
-from contentfilter.monitor.http import parse_listen
+from contentfilter.endpoint import parse_listen
 
 WAIT = 5.0  # seconds; below the HEALTHCHECK's own limit
 ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - looked up, not listened on

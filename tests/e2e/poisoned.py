@@ -12,10 +12,11 @@ import signal
 import sys
 
 from contentfilter.scanners.signatures.engine import Engine, Finding
+from contentfilter.supervisor import source
 from contentfilter.supervisor.maintenance import chores
 from contentfilter.supervisor.supervisor import Supervisor
-from contentfilter.worker import build
-from contentfilter.worker.main import Surroundings
+from contentfilter.worker import application
+from contentfilter.worker.main import main
 
 
 def scan(engine: Engine, data: mmap.mmap | bytes) -> Finding | None:
@@ -35,9 +36,9 @@ real = Engine.scan
 Engine.scan = scan  # type: ignore[method-assign]
 
 
-async def build(blob: bytes, surroundings: Surroundings) -> build.Application:
-    return await build.build(blob, surroundings)
-
-
 if __name__ == "__main__":
-    sys.exit(asyncio.run(Supervisor(build.Files(sys.argv[1]), "poisoned:build", os.environ, chores()).run()))
+    if sys.argv[1] == "worker":
+        main(application.build, sys.argv[2:])
+    else:
+        worker = (sys.executable, "-P", __file__, "worker")
+        sys.exit(asyncio.run(Supervisor(source.Files(sys.argv[1]), worker, os.environ, chores()).run()))

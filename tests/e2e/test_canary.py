@@ -31,6 +31,7 @@ from lab.spamd import Spamd
 from lab.system import System
 
 from contentfilter.bus import messages, sockets
+from contentfilter.doors import canary
 from contentfilter.monitor import samples
 from contentfilter.settings import Settings
 from contentfilter.store.release import load_secret
@@ -341,7 +342,7 @@ def test_a_hook_that_cannot_be_run_is_red_and_says_why(make: Make, settings: dic
 
 def marked(aviary: Aviary, message: bytes, *, secret: bytes | None = None, ends: float = 60.0) -> str:
     secret = load_secret(aviary.directory / "state") if secret is None else secret
-    return samples.sign(secret, "clean", secrets.token_hex(16), int(time.time() + ends), message)
+    return canary.sign(secret, "clean", secrets.token_hex(16), int(time.time() + ends), message)
 
 
 MAIL = b"From: a@example.org\nSubject: hello\n\nThis is mail.\n"
@@ -360,7 +361,7 @@ def test_what_only_looks_like_a_canary_is_mail(make: Make) -> None:
         (MAIL, marked(aviary, MAIL)),  # a good one, but in the environment of an SMTP session
         (copied, ""),  # the sample itself
     ):
-        got = aviary.deliver(message, env={samples.VARIABLE: mark}, environ=samples.VARIABLE)
+        got = aviary.deliver(message, env={canary.VARIABLE: mark}, environ=canary.VARIABLE)
         assert got.status == 0
         assert got.only.message.endswith(message)
     assert len(aviary.daemon.wait_for("mail.done", 6)) == 6
@@ -369,12 +370,12 @@ def test_what_only_looks_like_a_canary_is_mail(make: Make) -> None:
 def test_a_good_mark_in_another_users_hands_is_mail(make: Make) -> None:
     aviary = make()
     mark = marked(aviary, MAIL)
-    environ = {samples.VARIABLE.encode(): mark.encode()}
+    environ = {canary.VARIABLE.encode(): mark.encode()}
     assert offer(aviary.daemon.socket, MAIL, environ=environ).action is hook.Action.DROP  # ours: it is a canary
     if os.geteuid():
         pytest.skip("only root can be somebody else")
     conf = aviary.directory / "theirs.conf"
-    conf.write_text(f"socket {aviary.daemon.socket}\nqueue /dev/null\nenviron {samples.VARIABLE}\n")
+    conf.write_text(f"socket {aviary.daemon.socket}\nqueue /dev/null\nenviron {canary.VARIABLE}\n")
     ends = os.pipe()
     os.write(ends[1], b"Fa@example.org\0Tb@example.net\0\0")
     os.close(ends[1])
@@ -383,7 +384,7 @@ def test_a_good_mark_in_another_users_hands_is_mail(make: Make) -> None:
         input=MAIL,
         stdout=ends[0],
         stderr=subprocess.PIPE,
-        env={"CONTENTFILTER_QUEUE_CONF": str(conf), samples.VARIABLE: mark},
+        env={"CONTENTFILTER_QUEUE_CONF": str(conf), canary.VARIABLE: mark},
         user="nobody",
         timeout=60,
         check=False,

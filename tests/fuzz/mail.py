@@ -7,8 +7,8 @@ import time
 
 from lab.programs import b64, made, qp, uu
 
+from contentfilter.doors import canary
 from contentfilter.errors import BackendError, Cause
-from contentfilter.monitor import samples
 from contentfilter.scanners.signatures import decoders as decoding
 from contentfilter.scanners.signatures import mime
 from contentfilter.scanners.signatures.engine import Engine, default_loadertypes, default_signatures
@@ -95,16 +95,16 @@ def field_lines(block: bytes) -> list[bytes]:
 def marks(data: bytes) -> None:
     """Nobody without the key makes a mark, and no byte of a marked message may change."""
     assert release.released(data, SECRET, NOW) is None
-    assert samples.recognise({samples.VARIABLE.encode(): data}, SECRET, data, NOW) is None
+    assert canary.recognise({canary.VARIABLE.encode(): data}, SECRET, data, NOW) is None
     digest = release.hashlib.sha256(data).hexdigest()
     line = release.sign(SECRET, "0123456789abcdef", data[:40].decode("latin-1"), NOW + 60, digest)
     assert line.count(b"\n") == 1
     assert release.released(line + data, SECRET, NOW) == "0123456789abcdef"
     assert release.released(line + data + b"x", SECRET, NOW) is None
-    token = samples.sign(SECRET, samples.CLEAN, "0" * 32, NOW + 60, data).encode("ascii")
-    name = samples.VARIABLE.encode()
-    assert samples.recognise({name: token}, SECRET, data, NOW) is not None
-    assert samples.recognise({name: token + data[:1]}, SECRET, data, NOW) is None or not data
+    token = canary.sign(SECRET, canary.CLEAN, "0" * 32, NOW + 60, data).encode("ascii")
+    name = canary.VARIABLE.encode()
+    assert canary.recognise({name: token}, SECRET, data, NOW) is not None
+    assert canary.recognise({name: token + data[:1]}, SECRET, data, NOW) is None or not data
     at = data[0] % len(token) if data else 0
     forged = token[:at] + bytes((token[at] ^ 1,)) + token[at + 1 :]
-    assert samples.recognise({name: forged}, SECRET, data, NOW) is None
+    assert canary.recognise({name: forged}, SECRET, data, NOW) is None

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 from lab.hook import HookLab, HookProcess, accepted
 
-from contentfilter.admin import qmail as ops
+from contentfilter import qmail
 from contentfilter.cli.hook import hook as command
 
 ORIGINAL = b"#!/bin/sh\nexit 0\n"
@@ -110,7 +110,7 @@ def test_at_no_step_is_there_no_qmail_queue(site: Site, monkeypatch: pytest.Monk
 
 def test_queue_conf_is_written_for_this_qmail_and_goes_with_the_hook(site: Site) -> None:
     site.done("install", "--dialect", "sagredo")
-    read = ops.read_conf(site.program, site.conf)
+    read = qmail.read_conf(site.program, site.conf)
     assert (read.values["queue"], read.values["dialect"]) == (str(site.real), "sagredo")
     site.done("uninstall")
     assert not site.conf.exists()
@@ -142,7 +142,7 @@ def test_a_qmail_upgrade_over_the_hook_needs_force(site: Site) -> None:
     assert "--force" in refused.output
     site.done("install", "--force")
     assert site.real.read_bytes() == b"new qmail-queue"
-    assert ops.version_of(site.queue) is not None
+    assert qmail.version_of(site.queue) is not None
 
 
 def test_an_interrupted_install_can_go_on_or_back(site: Site) -> None:
@@ -152,7 +152,7 @@ def test_an_interrupted_install_can_go_on_or_back(site: Site) -> None:
     assert site.files() == before
     os.link(site.queue, site.real)
     site.done("install")
-    assert ops.version_of(site.queue) is not None
+    assert qmail.version_of(site.queue) is not None
     site.done("uninstall")
     assert site.files() == before
 

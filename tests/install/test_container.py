@@ -21,8 +21,7 @@ from style.tree import ROOT
 
 import contentfilter
 from contentfilter.config.load import load_settings
-from contentfilter.monitor.http import parse_listen
-from contentfilter.scanners.stream import Address
+from contentfilter.endpoint import Address, parse_listen
 from contentfilter.settings import Settings
 
 CONTAINER = ROOT / "etc" / "container"

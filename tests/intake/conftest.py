@@ -13,7 +13,8 @@ import pytest
 
 from contentfilter.deadline import Deadline
 from contentfilter.doors.admission import Job, Offered, Terms
-from contentfilter.doors.listener import Listener, open_socket
+from contentfilter.doors.listener import Listener
+from contentfilter.doors.listening_socket import open_socket
 from contentfilter.doors.message import Spool
 from contentfilter.doors.origin import resolve
 from contentfilter.log import make_logger

@@ -12,7 +12,8 @@ import pytest
 from lab.offer import ENVELOPE, MESSAGE, Offer, offer, sealed, unnamed
 
 from contentfilter.doors import queue
-from contentfilter.doors.admission import Job, Rarely, new_incident
+from contentfilter.doors.admission import Job, new_incident
+from contentfilter.log import Rarely
 from contentfilter.model import OriginKind
 from contentfilter.wire import hook
 

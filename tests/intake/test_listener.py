@@ -17,7 +17,7 @@ from lab.offer import Offer, offer
 from contentfilter.deadline import Deadline
 from contentfilter.doors import listener as module
 from contentfilter.doors.admission import Job
-from contentfilter.doors.listener import SocketError, hold_lock, inherited_socket, open_socket
+from contentfilter.doors.listening_socket import SocketError, hold_lock, inherited_socket, open_socket
 from contentfilter.wire import hook
 
 Listening = Callable[..., Any]

@@ -12,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import contentfilter
+from contentfilter.doors import canary
+from contentfilter.doors.canary import recognise, sign
 from contentfilter.model import Scanner
 from contentfilter.monitor import samples
-from contentfilter.monitor.samples import make_samples, recognise, sign
+from contentfilter.monitor.samples import make_samples
 from contentfilter.policy.tolerance import Allowance
 from contentfilter.scanners.signatures.engine import Engine, Rule, Rules, default_loadertypes, default_signatures
 from contentfilter.settings import Clamd, Settings, Spamd
@@ -130,7 +132,7 @@ def environ(message: bytes = b"m", **changes) -> dict[bytes, bytes]:
 
 
 def test_a_mark_says_which_sample_it_is() -> None:
-    assert recognise(environ(), KEY, b"m", NOW) == samples.Mark("eicar", NONCE)
+    assert recognise(environ(), KEY, b"m", NOW) == canary.Mark("eicar", NONCE)
 
 
 def test_a_mark_holds_while_a_hook_offers_its_message_again() -> None:
@@ -148,7 +150,7 @@ def test_a_mark_holds_while_a_hook_offers_its_message_again() -> None:
         (environ(secret=b""), b"", b"m", NOW),  # a key that could not be read proves nothing
         (environ(), KEY, b"another message", NOW),
         (environ(), KEY, b"m", NOW + 61),
-        (environ(expires=int(NOW) + samples.LIFETIME + 1), KEY, b"m", NOW),  # of a clock that was set back
+        (environ(expires=int(NOW) + canary.LIFETIME + 1), KEY, b"m", NOW),  # of a clock that was set back
         (environ(sample="other"), KEY, b"m", NOW),
         (environ() | {b"TCPREMOTEIP": b"192.0.2.1"}, KEY, b"m", NOW),
         (environ() | {b"RELAYCLIENT": b""}, KEY, b"m", NOW),

@@ -9,8 +9,9 @@ import pytest_asyncio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from contentfilter.endpoint import parse_listen
 from contentfilter.monitor import http
-from contentfilter.monitor.http import Response, Server, parse_listen
+from contentfilter.monitor.http import Response, Server
 
 BIG = b"x" * 20_000_000
 STATUS = re.compile(rb"HTTP/1\.1 (\d{3}) ")

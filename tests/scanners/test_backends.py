@@ -7,10 +7,11 @@ import weakref
 import pytest
 
 from contentfilter.deadline import Deadline
+from contentfilter.endpoint import Address
 from contentfilter.errors import BackendError, Cause
 from contentfilter.scanners.health import FAIR_TRY, LONGEST_REST, REST_AFTER, Backend, Health, choose
 from contentfilter.scanners.pool import Pool
-from contentfilter.scanners.stream import Address, ClosedError
+from contentfilter.scanners.stream import ClosedError
 
 pytestmark = pytest.mark.asyncio
 

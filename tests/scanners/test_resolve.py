@@ -10,9 +10,10 @@ from lab import peers
 from lab.peers import Peer, read_clamd
 
 from contentfilter.deadline import Deadline
+from contentfilter.endpoint import Address
 from contentfilter.errors import BackendError, Cause
 from contentfilter.scanners.resolve import AGAIN, FRESH, Found, Resolver
-from contentfilter.scanners.stream import Address, Limits, Surroundings, UnreachableError, converse
+from contentfilter.scanners.stream import Limits, Surroundings, UnreachableError, converse
 from contentfilter.wire import clamd
 
 pytestmark = pytest.mark.asyncio

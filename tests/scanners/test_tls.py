@@ -15,11 +15,12 @@ from lab.tls import Authority, Pair
 
 from contentfilter import settings
 from contentfilter.deadline import Deadline
+from contentfilter.endpoint import Address
 from contentfilter.errors import BackendError, Cause, ConfigError
 from contentfilter.model import ScanStatus, Want
 from contentfilter.scanners import tls
 from contentfilter.scanners.spamd import SpamdScanner
-from contentfilter.scanners.stream import Address, ClosedError, UnreachableError
+from contentfilter.scanners.stream import ClosedError, UnreachableError
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("nothing_left")]
 

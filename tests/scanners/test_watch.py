@@ -6,10 +6,11 @@ from collections.abc import Callable
 import pytest
 
 from contentfilter.deadline import Deadline
+from contentfilter.endpoint import Address
 from contentfilter.errors import BackendError, Cause
 from contentfilter.scanners.health import REST_AFTER, USUAL, Backend, Health, Patience, choose, due, usable
 from contentfilter.scanners.pool import Pool
-from contentfilter.scanners.stream import Address, ClosedError, UnreachableError
+from contentfilter.scanners.stream import ClosedError, UnreachableError
 
 pytestmark = pytest.mark.asyncio
 

@@ -12,9 +12,11 @@ import msgspec
 import pytest
 
 from contentfilter.bus import messages
+from contentfilter.bus.messages import SEEN, Seen
+from contentfilter.doors.canary import answer_for
 from contentfilter.log import make_logger
 from contentfilter.monitor import canary
-from contentfilter.monitor.canary import SEEN, Canary, Seen, answer_for, find_hook, judge, measured
+from contentfilter.monitor.canary import Canary, find_hook, judge, measured
 from contentfilter.monitor.canary_hook import Ended
 from contentfilter.monitor.metrics import CANARY_RESULTS
 from contentfilter.monitor.samples import Sample

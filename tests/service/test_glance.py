@@ -7,11 +7,10 @@ import msgspec
 import pytest
 from style.tree import ROOT
 
-from contentfilter.bus.messages import BackendStatus, Busy, CanaryResult, Drain, Status, WorkerStatus
+from contentfilter.bus.messages import BackendStatus, Busy, CanaryResult, Drain, Status, Window, WorkerStatus
 from contentfilter.cli.status import lines
 from contentfilter.model import OriginKind, Scanner
 from contentfilter.monitor.diagnosis import consequence, glance, length
-from contentfilter.monitor.history import Window
 from contentfilter.policy.bypass import Bypass
 from contentfilter.tables.keeper import State
 

@@ -14,7 +14,7 @@ import msgspec
 
 from contentfilter.bus.messages import Event
 from contentfilter.doors.admission import Job, Offered
-from contentfilter.doors.listener import SocketError
+from contentfilter.doors.listening_socket import SocketError
 from contentfilter.errors import ConfigError, Problem
 from contentfilter.scanners.pool import BackendHealth
 from contentfilter.settings import Settings
@@ -22,6 +22,7 @@ from contentfilter.supervisor.source import Loaded
 from contentfilter.supervisor.supervisor import Supervisor
 from contentfilter.wire import hook
 from contentfilter.worker.main import Surroundings
+from contentfilter.worker.main import main as worker_main
 
 QUEUE = hook.Answer(hook.Action.QUEUE, submissions=(hook.Submission(),))
 
@@ -94,11 +95,16 @@ class TomlSource:
 
 def main() -> int:
     try:
-        return asyncio.run(Supervisor(TomlSource(sys.argv[1]), "trivial:build", os.environ).run())
+        return asyncio.run(
+            Supervisor(TomlSource(sys.argv[1]), (sys.executable, "-P", __file__, "worker"), os.environ).run()
+        )
     except (ConfigError, SocketError) as error:
         print(f"contentfilter: {error}", file=sys.stderr)
         return 78 if isinstance(error, ConfigError) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if sys.argv[1] == "worker":
+        worker_main(build, sys.argv[2:])
+    else:
+        sys.exit(main())

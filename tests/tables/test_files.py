@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from contentfilter.errors import ConfigError
-from contentfilter.files import replace_file
+from contentfilter.files import read_file, replace_file
 from contentfilter.tables import files
-from contentfilter.tables.files import load_tables, read_file, sources
+from contentfilter.tables.files import load_tables, sources
 
 
 def load(directory):

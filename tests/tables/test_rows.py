@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from contentfilter import files
 from contentfilter.policy.addresses import parse_key
 from contentfilter.tables import rows
 from contentfilter.tables.rows import parse_table
@@ -123,7 +124,7 @@ def test_windows_line_ends_and_byte_order_mark_do_no_harm():
 def test_a_file_of_garbage_gives_a_bounded_number_of_problems():
     table, problems = parse_table(b"no key at all\n" * 50_000, "table")
     assert table == {}
-    assert len(problems) == rows.MAX_PROBLEMS + 1
+    assert len(problems) == files.MAX_PROBLEMS + 1
     assert "49900 more" in problems[-1].text
 
 

@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from contentfilter.errors import ConfigError
+from contentfilter.files import Source
 from contentfilter.policy.plan import Row
-from contentfilter.tables.rows import Rows, Source, parse_table
+from contentfilter.tables.rows import Rows, parse_table
 from contentfilter.tables.snapshot import Snapshot, compile_snapshot
 
 # Few words, so that tables and recipients meet often.

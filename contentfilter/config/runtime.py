@@ -1,0 +1,93 @@
+"""The configuration as one value: all that a worker needs, made from settings and control files."""
+
+import dataclasses
+import os
+
+import msgspec
+
+from contentfilter.config.controls import Controls
+from contentfilter.config.keys import load_keys
+from contentfilter.errors import ConfigError, Problem
+from contentfilter.policy.plan import Switches
+from contentfilter.policy.tolerance import Allowance
+from contentfilter.scanners.signatures.engine import (
+    Rules,
+    default_loadertypes,
+    default_signatures,
+    parse_loadertypes,
+    parse_signatures,
+)
+from contentfilter.scanners.tls import needed
+from contentfilter.settings import Settings
+from contentfilter.store.allow import read_allowed
+
+
+class Runtime(msgspec.Struct, frozen=True):
+    """All that a worker needs to know."""
+
+    settings: Settings
+    switches: Switches
+    spamdchildren: int
+    signatures: Rules | None  # None where the switch is off
+    loadertypes: Rules | None
+    snapshot: str  # empty: there are no tables yet
+    allowed: tuple[Allowance, ...] = ()
+    smtplog: int = 0
+    sysfacility: str = ""
+
+
+def unusable(settings: Settings) -> tuple[Problem, ...]:
+    """What is wrong with the certificates and keys that the settings name."""
+    found: list[Problem] = []
+    for load in (lambda: needed(settings.spamd), lambda: load_keys(settings.events)):
+        try:
+            load()
+        except ConfigError as error:
+            found += error.problems
+        except ValueError:
+            pass  # the settings' own check has told
+    return tuple(found)
+
+
+def read_allowances(settings: Settings) -> tuple[tuple[Allowance, ...], tuple[Problem, ...]]:
+    """The allow-list. A damaged one allows nothing; mail does not wait for its repair."""
+    try:
+        return read_allowed(settings.service.state), ()
+    except ConfigError as error:
+        return (), error.problems
+
+
+def make_runtime(settings: Settings, controls: Controls, snapshot: str) -> tuple[Runtime, tuple[Problem, ...]]:
+    """Settings and control files as one value, and what is wrong in the signature lists."""
+    switches = Switches(**{f.name: controls.values[f.name] for f in dataclasses.fields(Switches)})
+    problems: list[Problem] = []
+
+    def rules(text: bytes | None, name: str) -> Rules:
+        if text is None:
+            return default_signatures() if name == "badsignatures" else default_loadertypes()
+        parse = parse_signatures if name == "badsignatures" else parse_loadertypes
+        found, wrong = parse(text, os.path.join(settings.service.control, name))
+        problems.extend(wrong)
+        return found
+
+    signatures, loadertypes = (
+        rules(controls.badsignatures, "badsignatures"),
+        rules(controls.badloadertypes, "badloadertypes"),
+    )
+    allowed, damaged = read_allowances(settings)
+    runtime = Runtime(
+        settings,
+        switches,
+        controls.values["spamdchildren"],
+        signatures if switches.chksignature else None,
+        loadertypes if switches.chkloadertype else None,
+        snapshot,
+        allowed,
+        controls.values["smtplog"],
+        controls.values["sysfacility"],
+    )
+    return runtime, (*problems, *damaged)
+
+
+def worker_count(settings: Settings) -> int:
+    return settings.service.workers or len(os.sched_getaffinity(0))

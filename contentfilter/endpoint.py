@@ -1,0 +1,56 @@
+"""Addresses of backends and listeners, as settings write them."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a daemon listens: a Unix socket's ``path``, or ``host`` and ``port``, with or without TLS."""
+
+    path: str = ""
+    host: str = ""
+    port: int = 0
+    tls: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> "Address":
+        """``unix:/path``, ``tcp:host:port``, ``tls:host:port``, ``tcp:[v6]:port``; else a ValueError that says why."""
+        kind, _, rest = text.partition(":")
+        if kind == "unix":
+            if not rest.startswith("/") or "\0" in rest or len(rest.encode()) > 107:
+                raise ValueError(f"{text!r}: unix: needs an absolute path of at most 107 bytes")
+            return cls(path=rest)
+        if kind not in ("tcp", "tls"):
+            raise ValueError(f"{text!r}: a backend is unix:/path, tcp:host:port or tls:host:port")
+        host, _, port = rest.rpartition(":")
+        if host.startswith("[") and host.endswith("]"):
+            host = host[1:-1]
+        elif ":" in host:
+            raise ValueError(f"{text!r}: an IPv6 address stands in brackets, {kind}:[::1]:783")
+        if not host or not host.isascii() or not host.isprintable() or " " in host:
+            raise ValueError(f"{text!r}: {kind}: needs a host, {kind}:host:port")
+        if not (port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65_536):
+            raise ValueError(f"{text!r}: the port is a number from 1 to 65535")
+        return cls(host=host, port=int(port), tls=kind == "tls")
+
+    def __str__(self) -> str:
+        if self.path:
+            return f"unix:{self.path}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'tls' if self.tls else 'tcp'}:{host}:{self.port}"
+
+
+def parse_listen(text: str) -> tuple[str, int] | None:
+    """``host:port`` or ``[v6]:port``; None for ``off``. Port 0 is any free one. Raises ValueError that says why."""
+    if text == "off":
+        return None
+    host, colon, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise ValueError(f"{text!r}: an IPv6 address stands in brackets, [::1]:9464")
+    if not (colon and host and host.isascii() and host.isprintable() and " " not in host):
+        raise ValueError(f'{text!r}: expected "address:port" or "off"')
+    if not (port.isascii() and port.isdigit() and len(port) <= 5 and int(port) < 65_536):
+        raise ValueError(f"{text!r}: the port is a number up to 65535")
+    return host, int(port)

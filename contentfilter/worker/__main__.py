@@ -1,0 +1,7 @@
+"""``python -m contentfilter.worker``: started by the supervisor only."""
+
+from contentfilter.worker.application import build
+from contentfilter.worker.main import main
+
+if __name__ == "__main__":
+    main(build)

@@ -17,7 +17,11 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests")]
 from lab.hostile import SHAPES  # noqa: E402  # the path comes first
 
 from contentfilter.errors import BackendError  # noqa: E402  # the path comes first
-from contentfilter.scanners.signatures.engine import Engine, default_loadertypes, default_signatures  # noqa: E402  # the path comes first
+from contentfilter.scanners.signatures.engine import (  # noqa: E402  # the path comes first
+    Engine,
+    default_loadertypes,
+    default_signatures,
+)
 
 TICK = 0.002
 

@@ -100,5 +100,5 @@ class JournalError(ContentFilterError):
         self.unusable = unusable
 
 
-class RefusedError(Exception):
+class RefusedError(ContentFilterError):
     """What was asked for would break something, or cannot be done; the text says the remedy."""

@@ -47,7 +47,7 @@ def sync_directory(directory: str | os.PathLike[str]) -> None:
 MAX_PROBLEMS = 100  # per file; what is beyond is counted
 
 
-class Source(msgspec.Struct, frozen=True):
+class SourceState(msgspec.Struct, frozen=True):
     """State of a file or database that rows came from. Two equal ones mean that it need not be read again."""
 
     path: str
@@ -57,7 +57,7 @@ class Source(msgspec.Struct, frozen=True):
     fingerprint: str = ""  # of a database; empty where it has none, and must be read to know
 
 
-class Report:
+class ProblemCollector:
     """Collects problems of one file and stops at :data:`MAX_PROBLEMS`."""
 
     def __init__(self, path: str) -> None:
@@ -85,7 +85,7 @@ class Report:
 _TRIES = 5  # a file that changes under each of these reads is given up
 
 
-async def read_file(path: str, limit: int) -> tuple[bytes, Source]:
+async def read_file(path: str, limit: int) -> tuple[bytes, SourceState]:
     """The whole file, and the state it was in; ``b""`` and size -1 where there is none.
 
     Raises ConfigError for a file that cannot be read, is not a regular file, or has more than ``limit`` bytes.
@@ -102,7 +102,7 @@ async def read_file(path: str, limit: int) -> tuple[bytes, Source]:
                 data = await file.read(before.st_size + 1)
                 after = os.fstat(file.fileno())
         except FileNotFoundError:
-            return b"", Source(path)
+            return b"", SourceState(path)
         except OSError as e:
             raise ConfigError((Problem(path, 0, f"cannot read it: {e.strerror}"),)) from e
         if len(data) == before.st_size and _state(path, before) == _state(path, after):
@@ -119,16 +119,16 @@ def _open_nonblocking(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
-def _state(path: str, status: os.stat_result) -> Source:
-    return Source(path, status.st_mtime_ns, status.st_size, status.st_ino)
+def _state(path: str, status: os.stat_result) -> SourceState:
+    return SourceState(path, status.st_mtime_ns, status.st_size, status.st_ino)
 
 
-def file_state(path: str) -> Source:
+def file_state(path: str) -> SourceState:
     """The present state of one file."""
     try:
         return _state(path, os.stat(path))
     except OSError:
-        return Source(path)
+        return SourceState(path)
 
 
 def memory_file(name: str, content: bytes) -> int:

@@ -187,7 +187,7 @@ def adopt_standard_logging(log: Logger) -> None:
     logging.basicConfig(handlers=[Forward(log)], level=logging.WARNING, force=True)
 
 
-class Rarely:
+class RateLimiter:
     """Lets one event through per ``interval`` seconds and counts the others."""
 
     def __init__(self, interval: float) -> None:

@@ -35,13 +35,13 @@ class Stream:
     def __init__(self, fd: int, *, marked: bool = False) -> None:
         self._fd = fd
         self._marked = marked
-        self._room = select.poll()
-        self._room.register(fd, select.POLLOUT)
+        self._state = select.poll()
+        self._state.register(fd, select.POLLOUT)
         self.lost = 0
 
     def write(self, line: bytes, level: str) -> None:
         try:
-            if self._room.poll(0):
+            if self._state.poll(0):
                 os.write(self._fd, b"<%d>%b" % (SEVERITIES.get(level, 6), line) if self._marked else line)
                 self.lost = 0
                 return

@@ -112,6 +112,25 @@ class Want(enum.Enum):
     PROCESS = "PROCESS"  # the whole rewritten message
 
 
+class Action(enum.Enum):
+    """What happens to the whole message."""
+
+    QUEUE = "queue"
+    REJECT = "reject"
+    DEFER = "defer"
+    DROP = "drop"
+
+
+class Reason(enum.Enum):
+    """Why a message is refused."""
+
+    NONE = "none"
+    VIRUS = "virus"
+    SPAM = "spam"
+    BANNED = "banned"
+    SIZE = "size"
+
+
 _PRINTABLE = bytes(b if 32 <= b < 127 else 63 for b in range(256))
 
 

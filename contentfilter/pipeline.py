@@ -16,25 +16,36 @@ import msgspec
 
 from contentfilter.deadline import Deadline
 from contentfilter.errors import BackendError, Cause
-from contentfilter.model import Envelope, Message, Origin, OriginKind, Scanner, ScanOutcome, ScanStatus, Want
-from contentfilter.policy.admission import Claim, claim_of
-from contentfilter.policy.budget import kept_back, one_try
-from contentfilter.policy.bypass import Bypass, find_bypass, left_out
-from contentfilter.policy.decide import Action, Decision, Reason, decide, needed, open_owners
-from contentfilter.policy.failure import on_fault
-from contentfilter.policy.plan import Lookup, Owners, ScanPlan, Step, Switches, make_plan
-from contentfilter.policy.tolerance import Allowance, tolerate
-from contentfilter.scanners.cache import Question, Recall
+from contentfilter.model import (
+    Action,
+    Envelope,
+    Message,
+    Origin,
+    OriginKind,
+    Reason,
+    Scanner,
+    ScanOutcome,
+    ScanStatus,
+    Want,
+)
+from contentfilter.policy.admission import Priority, priority_of
+from contentfilter.policy.budget import attempt_timeout, reserve_for_later
+from contentfilter.policy.bypass import Bypass, bypassed_outcomes, find_bypass
+from contentfilter.policy.decide import Decision, decide, needed, open_owners
+from contentfilter.policy.failure import failure_action
+from contentfilter.policy.plan import Lookup, Owners, PlanStep, ScanPlan, Switches, make_plan
+from contentfilter.policy.tolerance import AllowEntry, apply_allowlist
+from contentfilter.scanners.cache import ScanCache, ScanRequest
 from contentfilter.scanners.clamd import ClamdScanner
-from contentfilter.scanners.limiter import Turns
+from contentfilter.scanners.limiter import ScannerLimiter
 from contentfilter.scanners.signatures.engine import Engine
 from contentfilter.scanners.spamd import SpamdScanner
 from contentfilter.scanners.stream import Leave
 from contentfilter.settings import Settings
 from contentfilter.store.quarantine import Quarantine
 from contentfilter.store.release import released
-from contentfilter.verdict.context import Case
-from contentfilter.verdict.record import Account, Record, fields, make_account, make_record
+from contentfilter.verdict.context import MessageContext
+from contentfilter.verdict.record import MailDetail, MailRecord, fields, make_detail, make_record
 from contentfilter.verdict.reply import answer
 from contentfilter.wire import hook
 
@@ -49,8 +60,8 @@ class Scanners:
     programs: Engine | None  # signatures and loader types; None where both are switched off
     clamd: ClamdScanner
     spamd: SpamdScanner
-    clamd_turns: Turns
-    spamd_turns: Turns
+    clamd_turns: ScannerLimiter
+    spamd_turns: ScannerLimiter
 
 
 class Pipeline:
@@ -64,10 +75,10 @@ class Pipeline:
         scanners: Scanners,
         quarantine: Quarantine,
         secret: bytes = b"",
-        allowed: tuple[Allowance, ...] = (),
+        allowed: tuple[AllowEntry, ...] = (),
         owners: Owners | None = None,
         bypasses: Callable[[], tuple[Bypass, ...]] = lambda: (),
-        recall: Recall | None = None,
+        recall: ScanCache | None = None,
     ) -> None:
         """``lookup``: None while there are no tables. ``owners``: None where nobody has preferences.
 
@@ -92,7 +103,7 @@ class Pipeline:
         self._shared: dict[OriginKind, ScanPlan] = {}  # for one recipient without a row, where that means no check
         # A scan goes on when its message is given up, but not where that lets the message pass: nobody comes again.
         self._comes_again = {
-            scanner: on_fault(scanner, Cause.TIMEOUT, OriginKind.STRANGER, settings) == "defer"
+            scanner: failure_action(scanner, Cause.TIMEOUT, OriginKind.STRANGER, settings) == "defer"
             for scanner in self._kinds
         }
 
@@ -103,7 +114,7 @@ class Pipeline:
         message: Message,
         origin: Origin,
         deadline: Deadline,
-        emit: Callable[[Record, Account], None],
+        emit: Callable[[MailRecord, MailDetail], None],
         attempt: int = 0,
     ) -> hook.Answer:
         """The answer for one message, and exactly one record of it, with its account."""
@@ -112,12 +123,12 @@ class Pipeline:
         if case.decision.quarantined:
             case = await self._kept(case, deadline)
         reply = answer(case)
-        emit(make_record(case, attempt, time.monotonic() - started), make_account(case, reply.text))
+        emit(make_record(case, attempt, time.monotonic() - started), make_detail(case, reply.text))
         return reply
 
     async def examine(
         self, incident: str, envelope: Envelope, message: Message, origin: Origin, deadline: Deadline
-    ) -> Case:
+    ) -> MessageContext:
         """Plan, ask the scanners that can still change the decision, decide."""
         plan = await self._plan(envelope, message, origin)
         if not origin.remote_ip and (by := await self._released(message)):  # the token does not count over SMTP
@@ -129,13 +140,17 @@ class Pipeline:
             still = self._open(plan, outcomes, origin)
             bypass = find_bypass(self.bypasses(), together[0], origin.kind, time.time())
             if bypass is not None:
-                outcomes += tuple(outcome for scanner in together for outcome in left_out(bypass, scanner, still))
+                outcomes += tuple(
+                    outcome for scanner in together for outcome in bypassed_outcomes(bypass, scanner, still)
+                )
                 continue
-            kept = kept_back(deadline.left(), together[-1], plan, message.size, self.settings)
-            said = await ask(message, still, claim_of(origin, message.size), deadline.before(kept))
-            outcomes += tuple(tolerate(outcome, self.settings, self.allowed, time.time()) for outcome in said)
+            kept = reserve_for_later(deadline.left(), together[-1], plan, message.size, self.settings)
+            said = await ask(message, still, priority_of(origin, message.size), deadline.before(kept))
+            outcomes += tuple(apply_allowlist(outcome, self.settings, self.allowed, time.time()) for outcome in said)
         decision = decide(plan, outcomes, origin.kind, len(envelope.recipients), self.settings)
-        return Case(incident, origin, envelope, message, self.settings, self.switches, plan, outcomes, decision)
+        return MessageContext(
+            incident, origin, envelope, message, self.settings, self.switches, plan, outcomes, decision
+        )
 
     async def probe(
         self, message: Message, scanners: tuple[Scanner, ...], deadline: Deadline
@@ -147,7 +162,7 @@ class Pipeline:
             Scanner.CLAMD: bool(self.settings.clamd.backends),
             Scanner.SPAMD: bool(self.settings.spamd.backends),
         }
-        steps = tuple(Step(scanner, scanner in scanners and on[scanner], "canary") for scanner in Scanner)
+        steps = tuple(PlanStep(scanner, scanner in scanners and on[scanner], "canary") for scanner in Scanner)
         plan = ScanPlan((), steps, users=((b"", b""),))
         outcomes: tuple[ScanOutcome, ...] = ()
         for together, ask in self._stages(None):  # a canary asks what holds now
@@ -156,17 +171,19 @@ class Pipeline:
             now = time.time()
             bypass = next((b for b in self.bypasses() if b.scanner is together[0] and b.active(now)), None)
             if bypass is not None:
-                outcomes += tuple(outcome for scanner in together for outcome in left_out(bypass, scanner, plan))
+                outcomes += tuple(
+                    outcome for scanner in together for outcome in bypassed_outcomes(bypass, scanner, plan)
+                )
                 continue
             said = await ask(message, plan, _CANARY, deadline)
-            outcomes += tuple(tolerate(outcome, self.settings, self.allowed, now) for outcome in said)
+            outcomes += tuple(apply_allowlist(outcome, self.settings, self.allowed, now) for outcome in said)
         return outcomes
 
-    def unopened(self, incident: str, envelope: Envelope, origin: Origin, size: int, why: str) -> Case:
+    def unopened(self, incident: str, envelope: Envelope, origin: Origin, size: int, why: str) -> MessageContext:
         """A message of ``size`` bytes that is deferred without a look into it; ``why`` is the rule."""
         message, plan = Message(-1, size, b""), ScanPlan((), ())
         decision = Decision(Action.DEFER, Reason.NONE, why)
-        return Case(incident, origin, envelope, message, self.settings, self.switches, plan, (), decision)
+        return MessageContext(incident, origin, envelope, message, self.settings, self.switches, plan, (), decision)
 
     def _open(self, plan: ScanPlan, outcomes: tuple[ScanOutcome, ...], origin: Origin) -> ScanPlan:
         """The plan without the owners of preferences for whom it is decided by now."""
@@ -198,7 +215,7 @@ class Pipeline:
             return await asyncio.to_thread(released, *facts)
         return released(*facts)
 
-    def _stages(self, recall: Recall | None) -> tuple[tuple[tuple[Scanner, ...], "_Ask"], ...]:
+    def _stages(self, recall: ScanCache | None) -> tuple[tuple[tuple[Scanner, ...], "_Ask"], ...]:
         """Who is asked together, cheapest first."""
         return (
             ((Scanner.SIGNATURES, Scanner.LOADERTYPES), self._programs),
@@ -207,7 +224,7 @@ class Pipeline:
         )
 
     async def _programs(
-        self, message: Message, plan: ScanPlan, claim: Claim, deadline: Deadline
+        self, message: Message, plan: ScanPlan, claim: Priority, deadline: Deadline
     ) -> tuple[ScanOutcome, ...]:
         """Both lists in one pass. What is found decides; otherwise both lists say clean."""
         asked = [scanner for scanner in (Scanner.SIGNATURES, Scanner.LOADERTYPES) if plan.runs(scanner)]
@@ -234,7 +251,7 @@ class Pipeline:
         return (first, *(replace(other, seconds=0.0, detail="in the same pass") for other in others))
 
     async def _clamd(
-        self, recall: Recall | None, message: Message, plan: ScanPlan, claim: Claim, deadline: Deadline
+        self, recall: ScanCache | None, message: Message, plan: ScanPlan, claim: Priority, deadline: Deadline
     ) -> tuple[ScanOutcome, ...]:
         clamd, turns = self.scanners.clamd, self.scanners.clamd_turns
 
@@ -243,28 +260,32 @@ class Pipeline:
 
         if recall is None or 0 < self.settings.clamd.max_size < message.size:  # what is too big is not looked up
             return (await _asked(Scanner.CLAMD, scan()),)
-        question = Question(
+        question = ScanRequest(
             b"clamd " + self._kinds[Scanner.CLAMD],
             message,
-            one_try(message.size, self.settings.clamd),
+            attempt_timeout(message.size, self.settings.clamd),
             goes_on=self._comes_again[Scanner.CLAMD],
             database=clamd.database,
         )
         return (await _asked(Scanner.CLAMD, recall.ask(question, scan, deadline)),)
 
     async def _spamd(
-        self, recall: Recall | None, message: Message, plan: ScanPlan, claim: Claim, deadline: Deadline
+        self, recall: ScanCache | None, message: Message, plan: ScanPlan, claim: Priority, deadline: Deadline
     ) -> tuple[ScanOutcome, ...]:
         """One question for each owner of preferences, all in line at once; there are as many places as children."""
         async with asyncio.TaskGroup() as group:
             scores = [self._score(recall, message, user, plan.want, claim, deadline) for _, user in plan.users]
             tasks = [group.create_task(_asked(Scanner.SPAMD, score)) for score in scores]
         said = [replace(task.result(), owner=owner) for (owner, _), task in zip(plan.users, tasks, strict=True)]
-        left_out = f"also for {plan.left_out} with preferences: [spamd] max_users={self.settings.spamd.max_users}"
-        return tuple(o if o.owner or o.detail or not plan.left_out else replace(o, detail=left_out) for o in said)
+        bypassed_outcomes = (
+            f"also for {plan.left_out} with preferences: [spamd] max_users={self.settings.spamd.max_users}"
+        )
+        return tuple(
+            o if o.owner or o.detail or not plan.left_out else replace(o, detail=bypassed_outcomes) for o in said
+        )
 
     async def _score(
-        self, recall: Recall | None, message: Message, user: bytes, want: Want, claim: Claim, deadline: Deadline
+        self, recall: ScanCache | None, message: Message, user: bytes, want: Want, claim: Priority, deadline: Deadline
     ) -> ScanOutcome:
         spamd, turns = self.scanners.spamd, self.scanners.spamd_turns
 
@@ -273,16 +294,16 @@ class Pipeline:
 
         if recall is None or want is Want.PROCESS:  # a rewritten message holds the Received lines of its own try
             return await scan()
-        question = Question(
+        question = ScanRequest(
             b"spamd %s %s %s" % (self._kinds[Scanner.SPAMD], want.value.encode(), user),
             message,
-            one_try(message.size, self.settings.spamd),
+            attempt_timeout(message.size, self.settings.spamd),
             by_client=True,
             goes_on=self._comes_again[Scanner.SPAMD],
         )
         return await recall.ask(question, scan, deadline)
 
-    async def _kept(self, case: Case, deadline: Deadline) -> Case:
+    async def _kept(self, case: MessageContext, deadline: Deadline) -> MessageContext:
         """Keep what some recipients do not get. Where that fails, everything is deferred: nothing is lost."""
         envelope = {"sender": case.envelope.sender.hex(), "recipients": [r.hex() for r in case.envelope.recipients]}
         facts = fields(make_record(case, 0, 0.0)) | {
@@ -310,5 +331,5 @@ def _unchecked(scanner: Scanner, error: BackendError, spent: float) -> ScanOutco
     return ScanOutcome(scanner, ScanStatus.UNCHECKED, "", error.detail, error.cause, error.backend, spent)
 
 
-_Ask = Callable[[Message, ScanPlan, Claim, Deadline], Awaitable[tuple[ScanOutcome, ...]]]
-_CANARY = Claim(("canary", b""), 0, 0)
+_Ask = Callable[[Message, ScanPlan, Priority, Deadline], Awaitable[tuple[ScanOutcome, ...]]]
+_CANARY = Priority(("canary", b""), 0, 0)

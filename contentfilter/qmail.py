@@ -18,7 +18,7 @@ _VERSION = re.compile(rb"contentfilter-queue (\S+) protocol \d+\n")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class QmailPaths:
     """A qmail and what stands in its bin directory."""
 
     qmail: Path

@@ -25,13 +25,13 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Base of all sections: immutable, and an unknown key is an error."""
 
 
-class Listen(Section, frozen=True):
+class ListenSettings(Section, frozen=True):
     socket: str = "/run/contentfilter/queue.sock"
     mode: Annotated[str, Meta(pattern="^0[0-7]{3}$")] = "0666"  # whoever may run qmail-inject must reach it
     backlog: Count = 1024
 
 
-class Service(Section, frozen=True):
+class ServiceSettings(Section, frozen=True):
     workers: Annotated[int, Meta(ge=0, le=1024)] = 0  # 0: one per core
     budget: Seconds = 240.0  # for one message, all steps together
     max_in_flight: Count = 256  # messages at once in one worker …
@@ -49,13 +49,13 @@ class Service(Section, frozen=True):
     control: str = "/var/qmail/control"  # qmail's control directory
 
 
-class OriginRules(Section, frozen=True):
+class OriginSettings(Section, frozen=True):
     smtp_users: tuple[str, ...] = ("qmaild", "vpopmail")  # names or uids whose environment is believed
     bounce_users: tuple[str, ...] = ("qmails",)
     auth_variables: tuple[str, ...] = ("SMTPAUTHUSER", "SMTP_AUTH_USER", "AUTHUSER", "AUTHENTICATED=1")
 
 
-class Tables(Section, frozen=True):
+class TableSettings(Section, frozen=True):
     source: Literal["files", "mariadb"] = "files"  # the text files in the control directory, or [mariadb]
     extension: Annotated[str, Meta(max_length=1)] = ""  # "-": user-ext@domain is also looked up as user@domain
     recipients: Literal["split", "strictest"] = "split"
@@ -64,7 +64,7 @@ class Tables(Section, frozen=True):
     shrink_rows: Count = 100  # … and more rows than that waits for `contentfilter clients accept`
 
 
-class MariaDb(Section, frozen=True):
+class MariaDbSettings(Section, frozen=True):
     """Where the tables are when ``[tables] source`` is ``"mariadb"``; MySQL will do too."""
 
     host: str = "127.0.0.1"
@@ -93,13 +93,13 @@ class MariaDb(Section, frozen=True):
     fingerprint_query: str = ""  # one row that differs whenever the tables do
 
 
-class Signatures(Section, frozen=True):
+class SignatureSettings(Section, frozen=True):
     mode: Literal["mime", "compatible"] = "mime"
     action: VirusAction = "reject"
     thread_above: Size = 262_144  # larger messages are scanned off the event loop
 
 
-class Clamd(Section, frozen=True):
+class ClamdSettings(Section, frozen=True):
     backends: tuple[str, ...] = ("unix:/run/clamav/clamd.ctl",)
     concurrency: Count = 8  # scans at once per backend and worker
     connect_timeout: Seconds = 5.0
@@ -112,7 +112,7 @@ class Clamd(Section, frozen=True):
     action: VirusAction = "reject"
 
 
-class Spamd(Section, frozen=True):
+class SpamdSettings(Section, frozen=True):
     backends: tuple[str, ...] = ("tcp:127.0.0.1:783",)
     tls_ca: str = ""  # for tls:host:port. PEM; empty: the authorities that the system trusts
     tls_cert: str = ""  # our own certificate, where spamd asks for one
@@ -133,7 +133,7 @@ class Spamd(Section, frozen=True):
     rewrite: Literal["headers", "full"] = "headers"  # HEADERS, or PROCESS with report_safe
 
 
-class Reuse(Section, frozen=True):
+class ReuseSettings(Section, frozen=True):
     """Answers of clamd and spamd that are kept for the retry, and scans that go on for it."""
 
     keep: Annotated[float, Meta(ge=0, le=3600)] = 900.0  # for so long an answer counts; 0: none is kept or shared
@@ -143,7 +143,7 @@ class Reuse(Section, frozen=True):
     late_scans: Count = 8  # such scans in each worker
 
 
-class Classes(Section, frozen=True):
+class ClassSettings(Section, frozen=True):
     """What clamd's finding does by the class of its signature. Empty: the same as malware."""
 
     pua: ClassAction = ""  # possibly unwanted applications
@@ -164,7 +164,7 @@ class FaultRule(Section, frozen=True):
     origin: FaultOrigin | tuple[FaultOrigin, ...] = ()
 
 
-class Failure(Section, frozen=True):
+class FailureSettings(Section, frozen=True):
     """What a scanner's fault does to the message: defer it, or pass it marked unchecked."""
 
     clamd: FaultAction = "defer"
@@ -176,29 +176,29 @@ class Failure(Section, frozen=True):
     rule: tuple[FaultRule, ...] = ()  # single cells of the table; they go before the keys above
 
 
-class Headers(Section, frozen=True):
+class HeaderSettings(Section, frozen=True):
     trace: bool = True  # X-ContentFilter on everything that passes
     scanned: bool = True  # X-Virus-Scanned, X-Virus-Status
 
 
-class Quarantine(Section, frozen=True):
+class QuarantineSettings(Section, frozen=True):
     quota: Size = 1_073_741_824  # for all that is kept; 0: no limit
     retention: Annotated[float, Meta(gt=0, le=3650)] = 30.0  # days
     protect: Annotated[float, Meta(ge=0, le=3650)] = 1.0  # days; what is younger never makes room: new mail is deferred
 
 
-class Journal(Section, frozen=True):
+class JournalSettings(Section, frozen=True):
     enabled: bool = True
     retention: Annotated[float, Meta(gt=0, le=3650)] = 30.0  # days
     max_size: Annotated[int, Meta(ge=1_048_576)] = 1_073_741_824  # about 2,000 bytes for a message
 
 
-class Http(Section, frozen=True):
+class HttpSettings(Section, frozen=True):
     listen: str = "127.0.0.1:9464"  # "address:port", or "off"
     page: Literal["off", "on"] = "off"  # the status page for a browser: it shows addresses
 
 
-class Events(Section, frozen=True):
+class EventSettings(Section, frozen=True):
     """The event feed over the network. On this machine it is always there, in the run directory."""
 
     listen: str = "off"  # "tcp://address:port"
@@ -206,7 +206,7 @@ class Events(Section, frozen=True):
     clients: str = ""  # a file with the public keys of those who may listen
 
 
-class Canary(Section, frozen=True):
+class CanarySettings(Section, frozen=True):
     """Samples that go through the hook as mail does, to see that it is scanned."""
 
     enabled: bool = True  # where a hook is found
@@ -215,7 +215,7 @@ class Canary(Section, frozen=True):
     conf: str = "/etc/contentfilter/queue.conf"  # its configuration; the socket that mail goes to stands there
 
 
-class Log(Section, frozen=True):
+class LogSettings(Section, frozen=True):
     to: Literal["stderr", "syslog"] = "stderr"
     socket: str = "/dev/log"  # of syslog
     format: Literal["json", "logfmt"] = "json"
@@ -225,21 +225,21 @@ class Log(Section, frozen=True):
 class Settings(Section, frozen=True):
     """The whole file. One table per section."""
 
-    listen: Listen = msgspec.field(default_factory=Listen)
-    service: Service = msgspec.field(default_factory=Service)
-    origin: OriginRules = msgspec.field(default_factory=OriginRules)
-    tables: Tables = msgspec.field(default_factory=Tables)
-    mariadb: MariaDb = msgspec.field(default_factory=MariaDb)
-    signatures: Signatures = msgspec.field(default_factory=Signatures)
-    clamd: Clamd = msgspec.field(default_factory=Clamd)
-    spamd: Spamd = msgspec.field(default_factory=Spamd)
-    reuse: Reuse = msgspec.field(default_factory=Reuse)
-    classes: Classes = msgspec.field(default_factory=Classes)
-    failure: Failure = msgspec.field(default_factory=Failure)
-    headers: Headers = msgspec.field(default_factory=Headers)
-    quarantine: Quarantine = msgspec.field(default_factory=Quarantine)
-    journal: Journal = msgspec.field(default_factory=Journal)
-    http: Http = msgspec.field(default_factory=Http)
-    events: Events = msgspec.field(default_factory=Events)
-    canary: Canary = msgspec.field(default_factory=Canary)
-    log: Log = msgspec.field(default_factory=Log)
+    listen: ListenSettings = msgspec.field(default_factory=ListenSettings)
+    service: ServiceSettings = msgspec.field(default_factory=ServiceSettings)
+    origin: OriginSettings = msgspec.field(default_factory=OriginSettings)
+    tables: TableSettings = msgspec.field(default_factory=TableSettings)
+    mariadb: MariaDbSettings = msgspec.field(default_factory=MariaDbSettings)
+    signatures: SignatureSettings = msgspec.field(default_factory=SignatureSettings)
+    clamd: ClamdSettings = msgspec.field(default_factory=ClamdSettings)
+    spamd: SpamdSettings = msgspec.field(default_factory=SpamdSettings)
+    reuse: ReuseSettings = msgspec.field(default_factory=ReuseSettings)
+    classes: ClassSettings = msgspec.field(default_factory=ClassSettings)
+    failure: FailureSettings = msgspec.field(default_factory=FailureSettings)
+    headers: HeaderSettings = msgspec.field(default_factory=HeaderSettings)
+    quarantine: QuarantineSettings = msgspec.field(default_factory=QuarantineSettings)
+    journal: JournalSettings = msgspec.field(default_factory=JournalSettings)
+    http: HttpSettings = msgspec.field(default_factory=HttpSettings)
+    events: EventSettings = msgspec.field(default_factory=EventSettings)
+    canary: CanarySettings = msgspec.field(default_factory=CanarySettings)
+    log: LogSettings = msgspec.field(default_factory=LogSettings)

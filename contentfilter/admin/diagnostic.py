@@ -25,7 +25,7 @@ class Level(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Diagnostic:
     """One thing that was looked at. ``remedy`` is a sentence; empty where nothing is to be done."""
 
     level: Level
@@ -34,7 +34,7 @@ class Finding:
     remedy: str = ""
 
 
-Probe = Callable[[], Iterable[Finding]]
+DiagnosticProbe = Callable[[], Iterable[Diagnostic]]
 
 
 def run(works: Mapping[str, Callable[[], T]], deadline: Deadline) -> dict[str, T | Exception]:
@@ -55,26 +55,26 @@ def run(works: Mapping[str, Callable[[], T]], deadline: Deadline) -> dict[str, T
     return dict(results)  # a copy: late threads may still write
 
 
-def examine(probes: Mapping[str, Probe], deadline: Deadline) -> tuple[Finding, ...]:
+def examine(probes: Mapping[str, DiagnosticProbe], deadline: Deadline) -> tuple[Diagnostic, ...]:
     """The findings of all probes. One that is late, or breaks, is an error among them."""
-    found: list[Finding] = []
+    found: list[Diagnostic] = []
     works = {name: partial(_all_of, probe) for name, probe in probes.items()}
     for name, result in run(works, deadline).items():
         topic = name.partition(" ")[0]
         if isinstance(result, TimeoutError):
             what, remedy = f"{name}: no answer in time", "See what it waits for: a file system or a daemon that hangs."
-            found.append(Finding(Level.ERROR, topic, what, remedy))
+            found.append(Diagnostic(Level.ERROR, topic, what, remedy))
         elif isinstance(result, OSError):
             what = f"{result.filename or name}: {result.strerror or result}"
             remedy = AS_ROOT if isinstance(result, PermissionError) else "See what is wrong with it, and try again."
-            found.append(Finding(Level.ERROR, topic, what, remedy))
+            found.append(Diagnostic(Level.ERROR, topic, what, remedy))
         elif isinstance(result, Exception):
             what, remedy = f"{name}: {type(result).__name__}: {result}", "Report this as a defect of the doctor."
-            found.append(Finding(Level.ERROR, topic, what, remedy))
+            found.append(Diagnostic(Level.ERROR, topic, what, remedy))
         else:
             found += result
     return tuple(found)
 
 
-def _all_of(probe: Probe) -> tuple[Finding, ...]:
+def _all_of(probe: DiagnosticProbe) -> tuple[Diagnostic, ...]:
     return tuple(probe())

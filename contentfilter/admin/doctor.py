@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 
 from contentfilter.admin import doctor_scanners
-from contentfilter.admin.diagnostic import AS_ROOT, Finding, Level, Probe
+from contentfilter.admin.diagnostic import AS_ROOT, Diagnostic, DiagnosticProbe, Level
 from contentfilter.admin.qmail import answers, examine
-from contentfilter.qmail import Conf, Place, read_conf, version_of
-from contentfilter.settings import Log, Settings
-from contentfilter.tables.keeper import State
+from contentfilter.qmail import Conf, QmailPaths, read_conf, version_of
+from contentfilter.settings import LogSettings, Settings
+from contentfilter.tables.keeper import TableState
 
 OK, WARNING, ERROR = Level.OK, Level.WARNING, Level.ERROR
 MIB = 1 << 20
@@ -55,7 +55,7 @@ class Daemon:
     wanted: int  # workers
     ready: tuple[int, ...]  # their pids
     problems: tuple[str, ...]
-    tables: State | None
+    tables: TableState | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +67,17 @@ class Site:
     children: int  # spamdchildren
     unknown_users: tuple[str, ...]  # of [origin]
     daemon: Daemon | None
-    place: Place
+    place: QmailPaths
     queue_conf: Path
     hook: Path | None  # the packaged one
     clamd_conf: Path
     freshclam_conf: Path
 
 
-def probes(site: Site) -> dict[str, Probe]:
+def probes(site: Site) -> dict[str, DiagnosticProbe]:
     """All examinations by name; the first word is the topic of what they find."""
     settings = site.settings
-    found: dict[str, Probe] = {
+    found: dict[str, DiagnosticProbe] = {
         "daemon": partial(daemon, site),
         "users": partial(users, site),
         "socket": partial(queue_socket, site),
@@ -93,87 +93,87 @@ def probes(site: Site) -> dict[str, Probe]:
     return found | doctor_scanners.probes(settings, site.workers, site.children, site.clamd_conf, site.freshclam_conf)
 
 
-def daemon(site: Site) -> Iterator[Finding]:
+def daemon(site: Site) -> Iterator[Diagnostic]:
     said, run = site.daemon, site.settings.service.run
     control = Path(run, "control.sock")
     if said is None:
         forbidden = control.exists() and not os.access(control, os.R_OK | os.W_OK)
         what = f"{control} is closed to this user" if forbidden else f"no daemon answers at {control}"
-        yield Finding(ERROR, "daemon", what, AS_ROOT if forbidden else START)
+        yield Diagnostic(ERROR, "daemon", what, AS_ROOT if forbidden else START)
         return
     if control.stat().st_mode & 0o002:
-        yield Finding(ERROR, "daemon", f"{control} is open to everybody", f"Close it: chmod 660 {control}")
+        yield Diagnostic(ERROR, "daemon", f"{control} is open to everybody", f"Close it: chmod 660 {control}")
     ready = f"{said.state}, {len(said.ready)} of {said.wanted} workers ready"
     level = ERROR if not said.ready else WARNING if len(said.ready) < said.wanted or said.state != "ready" else OK
     remedy = "" if level is OK else "Wait for a start or a drain to end; otherwise: journalctl -u contentfilter"
-    yield Finding(level, "daemon", ready, remedy)
+    yield Diagnostic(level, "daemon", ready, remedy)
     for problem in said.problems:
-        yield Finding(WARNING, "daemon", f"not in force: {problem}", "Repair it, then: contentfilter reload")
+        yield Diagnostic(WARNING, "daemon", f"not in force: {problem}", "Repair it, then: contentfilter reload")
 
 
-def users(site: Site) -> Iterator[Finding]:
+def users(site: Site) -> Iterator[Diagnostic]:
     for name in site.unknown_users:
         remedy = "Put the users that run qmail-smtpd and qmail-send into [origin], then: contentfilter reload"
-        yield Finding(WARNING, "users", f"[origin] there is no user {name!r} here", remedy)
+        yield Diagnostic(WARNING, "users", f"[origin] there is no user {name!r} here", remedy)
     if not site.unknown_users:
-        yield Finding(OK, "users", "the users in [origin] exist")
+        yield Diagnostic(OK, "users", "the users in [origin] exist")
     if site.daemon is not None:
         uid = _uid(site.daemon.pid)
         remedy = "Let its unit or run script start it as the user contentfilter." if uid == 0 else ""
-        yield Finding(OK if uid else WARNING, "users", f"the daemon runs as {_name(uid)}", remedy)
+        yield Diagnostic(OK if uid else WARNING, "users", f"the daemon runs as {_name(uid)}", remedy)
 
 
-def queue_socket(site: Site) -> Iterator[Finding]:
+def queue_socket(site: Site) -> Iterator[Diagnostic]:
     path, wanted = Path(site.settings.listen.socket), int(site.settings.listen.mode, 8)
     again = "Make it anew: systemctl restart contentfilter.socket contentfilter"
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
-        yield Finding(ERROR, "socket", f"{path} is not there", again)
+        yield Diagnostic(ERROR, "socket", f"{path} is not there", again)
         return
     if not stat.S_ISSOCK(mode):
-        yield Finding(ERROR, "socket", f"{path} is something else than a socket", f"Remove it. {again}")
+        yield Diagnostic(ERROR, "socket", f"{path} is something else than a socket", f"Remove it. {again}")
         return
     mode = stat.S_IMODE(mode)
     if mode & wanted != wanted:
         what = f"{path} has mode {mode:04o}, not {wanted:04o}: some who send mail cannot reach the daemon"
-        yield Finding(ERROR, "socket", what, f"Open it: chmod {wanted:04o} {path}")
+        yield Diagnostic(ERROR, "socket", what, f"Open it: chmod {wanted:04o} {path}")
     elif mode != wanted:
         what = f"{path} has mode {mode:04o}, more than {wanted:04o}"
-        yield Finding(WARNING, "socket", what, f"Close it: chmod {wanted:04o} {path}")
+        yield Diagnostic(WARNING, "socket", what, f"Close it: chmod {wanted:04o} {path}")
     closed = [each for each in path.parents if wanted & 0o002 and not each.stat().st_mode & 0o001]
     for directory in closed:
-        yield Finding(ERROR, "socket", f"{directory} does not let others pass to {path}", f"chmod o+x {directory}")
+        yield Diagnostic(ERROR, "socket", f"{directory} does not let others pass to {path}", f"chmod o+x {directory}")
     if not answers(str(path)):
-        yield Finding(ERROR, "socket", f"nobody listens on {path}", START)
+        yield Diagnostic(ERROR, "socket", f"nobody listens on {path}", START)
     elif mode == wanted and not closed:
-        yield Finding(OK, "socket", f"{path} is open to who sends mail, and somebody listens")
+        yield Diagnostic(OK, "socket", f"{path} is open to who sends mail, and somebody listens")
 
 
-def directories(site: Site) -> Iterator[Finding]:
+def directories(site: Site) -> Iterator[Diagnostic]:
     service = site.settings.service
     owner = _uid(site.daemon.pid) if site.daemon else 0
     for path, private in ((service.state, True), (service.run, False)):
         try:
             about = os.stat(path)
         except FileNotFoundError:
-            yield Finding(ERROR, "directories", f"{path} is not there", "Make it: contentfilter install")
+            yield Diagnostic(ERROR, "directories", f"{path} is not there", "Make it: contentfilter install")
             continue
         mode = stat.S_IMODE(about.st_mode)
         if mode & 0o002 and not mode & stat.S_ISVTX:
             what = f"{path} has mode {mode:04o}: everybody can put files there"
-            yield Finding(ERROR, "directories", what, f"Close it: chmod {'700' if private else '755'} {path}")
+            yield Diagnostic(ERROR, "directories", what, f"Close it: chmod {'700' if private else '755'} {path}")
         elif private and mode & 0o077:
             what = f"{path} has mode {mode:04o}; mail lies below it"
-            yield Finding(WARNING, "directories", what, f"Close it: chmod 700 {path}")
+            yield Diagnostic(WARNING, "directories", what, f"Close it: chmod 700 {path}")
         elif owner and about.st_uid != owner:
             what = f"{path} belongs to {_name(about.st_uid)}, the daemon runs as {_name(owner)}"
-            yield Finding(ERROR, "directories", what, f"Give it away: chown -R {_name(owner)} {path}")
+            yield Diagnostic(ERROR, "directories", what, f"Give it away: chown -R {_name(owner)} {path}")
         else:
-            yield Finding(OK, "directories", f"{path} has mode {mode:04o}")
+            yield Diagnostic(OK, "directories", f"{path} has mode {mode:04o}")
 
 
-def limits(site: Site) -> Iterator[Finding]:
+def limits(site: Site) -> Iterator[Diagnostic]:
     """A worker's own limit counts: each is a process with its own descriptors."""
     if site.daemon is None:
         return
@@ -185,12 +185,12 @@ def limits(site: Site) -> Iterator[Finding]:
     what = f"a worker may open {limit} files, and needs {need} for {service.max_in_flight} messages"
     if limit.isdecimal() and int(limit) < need:
         remedy = "Raise LimitNOFILE (systemctl edit contentfilter) or lower max_waiting in [service]."
-        yield Finding(WARNING, "limits", what, remedy)
+        yield Diagnostic(WARNING, "limits", what, remedy)
     else:
-        yield Finding(OK, "limits", what)
+        yield Diagnostic(OK, "limits", what)
 
 
-def hook(site: Site) -> Iterator[Finding]:
+def hook(site: Site) -> Iterator[Diagnostic]:
     place = site.place
     state = examine(place, site.queue_conf, site.hook)
     if not state.installed:
@@ -198,14 +198,14 @@ def hook(site: Site) -> Iterator[Finding]:
         remedy = "Install it: contentfilter hook install" + (" --force" if lost and place.queue.exists() else "")
         unless = "" if lost else ", unless QMAILQUEUE names the hook"
         what = f"{place.queue} is not the hook: mail goes past the filter{unless}"
-        yield Finding(ERROR if lost else WARNING, "hook", what, remedy)
+        yield Diagnostic(ERROR if lost else WARNING, "hook", what, remedy)
     for problem in state.problems if state.installed else ():
         what, _, remedy = problem.partition("; ")
         replaced = state.current or "differs from" not in what
-        yield Finding(ERROR if replaced else WARNING, "hook", what, remedy or f"Repair {site.queue_conf}.")
+        yield Diagnostic(ERROR if replaced else WARNING, "hook", what, remedy or f"Repair {site.queue_conf}.")
     if state.installed and site.hook is None:
         remedy = "Name the packaged hook with --binary."
-        yield Finding(WARNING, "hook", "whether the hook is current cannot be known", remedy)
+        yield Diagnostic(WARNING, "hook", "whether the hook is current cannot be known", remedy)
     program = place.queue if state.installed else site.hook
     if program is None:
         return
@@ -213,17 +213,17 @@ def hook(site: Site) -> Iterator[Finding]:
     if conf.problem:
         if not state.installed:
             remedy = f"Repair it and try: {program} --check"
-            yield Finding(WARNING, "hook", f"{conf.problem}", remedy)
+            yield Diagnostic(WARNING, "hook", f"{conf.problem}", remedy)
         return
     told, real = conf.values.get("socket", ""), site.daemon.socket if site.daemon else site.settings.listen.socket
     if told != real:
         what = f"{site.queue_conf}: the hook asks at {told}, the daemon listens on {real}"
-        yield Finding(ERROR, "hook", what, f"Set `socket {real}` in {site.queue_conf}.")
+        yield Diagnostic(ERROR, "hook", what, f"Set `socket {real}` in {site.queue_conf}.")
     elif state.installed and not state.problems:
-        yield Finding(OK, "hook", f"{place.queue} is version {state.hook_version}; {site.queue_conf} is right")
+        yield Diagnostic(OK, "hook", f"{place.queue} is version {state.hook_version}; {site.queue_conf} is right")
 
 
-def dialect(site: Site) -> Iterator[Finding]:
+def dialect(site: Site) -> Iterator[Diagnostic]:
     """By strings in the program that reads the refusal; it is not run."""
     program = site.place.qmail / "bin" / "qmail-smtpd"
     reader = site.place.queue if version_of(site.place.queue) else site.hook
@@ -237,30 +237,32 @@ def dialect(site: Site) -> Iterator[Finding]:
         image = b""
     known = next(((name, right) for mark, name, right in MARKS if mark in image), None)
     if known is None:
-        yield Finding(OK, "dialect", f"{told}; which one {program} speaks is not known")
+        yield Diagnostic(OK, "dialect", f"{told}; which one {program} speaks is not known")
         return
     name, right = known
     if told in (*right, "auto"):
-        yield Finding(OK, "dialect", f"{told}; {program} looks like {name}")
+        yield Diagnostic(OK, "dialect", f"{told}; {program} looks like {name}")
     else:
         what = f"{told}, but {program} looks like {name}: clients would not read why mail is refused"
-        yield Finding(WARNING, "dialect", what, f"Set `dialect {right[0]}` in {site.queue_conf}.")
+        yield Diagnostic(WARNING, "dialect", what, f"Set `dialect {right[0]}` in {site.queue_conf}.")
 
 
-def tables(site: Site) -> Iterator[Finding]:
+def tables(site: Site) -> Iterator[Diagnostic]:
     state = site.daemon.tables if site.daemon else None
     if state is None:
         return
     rows = f"{state.clamav_rows} rows in clamavclients, {state.spamd_rows} in spamdclients, seen {state.age:.0f} s ago"
     if not state.loaded:
-        yield Finding(ERROR, "tables", f"no recipient tables: {state.trouble}", "Find the fault: contentfilter check")
+        yield Diagnostic(
+            ERROR, "tables", f"no recipient tables: {state.trouble}", "Find the fault: contentfilter check"
+        )
     elif state.trouble:
-        yield Finding(WARNING, "tables", f"{rows}, not current: {state.trouble}", "Find it: contentfilter check")
+        yield Diagnostic(WARNING, "tables", f"{rows}, not current: {state.trouble}", "Find it: contentfilter check")
     else:
-        yield Finding(OK, "tables", rows)
+        yield Diagnostic(OK, "tables", rows)
 
 
-def disk(site: Site) -> Iterator[Finding]:
+def disk(site: Site) -> Iterator[Diagnostic]:
     """Where quarantine and journal lie."""
     path = site.settings.service.state
     if not os.path.exists(path):
@@ -270,17 +272,17 @@ def disk(site: Site) -> Iterator[Finding]:
     remedy = "Make room: contentfilter quarantine expire, or a lower max_size in [journal]."
     yield _floor("disk", f"for quarantine and journal in {path}", free, size, DISK, remedy)
     if about.f_files and about.f_favail < about.f_files * 0.01:
-        yield Finding(WARNING, "disk", f"{about.f_favail} inodes are free for {path}", remedy)
+        yield Diagnostic(WARNING, "disk", f"{about.f_favail} inodes are free for {path}", remedy)
 
 
-def memory() -> Iterator[Finding]:
+def memory() -> Iterator[Diagnostic]:
     sizes = dict(re.findall(r"^(\w+): +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE))
     available, total = int(sizes["MemAvailable"]) * 1024, int(sizes["MemTotal"]) * 1024
     remedy = "Lower workers or max_in_flight in [service], or give the machine more."
     yield _floor("memory", "of memory", available, total, MEMORY, remedy)
 
 
-def log(settings: Log) -> Iterator[Finding]:
+def log(settings: LogSettings) -> Iterator[Diagnostic]:
     """Only a log in syslog can be looked at from here."""
     if settings.to != "syslog":
         return
@@ -289,19 +291,19 @@ def log(settings: Log) -> Iterator[Finding]:
             sender.connect(settings.socket)
         except OSError as error:
             what = f"[log] socket {settings.socket}: {error.strerror}: log lines go to standard error"
-            yield Finding(WARNING, "log", what, "Start the syslog daemon, or name its socket in [log].")
+            yield Diagnostic(WARNING, "log", what, "Start the syslog daemon, or name its socket in [log].")
         else:
-            yield Finding(OK, "log", f"a syslog daemon listens on {settings.socket}")
+            yield Diagnostic(OK, "log", f"a syslog daemon listens on {settings.socket}")
 
 
 def _floor(
     topic: str, use: str, free: int, size: int, floors: tuple[tuple[int, float, Level], ...], remedy: str
-) -> Finding:
+) -> Diagnostic:
     what = f"{free // MIB} of {size // MIB} MiB {use} are free"
     for least, share, level in floors:
         if free < least or free < size * share:
-            return Finding(level, topic, what, remedy)
-    return Finding(OK, topic, what)
+            return Diagnostic(level, topic, what, remedy)
+    return Diagnostic(OK, topic, what)
 
 
 def _uid(pid: int) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from contentfilter.admin.clamd_conf import is_of, parse_conf, size
-from contentfilter.admin.diagnostic import AS_ROOT, Finding, Level
+from contentfilter.admin.diagnostic import AS_ROOT, Diagnostic, Level
 from contentfilter.deadline import Deadline
 from contentfilter.endpoint import Address
 from contentfilter.errors import BackendError
@@ -36,7 +36,7 @@ _CRON = ("etc/crontab", "etc/cron.d/*", "etc/cron.hourly/*", "etc/cron.daily/*",
 _UNITS = "etc/systemd/system/*.wants/*freshclam*"
 
 
-def freshclam(settings: Settings, clamd_conf: Path, conf: Path, root: Path = Path("/")) -> Iterator[Finding]:
+def freshclam(settings: Settings, clamd_conf: Path, conf: Path, root: Path = Path("/")) -> Iterator[Diagnostic]:
     """``root``: where processes, cron tables and units are looked for."""
     try:
         clamd = parse_conf(clamd_conf.read_text(errors="replace"))
@@ -52,17 +52,17 @@ def freshclam(settings: Settings, clamd_conf: Path, conf: Path, root: Path = Pat
         values = parse_conf(conf.read_text(errors="replace"))
     except FileNotFoundError:
         remedy = "Install clamav-freshclam, or name its configuration with --freshclam-conf."
-        yield Finding(WARNING, "freshclam", f"there is no {conf}: what keeps the database new is not known", remedy)
+        yield Diagnostic(WARNING, "freshclam", f"there is no {conf}: what keeps the database new is not known", remedy)
         return
     except OSError as error:
-        yield Finding(WARNING, "freshclam", f"{conf}: {error.strerror}", AS_ROOT)
+        yield Diagnostic(WARNING, "freshclam", f"{conf}: {error.strerror}", AS_ROOT)
         return
     yield from configuration(settings, values, conf, directory, self_check)
     yield schedule(root)
     yield outcome(values.get("UpdateLogFile", ""))
 
 
-def loaded(settings: Settings, backend: str, directory: Path, self_check: int) -> Iterator[Finding]:
+def loaded(settings: Settings, backend: str, directory: Path, self_check: int) -> Iterator[Diagnostic]:
     """Whether clamd has what lies in its directory."""
     remedy = "Let it load: clamdscan --reload, or: systemctl restart clamav-daemon"
     try:
@@ -70,7 +70,7 @@ def loaded(settings: Settings, backend: str, directory: Path, self_check: int) -
     except FileNotFoundError:
         return  # not where it usually is
     except OSError as error:
-        yield Finding(WARNING, "freshclam", f"{error.filename}: {error.strerror}", AS_ROOT)
+        yield Diagnostic(WARNING, "freshclam", f"{error.filename}: {error.strerror}", AS_ROOT)
         return
     if newest is None:
         return  # clamd without a database is told under clamd
@@ -83,14 +83,16 @@ def loaded(settings: Settings, backend: str, directory: Path, self_check: int) -
     waits = time.time() - path.stat().st_mtime
     if version.database is not None and version.database > number:
         what = f"clamd has database {version.database}, {path} is only {number}: it reads another directory"
-        yield Finding(WARNING, "freshclam", what, f"Compare DatabaseDirectory with what clamd says: {backend}")
+        yield Diagnostic(WARNING, "freshclam", what, f"Compare DatabaseDirectory with what clamd says: {backend}")
     elif version.database == number:
-        yield Finding(OK, "freshclam", f"clamd has loaded database {number} of {directory}")
+        yield Diagnostic(OK, "freshclam", f"clamd has loaded database {number} of {directory}")
     elif waits < self_check + GRACE:
-        yield Finding(OK, "freshclam", f"database {number} came {waits:.0f} s ago; clamd still has {version.database}")
+        yield Diagnostic(
+            OK, "freshclam", f"database {number} came {waits:.0f} s ago; clamd still has {version.database}"
+        )
     else:
         what = f"clamd has database {version.database or 'none'}; {path}, number {number}, lies there since "
-        yield Finding(WARNING, "freshclam", what + f"{waits / 3600:.1f} hours and is not loaded", remedy)
+        yield Diagnostic(WARNING, "freshclam", what + f"{waits / 3600:.1f} hours and is not loaded", remedy)
 
 
 def on_disk(directory: Path) -> tuple[int, Path] | None:
@@ -107,47 +109,47 @@ def on_disk(directory: Path) -> tuple[int, Path] | None:
 
 def configuration(
     settings: Settings, values: dict[str, str], conf: Path, directory: str, self_check: int | None
-) -> Iterator[Finding]:
+) -> Iterator[Diagnostic]:
     """Whether it feeds this clamd, and tells it. A directory that is not set was chosen when ClamAV was compiled."""
     theirs = values.get("DatabaseDirectory", "")
     if theirs and directory and os.path.realpath(theirs) != os.path.realpath(directory):
         what = f"{conf}: freshclam keeps {theirs} new, but clamd reads {directory}"
-        yield Finding(ERROR, "freshclam", what, "Set DatabaseDirectory alike in both, and restart both.")
+        yield Diagnostic(ERROR, "freshclam", what, "Set DatabaseDirectory alike in both, and restart both.")
     told = values.get("NotifyClamd")
     if told is None:
         if self_check == 0:
             what = f"{conf} has no NotifyClamd, and SelfCheck is 0: clamd never loads what freshclam brings"
-            yield Finding(WARNING, "freshclam", what, f"Set NotifyClamd in {conf} to clamd's configuration.")
+            yield Diagnostic(WARNING, "freshclam", what, f"Set NotifyClamd in {conf} to clamd's configuration.")
         else:
             seconds = SELF_CHECK if self_check is None else self_check
-            yield Finding(OK, "freshclam", f"clamd looks for a new database every {seconds} s")
+            yield Diagnostic(OK, "freshclam", f"clamd looks for a new database every {seconds} s")
         return
     try:
         clamd = parse_conf(Path(told).read_text(errors="replace"))
     except OSError as error:
         what = f"{conf}: NotifyClamd {told}: {error.strerror}"
         remedy = AS_ROOT if isinstance(error, PermissionError) else "Let it name clamd's configuration."
-        yield Finding(WARNING, "freshclam", what, remedy)
+        yield Diagnostic(WARNING, "freshclam", what, remedy)
         return
     if any(is_of(clamd, Address.parse(backend)) for backend in settings.clamd.backends):
-        yield Finding(OK, "freshclam", f"it tells clamd of a new database (NotifyClamd {told})")
+        yield Diagnostic(OK, "freshclam", f"it tells clamd of a new database (NotifyClamd {told})")
     else:
         what = f"{conf}: NotifyClamd {told} is the configuration of another clamd than we ask"
-        yield Finding(WARNING, "freshclam", what, "Let it name the configuration of the clamd in [clamd] backends.")
+        yield Diagnostic(WARNING, "freshclam", what, "Let it name the configuration of the clamd in [clamd] backends.")
 
 
-def schedule(root: Path) -> Finding:
+def schedule(root: Path) -> Diagnostic:
     """Whether anything runs it: itself in the background, a timer, or cron."""
     for comm in root.glob("proc/[0-9]*/comm"):
         try:
             if comm.read_bytes().strip() == b"freshclam":
-                return Finding(OK, "freshclam", f"it runs, with pid {comm.parent.name}")
+                return Diagnostic(OK, "freshclam", f"it runs, with pid {comm.parent.name}")
         except OSError:
             continue  # it has ended meanwhile
     units = [unit.name for unit in root.glob(_UNITS)]
     timers = [name for name in units if name.endswith(".timer")]
     if timers:
-        return Finding(OK, "freshclam", f"{timers[0]} starts it")
+        return Diagnostic(OK, "freshclam", f"{timers[0]} starts it")
     for pattern in _CRON:
         for table in sorted(root.glob(pattern)):
             try:
@@ -155,7 +157,7 @@ def schedule(root: Path) -> Finding:
             except OSError:
                 continue
             if table.name.startswith("freshclam") or re.search(r"^(?![ \t]*#).*freshclam", text, re.MULTILINE):
-                return Finding(OK, "freshclam", f"cron starts it ({table})")
+                return Diagnostic(OK, "freshclam", f"cron starts it ({table})")
     if units:
         what, remedy = f"{units[0]} is enabled, but freshclam does not run", f"See why: systemctl status {units[0]}"
     else:
@@ -163,29 +165,29 @@ def schedule(root: Path) -> Finding:
             "nothing runs it: no process, no timer, no cron table",
             "Run it: systemctl enable --now clamav-freshclam",
         )
-    return Finding(WARNING, "freshclam", what, remedy)
+    return Diagnostic(WARNING, "freshclam", what, remedy)
 
 
-def outcome(log: str) -> Finding:
+def outcome(log: str) -> Diagnostic:
     """What its log says of the last run."""
     if not log:
-        return Finding(OK, "freshclam", "it keeps no log of its own (UpdateLogFile)")
+        return Diagnostic(OK, "freshclam", "it keeps no log of its own (UpdateLogFile)")
     try:
         with open(log, "rb") as file:
             file.seek(max(0, file.seek(0, 2) - LOG_READ))
             text = file.read(LOG_READ)
     except FileNotFoundError:
-        return Finding(OK, "freshclam", f"{log} is not there yet")
+        return Diagnostic(OK, "freshclam", f"{log} is not there yet")
     except OSError as error:
-        return Finding(WARNING, "freshclam", f"{log}: {error.strerror}", AS_ROOT)
+        return Diagnostic(WARNING, "freshclam", f"{log}: {error.strerror}", AS_ROOT)
     _, started, last = text.rpartition(_START)
     if not started:
-        return Finding(OK, "freshclam", f"{log} does not tell of an update")
+        return Diagnostic(OK, "freshclam", f"{log} does not tell of an update")
     first, *lines = last.split(b"\n")
     when = readable(first.strip()[:40])
     for line in lines:
         if trouble := _TROUBLE.search(line):
             said = readable(next(filter(None, trouble.groups())).strip()[:SHOWN])
             remedy = f"Read {log}; try by hand: freshclam"
-            return Finding(WARNING, "freshclam", f"the update of {when} had trouble: {said}", remedy)
-    return Finding(OK, "freshclam", f"the update of {when} had no trouble")
+            return Diagnostic(WARNING, "freshclam", f"the update of {when} had trouble: {said}", remedy)
+    return Diagnostic(OK, "freshclam", f"the update of {when} had no trouble")

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from contentfilter.admin.clamd_conf import is_of, parse_conf, size
-from contentfilter.admin.diagnostic import Finding, Level, Probe
+from contentfilter.admin.diagnostic import Diagnostic, DiagnosticProbe, Level
 from contentfilter.admin.doctor_freshclam import freshclam
 from contentfilter.deadline import Deadline
 from contentfilter.endpoint import Address
@@ -32,8 +32,10 @@ _RESTART_CLAMD = "See why: systemctl status clamav-daemon; then: systemctl resta
 _RESTART_SPAMD = "See why: systemctl status spamd; then: systemctl restart spamd"
 
 
-def probes(settings: Settings, workers: int, children: int, clamd_conf: Path, freshclam_conf: Path) -> dict[str, Probe]:
-    found: dict[str, Probe] = {}
+def probes(
+    settings: Settings, workers: int, children: int, clamd_conf: Path, freshclam_conf: Path
+) -> dict[str, DiagnosticProbe]:
+    found: dict[str, DiagnosticProbe] = {}
     if not settings.clamd.backends:
         found["clamd"] = partial(_switched_off, "clamd")
     for backend in settings.clamd.backends:
@@ -50,42 +52,42 @@ def probes(settings: Settings, workers: int, children: int, clamd_conf: Path, fr
     return found
 
 
-def _switched_off(scanner: str) -> Iterator[Finding]:
-    yield Finding(OK, scanner, f"{scanner} is switched off: no backends")
+def _switched_off(scanner: str) -> Iterator[Diagnostic]:
+    yield Diagnostic(OK, scanner, f"{scanner} is switched off: no backends")
 
 
-def clamd(settings: Settings, backend: str) -> Iterator[Finding]:
+def clamd(settings: Settings, backend: str) -> Iterator[Diagnostic]:
     scanner = ClamdScanner(settings.clamd)
     try:
         version = asyncio.run(scanner.probe(Address.parse(backend), Deadline.after(PATIENCE)))
     except BackendError as error:
-        yield Finding(ERROR, "clamd", str(error), _RESTART_CLAMD)
+        yield Diagnostic(ERROR, "clamd", str(error), _RESTART_CLAMD)
         return
     yield freshness(backend, version, datetime.now(UTC))
 
 
-def freshness(backend: str, version: Version, now: datetime) -> Finding:
+def freshness(backend: str, version: Version, now: datetime) -> Diagnostic:
     """Of clamd's database."""
     remedy = "See what keeps it: systemctl status clamav-freshclam; by hand: freshclam"
     if version.built is None:
-        return Finding(WARNING, "clamd", f"{backend}: {version.product}, no official database", remedy)
+        return Diagnostic(WARNING, "clamd", f"{backend}: {version.product}, no official database", remedy)
     age = (now - version.built).total_seconds() / 86_400
     level = ERROR if age > TOO_OLD else WARNING if age > OLD else OK
     what = f"{backend}: {version.product}, database {version.database}, {max(0.0, age):.1f} days old"
-    return Finding(level, "clamd", what, "" if level is OK else remedy)
+    return Diagnostic(level, "clamd", what, "" if level is OK else remedy)
 
 
-def clamd_limits(settings: Settings, workers: int, path: Path) -> Iterator[Finding]:
+def clamd_limits(settings: Settings, workers: int, path: Path) -> Iterator[Diagnostic]:
     try:
         values = parse_conf(path.read_text(errors="replace"))
     except OSError as error:
         what = f"clamd's limits cannot be known: {path}: {error.strerror}"
-        yield Finding(WARNING, "clamd", what, "Name its configuration with --clamd-conf, or compare by hand.")
+        yield Diagnostic(WARNING, "clamd", what, "Name its configuration with --clamd-conf, or compare by hand.")
         return
     asked = [Address.parse(backend) for backend in settings.clamd.backends]
     if not any(is_of(values, address) for address in asked):
         what = f"clamd's limits cannot be known: {path} is of none of the backends"
-        yield Finding(WARNING, "clamd", what, "Name its configuration with --clamd-conf, or compare by hand.")
+        yield Diagnostic(WARNING, "clamd", what, "Name its configuration with --clamd-conf, or compare by hand.")
         return
     ours = settings.clamd.max_size
     for name, level, meaning in (
@@ -98,41 +100,41 @@ def clamd_limits(settings: Settings, workers: int, path: Path) -> Iterator[Findi
         what = f"{name} in {path} is {shown}; [clamd] max_size is {ours or 'without limit'}"
         if limit and not 0 < ours <= limit:
             remedy = f"Set max_size to at most {limit}, or raise {name} and restart clamd."
-            yield Finding(level, "clamd", f"{what}: {meaning}", remedy)
+            yield Diagnostic(level, "clamd", f"{what}: {meaning}", remedy)
         else:
-            yield Finding(OK, "clamd", what)
+            yield Diagnostic(OK, "clamd", what)
     yield _queue(values, path, settings.clamd.concurrency * workers)
 
 
-def _queue(values: dict[str, str], path: Path, ours: int) -> Finding:
+def _queue(values: dict[str, str], path: Path, ours: int) -> Diagnostic:
     """What is above MaxThreads waits in clamd; only what its queue has no place for is trouble."""
     threads = size(values.get("MaxThreads", "")) or DEFAULT_THREADS
     places = max(size(values.get("MaxQueue", "")) or DEFAULT_QUEUE, threads)
     what = f"concurrency times workers is {ours}; in {path}, MaxThreads is {threads}"
     if ours > places:
         remedy = "Raise MaxThreads and MaxQueue, or lower concurrency in [clamd]."
-        return Finding(WARNING, "clamd", f"{what} and only {places} may wait (MaxQueue)", remedy)
-    return Finding(OK, "clamd", f"{what} and {places} may wait (MaxQueue)" if ours > threads else what)
+        return Diagnostic(WARNING, "clamd", f"{what} and only {places} may wait (MaxQueue)", remedy)
+    return Diagnostic(OK, "clamd", f"{what} and {places} may wait (MaxQueue)" if ours > threads else what)
 
 
-def spamd(settings: Settings, backend: str) -> Iterator[Finding]:
+def spamd(settings: Settings, backend: str) -> Iterator[Diagnostic]:
     try:
         scanner = SpamdScanner(settings.spamd, 1)
         asyncio.run(scanner.probe(Address.parse(backend), Deadline.after(PATIENCE)))
     except ConfigError as error:
-        yield Finding(ERROR, "spamd", str(error), "See docs/fleet.md about certificates; then: contentfilter check")
+        yield Diagnostic(ERROR, "spamd", str(error), "See docs/fleet.md about certificates; then: contentfilter check")
     except BackendError as error:
-        yield Finding(ERROR, "spamd", str(error), _RESTART_SPAMD)
+        yield Diagnostic(ERROR, "spamd", str(error), _RESTART_SPAMD)
     else:
-        yield Finding(OK, "spamd", f"{backend} answers")
+        yield Diagnostic(OK, "spamd", f"{backend} answers")
 
 
-def spamd_children(workers: int, children: int) -> Iterator[Finding]:
+def spamd_children(workers: int, children: int) -> Iterator[Diagnostic]:
     """Workers share them (app.py); each asks at least one question at once. spamd's own number it does not tell."""
     at_once = workers * max(1, children // workers)
     what = f"spamdchildren is {children}; {workers} workers ask at most {at_once} questions at once"
     if at_once > children:
         remedy = f"Set spamdchildren to {at_once} and restart spamd with: contentfilter spamd-options"
-        yield Finding(WARNING, "spamd", what, remedy)
+        yield Diagnostic(WARNING, "spamd", what, remedy)
     else:
-        yield Finding(OK, "spamd", f"{what}; spamd itself must allow as many (contentfilter spamd-options)")
+        yield Diagnostic(OK, "spamd", f"{what}; spamd itself must allow as many (contentfilter spamd-options)")

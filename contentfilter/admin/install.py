@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import contentfilter
-from contentfilter.admin.install_items import STATE, USER, Inventory, System, Thing, with_missing_parents
-from contentfilter.admin.qmail import Step
+from contentfilter.admin.install_items import STATE, USER, InstallItem, Manifest, System, with_missing_parents
+from contentfilter.admin.qmail import InstallStep
 from contentfilter.errors import RefusedError
-from contentfilter.qmail import Place, version_of
+from contentfilter.qmail import QmailPaths, version_of
 
 CONFIG = "/etc/contentfilter"
 RUN = "/run/contentfilter"
@@ -59,7 +59,7 @@ class Package:
 class Plan:
     """Steps in their order, none when there is nothing to do."""
 
-    steps: list[Step]
+    steps: list[InstallStep]
     warnings: list[str]
 
 
@@ -68,9 +68,9 @@ def plan_install(package: Package, system: System, qmail: str) -> Plan:
     for what in (str(package.command), qmail):
         if not _PLAIN.fullmatch(what):
             raise RefusedError(f"{what}: only absolute paths of letters, digits and ._+- can stand in a unit")
-    before = Inventory.read(system)
+    before = Manifest.read(system)
     things = wanted(package, system, qmail)
-    to_make: list[Thing] = []
+    to_make: list[InstallItem] = []
     warnings: list[str] = []
     for thing in things:
         if not system.there(thing):
@@ -85,16 +85,16 @@ def plan_install(package: Package, system: System, qmail: str) -> Plan:
     return Plan(_install_steps(system, before, qmail, to_make), warnings)
 
 
-def wanted(package: Package, system: System, qmail: str) -> list[Thing]:
+def wanted(package: Package, system: System, qmail: str) -> list[InstallItem]:
     """Everything that makes a server, in the order in which it is made."""
     settings = package.text("contentfilter.toml").replace(_SAMPLE_QMAIL, f'"{qmail}/control"'.encode())
     ours = f"{USER}:{USER}"
     things = [
-        Thing("directory", CONFIG, keep=True),  # first, for the inventory lies in it
-        Thing("user", USER, keep=True),
-        Thing("file", f"{CONFIG}/contentfilter.toml", 0o644, content=settings, keep=True),
-        Thing("directory", STATE, 0o700, ours, keep=True, whole=True),
-        Thing("directory", RUN, 0o755, ours, whole=True),
+        InstallItem("directory", CONFIG, keep=True),  # first, for the inventory lies in it
+        InstallItem("user", USER, keep=True),
+        InstallItem("file", f"{CONFIG}/contentfilter.toml", 0o644, content=settings, keep=True),
+        InstallItem("directory", STATE, 0o700, ours, keep=True, whole=True),
+        InstallItem("directory", RUN, 0o755, ours, whole=True),
     ]
     if system.systemd:
         for path, sample in (
@@ -103,52 +103,52 @@ def wanted(package: Package, system: System, qmail: str) -> list[Thing]:
             ("/usr/local/lib/sysusers.d/contentfilter.conf", "systemd/sysusers.conf"),
             ("/usr/local/lib/tmpfiles.d/contentfilter.conf", "systemd/tmpfiles.conf"),
         ):
-            things.append(Thing("file", path, 0o644, content=package.text(sample)))
+            things.append(InstallItem("file", path, 0o644, content=package.text(sample)))
     links = {"/usr/local/sbin/contentfilter": package.command}
     links |= {f"/usr/local/share/man/{page}": package.manual / page for page in MANUAL}
     for path, target in links.items():
         # A package installed below /usr or /usr/local needs no links.
         if not str(target).startswith("/usr/") and target.exists():
-            things.append(Thing("link", path, content=os.fsencode(target)))
+            things.append(InstallItem("link", path, content=os.fsencode(target)))
     return things
 
 
-def _install_steps(system: System, before: Inventory, qmail: str, to_make: list[Thing]) -> list[Step]:
+def _install_steps(system: System, before: Manifest, qmail: str, to_make: list[InstallItem]) -> list[InstallStep]:
     steps = [_make(system, before, thing) for thing in to_make]
     if to_make:
         after = before.with_things(qmail, to_make)
         undo = (lambda: before.write(system)) if before.made else (lambda: before.remove_file(system))
         # Written as soon as its directory is there, so that an interrupted installation is known, too.
         first = next((i for i, thing in enumerate(to_make) if thing.path == CONFIG), -1) + 1
-        steps.insert(first, Step(f"write {Inventory.PATH}", lambda: after.write(system), undo))
+        steps.insert(first, InstallStep(f"write {Manifest.PATH}", lambda: after.write(system), undo))
     if any(thing.path.startswith(UNITS) and thing.kind == "file" for thing in to_make):
         steps.append(_command(system, "systemctl", "daemon-reload"))
     return steps
 
 
-def start_step(system: System) -> Step:
+def start_step(system: System) -> InstallStep:
     """Not one of plan_install's: a daemon that does not start is no reason to take everything back."""
     return _command(system, "systemctl", "enable", "--now", SOCKET, SERVICE)
 
 
-def _make(system: System, before: Inventory, thing: Thing) -> Step:
+def _make(system: System, before: Manifest, thing: InstallItem) -> InstallStep:
     replaced = system.at(thing.path).read_bytes() if thing.kind == "file" and thing.path in before.made else None
     if replaced is not None:
-        old = Thing("file", thing.path, thing.mode, thing.owner, replaced)
-        return Step(f"replace {thing}", lambda: system.make(thing), lambda: system.make(old))
+        old = InstallItem("file", thing.path, thing.mode, thing.owner, replaced)
+        return InstallStep(f"replace {thing}", lambda: system.make(thing), lambda: system.make(old))
     verb = {"directory": "make", "file": "write", "link": "link", "user": "add"}[thing.kind]
     target = f" to {os.fsdecode(thing.content)}" if thing.kind == "link" else ""
-    return Step(f"{verb} {thing}{target}", lambda: system.make(thing), lambda: system.remove(thing))
+    return InstallStep(f"{verb} {thing}{target}", lambda: system.make(thing), lambda: system.remove(thing))
 
 
-def _command(system: System, *words: str) -> Step:
-    return Step(" ".join(("run" if system.real else "leave out (--prefix)", *words)), lambda: system.run(*words))
+def _command(system: System, *words: str) -> InstallStep:
+    return InstallStep(" ".join(("run" if system.real else "leave out (--prefix)", *words)), lambda: system.run(*words))
 
 
 def plan_uninstall(system: System, *, purge: bool) -> Plan:
     """Raises RefusedError while a qmail still hands its mail to the daemon."""
-    inventory = Inventory.read(system)
-    place = Place(system.at(inventory.qmail or "/var/qmail"))
+    inventory = Manifest.read(system)
+    place = QmailPaths(system.at(inventory.qmail or "/var/qmail"))
     if inventory.made and version_of(place.queue) is not None:
         raise RefusedError(
             f"{place.queue} is the hook and would defer all mail without the daemon; "
@@ -156,7 +156,7 @@ def plan_uninstall(system: System, *, purge: bool) -> Plan:
         )
     warnings: list[str] = []
     left: list[str] = []
-    gone: list[Thing] = []
+    gone: list[InstallItem] = []
     for thing, digest in reversed(inventory.made.values()):
         edited = thing.kind in ("file", "link") and system.there(thing) and system.current(thing) != digest
         if edited and not (purge or thing.keep):
@@ -168,13 +168,13 @@ def plan_uninstall(system: System, *, purge: bool) -> Plan:
             gone.append(thing)
     if not gone:
         return Plan([], warnings)
-    rest = Inventory(inventory.qmail, {path: made for path, made in inventory.made.items() if path in left})
-    steps = [Step(_removal(thing), lambda thing=thing: system.remove(thing)) for thing in gone]  # type: ignore[misc]
+    rest = Manifest(inventory.qmail, {path: made for path, made in inventory.made.items() if path in left})
+    steps = [InstallStep(_removal(thing), lambda thing=thing: system.remove(thing)) for thing in gone]  # type: ignore[misc]
     last = next((i for i, thing in enumerate(gone) if thing.path == CONFIG), len(steps))
     if rest.made:
-        steps.append(Step(f"write {Inventory.PATH}", lambda: rest.write(system)))
+        steps.append(InstallStep(f"write {Manifest.PATH}", lambda: rest.write(system)))
     else:
-        steps.insert(last, Step(f"remove {Inventory.PATH}", lambda: rest.remove_file(system)))
+        steps.insert(last, InstallStep(f"remove {Manifest.PATH}", lambda: rest.remove_file(system)))
     units = [path for path in inventory.made if path in (f"{UNITS}/{SOCKET}", f"{UNITS}/{SERVICE}")]
     if system.systemd and (names := [os.path.basename(path) for path in units if system.at(path).exists()]):
         steps.insert(0, _command(system, "systemctl", "disable", "--now", *names))
@@ -182,7 +182,7 @@ def plan_uninstall(system: System, *, purge: bool) -> Plan:
     return Plan(steps, warnings)
 
 
-def _removal(thing: Thing) -> str:
+def _removal(thing: InstallItem) -> str:
     shared = thing.kind == "directory" and not thing.whole
     return f"remove {thing}" + (", if nothing else is in it" if shared else "")
 

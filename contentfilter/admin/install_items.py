@@ -1,7 +1,7 @@
 """Things that an installation makes, and how each is made and removed: directories, files, links, a user.
 
 A thing knows only itself: whether it is there, whether it is still as it was made. What was made is
-written down in an :class:`Inventory`, so that removing touches nothing else. Paths are those of the
+written down in an :class:`Manifest`, so that removing touches nothing else. Paths are those of the
 finished system; ``root`` in front of them is ``/`` but in tests.
 """
 
@@ -26,14 +26,14 @@ USER = "contentfilter"
 STATE = "/var/lib/contentfilter"
 USERADD = ("useradd", "--system", "--user-group", "--no-create-home", "--home-dir", STATE,
            "--shell", "/usr/sbin/nologin", "--comment", "Content filter for qmail")  # fmt: skip
-Kind = Literal["directory", "file", "link", "user"]
+ItemKind = Literal["directory", "file", "link", "user"]
 
 
 @dataclass(frozen=True, slots=True)
-class Thing:
+class InstallItem:
     """One thing. ``keep``: an uninstallation leaves it, unless everything is to go (configuration, state, the user)."""
 
-    kind: Kind
+    kind: ItemKind
     path: str  # absolute; the name of a user
     mode: int = 0o755
     owner: str = "root:root"
@@ -77,12 +77,12 @@ class System:
         if done.returncode:
             raise OSError(f"{' '.join(words)}: {(done.stderr or done.stdout).strip() or done.returncode}")
 
-    def there(self, thing: Thing) -> bool:
+    def there(self, thing: InstallItem) -> bool:
         if thing.kind == "user":
             return not self.real or known_user(thing.path)
         return os.path.lexists(self.at(thing.path))
 
-    def current(self, thing: Thing) -> str | None:
+    def current(self, thing: InstallItem) -> str | None:
         """The digest of what a file says or where a link points; None when it is something else."""
         path = self.at(thing.path)
         try:
@@ -91,7 +91,7 @@ class System:
             return None
         return hashlib.sha256(content).hexdigest()
 
-    def make(self, thing: Thing) -> None:
+    def make(self, thing: InstallItem) -> None:
         path = self.at(thing.path)
         if thing.kind == "user":
             self.run(*USERADD, thing.path)
@@ -107,7 +107,7 @@ class System:
             path.chmod(thing.mode)  # whatever the umask is
             os.chown(path, *self._ids(thing.owner))
 
-    def remove(self, thing: Thing) -> None:
+    def remove(self, thing: InstallItem) -> None:
         """What is gone already is fine; a directory that others use stays."""
         path = self.at(thing.path)
         if thing.kind == "user":
@@ -140,16 +140,16 @@ def known_user(name: str) -> bool:
 
 
 @dataclass(slots=True)
-class Inventory:
+class Manifest:
     """What was made here, in the order in which it was made, and for which qmail."""
 
     PATH = "/etc/contentfilter/installed.json"
 
     qmail: str = ""
-    made: dict[str, tuple[Thing, str]] = field(default_factory=dict)  # by path; the digest of what was written
+    made: dict[str, tuple[InstallItem, str]] = field(default_factory=dict)  # by path; the digest of what was written
 
     @classmethod
-    def read(cls, system: System) -> "Inventory":
+    def read(cls, system: System) -> "Manifest":
         """Empty where nothing was made. Raises RefusedError for a file that another user could have written."""
         path = system.at(cls.PATH)
         try:
@@ -157,7 +157,7 @@ class Inventory:
             if system.real and (status.st_uid != 0 or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
                 raise RefusedError(f"{path}: not written by root alone, so it is not believed")
             stored = json.loads(path.read_bytes())
-            made = {row["path"]: (_thing(row), str(row["digest"])) for row in stored["made"]}
+            made = {row["path"]: (_item(row), str(row["digest"])) for row in stored["made"]}
             return cls(str(stored["qmail"]), made)
         except FileNotFoundError:
             return cls()
@@ -172,9 +172,9 @@ class Inventory:
         text = json.dumps({"qmail": self.qmail, "made": rows}, indent=1) + "\n"
         replace_file(system.at(self.PATH), (text.encode(),), 0o644, root())
 
-    def with_things(self, qmail: str, things: Iterable[Thing]) -> "Inventory":
+    def with_things(self, qmail: str, things: Iterable[InstallItem]) -> "Manifest":
         """This one and ``things``; a thing made again keeps its place."""
-        return Inventory(qmail, self.made | {thing.path: (thing, thing.digest) for thing in things})
+        return Manifest(qmail, self.made | {thing.path: (thing, thing.digest) for thing in things})
 
     def remove_file(self, system: System) -> None:
         path = system.at(self.PATH)
@@ -182,19 +182,19 @@ class Inventory:
         sync_directory(path.parent)
 
 
-def _thing(row: dict[str, Any]) -> Thing:
+def _item(row: dict[str, Any]) -> InstallItem:
     if row["kind"] not in ("directory", "file", "link", "user") or ".." in Path(row["path"]).parts:
         raise ValueError(f"{row['path']!r}")
-    return Thing(row["kind"], str(row["path"]), keep=bool(row["keep"]), whole=bool(row["whole"]))
+    return InstallItem(row["kind"], str(row["path"]), keep=bool(row["keep"]), whole=bool(row["whole"]))
 
 
-def with_missing_parents(system: System, things: Sequence[Thing]) -> list[Thing]:
+def with_missing_parents(system: System, things: Sequence[InstallItem]) -> list[InstallItem]:
     """``things``, in front of each the directories above it that are not there yet."""
-    found: dict[str, Thing] = {}
+    found: dict[str, InstallItem] = {}
     for thing in things:
         above = reversed(Path(thing.path).parents) if thing.kind != "user" else ()
         for parent in map(str, above):
             if parent not in found and not system.at(parent).exists():
-                found[parent] = Thing("directory", parent)
+                found[parent] = InstallItem("directory", parent)
         found[thing.path] = thing
     return list(found.values())

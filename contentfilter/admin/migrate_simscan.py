@@ -11,10 +11,10 @@ from collections.abc import Collection, Iterator, Mapping
 from contentfilter.admin.migration import (
     CONTROL,
     NAMES,
-    Kind,
+    ChangeKind,
     Migration,
+    MigrationReport,
     NewFile,
-    Report,
     TableRow,
     Value,
     name_files,
@@ -24,7 +24,7 @@ from contentfilter.admin.migration import (
     table_file,
     table_key,
 )
-from contentfilter.admin.simscan_rows import Row, Rules, effective, read_endings, read_rows
+from contentfilter.admin.simscan_rows import SimscanRow, SimscanRules, effective, read_endings, read_rows
 from contentfilter.model import readable
 
 READS = ("simcontrol", "simcontrol.cdb", "ssattach", "simsizelimit", "simversions", "simversions.cdb", *NAMES)
@@ -34,32 +34,34 @@ _SIZE = 250_000  # simscan's limit for spamd where none is given
 
 def migrate(old: Mapping[str, bytes], others: Collection[str] = ()) -> Migration:
     """Turn the files in ``old`` (name → content) into ours; ``others`` are names that were not read."""
-    report = Report()
+    report = MigrationReport()
     rows = {row.key: row for row in read_rows(old, report) if _found_by_simscan(row, report)}
     if not rows and not any(name in old for name in ("simcontrol", "simcontrol.cdb", "ssattach", "simsizelimit")):
         report.add(
-            Kind.CHECK, "simcontrol", 0, "not here", "none of simscan's controls; give qmail's control directory"
+            ChangeKind.CHECK, "simcontrol", 0, "not here", "none of simscan's controls; give qmail's control directory"
         )
         return Migration((), report.differences())
     if not rows:
         report.add(
-            Kind.CHECK,
+            ChangeKind.CHECK,
             "simcontrol",
             0,
             "no rows",
             "a simscan built without --enable-per-domain scans all mail, else it scans none; all mail is assumed",
         )
         endings = read_endings(old.get("ssattach", b""), report)
-        rows[b""] = Row("ssattach", 0, b"", Rules(clam=True, spam=True, attach=endings or None))
+        rows[b""] = SimscanRow("ssattach", 0, b"", SimscanRules(clam=True, spam=True, attach=endings or None))
     elif "ssattach" in old:
         report.add(
-            Kind.CHANGED, "ssattach", 0, "not used", "a simscan with rows in simcontrol never reads it; left out"
+            ChangeKind.CHANGED, "ssattach", 0, "not used", "a simscan with rows in simcontrol never reads it; left out"
         )
     for name in ("simversions", "simversions.cdb"):
         if name in old:
-            report.add(Kind.LEFT, name, 0, "scanner versions", "not needed: the versions are asked from the scanners")
+            report.add(
+                ChangeKind.LEFT, name, 0, "scanner versions", "not needed: the versions are asked from the scanners"
+            )
     whole = {key: effective(row, rows) for key, row in rows.items()}
-    default = whole.get(b"", Rules())
+    default = whole.get(b"", SimscanRules())
     spamd = _spamd(whole, default, report)
     files = [*_tables(rows, whole, spamd, report), *_options(old, rows, default, report)]
     settings: dict[str, dict[str, Value]] = {"service": {"control": CONTROL}}
@@ -71,20 +73,22 @@ def migrate(old: Mapping[str, bytes], others: Collection[str] = ()) -> Migration
     files += [*_attachments(rows, whole, report), *name_files(old, report)]
     _general(rows, whole, report)
     if others:
-        report.add(Kind.LEFT, ".", 0, f"{len(others)} other files", "qmail's own controls; nothing is read from them")
+        report.add(
+            ChangeKind.LEFT, ".", 0, f"{len(others)} other files", "qmail's own controls; nothing is read from them"
+        )
     return Migration(tuple(files), report.differences())
 
 
-def _found_by_simscan(row: Row, report: Report) -> bool:
+def _found_by_simscan(row: SimscanRow, report: MigrationReport) -> bool:
     """Whether the key is an address or a domain. simscan looks up nothing else, and no wildcards."""
     usable = not row.key or (not row.key.startswith((b"@", b"*", b".")) and table_key(row.key) is not None)
     if not usable:
         why = "neither an address nor a domain, so simscan never finds this row; left out"
-        report.add(Kind.CHECK, row.path, row.line, row.key, why)
+        report.add(ChangeKind.CHECK, row.path, row.line, row.key, why)
     return usable
 
 
-def _spamd(whole: Mapping[bytes, Rules], default: Rules, report: Report) -> dict[str, Value]:
+def _spamd(whole: Mapping[bytes, SimscanRules], default: SimscanRules, report: MigrationReport) -> dict[str, Value]:
     """The section [spamd]: what happens to spam where a row says nothing else."""
     scanned = [rules for rules in whole.values() if rules.spam]
     path, score = "simcontrol", default.spam_hits
@@ -94,19 +98,21 @@ def _spamd(whole: Mapping[bytes, Rules], default: Rules, report: Report) -> dict
         if any(rules.spam_hits is None for rules in scanned):
             score = _HITS
             report.add(
-                Kind.CHECK,
+                ChangeKind.CHECK,
                 path,
                 0,
                 "rows without spam_hits",
                 f"they use the number of ./configure --enable-spam-hits; {_HITS} is assumed: [spamd] reject_score",
             )
         if any(rules.spam_passthru is not None for rules in scanned):
-            report.add(Kind.CHANGED, path, 0, "spam_passthru", "has no effect in a simscan with spam_hits; left out")
+            report.add(
+                ChangeKind.CHANGED, path, 0, "spam_passthru", "has no effect in a simscan with spam_hits; left out"
+            )
         return {"action": "mark", "rewrite": "full"} | ({"reject_score": score} if score else {})
     if any(rules.spam_passthru is not None for rules in scanned):
         return {"action": "mark" if default.spam_passthru else "reject", "rewrite": "full"}
     report.add(
-        Kind.CHECK,
+        ChangeKind.CHECK,
         path,
         0,
         "no spam_hits, no spam_passthru",
@@ -116,7 +122,7 @@ def _spamd(whole: Mapping[bytes, Rules], default: Rules, report: Report) -> dict
     return {"action": "mark", "rewrite": "full"}
 
 
-def _spam_options(rules: Rules, spamd: Mapping[str, Value]) -> tuple[tuple[str, str], ...]:
+def _spam_options(rules: SimscanRules, spamd: Mapping[str, Value]) -> tuple[tuple[str, str], ...]:
     if rules.spam_hits is not None:
         same = rules.spam_hits == spamd.get("reject_score")
         return () if same else (("reject_score", f"{rules.spam_hits:.6f}".rstrip("0").rstrip(".")),)
@@ -127,7 +133,10 @@ def _spam_options(rules: Rules, spamd: Mapping[str, Value]) -> tuple[tuple[str, 
 
 
 def _tables(
-    rows: Mapping[bytes, Row], whole: Mapping[bytes, Rules], spamd: Mapping[str, Value], report: Report
+    rows: Mapping[bytes, SimscanRow],
+    whole: Mapping[bytes, SimscanRules],
+    spamd: Mapping[str, Value],
+    report: MigrationReport,
 ) -> tuple[NewFile, NewFile]:
     """clamavclients and spamdclients: a row where scanning is on, an exempting one where it is off."""
     virus: list[TableRow] = []
@@ -143,13 +152,17 @@ def _tables(
             if on or key:
                 table.append(TableRow(ours, not on, options))
                 said.append(f"{name}: {readable(table[-1].line())}")
-        report.add(Kind.SAME, row.path, row.line, key or b":", "; ".join(said) or "no scanning for all others")
+        report.add(ChangeKind.SAME, row.path, row.line, key or b":", "; ".join(said) or "no scanning for all others")
         if rules.trophie:
-            report.add(Kind.CHANGED, row.path, row.line, "trophie=yes", "no Trophie here; clamd does the virus check")
+            report.add(
+                ChangeKind.CHANGED, row.path, row.line, "trophie=yes", "no Trophie here; clamd does the virus check"
+            )
     return table_file("clamavclients", "simscan", virus), table_file("spamdclients", "simscan", spam)
 
 
-def _options(old: Mapping[str, bytes], rows: Mapping[bytes, Row], default: Rules, report: Report) -> Iterator[NewFile]:
+def _options(
+    old: Mapping[str, bytes], rows: Mapping[bytes, SimscanRow], default: SimscanRules, report: MigrationReport
+) -> Iterator[NewFile]:
     """control/options: the size limit for spamd, and no spam check for relaying clients."""
     limit, path = default.size_limit, next(iter(rows.values())).path
     line = rows[b""].line if b"" in rows else 0
@@ -159,33 +172,39 @@ def _options(old: Mapping[str, bytes], rows: Mapping[bytes, Row], default: Rules
         if re.fullmatch(rb"[0-9]{1,12}", first):
             limit = int(first)
         else:
-            report.add(Kind.CHECK, path, line, first, "not a plain number of bytes; left out")
+            report.add(ChangeKind.CHECK, path, line, first, "not a plain number of bytes; left out")
     if limit is None:
         limit = _SIZE
         report.add(
-            Kind.CHANGED,
+            ChangeKind.CHANGED,
             path,
             0,
             "no size_limit",
             f"simscan's built-in {_SIZE} bytes are taken; older ones have spamc's own limit, raise samsgsize then",
         )
     elif limit < 2:
-        report.add(Kind.CHECK, path, line, f"size_limit={limit}", "keeps all mail from spamd in simscan; left out")
+        report.add(
+            ChangeKind.CHECK, path, line, f"size_limit={limit}", "keeps all mail from spamd in simscan; left out"
+        )
     else:
         report.add(
-            Kind.SAME, path, line, f"size_limit={limit}", f"samsgsize {limit - 1}: larger mail is not given to spamd"
+            ChangeKind.SAME,
+            path,
+            line,
+            f"size_limit={limit}",
+            f"samsgsize {limit - 1}: larger mail is not given to spamd",
         )
     for row in rows.values():
         if row.key and row.own.size_limit is not None and row.own.size_limit != limit:
             report.add(
-                Kind.LOST,
+                ChangeKind.LOST,
                 row.path,
                 row.line,
                 f"size_limit={row.own.size_limit}",
                 "one limit for all recipients here: samsgsize in control/options",
             )
     report.add(
-        Kind.CHANGED,
+        ChangeKind.CHANGED,
         "simcontrol",
         0,
         "RELAYCLIENT",
@@ -195,7 +214,7 @@ def _options(old: Mapping[str, bytes], rows: Mapping[bytes, Row], default: Rules
     yield options_file("simscan", {"skipsachk": "2"} | ({"samsgsize": str(limit - 1)} if limit >= 2 else {}))
 
 
-def _queue(rows: Mapping[bytes, Row], default: Rules, report: Report) -> Iterator[str]:
+def _queue(rows: Mapping[bytes, SimscanRow], default: SimscanRules, report: MigrationReport) -> Iterator[str]:
     """queue.conf: the program behind the hook."""
     for row in rows.values():
         if row.own.qmailqueue is None:
@@ -203,14 +222,16 @@ def _queue(rows: Mapping[bytes, Row], default: Rules, report: Report) -> Iterato
         value = readable(row.own.qmailqueue)
         if row.key:
             text = "one program behind the hook for all mail here: `queue` in queue.conf"
-            report.add(Kind.LOST, row.path, row.line, f"qmailqueue={value}", text)
+            report.add(ChangeKind.LOST, row.path, row.line, f"qmailqueue={value}", text)
         else:
-            report.add(Kind.SAME, row.path, row.line, f"qmailqueue={value}", "`queue` in queue.conf")
+            report.add(ChangeKind.SAME, row.path, row.line, f"qmailqueue={value}", "`queue` in queue.conf")
     yield "# The program behind the hook. After `contentfilter hook install` it is qmail-queue.real instead."
     yield f"queue {readable(default.qmailqueue or b'/var/qmail/bin/qmail-queue')}"
 
 
-def _attachments(rows: Mapping[bytes, Row], whole: Mapping[bytes, Rules], report: Report) -> Iterator[NewFile]:
+def _attachments(
+    rows: Mapping[bytes, SimscanRow], whole: Mapping[bytes, SimscanRules], report: MigrationReport
+) -> Iterator[NewFile]:
     """Forbidden file endings become a small database for clamd, which sees the names of attachments itself."""
     lists: set[frozenset[bytes]] = {frozenset(rules.attach or ()) for rules in whole.values()} | (
         {frozenset()} if b"" not in whole else set()
@@ -231,7 +252,7 @@ def _attachments(rows: Mapping[bytes, Row], whole: Mapping[bytes, Rules], report
             continue
         if not whole[key].virus:
             report.add(
-                Kind.CHECK,
+                ChangeKind.CHECK,
                 row.path,
                 row.line,
                 key or b":",
@@ -239,7 +260,7 @@ def _attachments(rows: Mapping[bytes, Row], whole: Mapping[bytes, Rules], report
             )
         if row.own.attach:
             report.add(
-                Kind.CHANGED,
+                ChangeKind.CHANGED,
                 row.path,
                 row.line,
                 b"attach=" + b":".join(row.own.attach),
@@ -247,7 +268,7 @@ def _attachments(rows: Mapping[bytes, Row], whole: Mapping[bytes, Rules], report
             )
     if len(lists) > 1:
         report.add(
-            Kind.CHECK,
+            ChangeKind.CHECK,
             rows[next(iter(rows))].path,
             0,
             "attach",
@@ -261,11 +282,11 @@ def _attachments(rows: Mapping[bytes, Row], whole: Mapping[bytes, Rules], report
     )
 
 
-def _general(rows: Mapping[bytes, Row], whole: Mapping[bytes, Rules], report: Report) -> None:
+def _general(rows: Mapping[bytes, SimscanRow], whole: Mapping[bytes, SimscanRules], report: MigrationReport) -> None:
     """What is different for every row."""
     if len(set(whole.values())) > 1:
         report.add(
-            Kind.CHECK,
+            ChangeKind.CHECK,
             "simcontrol",
             0,
             "sender",
@@ -273,14 +294,14 @@ def _general(rows: Mapping[bytes, Row], whole: Mapping[bytes, Rules], report: Re
             "going out is checked where a row for everybody (*) says so",
         )
         report.add(
-            Kind.CHANGED,
+            ChangeKind.CHANGED,
             "simcontrol",
             0,
             "several recipients",
             "simscan gives all the result of the last row found; here each recipient gets their own",
         )
     report.add(
-        Kind.CHANGED,
+        ChangeKind.CHANGED,
         "simcontrol",
         0,
         "built in",
@@ -288,7 +309,7 @@ def _general(rows: Mapping[bytes, Row], whole: Mapping[bytes, Rules], report: Re
         "--enable-spamc-user and the like; docs/migration.md lists what to set for each",
     )
     report.add(
-        Kind.LEFT,
+        ChangeKind.LEFT,
         "tcp.smtp",
         0,
         "environment",

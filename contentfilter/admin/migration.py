@@ -23,7 +23,7 @@ _PATTERN = re.compile(rb"[*?\[\]\\]")
 Value = str | bool | float
 
 
-class Kind(enum.Enum):
+class ChangeKind(enum.Enum):
     """What became of one thing in the old controls, the quietest first."""
 
     SAME = "same"  # carried over, and it means the same
@@ -34,10 +34,10 @@ class Kind(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class MigrationNote:
     """One line of the report. ``subject`` and ``text`` are printable ASCII; ``line`` is 0 where none applies."""
 
-    kind: Kind
+    kind: ChangeKind
     path: str
     line: int
     subject: str
@@ -58,34 +58,34 @@ class Migration:
     """All that comes out of the old controls."""
 
     files: tuple[NewFile, ...]
-    differences: tuple[Difference, ...]
+    differences: tuple[MigrationNote, ...]
 
     @property
     def needs_a_person(self) -> bool:
         """Whether something was not carried over or has to be decided."""
-        return any(d.kind in (Kind.LOST, Kind.CHECK) for d in self.differences)
+        return any(d.kind in (ChangeKind.LOST, ChangeKind.CHECK) for d in self.differences)
 
 
-class Report:
+class MigrationReport:
     """Collects differences; of one kind in one file the first :data:`LISTED` are kept and the rest counted."""
 
     def __init__(self) -> None:
-        self._listed: list[Difference] = []
-        self._count: Counter[tuple[str, Kind]] = Counter()
+        self._listed: list[MigrationNote] = []
+        self._count: Counter[tuple[str, ChangeKind]] = Counter()
 
-    def add(self, kind: Kind, path: str, line: int, subject: bytes | str, text: str) -> None:
+    def add(self, kind: ChangeKind, path: str, line: int, subject: bytes | str, text: str) -> None:
         """Note one difference; ``subject`` is what stands in the old file and is cut to 80 characters."""
         self._count[path, kind] += 1
         if self._count[path, kind] > LISTED:
             return
         what = readable(subject.encode("utf-8", "replace") if isinstance(subject, str) else subject[:1000])
         what = what if len(what) <= 80 else what[:77] + "..."
-        self._listed.append(Difference(kind, path, line, what, text))
+        self._listed.append(MigrationNote(kind, path, line, what, text))
 
-    def differences(self) -> tuple[Difference, ...]:
+    def differences(self) -> tuple[MigrationNote, ...]:
         """Everything in the order found, then the counts of what was not listed."""
         more = [
-            Difference(
+            MigrationNote(
                 kind, path, 0, f"{count - LISTED} more", "of the same kind in this file; they are not listed here"
             )
             for (path, kind), count in self._count.items()
@@ -154,17 +154,19 @@ NAMES = ("me", "envnoathost")
 """qmail's controls that the tables need: the domain of a recipient that has none."""
 
 
-def name_files(old: Mapping[str, bytes], report: Report) -> Iterator[NewFile]:
+def name_files(old: Mapping[str, bytes], report: MigrationReport) -> Iterator[NewFile]:
     """Copies of :data:`NAMES`, since our controls have a directory of their own."""
     for name in NAMES:
         if name not in old:
             continue
         first = old[name].partition(b"\n")[0].rstrip(b" \t\r")
         if _PRINTABLE.fullmatch(first):
-            report.add(Kind.SAME, name, 1, first, f"copied to control/{name}: the domain of recipients without one")
+            report.add(
+                ChangeKind.SAME, name, 1, first, f"copied to control/{name}: the domain of recipients without one"
+            )
             yield NewFile(f"control/{name}", first + b"\n", f"goes to {CONTROL}/{name}")
         else:
-            report.add(Kind.CHECK, name, 1, first, "not a host name in printable ASCII; left out")
+            report.add(ChangeKind.CHECK, name, 1, first, "not a host name in printable ASCII; left out")
 
 
 def settings_file(origin: str, settings: Mapping[str, Mapping[str, Value]]) -> NewFile:

@@ -16,13 +16,13 @@ from pathlib import Path
 
 from contentfilter.errors import RefusedError
 from contentfilter.files import replace_file, sync_directory
-from contentfilter.qmail import DEFAULT_CONF, Conf, Place, read_conf, version_of
+from contentfilter.qmail import DEFAULT_CONF, Conf, QmailPaths, read_conf, version_of
 
 DIALECTS = ("auto", "stock", "notqmail", "sagredo", "simscan", "indimail", "sqmail")
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class InstallStep:
     """One change of the file system, told before it is made, and how to take it back."""
 
     text: str
@@ -31,7 +31,7 @@ class Step:
 
 
 @dataclass(slots=True)
-class State:
+class HookState:
     """Everything that ``status`` shows."""
 
     installed: bool
@@ -69,7 +69,7 @@ def root() -> tuple[int, int] | None:
     return (0, 0) if os.geteuid() == 0 else None
 
 
-def keep_original(place: Place) -> None:
+def keep_original(place: QmailPaths) -> None:
     """Give the original its second name; an older one under that name is replaced in one step."""
     name = place.real.with_name(f".qmail-queue.real.{os.getpid()}")
     os.link(place.queue, name, follow_symlinks=False)
@@ -95,9 +95,11 @@ def check_original(program: Path) -> list[str]:
     return []
 
 
-def plan_install(place: Place, conf: Path, dialect: str, binary: Path, *, force: bool) -> tuple[list[Step], list[str]]:
+def plan_install(
+    place: QmailPaths, conf: Path, dialect: str, binary: Path, *, force: bool
+) -> tuple[list[InstallStep], list[str]]:
     """The steps, none when all is in place, and warnings. Raises RefusedError."""
-    steps: list[Step] = []
+    steps: list[InstallStep] = []
     warnings: list[str] = []
     present = version_of(place.queue)
     if present is None and (place.queue.exists() or not place.real.exists()):
@@ -108,15 +110,15 @@ def plan_install(place: Place, conf: Path, dialect: str, binary: Path, *, force:
                     f"{place.queue} and {place.real} are two programs (a new qmail over an installed hook?); "
                     f"--force makes the first one the original, and the second is lost"
                 )
-            steps.append(Step(f"make {place.queue} the new {place.real}", lambda: keep_original(place)))
+            steps.append(InstallStep(f"make {place.queue} the new {place.real}", lambda: keep_original(place)))
         else:
             undo = (lambda: None) if place.real.exists() else place.real.unlink
-            steps.append(Step(f"link {place.queue} to {place.real}", lambda: keep_original(place), undo))
+            steps.append(InstallStep(f"link {place.queue} to {place.real}", lambda: keep_original(place), undo))
     else:
         warnings += check_original(place.real)
     if not conf.exists():
         text = conf_text(place.real, dialect).encode()
-        steps.append(Step(f"write {conf}", lambda: write_conf(conf, text), conf.unlink))
+        steps.append(InstallStep(f"write {conf}", lambda: write_conf(conf, text), conf.unlink))
     else:
         warnings += check_conf(read_conf(binary, conf), place, conf, dialect)
     if str(conf) != DEFAULT_CONF:
@@ -124,7 +126,7 @@ def plan_install(place: Place, conf: Path, dialect: str, binary: Path, *, force:
     if not same_bytes(place.queue, binary):
         verb = "install" if present is None else f"replace version {present} of"
         steps.append(
-            Step(
+            InstallStep(
                 f"{verb} the hook as {place.queue}",
                 lambda: replace_file(place.queue, (binary.read_bytes(),), 0o755, root()),
             )
@@ -137,7 +139,7 @@ def write_conf(conf: Path, text: bytes) -> None:
     replace_file(conf, (text,), 0o644, root())
 
 
-def check_conf(read: Conf, place: Place, conf: Path, dialect: str) -> list[str]:
+def check_conf(read: Conf, place: QmailPaths, conf: Path, dialect: str) -> list[str]:
     if read.problem:
         raise RefusedError(read.problem)
     if same_file(read.target(), place.queue):
@@ -152,31 +154,31 @@ def check_conf(read: Conf, place: Place, conf: Path, dialect: str) -> list[str]:
     return warnings
 
 
-def plan_uninstall(place: Place, conf: Path) -> tuple[list[Step], list[str]]:
+def plan_uninstall(place: QmailPaths, conf: Path) -> tuple[list[InstallStep], list[str]]:
     """Only what install made: the original gets its name back, an unchanged queue.conf goes. Raises RefusedError."""
-    steps: list[Step] = []
+    steps: list[InstallStep] = []
     warnings: list[str] = []
     if version_of(place.queue) is not None or (place.real.exists() and not place.queue.exists()):
         check_original(place.real)
-        steps.append(Step(f"rename {place.real} to {place.queue}", lambda: restore(place)))
+        steps.append(InstallStep(f"rename {place.real} to {place.queue}", lambda: restore(place)))
     elif same_file(place.queue, place.real):  # an install that was interrupted
-        steps.append(Step(f"remove the second name {place.real}", place.real.unlink))
+        steps.append(InstallStep(f"remove the second name {place.real}", place.real.unlink))
     if conf.is_file():
         if conf.read_text(errors="replace") in {conf_text(place.real, dialect) for dialect in DIALECTS}:
-            steps.append(Step(f"remove {conf}", conf.unlink))
+            steps.append(InstallStep(f"remove {conf}", conf.unlink))
         elif steps:
             warnings.append(f"{conf}: kept, it was edited")
     return steps, warnings
 
 
-def restore(place: Place) -> None:
+def restore(place: QmailPaths) -> None:
     os.replace(place.real, place.queue)
     sync_directory(place.queue.parent)
 
 
-def carry_out(steps: list[Step]) -> None:
+def carry_out(steps: list[InstallStep]) -> None:
     """All of them, or, when one fails, none."""
-    done: list[Step] = []
+    done: list[InstallStep] = []
     try:
         for step in steps:
             step.do()
@@ -188,12 +190,12 @@ def carry_out(steps: list[Step]) -> None:
         raise RefusedError(f"{step.text}: {error.strerror or error}; nothing was changed") from None
 
 
-def examine(place: Place, conf: Path, binary: Path | None) -> State:
+def examine(place: QmailPaths, conf: Path, binary: Path | None) -> HookState:
     version = version_of(place.queue)
     read = read_conf(place.queue, conf) if version and os.access(place.queue, os.X_OK) else Conf({})
     real = place.real if place.real.exists() else None
     path = read.values.get("socket")
-    state = State(
+    state = HookState(
         installed=version is not None,
         hook=str(place.queue),
         hook_version=version,

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from contentfilter.admin.migration import Kind, Report, numbered
+from contentfilter.admin.migration import ChangeKind, MigrationReport, numbered
 from contentfilter.model import readable
 
 _ROW_MAX = 3999  # simscanmk reads so many bytes as one line
@@ -21,7 +21,7 @@ _ENDING = re.compile(rb"[!-~]{1,99}")
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class SimscanRules:
     """What a row says; None where it says nothing and a less specific row decides."""
 
     clam: bool | None = None
@@ -33,10 +33,10 @@ class Rules:
     attach: tuple[bytes, ...] | None = None
     qmailqueue: bytes | None = None
 
-    def over(self, below: "Rules") -> "Rules":
+    def over(self, below: "SimscanRules") -> "SimscanRules":
         """These rules laid over less specific ones."""
         pairs = ((getattr(self, f.name), getattr(below, f.name)) for f in fields(self))
-        return Rules(*(mine if mine is not None else theirs for mine, theirs in pairs))
+        return SimscanRules(*(mine if mine is not None else theirs for mine, theirs in pairs))
 
     @property
     def virus(self) -> bool:
@@ -44,29 +44,29 @@ class Rules:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SimscanRow:
     """One row of simcontrol that counts. ``key`` is lower-cased; empty for the default row."""
 
     path: str
     line: int
     key: bytes
-    own: Rules
+    own: SimscanRules
 
 
-def read_rows(old: Mapping[str, bytes], report: Report) -> Iterator[Row]:
+def read_rows(old: Mapping[str, bytes], report: MigrationReport) -> Iterator[SimscanRow]:
     """The rows that count, in the order of ``simcontrol`` or, where there is only that, ``simcontrol.cdb``."""
     text, compiled = old.get("simcontrol"), None
     if "simcontrol.cdb" in old:
         compiled = _records(old["simcontrol.cdb"])
         if compiled is None:
-            report.add(Kind.CHECK, "simcontrol.cdb", 0, "damaged", "not a whole cdb file; not used")
+            report.add(ChangeKind.CHECK, "simcontrol.cdb", 0, "damaged", "not a whole cdb file; not used")
     path = "simcontrol"
     records: Iterable[tuple[int, bytes, bytes]] = ()
     if text is not None:
         records = _lines(text, report)
         if compiled is not None and set(compiled) != {made for _, line in numbered(text) if (made := _compile(line))}:
             report.add(
-                Kind.CHECK,
+                ChangeKind.CHECK,
                 "simcontrol.cdb",
                 0,
                 "differs from simcontrol",
@@ -75,15 +75,17 @@ def read_rows(old: Mapping[str, bytes], report: Report) -> Iterator[Row]:
     elif compiled is not None:
         path = "simcontrol.cdb"
         records = [(number, key, value) for number, (key, value) in enumerate(compiled, 1)]
-        report.add(Kind.CHANGED, path, 0, "no simcontrol", "the compiled rows are taken; line numbers count records")
+        report.add(
+            ChangeKind.CHANGED, path, 0, "no simcontrol", "the compiled rows are taken; line numbers count records"
+        )
     first: dict[bytes, int] = {}
     for line, key, value in records:
         if key in first:
             why = f"second row for this key: simscan goes by the first, in line {first[key]}, and so do we"
-            report.add(Kind.CHECK, path, line, key or b":", why)
+            report.add(ChangeKind.CHECK, path, line, key or b":", why)
             continue
         first[key] = line
-        yield Row(path, line, key, Rules(**dict(_settings(path, line, key, value, report))))
+        yield SimscanRow(path, line, key, SimscanRules(**dict(_settings(path, line, key, value, report))))
 
 
 def _compile(line: bytes) -> tuple[bytes, bytes] | None:
@@ -98,7 +100,7 @@ def _compile(line: bytes) -> tuple[bytes, bytes] | None:
     return key.lower(), (more[0].lstrip(b"\r").partition(b"\r")[0] if more else b"").lower()
 
 
-def _lines(text: bytes, report: Report) -> Iterator[tuple[int, bytes, bytes]]:
+def _lines(text: bytes, report: MigrationReport) -> Iterator[tuple[int, bytes, bytes]]:
     """(line, key, settings) of the rows of simcontrol; what simscanmk misreads is reported."""
     for number, line in numbered(text):
         made, start = _compile(line), line.lstrip(b" \t")
@@ -111,7 +113,7 @@ def _lines(text: bytes, report: Report) -> Iterator[tuple[int, bytes, bytes]]:
             trouble = f"over {_ROW_MAX} bytes, where simscanmk cuts the row in two; left out"
         elif start.startswith(b"#"):
             if made is None or b"=" not in made[1]:
-                report.add(Kind.LEFT, "simcontrol", number, line, "a comment")
+                report.add(ChangeKind.LEFT, "simcontrol", number, line, "a comment")
                 continue
             trouble = (
                 f"simscanmk knows no comments: for simscan this is a row for {readable(made[0][:80])}, and in force; "
@@ -121,7 +123,7 @@ def _lines(text: bytes, report: Report) -> Iterator[tuple[int, bytes, bytes]]:
             trouble = "with a blank in front simscan finds no default row here; taken as the default row"
             made = b"", start[1:].rstrip(b"\r")
         if trouble:
-            report.add(Kind.CHECK, "simcontrol", number, line, trouble)
+            report.add(ChangeKind.CHECK, "simcontrol", number, line, trouble)
         if made is not None and not trouble.endswith("left out"):
             yield number, *made
 
@@ -143,7 +145,7 @@ def _records(data: bytes) -> list[tuple[bytes, bytes]] | None:
     return found
 
 
-def _settings(path: str, line: int, key: bytes, text: bytes, report: Report) -> Iterator[tuple[str, Any]]:
+def _settings(path: str, line: int, key: bytes, text: bytes, report: MigrationReport) -> Iterator[tuple[str, Any]]:
     """The valid name-value pairs of a row as they were meant; everything odd is reported."""
     tokens = _SEPARATOR.split(text)
     literal = list(zip(tokens[::2], tokens[1::2], strict=False))
@@ -152,7 +154,7 @@ def _settings(path: str, line: int, key: bytes, text: bytes, report: Report) -> 
     if literal != meant:
         reading = b" ".join(n + b"=" + v for n, v in literal)
         report.add(
-            Kind.CHECK,
+            ChangeKind.CHECK,
             path,
             line,
             text,
@@ -163,7 +165,9 @@ def _settings(path: str, line: int, key: bytes, text: bytes, report: Report) -> 
     for raw, value in meant:
         name, subject = readable(raw.lower()), raw + b"=" + value
         if name in seen:
-            report.add(Kind.CHANGED, path, line, subject, "given twice in the row; the last one counts, as in simscan")
+            report.add(
+                ChangeKind.CHANGED, path, line, subject, "given twice in the row; the last one counts, as in simscan"
+            )
         seen.add(name)
         parsed, kind, why = _value(name, value, key)
         if why:
@@ -172,66 +176,86 @@ def _settings(path: str, line: int, key: bytes, text: bytes, report: Report) -> 
             yield name, parsed
 
 
-def _value(name: str, value: bytes, key: bytes) -> tuple[Any, Kind, str]:
+def _value(name: str, value: bytes, key: bytes) -> tuple[Any, ChangeKind, str]:
     """(the value or None, and what the report says about it: nothing where the text is empty)."""
     if name in ("clam", "spam", "trophie", "spam_passthru"):
         known = {b"yes": True, b"no": False}.get(value.lower())
-        return known, Kind.CHECK, "" if known is not None else "neither yes nor no; simscan ignores it, and so do we"
+        return (
+            known,
+            ChangeKind.CHECK,
+            "" if known is not None else "neither yes nor no; simscan ignores it, and so do we",
+        )
     if name == "spam_hits":
         if not re.fullmatch(rb"[0-9]{1,6}(\.[0-9]{0,6})?", value) or float(value) == 0:
             return (
                 None,
-                Kind.CHECK,
+                ChangeKind.CHECK,
                 "not a number above 0, so simscan refuses nearly all mail that spamd sees; left out",
             )
-        return float(value), Kind.SAME, ""
+        return float(value), ChangeKind.SAME, ""
     if name == "size_limit":
         if not re.fullmatch(rb"[0-9]{1,12}", value):
-            return None, Kind.CHECK, "not a plain number of bytes, simscan reads only the digits in front; left out"
-        return int(value), Kind.SAME, ""
+            return (
+                None,
+                ChangeKind.CHECK,
+                "not a plain number of bytes, simscan reads only the digits in front; left out",
+            )
+        return int(value), ChangeKind.SAME, ""
     if name == "attach":
         endings = tuple(ending.lower() for ending in value.split(b":") if ending)
         if not all(map(_ENDING.fullmatch, endings)):
-            return None, Kind.CHECK, "endings have to be printable ASCII of at most 99 characters; left out"
+            return None, ChangeKind.CHECK, "endings have to be printable ASCII of at most 99 characters; left out"
         capitals = not key and value != value.lower()
         return (
             endings,
-            Kind.CHANGED,
+            ChangeKind.CHANGED,
             "simscan never finds capitals in the default row; here they count" if capitals else "",
         )
     if name == "qmailqueue":
         if not re.fullmatch(rb"/[!-~]{1,400}", value):
-            return None, Kind.CHECK, "not an absolute path; left out"
-        return value, Kind.SAME, ""
+            return None, ChangeKind.CHECK, "not an absolute path; left out"
+        return value, ChangeKind.SAME, ""
     if name == "regex":
-        return None, Kind.LOST, "nothing here searches the text; use a SpamAssassin rule (rawbody) or clamd's .ldb"
+        return (
+            None,
+            ChangeKind.LOST,
+            "nothing here searches the text; use a SpamAssassin rule (rawbody) or clamd's .ldb",
+        )
     if name == "spamuser":
-        return None, Kind.LOST, "no spamd user of its own per row; keep the preferences under the recipient's address"
-    return None, Kind.CHECK, "simscan does not know this name either; left out"
+        return (
+            None,
+            ChangeKind.LOST,
+            "no spamd user of its own per row; keep the preferences under the recipient's address",
+        )
+    return None, ChangeKind.CHECK, "simscan does not know this name either; left out"
 
 
-def read_endings(text: bytes, report: Report) -> tuple[bytes, ...]:
+def read_endings(text: bytes, report: MigrationReport) -> tuple[bytes, ...]:
     """The file endings in control/ssattach: simscan takes the first word of each line."""
     endings = []
     for number, line in numbered(text):
         words = [word for word in re.split(rb"[ :\t\r]", line) if word]
         if len(words) > 1:
-            report.add(Kind.CHANGED, "ssattach", number, line, "only the first ending in a line counts, as in simscan")
+            report.add(
+                ChangeKind.CHANGED, "ssattach", number, line, "only the first ending in a line counts, as in simscan"
+            )
         if words and _ENDING.fullmatch(words[0]):
             endings.append(words[0].lower())
         elif words:
-            report.add(Kind.CHECK, "ssattach", number, line, "not printable ASCII of at most 99 characters; left out")
+            report.add(
+                ChangeKind.CHECK, "ssattach", number, line, "not printable ASCII of at most 99 characters; left out"
+            )
     return tuple(endings)
 
 
-def effective(row: Row, rows: Mapping[bytes, Row]) -> Rules:
+def effective(row: SimscanRow, rows: Mapping[bytes, SimscanRow]) -> SimscanRules:
     """A row with all that it inherits: its own, the shorter ``user-ext`` addresses', the domain's, the default's."""
     local, at, domain = row.key.partition(b"@")
     chain = [b""]
     if at:
         parts = local.split(b"-")[:64]
         chain += [domain, *(b"-".join(parts[:n]) + b"@" + domain for n in range(1, len(parts)))]
-    rules = Rules()
+    rules = SimscanRules()
     for key in chain:
         if key in rows:
             rules = rows[key].own.over(rules)

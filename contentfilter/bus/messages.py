@@ -10,28 +10,28 @@ import msgspec
 from contentfilter.errors import RemoteProtocolError
 from contentfilter.model import OriginKind, Scanner
 from contentfilter.policy.bypass import Bypass
-from contentfilter.scanners.cache_entries import Kept, Key
+from contentfilter.scanners.cache_entries import CacheEntry, CacheKey
 from contentfilter.scanners.pool import BackendHealth
-from contentfilter.settings import Failure
-from contentfilter.tables.keeper import State
-from contentfilter.verdict.record import Scan
+from contentfilter.settings import FailureSettings
+from contentfilter.tables.keeper import TableState
+from contentfilter.verdict.record import ScanRecord
 
 VERSION = b"\x01"
 
 
-class Frame(msgspec.Struct, frozen=True, tag=True):
+class BusMessage(msgspec.Struct, frozen=True, tag=True):
     """Base of all frames."""
 
 
-SEEN = "canary.seen"  # what a worker sends to the supervisor about a sample; never logged, in no feed
+CANARY_SEEN = "canary.seen"  # what a worker sends to the supervisor about a sample; never logged, in no feed
 
 
-class Seen(msgspec.Struct, frozen=True):
+class CanarySeen(msgspec.Struct, frozen=True):
     """A worker's account of one sample."""
 
     nonce: str
     sample: str
-    scans: tuple[Scan, ...]
+    scans: tuple[ScanRecord, ...]
 
 
 class Window(msgspec.Struct, frozen=True):
@@ -51,7 +51,7 @@ class Window(msgspec.Struct, frozen=True):
 # Worker to supervisor
 
 
-class Busy(msgspec.Struct, frozen=True):
+class InFlight(msgspec.Struct, frozen=True):
     """A connection that a worker has open."""
 
     incident: str
@@ -59,14 +59,14 @@ class Busy(msgspec.Struct, frozen=True):
     seconds: float
 
 
-class Heartbeat(Frame, frozen=True):
+class Heartbeat(BusMessage, frozen=True):
     """A sign of life from a worker's event loop. The first one says that it accepts messages."""
 
     pid: int
     generation: int
     refused: int  # a generation that this worker could not build, or 0
     lag: float  # seconds by which the loop was late
-    in_flight: tuple[Busy, ...]  # the oldest ones
+    in_flight: tuple[InFlight, ...]  # the oldest ones
     open: int
     counters: dict[str, int]
     bytes: int = 0  # of the messages in flight
@@ -84,19 +84,19 @@ class Event(msgspec.Struct, frozen=True):
     account: bytes = b""
 
 
-class Happened(Frame, frozen=True):
+class EventBatch(BusMessage, frozen=True):
     pid: int
     events: list[Event]
 
 
-class Remember(Frame, frozen=True):
+class CacheUpdate(BusMessage, frozen=True):
     """An answer that a worker keeps. The supervisor passes it on to all of them."""
 
-    key: Key
-    kept: Kept
+    key: CacheKey
+    kept: CacheEntry
 
 
-Report = Heartbeat | Happened | Remember
+WorkerReport = Heartbeat | EventBatch | CacheUpdate
 
 
 # Supervisor to workers
@@ -111,7 +111,7 @@ class Drain(msgspec.Struct, frozen=True):
     by: str
 
 
-class Orders(Frame, frozen=True):
+class Overrides(BusMessage, frozen=True):
     """What operators ordered, as it holds from now on. Repeated until every worker has it."""
 
     number: int  # grows with each change
@@ -119,42 +119,42 @@ class Orders(Frame, frozen=True):
     drain: Drain | None = None
 
 
-class Configure(Frame, frozen=True):
+class Configure(BusMessage, frozen=True):
     """What holds from now on. Repeated until every worker has it."""
 
     generation: int
     blob: bytes
 
 
-Command = Configure | Orders | Remember
+WorkerCommand = Configure | Overrides | CacheUpdate
 
 
 # Command line to supervisor, and back
 
 
-class Ping(Frame, frozen=True):
+class Ping(BusMessage, frozen=True):
     pass
 
 
-class AskStatus(Frame, frozen=True):
+class AskStatus(BusMessage, frozen=True):
     pass
 
 
-class AskFailures(Frame, frozen=True):
+class AskFailures(BusMessage, frozen=True):
     """What the failure table in force is made of."""
 
 
-class AskReload(Frame, frozen=True):
+class AskReload(BusMessage, frozen=True):
     """``restart`` also replaces every worker process, each new one before its old one goes."""
 
     restart: bool = False
 
 
-class AskCanary(Frame, frozen=True):
+class AskCanary(BusMessage, frozen=True):
     """Send every sample through the hook now, and say what became of it."""
 
 
-class AskBypass(Frame, frozen=True):
+class AskBypass(BusMessage, frozen=True):
     """Leave a scanner out for ``seconds``. In place of an earlier order for the same scanner."""
 
     scanner: Scanner
@@ -164,14 +164,14 @@ class AskBypass(Frame, frozen=True):
     claimed: str = ""  # who the asker says to be; believed by nobody, but noted
 
 
-class AskBypassEnd(Frame, frozen=True):
+class AskBypassEnd(BusMessage, frozen=True):
     """Ask a scanner again; all of them where none is named."""
 
     scanner: Scanner | None = None
     claimed: str = ""
 
 
-class AskDrain(Frame, frozen=True):
+class AskDrain(BusMessage, frozen=True):
     """Accept no more mail, for ``seconds`` or until AskResume. What is under way is finished."""
 
     seconds: float | None = None
@@ -179,7 +179,7 @@ class AskDrain(Frame, frozen=True):
     claimed: str = ""
 
 
-class AskResume(Frame, frozen=True):
+class AskResume(BusMessage, frozen=True):
     """Accept mail again."""
 
     claimed: str = ""
@@ -199,7 +199,7 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     silent: float  # seconds since its last heartbeat
     lag: float
     open: int
-    in_flight: tuple[Busy, ...]
+    in_flight: tuple[InFlight, ...]
     counters: dict[str, int]
     bytes: int = 0
     backends: tuple[BackendHealth, ...] = ()
@@ -238,7 +238,7 @@ class CanaryResult(msgspec.Struct, frozen=True):
     runs: dict[str, int] = {}  # results since the start
 
 
-class Status(Frame, frozen=True):
+class Status(BusMessage, frozen=True):
     """The daemon at a glance."""
 
     version: str
@@ -252,7 +252,7 @@ class Status(Frame, frozen=True):
     problems: tuple[str, ...]  # of the last reload; empty when it was good
     workers: tuple[WorkerStatus, ...]
     not_recorded: int = 0  # events that the journal lost
-    tables: State | None = None  # the recipient tables in force
+    tables: TableState | None = None  # the recipient tables in force
     wanted: int = 0  # workers
     deaths: dict[str, int] = {}  # restarts by reason
     backends: tuple[BackendStatus, ...] = ()
@@ -267,21 +267,21 @@ class Status(Frame, frozen=True):
     orders_problem: str = ""  # why orders do not survive a restart, or why older ones are not in force
 
 
-class Failures(Frame, frozen=True):
+class Failures(BusMessage, frozen=True):
     """``[failure]`` as it is in force."""
 
     generation: int
-    failure: Failure
+    failure: FailureSettings
 
 
-class CanaryRound(Frame, frozen=True):
+class CanaryRound(BusMessage, frozen=True):
     """One result for each sample."""
 
     results: tuple[CanaryResult, ...]
     problem: str = ""  # why nothing was sent, and these are older
 
 
-class Done(Frame, frozen=True):
+class Done(BusMessage, frozen=True):
     """It was done, or tried."""
 
     ok: bool
@@ -289,7 +289,7 @@ class Done(Frame, frozen=True):
     problems: tuple[str, ...] = ()  # with ok: what is not as it should be all the same
 
 
-class Ordered(Frame, frozen=True):
+class Ordered(BusMessage, frozen=True):
     """Orders as they are in force now."""
 
     bypasses: tuple[Bypass, ...]
@@ -298,7 +298,7 @@ class Ordered(Frame, frozen=True):
     in_flight: int = 0  # messages under way
 
 
-class Refused(Frame, frozen=True):
+class Refused(BusMessage, frozen=True):
     """Nothing was done."""
 
     why: str
@@ -309,7 +309,7 @@ Reply = Status | Failures | CanaryRound | Done | Ordered | Refused
 T = TypeVar("T")
 
 
-def encode(frame: Frame) -> bytes:
+def encode(frame: BusMessage) -> bytes:
     return VERSION + msgspec.msgpack.encode(frame)
 
 
@@ -323,8 +323,8 @@ def decode(data: bytes, decoder: msgspec.msgpack.Decoder[T]) -> T:
         raise RemoteProtocolError(str(e)) from e
 
 
-REPORTS: msgspec.msgpack.Decoder[Report] = msgspec.msgpack.Decoder(Report)
-ORDERS: msgspec.msgpack.Decoder[Orders] = msgspec.msgpack.Decoder(Orders)
-COMMANDS: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
+REPORTS: msgspec.msgpack.Decoder[WorkerReport] = msgspec.msgpack.Decoder(WorkerReport)
+OVERRIDES: msgspec.msgpack.Decoder[Overrides] = msgspec.msgpack.Decoder(Overrides)
+COMMANDS: msgspec.msgpack.Decoder[WorkerCommand] = msgspec.msgpack.Decoder(WorkerCommand)
 QUESTIONS: msgspec.msgpack.Decoder[Question] = msgspec.msgpack.Decoder(Question)
 REPLIES: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)

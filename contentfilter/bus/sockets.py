@@ -24,12 +24,12 @@ from contentfilter.bus.messages import (
     REPLIES,
     REPORTS,
     VERSION,
-    Command,
     Event,
-    Happened,
+    EventBatch,
     Question,
     Reply,
-    Report,
+    WorkerCommand,
+    WorkerReport,
     decode,
     encode,
 )
@@ -44,7 +44,7 @@ BATCH_DELAY = 0.05  # seconds
 
 
 @dataclass(frozen=True, slots=True)
-class Asker:
+class Client:
     """Who put a question."""
 
     identity: bytes  # ZeroMQ's name for the connection
@@ -75,7 +75,7 @@ class WorkerBus:
         self._sub.subscribe(b"")
         self._sub.connect(where["commands"])
 
-    def send(self, frame: Report) -> None:
+    def send(self, frame: WorkerReport) -> None:
         try:
             self._push.send(encode(frame), zmq.NOBLOCK)
         except zmq.Again:
@@ -89,9 +89,9 @@ class WorkerBus:
     def flush(self) -> None:
         if self._events:
             events, self._events = self._events, []
-            self.send(Happened(self._pid, events))
+            self.send(EventBatch(self._pid, events))
 
-    async def command(self) -> Command:
+    async def command(self) -> WorkerCommand:
         """The next command. Raises RemoteProtocolError for a malformed one."""
         return decode(await self._sub.recv(), COMMANDS)
 
@@ -141,7 +141,7 @@ class SupervisorBus:
                 each.bind(address)
         return tuple(_path(address) for _, address, _ in gone)
 
-    async def report(self) -> Report:
+    async def report(self) -> WorkerReport:
         """The next report of a worker. Raises RemoteProtocolError for a malformed one."""
         parts = await self._pull.recv_multipart()
         return self._decoded(parts, 1, REPORTS)
@@ -150,11 +150,11 @@ class SupervisorBus:
         """Whether a report is there, or comes within so long."""
         return bool(await self._pull.poll(int(seconds * 1000)))
 
-    async def question(self) -> tuple[Asker, Question]:
+    async def question(self) -> tuple[Client, Question]:
         """The next question from the command line, and whom to answer."""
         parts = await self._router.recv_multipart(copy=False)
         question = self._decoded([part.bytes for part in parts], 2, QUESTIONS)
-        return Asker(parts[0].bytes, _peer_uid(parts[1])), question
+        return Client(parts[0].bytes, _peer_uid(parts[1])), question
 
     def _decoded(self, parts: list[bytes], count: int, decoder: msgspec.msgpack.Decoder[T]) -> T:
         try:
@@ -165,10 +165,10 @@ class SupervisorBus:
             self.malformed += 1
             raise
 
-    async def answer(self, asker: Asker, reply: Reply) -> None:
+    async def answer(self, asker: Client, reply: Reply) -> None:
         await self._router.send_multipart([asker.identity, encode(reply)], zmq.NOBLOCK)
 
-    async def command(self, frame: Command, *, lossy: bool = False) -> None:
+    async def command(self, frame: WorkerCommand, *, lossy: bool = False) -> None:
         """To every worker. Raises zmq.Again above the high-water mark, unless it does not matter."""
         try:
             await self._commands.send(encode(frame), zmq.NOBLOCK)

@@ -19,7 +19,7 @@ from contentfilter.bus import messages, sockets
 from contentfilter.cli.common import become_owner, print_rows, span, when
 from contentfilter.config.load import load_settings
 from contentfilter.model import readable
-from contentfilter.policy.tolerance import UNOFFICIAL, Allowance
+from contentfilter.policy.tolerance import UNOFFICIAL, AllowEntry
 from contentfilter.store.allow import change_allowed, read_allowed
 
 RELOAD_WAIT = 60.0
@@ -47,7 +47,7 @@ def add(config_path: str, signature: str, seconds: float, reason: str, owner: st
     now = time.time()
     owner = owner or os.environ.get("SUDO_USER", "") or getpass.getuser()
     texts = [readable(text.encode("utf-8", "replace"))[:200] for text in (owner, reason)]
-    new = Allowance(signature, texts[0], texts[1], now, now + seconds)
+    new = AllowEntry(signature, texts[0], texts[1], now, now + seconds)
     _change(config_path, lambda old: (*(a for a in old if not _same(a, signature)), new), now)
     click.echo(f"{signature} passes until {when(new.expires)}")
     _go_live(config_path)
@@ -81,7 +81,7 @@ def list_(config_path: str, as_json: bool) -> None:
     print_rows(("signature", "until", "owner", "reason"), rows)
 
 
-def _same(allowance: Allowance, signature: str) -> bool:
+def _same(allowance: AllowEntry, signature: str) -> bool:
     return allowance.signature.removesuffix(UNOFFICIAL) == signature.removesuffix(UNOFFICIAL)
 
 
@@ -89,7 +89,7 @@ def _state(config_path: str) -> str:
     return load_settings(config_path).service.state
 
 
-def _change(config_path: str, change: Callable[[tuple[Allowance, ...]], tuple[Allowance, ...]], now: float) -> None:
+def _change(config_path: str, change: Callable[[tuple[AllowEntry, ...]], tuple[AllowEntry, ...]], now: float) -> None:
     state = _state(config_path)
     become_owner(Path(state))
     try:

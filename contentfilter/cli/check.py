@@ -30,7 +30,7 @@ EX_CONFIG = 78
 
 
 @dataclass(slots=True)
-class Findings:
+class CheckResults:
     """What was read, and what is wrong with it."""
 
     problems: list[Problem] = field(default_factory=list)
@@ -75,9 +75,9 @@ def check(ctx: click.Context, strict: bool, as_json: bool, queue_conf: str) -> N
     ctx.exit(EX_CONFIG if errors else 1 if strict and warnings else 0)
 
 
-async def examine(config_path: str, queue_conf: str) -> Findings:
+async def examine(config_path: str, queue_conf: str) -> CheckResults:
     """Read everything; what cannot be read is a problem like any other."""
-    findings = Findings()
+    findings = CheckResults()
     settings, problems = read_settings(config_path)
     findings.problems += problems
     _origin(settings, config_path, findings)
@@ -103,13 +103,13 @@ async def examine(config_path: str, queue_conf: str) -> Findings:
     return findings
 
 
-def _origin(settings: Settings, path: str, findings: Findings) -> None:
+def _origin(settings: Settings, path: str, findings: CheckResults) -> None:
     _, unknown = resolve(settings.origin)
     for name in unknown:
         findings.add(path, f"[origin] there is no user {name!r} here", warning=True)
 
 
-def _places(settings: Settings, findings: Findings) -> None:
+def _places(settings: Settings, findings: CheckResults) -> None:
     """The directories of the daemon, as far as the present user can tell."""
     service = settings.service
     sockets = os.path.dirname(settings.listen.socket)
@@ -126,7 +126,7 @@ def _places(settings: Settings, findings: Findings) -> None:
         findings.add(settings.listen.socket, "[listen] socket: something else than a socket is in its place")
 
 
-def _writable(path: str, use: str, findings: Findings) -> None:
+def _writable(path: str, use: str, findings: CheckResults) -> None:
     if not os.path.lexists(path):
         findings.add(path, f"{use}: no such directory; the systemd unit makes it, otherwise: mkdir", warning=True)
     elif not os.path.isdir(path):
@@ -135,7 +135,7 @@ def _writable(path: str, use: str, findings: Findings) -> None:
         findings.add(path, f"{use}: not writable for this user; is it for the daemon's?", warning=True)
 
 
-def _lists(controls: Controls, directory: str, findings: Findings) -> None:
+def _lists(controls: Controls, directory: str, findings: CheckResults) -> None:
     for name, text, parse in (
         ("badsignatures", controls.badsignatures, parse_signatures),
         ("badloadertypes", controls.badloadertypes, parse_loadertypes),
@@ -150,7 +150,7 @@ def _lists(controls: Controls, directory: str, findings: Findings) -> None:
             findings.add(os.path.join(directory, name), "no rules: nothing will be found by it", warning=True)
 
 
-def _queue_conf(path: str, settings: Settings, findings: Findings) -> None:
+def _queue_conf(path: str, settings: Settings, findings: CheckResults) -> None:
     """The hook's own reading of it, where the hook is to be found."""
     try:
         with open(path, "rb"):
@@ -177,7 +177,7 @@ def _as_json(problem: Problem) -> dict[str, str | int]:
     return {"path": problem.path, "line": problem.line, "text": problem.text}
 
 
-def _summary(findings: Findings) -> str:
+def _summary(findings: CheckResults) -> str:
     errors, warnings = len(findings.of(warning=False)), len(findings.of(warning=True))
     read = ", ".join(f"{count} {what}" for what, count in findings.counts.items())
     return f"{errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}; read: {read or 'nothing'}"

@@ -29,7 +29,7 @@ WAIT = 120.0  # seconds for the daemon to take them
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class RowDifference:
     """One table: how many rows, and some of them."""
 
     in_force: int
@@ -118,7 +118,7 @@ def _now(settings: Settings) -> Rows:
     return found[0] if found else Rows()  # None only where something was known before
 
 
-def _difference(old: Mapping[bytes, bytes], new: Mapping[bytes, bytes]) -> Difference:
+def _difference(old: Mapping[bytes, bytes], new: Mapping[bytes, bytes]) -> RowDifference:
     added = sorted(new.keys() - old.keys())
     removed = sorted(old.keys() - new.keys())
     changed = sorted(key for key, value in new.items() if old.get(key, value) != value)
@@ -127,4 +127,4 @@ def _difference(old: Mapping[bytes, bytes], new: Mapping[bytes, bytes]) -> Diffe
     samples += [
         f"~ {readable(row_text(key, old[key]))} -> {readable(row_text(key, new[key]))}" for key in changed[:SAMPLES]
     ]
-    return Difference(len(old), len(new), len(added), len(removed), len(changed), tuple(samples))
+    return RowDifference(len(old), len(new), len(added), len(removed), len(changed), tuple(samples))

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from contentfilter.admin import doctor as ops
-from contentfilter.admin.diagnostic import Finding, Level, examine, run
+from contentfilter.admin.diagnostic import Diagnostic, Level, examine, run
 from contentfilter.admin.doctor_freshclam import FRESHCLAM_CONF
 from contentfilter.admin.doctor_scanners import CLAMD_CONF
 from contentfilter.bus import messages, sockets
@@ -23,7 +23,7 @@ from contentfilter.config.runtime import worker_count
 from contentfilter.deadline import Deadline
 from contentfilter.doors.origin import resolve
 from contentfilter.errors import ConfigError, Problem, RefusedError
-from contentfilter.qmail import DEFAULT_CONF, Place, packaged_hook
+from contentfilter.qmail import DEFAULT_CONF, QmailPaths, packaged_hook
 from contentfilter.settings import Settings
 
 QUESTION = 2.5  # seconds for the daemon and the control directory
@@ -85,7 +85,7 @@ def doctor(
         children=children,
         unknown_users=resolve(settings.origin)[1],
         daemon=daemon,
-        place=Place(qmail),
+        place=QmailPaths(qmail),
         queue_conf=queue_conf,
         hook=hook,
         clamd_conf=clamd_conf,
@@ -124,7 +124,7 @@ def _daemon(said: messages.Status) -> ops.Daemon:
     return ops.Daemon(said.pid, said.state, said.socket, said.wanted, ready, said.problems, said.tables)
 
 
-def _print(findings: tuple[Finding, ...], errors: int) -> None:
+def _print(findings: tuple[Diagnostic, ...], errors: int) -> None:
     """One line for each, its remedy below it."""
     for finding in findings:
         click.echo(printable(f"{finding.level.value + ':':9}{finding.topic}: {finding.what}"))

@@ -19,14 +19,13 @@ from contentfilter.cli.common import print_story
 from contentfilter.deadline import Deadline
 from contentfilter.doors.message import message_of
 from contentfilter.doors.origin import classify, resolve
-from contentfilter.model import Envelope, Origin, OriginKind
-from contentfilter.policy.decide import Action
+from contentfilter.model import Action, Envelope, Origin, OriginKind
 from contentfilter.settings import Settings
-from contentfilter.verdict.context import Case
-from contentfilter.verdict.record import case_story, fields, make_record
+from contentfilter.verdict.context import MessageContext
+from contentfilter.verdict.record import context_trace, fields, make_record
 from contentfilter.verdict.reply import answer
 from contentfilter.wire import hook
-from contentfilter.worker.build import Workbench
+from contentfilter.worker.build import PipelineBundle
 
 INCIDENT = "explain"
 ADDRESS_MAX = 1002  # qmail-queue's limit
@@ -62,7 +61,7 @@ def explain(
     envelope = Envelope(_address(sender), tuple(_address(r) for r in recipients))
     case = asyncio.run(_examine(config_path, data, envelope, origin, environ))
     reply = answer(case)
-    lines = case_story(case)
+    lines = context_trace(case)
     if as_json:
         facts = fields(make_record(case, 0, 0.0)) | {"story": lines, "text": reply.text}
         click.echo(json.dumps(facts, indent=2))
@@ -73,8 +72,8 @@ def explain(
 
 async def _examine(
     config_path: str, data: bytes, envelope: Envelope, origin: str | None, environ: dict[bytes, bytes]
-) -> Case:
-    workbench = await Workbench.open(config_path)
+) -> MessageContext:
+    workbench = await PipelineBundle.open(config_path)
     async with aclosing(workbench):
         settings = workbench.pipeline.settings
         message = message_of(data)

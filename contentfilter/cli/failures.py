@@ -16,8 +16,8 @@ from contentfilter.bus import messages, sockets
 from contentfilter.config.load import read_settings
 from contentfilter.errors import Cause, ConfigError, Problem
 from contentfilter.model import OriginKind, Scanner
-from contentfilter.policy.failure import MEANINGS, Cell, Key, Table, failure_table
-from contentfilter.settings import Failure
+from contentfilter.policy.failure import MEANINGS, FailureEntry, FailureKey, FailureTable, failure_table
+from contentfilter.settings import FailureSettings
 
 WAIT = 5.0  # seconds
 WIDTH = 80  # of the explanations
@@ -73,15 +73,15 @@ def _running(run: str) -> messages.Failures | None:
     return reply if isinstance(reply, messages.Failures) else None
 
 
-def _chosen(key: Key, scanner: str | None, cause: str | None, origin: str | None) -> bool:
+def _chosen(key: FailureKey, scanner: str | None, cause: str | None, origin: str | None) -> bool:
     """Is this cell asked for? What can never happen is left out."""
     wanted = zip(key, (scanner, cause, origin), strict=True)
     return key[0] in MEANINGS[key[1]].scanners and all(name in (None, part.value) for part, name in wanted)
 
 
-def _print(table: Table, shown: list[Key]) -> None:
+def _print(table: FailureTable, shown: list[FailureKey]) -> None:
     """Aligned text, on a terminal and elsewhere: it fits into 80 columns as long as few rules are set."""
-    normal = failure_table(Failure())
+    normal = failure_table(FailureSettings())
     origins = [origin for origin in OriginKind if any(key[2] is origin for key in shown)]
     rows = [("scanner", "cause", *(origin.value for origin in origins), "set by")]
     for scanner, cause in dict.fromkeys(key[:2] for key in shown):
@@ -97,7 +97,7 @@ def _print(table: Table, shown: list[Key]) -> None:
     click.echo("\nSet by keys and rules of [failure]; bounces always pass. * is not the default.")
 
 
-def _sources(cells: tuple[Cell, ...]) -> str:
+def _sources(cells: tuple[FailureEntry, ...]) -> str:
     """What decides in one row. That bounces pass is said once, below."""
     names = dict.fromkeys(cell.source for cell in cells if not cell.fixed)
     names = names or dict.fromkeys(cell.source for cell in cells)
@@ -112,7 +112,7 @@ def _explain(causes: list[Cause]) -> None:
 
 
 def _comment(
-    written: Failure, running: messages.Failures | None, wrong: tuple[Problem, ...], only_file: bool, run: str
+    written: FailureSettings, running: messages.Failures | None, wrong: tuple[Problem, ...], only_file: bool, run: str
 ) -> None:
     """What whoever reads the table must know about where it comes from; on stderr, to keep the table clean."""
     if running is None:
@@ -137,8 +137,10 @@ def _comment(
         click.echo(f"the daemon follows configuration {running.generation}, shown above; {remedy}", err=True)
 
 
-def _facts(table: Table, shown: list[Key], running: messages.Failures | None, current: bool) -> dict[str, Any]:
-    normal = failure_table(Failure())
+def _facts(
+    table: FailureTable, shown: list[FailureKey], running: messages.Failures | None, current: bool
+) -> dict[str, Any]:
+    normal = failure_table(FailureSettings())
     return {
         "source": "daemon" if running else "file",
         "generation": running.generation if running else None,
@@ -147,7 +149,7 @@ def _facts(table: Table, shown: list[Key], running: messages.Failures | None, cu
     }
 
 
-def _fact(key: Key, cell: Cell, normal: Cell) -> dict[str, Any]:
+def _fact(key: FailureKey, cell: FailureEntry, normal: FailureEntry) -> dict[str, Any]:
     scanner, cause, origin = (part.value for part in key)
     return {
         "scanner": scanner,

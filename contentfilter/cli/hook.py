@@ -8,14 +8,14 @@ from pathlib import Path
 import click
 
 from contentfilter.admin import qmail as ops
-from contentfilter.admin.qmail import DIALECTS, Step
+from contentfilter.admin.qmail import DIALECTS, InstallStep
 from contentfilter.errors import RefusedError
-from contentfilter.qmail import DEFAULT_CONF, Place, packaged_hook
+from contentfilter.qmail import DEFAULT_CONF, QmailPaths, packaged_hook
 
 _EXIT_CONF = 78
 
 
-def finish(steps: list[Step], warnings: list[str], *, nothing: str, dry_run: bool, as_json: bool) -> None:
+def finish(steps: list[InstallStep], warnings: list[str], *, nothing: str, dry_run: bool, as_json: bool) -> None:
     if not dry_run:
         ops.carry_out(steps)
     texts = [step.text for step in steps]
@@ -63,7 +63,7 @@ def install(
     qmail: Path, conf: Path, binary: str | None, dialect: str, *, force: bool, dry_run: bool, as_json: bool
 ) -> None:
     """Put the hook into DIR/bin; the original becomes qmail-queue.real."""
-    steps, warnings = ops.plan_install(Place(qmail), conf, dialect, packaged_hook(binary), force=force)
+    steps, warnings = ops.plan_install(QmailPaths(qmail), conf, dialect, packaged_hook(binary), force=force)
     finish(steps, warnings, nothing="already installed", dry_run=dry_run, as_json=as_json)
 
 
@@ -73,7 +73,7 @@ def install(
 def uninstall(qmail: Path, conf: Path, binary: str | None, *, dry_run: bool, as_json: bool) -> None:
     """Give the original qmail-queue its name back, and remove what install wrote."""
     del binary
-    steps, warnings = ops.plan_uninstall(Place(qmail), conf)
+    steps, warnings = ops.plan_uninstall(QmailPaths(qmail), conf)
     finish(steps, warnings, nothing="not installed", dry_run=dry_run, as_json=as_json)
 
 
@@ -88,7 +88,7 @@ def status(ctx: click.Context, qmail: Path, conf: Path, binary: str | None, *, a
         if binary is not None:
             raise
         packaged = None
-    state = ops.examine(Place(qmail), conf, packaged)
+    state = ops.examine(QmailPaths(qmail), conf, packaged)
     if as_json:
         click.echo(json.dumps(asdict(state)))
     else:

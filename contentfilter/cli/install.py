@@ -12,7 +12,7 @@ import click
 
 from contentfilter.admin import install as ops
 from contentfilter.admin.install_items import System
-from contentfilter.admin.qmail import Step, carry_out
+from contentfilter.admin.qmail import InstallStep, carry_out
 from contentfilter.cli.hook import Refusable
 from contentfilter.config import DEFAULT_PATH
 from contentfilter.errors import RefusedError
@@ -84,7 +84,7 @@ def uninstall(prefix: Path, *, purge: bool, dry_run: bool, as_json: bool) -> Non
     _tell(plan, "nothing to remove", dry_run=dry_run, as_json=as_json)
 
 
-def _do(steps: list[Step]) -> None:
+def _do(steps: list[InstallStep]) -> None:
     """One after the other, up to the first that fails; calling again goes on from there."""
     for step in steps:
         try:

@@ -17,19 +17,19 @@ from rich.table import Table
 from rich.text import Text
 
 from contentfilter.admin import migrate_hsphere, migrate_simscan
-from contentfilter.admin.migration import Difference, Kind, Migration, NewFile
+from contentfilter.admin.migration import ChangeKind, Migration, MigrationNote, NewFile
 from contentfilter.cli.progress import progress
 from contentfilter.model import readable
 
 LARGEST = 256 << 20  # bytes of one old file; a table of a million rows has some 30 MB
 _FROM = {"hsphere": migrate_hsphere, "simscan": migrate_simscan}
-_ORDER = (Kind.CHECK, Kind.LOST, Kind.CHANGED, Kind.SAME, Kind.LEFT)
+_ORDER = (ChangeKind.CHECK, ChangeKind.LOST, ChangeKind.CHANGED, ChangeKind.SAME, ChangeKind.LEFT)
 _WORDS = {
-    Kind.CHECK: "to decide",
-    Kind.LOST: "not supported",
-    Kind.CHANGED: "changed",
-    Kind.SAME: "the same",
-    Kind.LEFT: "left alone",
+    ChangeKind.CHECK: "to decide",
+    ChangeKind.LOST: "not supported",
+    ChangeKind.CHANGED: "changed",
+    ChangeKind.SAME: "the same",
+    ChangeKind.LEFT: "left alone",
 }
 
 
@@ -67,10 +67,10 @@ def _control(directory: str, reads: Sequence[str]) -> str:
     return inner if not here and os.path.isdir(inner) else directory
 
 
-def _read(directory: str, reads: Sequence[str]) -> tuple[dict[str, bytes], list[str], list[Difference]]:
+def _read(directory: str, reads: Sequence[str]) -> tuple[dict[str, bytes], list[str], list[MigrationNote]]:
     """(content of the files that matter, names of the others, what could not be read)."""
     old: dict[str, bytes] = {}
-    troubles: list[Difference] = []
+    troubles: list[MigrationNote] = []
     others: list[str] = []
     try:
         names = sorted(os.listdir(directory))
@@ -84,7 +84,7 @@ def _read(directory: str, reads: Sequence[str]) -> tuple[dict[str, bytes], list[
             old[name] = _content(os.path.join(directory, name))
         except OSError as error:
             why = f"cannot be read: {error.strerror}; left out"
-            troubles.append(Difference(Kind.CHECK, name, 0, name, why))
+            troubles.append(MigrationNote(ChangeKind.CHECK, name, 0, name, why))
     return old, others, troubles
 
 

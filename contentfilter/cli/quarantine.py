@@ -30,7 +30,7 @@ from contentfilter.errors import QuarantineError
 from contentfilter.settings import Settings
 from contentfilter.store.quarantine import Quarantine
 from contentfilter.store.release import Releaser, load_secret
-from contentfilter.store.sidecar import Entry, Search, plain
+from contentfilter.store.sidecar import Search, Sidecar, plain
 from contentfilter.verdict.headers import HEADER_LIMIT, header_block
 
 SUBMISSION = 300.0
@@ -182,7 +182,7 @@ def release(
     releaser = Releaser(desk.quarantine, program, load_secret(Path(desk.settings.service.state)), desk.by)
     addresses = tuple(address.encode("utf-8", "surrogateescape") for address in to)
 
-    def one(entry: Entry) -> str:
+    def one(entry: Sidecar) -> str:
         done = asyncio.run(releaser.release(entry.incident, Deadline.after(SUBMISSION), addresses, again))
         return f"released to {', '.join(done.to)}"
 
@@ -208,7 +208,7 @@ def delete(
     if len(chosen) > 1 and not yes:
         click.confirm(f"Delete {len(chosen)} messages for good?", abort=True, err=True)
 
-    def one(entry: Entry) -> str:
+    def one(entry: Sidecar) -> str:
         quarantine.delete(entry.incident)
         return "deleted"
 
@@ -251,7 +251,7 @@ def _with(search: Search, **changes: Any) -> Search:
     return replace(search, **changes)
 
 
-def _choose(quarantine: Quarantine, incidents: tuple[str, ...], search: Search) -> list[Entry]:
+def _choose(quarantine: Quarantine, incidents: tuple[str, ...], search: Search) -> list[Sidecar]:
     """The entries that a command shall work on, oldest first; by incident or by search, never all by accident."""
     asked = _with(search, unreleased=False) != Search()
     if asked == bool(incidents):
@@ -265,7 +265,7 @@ def _choose(quarantine: Quarantine, incidents: tuple[str, ...], search: Search) 
     return found
 
 
-def _each(chosen: list[Entry], act: Callable[[Entry], str], verb: str, as_json: bool) -> None:
+def _each(chosen: list[Sidecar], act: Callable[[Sidecar], str], verb: str, as_json: bool) -> None:
     """Do it for all of them; say what became of each; exit with 1 when one failed."""
     results = []
     failed = 0

@@ -11,20 +11,20 @@ import click
 
 from contentfilter.cli.common import print_rows, when
 from contentfilter.model import readable
-from contentfilter.store.sidecar import Entry, plain
+from contentfilter.store.sidecar import Sidecar, plain
 
 SHOWN = 20
 """Recipients named in ``show``; all of them are in ``--json``."""
 
 
-def print_entries(entries: list[Entry], as_json: bool) -> None:
+def print_entries(entries: list[Sidecar], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([plain(entry) for entry in entries]))
         return
     print_rows(("Incident", "Kept", "From", "Withheld from", "Rule", "Bytes", "State"), map(_row, entries))
 
 
-def _row(entry: Entry) -> tuple[str, ...]:
+def _row(entry: Sidecar) -> tuple[str, ...]:
     withheld = entry.withheld
     to = readable(withheld[0]) if withheld else "-"
     more = f" +{len(withheld) - 1}" if len(withheld) > 1 else ""
@@ -34,7 +34,7 @@ def _row(entry: Entry) -> tuple[str, ...]:
     return entry.incident, when(entry.time), sender, to + more, rule, str(entry.size), state
 
 
-def story(entry: Entry) -> list[tuple[str, str]]:
+def story(entry: Sidecar) -> list[tuple[str, str]]:
     lines = [
         ("incident", entry.incident),
         ("kept", when(entry.time)),
@@ -56,7 +56,7 @@ def story(entry: Entry) -> list[tuple[str, str]]:
     return [(name, value) for name, value in lines if value]
 
 
-def releases(entry: Entry) -> list[str]:
+def releases(entry: Sidecar) -> list[str]:
     """When it was let go, by whom, and to whom: a line for each time."""
     found = []
     for done in entry.released:

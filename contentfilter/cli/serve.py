@@ -13,8 +13,8 @@ import click
 from contentfilter.doors.listening_socket import SocketError
 from contentfilter.errors import ConfigError
 from contentfilter.hardening import give_up_privileges
-from contentfilter.supervisor.maintenance import chores
-from contentfilter.supervisor.source import Files
+from contentfilter.supervisor.maintenance import maintenance_jobs
+from contentfilter.supervisor.source import ConfigLoader
 from contentfilter.supervisor.supervisor import Supervisor
 
 EX_NOPERM, EX_CONFIG = 77, 78
@@ -40,13 +40,13 @@ def serve(config_path: str, workers: int | None, path: str | None, allow_root: b
         click.echo(AS_ROOT, err=True)
         sys.exit(EX_NOPERM)
     give_up_privileges()
-    sys.exit(run(Files(config_path, workers=workers, socket=path)))
+    sys.exit(run(ConfigLoader(config_path, workers=workers, socket=path)))
 
 
-def run(source: Files) -> int:
+def run(source: ConfigLoader) -> int:
     """The exit status of the daemon."""
     try:
-        return asyncio.run(Supervisor(source, WORKER, os.environ, chores()).run())
+        return asyncio.run(Supervisor(source, WORKER, os.environ, maintenance_jobs()).run())
     except ConfigError as error:
         for problem in error.problems:
             click.echo(f"contentfilter: {problem}", err=True)

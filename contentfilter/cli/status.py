@@ -17,14 +17,14 @@ from contentfilter.bus import messages
 from contentfilter.bus.messages import Window
 from contentfilter.cli.common import printable
 from contentfilter.cli.control import ask
-from contentfilter.monitor.diagnosis import WORDS, Glance, clock, glance, length
-from contentfilter.tables.keeper import State
+from contentfilter.monitor.diagnosis import WORDS, Diagnosis, clock, diagnose, length
+from contentfilter.tables.keeper import TableState
 
 WAIT = 5.0  # seconds
 WORKERS_SHOWN = 16
 """So many workers get a line each; of more, those that do something."""
 
-Line = tuple[str, str]
+StyledLine = tuple[str, str]
 """A style (good, bad, warning, plain, faint), and the text."""
 
 _COLOURS = {"good": {"fg": "green", "bold": True}, "bad": {"fg": "red", "bold": True}, "warning": {"fg": "yellow"}}
@@ -40,7 +40,7 @@ def status(config_path: str, as_json: bool) -> None:
     """
     reply = fetch(config_path)
     now = time.time()
-    seen = glance(reply, now)
+    seen = diagnose(reply, now)
     if as_json:
         click.echo(json.dumps(msgspec.to_builtins(seen) | msgspec.to_builtins(reply)))
     else:
@@ -67,7 +67,7 @@ def styled(style: str, text: str) -> str:
     return click.style(text, **colour) if colour else text  # type: ignore[arg-type]
 
 
-def lines(reply: messages.Status, seen: Glance, now: float) -> Iterator[Line]:
+def lines(reply: messages.Status, seen: Diagnosis, now: float) -> Iterator[StyledLine]:
     """The screen, most important first."""
     yield ("good" if seen.ok else "bad" if not seen.flowing or _unchecked(seen) else "warning"), seen.verdict
     for trouble in seen.troubles:
@@ -95,11 +95,11 @@ def lines(reply: messages.Status, seen: Glance, now: float) -> Iterator[Line]:
     yield "faint", _daemon(reply)
 
 
-def _unchecked(seen: Glance) -> bool:
+def _unchecked(seen: Diagnosis) -> bool:
     return any(trouble.effect == "unchecked" for trouble in seen.troubles)
 
 
-def _window(window: Window) -> Iterator[Line]:
+def _window(window: Window) -> Iterator[StyledLine]:
     done = ", ".join(f"{count} {decision}" for decision, count in window.decisions.items() if count)
     text = f"last 15 minutes: {window.messages} messages" + (f" ({done})" if done else "")
     if window.p50 is not None and window.p95 is not None:
@@ -110,7 +110,7 @@ def _window(window: Window) -> Iterator[Line]:
             yield "warning", f"  {what}: " + ", ".join(f"{count} by {rule}" for rule, count in list(counts.items())[:5])
 
 
-def _backend(backend: messages.BackendStatus, now: float) -> Line:
+def _backend(backend: messages.BackendStatus, now: float) -> StyledLine:
     name = f"{backend.scanner} {backend.backend}"
     use = f", {backend.outstanding} of {backend.limit} questions" if backend.outstanding else ""
     use += f", {backend.waiting} wait" if backend.waiting else ""
@@ -125,7 +125,7 @@ def _backend(backend: messages.BackendStatus, now: float) -> Line:
     return "plain" if backend.wanted else "faint", f"{name}: well, answered {length(now - backend.heard)} ago{use}"
 
 
-def _workers(workers: tuple[messages.WorkerStatus, ...]) -> Iterator[Line]:
+def _workers(workers: tuple[messages.WorkerStatus, ...]) -> Iterator[StyledLine]:
     ordered = sorted(workers, key=lambda worker: (worker.slot, worker.pid))
     shown = ordered
     if len(ordered) > WORKERS_SHOWN:
@@ -151,7 +151,7 @@ def _worker(worker: messages.WorkerStatus) -> str:
     return text
 
 
-def _tables(state: State) -> str:
+def _tables(state: TableState) -> str:
     if not state.loaded:
         return f"no recipient tables, mail that needs them is deferred: {state.trouble}"
     rows = f"tables: {state.clamav_rows} rows in clamavclients, {state.spamd_rows} in spamdclients, from {state.source}"

@@ -23,9 +23,8 @@ from contentfilter.cli.common import address_pattern, glob, printable
 from contentfilter.cli.control import find_feed
 from contentfilter.config.keys import read_secret, sound
 from contentfilter.deadline import Deadline
-from contentfilter.model import OriginKind
-from contentfilter.policy.decide import Action
-from contentfilter.verdict.record import Account
+from contentfilter.model import Action, OriginKind
+from contentfilter.verdict.record import MailDetail
 
 LINE_MAX = 400  # characters of a line for people
 PART_MAX = 70  # of an address or a rule in it
@@ -191,11 +190,11 @@ def recipients_of(event: Event) -> Iterable[str]:
     yield from account_of(event).more_recipients
 
 
-def account_of(event: Event) -> Account:
+def account_of(event: Event) -> MailDetail:
     try:
-        return msgspec.json.decode(event.account, type=Account) if event.account else Account()
+        return msgspec.json.decode(event.account, type=MailDetail) if event.account else MailDetail()
     except msgspec.MsgspecError:
-        return Account()
+        return MailDetail()
 
 
 # How

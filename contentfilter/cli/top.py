@@ -25,10 +25,10 @@ import msgspec
 from contentfilter.bus import messages, sockets
 from contentfilter.bus.feed import Feed
 from contentfilter.cli.control import find_feed
-from contentfilter.cli.status import Line, lines, styled
+from contentfilter.cli.status import StyledLine, lines, styled
 from contentfilter.cli.tail import told
 from contentfilter.deadline import Deadline
-from contentfilter.monitor.diagnosis import glance
+from contentfilter.monitor.diagnosis import diagnose
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -65,7 +65,7 @@ def top(config_path: str, interval: float, once: bool, as_json: bool) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class Screenful:
     """What of a decided message counts here."""
 
     at: float  # monotonic
@@ -81,7 +81,7 @@ class Watched:
     run: str
     feed: Feed
     began: float = field(default_factory=time.monotonic)
-    mails: deque[Seen] = field(default_factory=lambda: deque(maxlen=KEPT))
+    mails: deque[Screenful] = field(default_factory=lambda: deque(maxlen=KEPT))
     last: deque[str] = field(default_factory=lambda: deque(maxlen=SHOWN))
 
     def take(self, deadline: Deadline) -> bool:
@@ -132,21 +132,21 @@ def quantile(values: Iterable[float], share: float) -> float | None:
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else None
 
 
-def _seen(fields: dict[str, Any]) -> Seen | None:
+def _seen(fields: dict[str, Any]) -> Screenful | None:
     try:
         scans = tuple((str(scan["scanner"])[:20], float(scan["ms"])) for scan in fields["scans"] if scan["ms"])
-        return Seen(time.monotonic(), str(fields["decision"])[:20], float(fields["ms"]), scans)
+        return Screenful(time.monotonic(), str(fields["decision"])[:20], float(fields["ms"]), scans)
     except (KeyError, TypeError, ValueError):
         return None
 
 
-def _screen(watched: Watched, status: messages.Status | None) -> Iterator[Line]:
+def _screen(watched: Watched, status: messages.Status | None) -> Iterator[StyledLine]:
     now = time.time()
     if status is None:
         yield "bad", "the daemon does not answer: hooks keep their mail and wait for it"
         yield "plain", "  -> systemctl status contentfilter; runbook: The daemon does not answer"
     else:
-        yield from lines(status, glance(status, now), now)
+        yield from lines(status, diagnose(status, now), now)
     rates = watched.rates()
     yield "plain", ""
     whole = ", ".join(f"{name} {rate:.1f}/s" for name, rate in rates["decisions"].items())
@@ -169,7 +169,7 @@ def _plain(watched: Watched, interval: float, once: bool, as_json: bool) -> None
         watched.take(Deadline.after(interval))
         status = watched.status()
         if as_json:
-            seen = msgspec.to_builtins(glance(status, time.time())) if status else None
+            seen = msgspec.to_builtins(diagnose(status, time.time())) if status else None
             shown = {"rates": watched.rates(), "status": msgspec.to_builtins(status), "glance": seen}
             click.echo(json.dumps(shown | {"last": list(watched.last)}))
         else:
@@ -196,7 +196,7 @@ def _live(watched: Watched, interval: float) -> None:
                     return
 
 
-def _renderable(shown: Iterable[Line]) -> "RenderableType":
+def _renderable(shown: Iterable[StyledLine]) -> "RenderableType":
     from rich.console import Group
     from rich.text import Text
 

@@ -19,11 +19,11 @@ from contentfilter.cli.common import address_pattern, become_owner, moment, prin
 from contentfilter.cli.quarantine_view import releases
 from contentfilter.config.load import read_settings
 from contentfilter.errors import JournalError, QuarantineError
-from contentfilter.policy.decide import Action
+from contentfilter.model import Action
 from contentfilter.settings import Settings
 from contentfilter.store.journal import Journal, Mail, Query, journal_path, outcome_of
 from contentfilter.store.quarantine import Quarantine
-from contentfilter.store.sidecar import Entry
+from contentfilter.store.sidecar import Sidecar
 
 YOUNG = 3.0  # seconds
 AGAIN = 0.1  # seconds between two looks
@@ -178,7 +178,7 @@ def _plain_kept(mail: Mail, quarantine: Quarantine) -> dict[str, Any] | None:
     return {"kept": True, "why": "", "released": told}
 
 
-def _entry(mail: Mail, quarantine: Quarantine) -> Entry | str:
+def _entry(mail: Mail, quarantine: Quarantine) -> Sidecar | str:
     """The entry, or why there is none to be had."""
     try:
         return quarantine.get(mail.incident)

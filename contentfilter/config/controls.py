@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from contentfilter.errors import ConfigError, Problem
-from contentfilter.files import Report, first_line, read_file
+from contentfilter.files import ProblemCollector, first_line, read_file
 from contentfilter.model import readable
 
 SIZE_MAX = 1 << 20
@@ -93,7 +93,7 @@ async def read_controls(directory: str) -> tuple[Controls, tuple[Problem, ...]]:
     for name in (*_BY_NAME, *EXPIRED):
         path, data = await content(name)
         if data is not None:
-            report = Report(path)
+            report = ProblemCollector(path)
             taken.value(name, first_line(data), path, 1, report)
             problems += report.problems()
     lists = {name: (await content(name))[1] for name in LISTS}
@@ -111,7 +111,7 @@ class _Taken:
 
     def options(self, path: str, data: bytes) -> tuple[Problem, ...]:
         """Take the lines of control/options that are ours; the rest belongs to other programs."""
-        report = Report(path)
+        report = ProblemCollector(path)
         for number, line in enumerate(data.split(b"\n"), 1):
             text = _COMMENT.split(line, maxsplit=1)[0].strip(b" \t\r")
             if not text:
@@ -127,7 +127,7 @@ class _Taken:
                 report.add(number, f"unknown parameter {_shown(match[1])}; did you mean {near[0]!r}?", warning=True)
         return report.problems()
 
-    def value(self, name: str, raw: bytes, path: str, line: int, report: Report) -> None:
+    def value(self, name: str, raw: bytes, path: str, line: int, report: ProblemCollector) -> None:
         """Put a value in force, or report it."""
         if name in EXPIRED:
             report.add(line, f"{name} has expired: its receiver is gone. It does nothing", warning=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import zmq
 
 from contentfilter.errors import ConfigError, Problem
-from contentfilter.settings import Events
+from contentfilter.settings import EventSettings
 
 MAX_SIZE = 1 << 16
 _KEY = re.compile(rb"[0-9a-zA-Z.:+=^!/*?&<>()\[\]{}@%$#-]{40}")
@@ -40,7 +40,7 @@ def listens(text: str) -> bool:
     return True
 
 
-def load_keys(config: Events) -> Keys | None:
+def load_keys(config: EventSettings) -> Keys | None:
     """None where the feed stays on this machine. Raises ConfigError: over the network only with keys."""
     if not listens(config.listen):
         return None

@@ -21,7 +21,7 @@ from contentfilter.endpoint import Address, parse_listen
 from contentfilter.errors import ConfigError, Problem
 from contentfilter.policy.failure import complaints
 from contentfilter.policy.options import SPAM_OPTIONS, VIRUS_OPTIONS
-from contentfilter.settings import MariaDb, Settings, Spamd
+from contentfilter.settings import MariaDbSettings, Settings, SpamdSettings
 
 MAX_SIZE = 1 << 20
 MAX_ROWS = 100  # of an array of tables
@@ -207,7 +207,7 @@ class _Reader:
         if not tag.isprintable() or len(tag) > 100:
             self._note(("spamd", "subject_tag"), "[spamd] subject_tag: at most 100 printable characters")
 
-    def _tls(self, spamd: Spamd) -> None:
+    def _tls(self, spamd: SpamdSettings) -> None:
         if spamd.tls_key and not spamd.tls_cert:
             self._note(("spamd", "tls_key"), "[spamd] tls_key: a key needs its certificate, tls_cert")
         if not spamd.tls_name.isascii() or not spamd.tls_name.isprintable() or spamd.tls_name.startswith("."):
@@ -218,7 +218,7 @@ class _Reader:
                 text = f"[spamd] {key}: has no effect; no backend is tls:host:port"
                 self._note(("spamd", key), text, warning=True)
 
-    def _mariadb(self, db: MariaDb) -> None:
+    def _mariadb(self, db: MariaDbSettings) -> None:
         for key, options in (("clamav_columns", VIRUS_OPTIONS), ("spamd_columns", SPAM_OPTIONS)):
             known = ["address", "exempt", *(option.decode("ascii") for option in options)]
             meanings = [entry.partition("=")[0] for entry in getattr(db, key)]

@@ -9,7 +9,7 @@ from contentfilter.config.controls import Controls
 from contentfilter.config.keys import load_keys
 from contentfilter.errors import ConfigError, Problem
 from contentfilter.policy.plan import Switches
-from contentfilter.policy.tolerance import Allowance
+from contentfilter.policy.tolerance import AllowEntry
 from contentfilter.scanners.signatures.engine import (
     Rules,
     default_loadertypes,
@@ -17,7 +17,7 @@ from contentfilter.scanners.signatures.engine import (
     parse_loadertypes,
     parse_signatures,
 )
-from contentfilter.scanners.tls import needed
+from contentfilter.scanners.tls import tls_for
 from contentfilter.settings import Settings
 from contentfilter.store.allow import read_allowed
 
@@ -31,7 +31,7 @@ class Runtime(msgspec.Struct, frozen=True):
     signatures: Rules | None  # None where the switch is off
     loadertypes: Rules | None
     snapshot: str  # empty: there are no tables yet
-    allowed: tuple[Allowance, ...] = ()
+    allowed: tuple[AllowEntry, ...] = ()
     smtplog: int = 0
     sysfacility: str = ""
 
@@ -39,7 +39,7 @@ class Runtime(msgspec.Struct, frozen=True):
 def unusable(settings: Settings) -> tuple[Problem, ...]:
     """What is wrong with the certificates and keys that the settings name."""
     found: list[Problem] = []
-    for load in (lambda: needed(settings.spamd), lambda: load_keys(settings.events)):
+    for load in (lambda: tls_for(settings.spamd), lambda: load_keys(settings.events)):
         try:
             load()
         except ConfigError as error:
@@ -49,7 +49,7 @@ def unusable(settings: Settings) -> tuple[Problem, ...]:
     return tuple(found)
 
 
-def read_allowances(settings: Settings) -> tuple[tuple[Allowance, ...], tuple[Problem, ...]]:
+def read_allowances(settings: Settings) -> tuple[tuple[AllowEntry, ...], tuple[Problem, ...]]:
     """The allow-list. A damaged one allows nothing; mail does not wait for its repair."""
     try:
         return read_allowed(settings.service.state), ()

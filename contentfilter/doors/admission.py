@@ -19,16 +19,16 @@ import msgspec
 from contentfilter.deadline import Deadline
 from contentfilter.doors.message import Spool
 from contentfilter.doors.origin import ResolvedOrigin
-from contentfilter.log import Logger, Rarely
-from contentfilter.model import Message, Origin
-from contentfilter.policy.admission import UNLIMITED, Claim, Line
+from contentfilter.log import Logger, RateLimiter
+from contentfilter.model import Action, Message, Origin
+from contentfilter.policy.admission import UNLIMITED, AdmissionQueue, Priority
 from contentfilter.wire import hook
 
-SEATS = 16  # connections of one local user that have not sent a request
-ALL_SEATS = 256  # of all local users together
+MAX_IDLE = 16  # connections of one local user that have not sent a request
+MAX_IDLE_TOTAL = 256  # of all local users together
 
 
-class Job(msgspec.Struct, frozen=True):
+class AcceptedMessage(msgspec.Struct, frozen=True):
     """One offered message, ready to be handled. Its owner closes ``message`` after the answer."""
 
     request: hook.Request
@@ -39,24 +39,24 @@ class Job(msgspec.Struct, frozen=True):
     incident: str
 
 
-class Offered(msgspec.Struct, frozen=True):
+class PendingMessage(msgspec.Struct, frozen=True):
     """A message that waits for its place, unopened. Who closes the connection closes ``fds``, too."""
 
     request: hook.Request
     fds: list[int]
     origin: Origin
-    claim: Claim
+    claim: Priority
     incident: str
 
 
-class Guest(Protocol):
+class Waiter(Protocol):
     """A connection that waits for a place."""
 
     def begin(self) -> None:
         """It has one."""
         ...
 
-    def come_again(self) -> None:
+    def shed_connection(self) -> None:
         """There is no room to wait in."""
         ...
 
@@ -64,17 +64,17 @@ class Guest(Protocol):
 class Handler(Protocol):
     """Decides about messages."""
 
-    async def handle(self, job: Job) -> hook.Answer:
+    async def handle(self, job: AcceptedMessage) -> hook.Answer:
         """May raise anything: that defers the message."""
         ...
 
-    def turned_away(self, offered: Offered, why: str, answer: hook.Answer, seconds: float) -> None:
+    def rejected_busy(self, offered: PendingMessage, why: str, answer: hook.Answer, seconds: float) -> None:
         """Note that a message got no place in ``seconds`` and was deferred. May raise anything, too."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class IntakeLimits:
     """What holds for messages that come in from now on; replaced as a whole by a reload."""
 
     handler: Handler
@@ -103,14 +103,14 @@ class Counters:
     busy: int = 0  # messages deferred because no place was free in time
 
 
-class Room:
+class IntakeState:
     """Made once for each worker."""
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
         log: Logger,
-        terms: Terms,
+        terms: IntakeLimits,
         closed: Callable[[Any], None],
         emit: Callable[[str, dict[str, Any]], None],
     ) -> None:
@@ -118,12 +118,12 @@ class Room:
         self.loop, self.log, self.terms, self.closed, self.emit = loop, log, terms, closed, emit
         self.own_uid = os.geteuid()
         self.counters = Counters()
-        self.garbage_log = Rarely(1.0)
-        self.line: Line[Guest] = Line(terms.max_in_flight, terms.max_waiting, terms.max_volume)
+        self.garbage_log = RateLimiter(1.0)
+        self.line: AdmissionQueue[Waiter] = AdmissionQueue(terms.max_in_flight, terms.max_waiting, terms.max_volume)
         self.short = ""  # what there is too little of: nobody gets a place meanwhile
         self._seats: Counter[int] = Counter()
 
-    def change(self, terms: Terms) -> None:
+    def change(self, terms: IntakeLimits) -> None:
         self.terms = terms
         self.line.places, self.line.room, self.line.volume = terms.max_in_flight, terms.max_waiting, terms.max_volume
         self.hand_out()
@@ -134,7 +134,7 @@ class Room:
         self.line.closed = bool(short)
         self.hand_out()
 
-    def leave(self, claim: Claim) -> None:
+    def leave(self, claim: Priority) -> None:
         self.line.leave(claim)
         self.hand_out()
 
@@ -143,14 +143,14 @@ class Room:
         while (ticket := self.line.next()) is not None:
             ticket.waiter.begin()
 
-    def turn_away(self, offered: Offered, seconds: float) -> hook.Answer:
+    def reject_busy(self, offered: PendingMessage, seconds: float) -> hook.Answer:
         """The answer for who waited ``seconds`` for nothing."""
         self.counters.busy += 1
         code = "4.3.1" if self.short else "4.3.2"
         why = f"content filter is short of {self.short}" if self.short else "content filter busy"
         answer = deferral(why, offered.incident, code)
         try:
-            self.terms.handler.turned_away(offered, why, answer, seconds)
+            self.terms.handler.rejected_busy(offered, why, answer, seconds)
         except Exception:  # the message is deferred anyway
             self.counters.errors += 1
             self.log.exception("intake.internal-error", id=offered.incident)
@@ -162,7 +162,7 @@ class Room:
         """A seat for a connection of ``uid`` that has sent nothing yet. Hooks of the system's users always get one."""
         if self.terms.origin.system(uid, self.own_uid):
             return True
-        if self._seats[uid] >= SEATS or self._seats.total() >= ALL_SEATS:
+        if self._seats[uid] >= MAX_IDLE or self._seats.total() >= MAX_IDLE_TOTAL:
             return False
         self._seats[uid] += 1
         return True
@@ -183,4 +183,4 @@ def new_incident() -> str:
 
 def deferral(what: str, incident: str, code: str = "4.3.0") -> hook.Answer:
     text = f"{what}, please try again [{incident}] (#{code})"
-    return hook.Answer(hook.Action.DEFER, text=text)
+    return hook.Answer(Action.DEFER, text=text)

@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from contentfilter.model import BytesLike, Scanner, ScanStatus
-from contentfilter.verdict.record import Scan
-from contentfilter.wire import hook
+from contentfilter.model import Action, BytesLike, Scanner, ScanStatus
+from contentfilter.verdict.record import ScanRecord
 
 VARIABLE = "CONTENTFILTER_CANARY"
 
@@ -33,7 +32,7 @@ _TOKEN = re.compile(rb"(1:([a-z]{1,16}):([0-9a-f]{32}):([0-9]{1,12}):([0-9a-f]{6
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class CanaryMark:
     """A canary that proved to be one."""
 
     sample: str
@@ -46,7 +45,7 @@ def sign(secret: bytes, sample: str, nonce: str, expires: int, message: bytes) -
     return (told + b":" + _mac(secret, told)).decode("ascii")
 
 
-def recognise(environ: Mapping[bytes, bytes], secret: bytes, message: BytesLike, now: float) -> Mark | None:
+def recognise(environ: Mapping[bytes, bytes], secret: bytes, message: BytesLike, now: float) -> CanaryMark | None:
     """What the hook's environment proves; None: this is mail. The caller has made sure whose hook it is.
 
     Mail costs one look-up. Without a secret nothing is proved.
@@ -63,16 +62,16 @@ def recognise(environ: Mapping[bytes, bytes], secret: bytes, message: BytesLike,
     with memoryview(message) as whole:
         if hashlib.sha256(whole).hexdigest().encode("ascii") != token[5]:
             return None
-    return Mark(sample, token[3].decode("ascii"))
+    return CanaryMark(sample, token[3].decode("ascii"))
 
 
 def _mac(secret: bytes, told: bytes) -> bytes:
     return hmac.new(secret, b"contentfilter canary 1\0" + told, "sha256").hexdigest().encode("ascii")
 
 
-def answer_for(scans: Iterable[Scan]) -> hook.Action:
+def answer_for(scans: Iterable[ScanRecord]) -> Action:
     """What a worker answers. Never QUEUE."""
     statuses = {scan.status for scan in scans}
     if ScanStatus.FOUND.value in statuses:
-        return hook.Action.REJECT
-    return hook.Action.DEFER if ScanStatus.UNCHECKED.value in statuses else hook.Action.DROP
+        return Action.REJECT
+    return Action.DEFER if ScanStatus.UNCHECKED.value in statuses else Action.DROP

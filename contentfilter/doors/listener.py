@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 from contentfilter.deadline import Deadline
-from contentfilter.doors.admission import Counters, Room, Terms
+from contentfilter.doors.admission import Counters, IntakeLimits, IntakeState
 from contentfilter.doors.queue import Connection
-from contentfilter.log import Logger, Rarely
+from contentfilter.log import Logger, RateLimiter
 
 PER_WAKEUP = 4  # accepts in a row; the other workers shall get their share
 NO_DESCRIPTORS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
@@ -29,26 +29,26 @@ class Listener:
     def __init__(
         self,
         listener: socket.socket,
-        terms: Terms,
+        terms: IntakeLimits,
         log: Logger,
         emit: Callable[[str, dict[str, Any]], None] = lambda name, fields: None,
     ) -> None:
         self._socket = listener
         self._log = log
         self._loop = asyncio.get_running_loop()
-        self._room = Room(self._loop, log, terms, self._closed, emit)
+        self._state = IntakeState(self._loop, log, terms, self._closed, emit)
         self._open: set[Connection] = set()
         self._accepting = False
         self._stopped = False
         self._held = False
         self._empty = asyncio.Event()
         self._empty.set()
-        self._failure_log = Rarely(10.0)
+        self._failure_log = RateLimiter(10.0)
         self._pause: asyncio.TimerHandle | None = None
 
     @property
     def counters(self) -> Counters:
-        return self._room.counters
+        return self._state.counters
 
     @property
     def connections(self) -> frozenset[Connection]:
@@ -58,23 +58,23 @@ class Listener:
     def start(self) -> None:
         self._resume()
 
-    def change(self, terms: Terms) -> None:
+    def change(self, terms: IntakeLimits) -> None:
         """New terms for messages from now on; those under way end under the old ones."""
-        self._room.change(terms)
+        self._state.change(terms)
         self._resume()
 
     def shut(self, short: str) -> None:
         """There is too little of something, named for people: messages wait; empty: they go on."""
-        self._room.shut(short)
+        self._state.shut(short)
 
     @property
     def short(self) -> str:
-        return self._room.short
+        return self._state.short
 
     @property
     def waiting(self) -> int:
         """How many messages wait for a place."""
-        return len(self._room.line)
+        return len(self._state.line)
 
     def hold(self, held: bool) -> None:
         """Accept nothing while this is so: hooks wait in the socket's queue. Connections go on."""
@@ -121,14 +121,14 @@ class Listener:
             except OSError as error:
                 self._accept_failed(error)
                 return
-            self._room.counters.accepted += 1
-            connection = Connection(self._room, accepted)
+            self._state.counters.accepted += 1
+            connection = Connection(self._state, accepted)
             self._open.add(connection)
             self._empty.clear()
             connection.start()
 
     def _full(self) -> bool:
-        line = self._room.line
+        line = self._state.line
         return line.full() or len(self._open) >= line.places + line.room + SPARE
 
     def _accept_failed(self, error: OSError) -> None:

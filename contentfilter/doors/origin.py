@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from contentfilter.model import Origin, OriginKind
-from contentfilter.settings import OriginRules
+from contentfilter.settings import OriginSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ def uid_of(name: str) -> int:
     return int(name) if name.isdecimal() else pwd.getpwnam(name).pw_uid
 
 
-def resolve(rules: OriginRules, look_up: Callable[[str], int] = uid_of) -> tuple[ResolvedOrigin, tuple[str, ...]]:
+def resolve(rules: OriginSettings, look_up: Callable[[str], int] = uid_of) -> tuple[ResolvedOrigin, tuple[str, ...]]:
     """The rules with uids, and the names that do not exist (a warning each; the rest holds)."""
     unknown: list[str] = []
 

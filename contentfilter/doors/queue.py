@@ -15,12 +15,12 @@ import time
 from collections.abc import Callable
 
 from contentfilter.deadline import Deadline
-from contentfilter.doors.admission import Guest, Job, Offered, Room, deferral, new_incident
+from contentfilter.doors.admission import AcceptedMessage, IntakeState, PendingMessage, Waiter, deferral, new_incident
 from contentfilter.doors.message import SEALS, Spool, open_pair
 from contentfilter.doors.origin import classify
 from contentfilter.errors import MessageError, ProtocolError
 from contentfilter.model import Message
-from contentfilter.policy.admission import Ticket, claim_of
+from contentfilter.policy.admission import QueueEntry, priority_of
 from contentfilter.wire import hook
 
 REQUEST_WAIT = 5.0  # seconds from connecting to the request packet; hooks send it at once
@@ -42,8 +42,8 @@ class Connection:
         "_gone",
         "_idle_uid",
         "_offered",
-        "_room",
         "_socket",
+        "_state",
         "_task",
         "_ticket",
         "_timer",
@@ -54,8 +54,8 @@ class Connection:
         "stage",
     )
 
-    def __init__(self, room: Room, accepted: socket.socket) -> None:
-        self._room = room
+    def __init__(self, room: IntakeState, accepted: socket.socket) -> None:
+        self._state = room
         self._socket = accepted
         self._fd = accepted.fileno()
         self._task: asyncio.Task[None] | None = None
@@ -63,8 +63,8 @@ class Connection:
         self._watching = False
         self._gone = ""  # why the handling is being cancelled
         self._idle_uid: int | None = None  # set while it counts as one without a request
-        self._offered: Offered | None = None  # owns the descriptors until the handling begins
-        self._ticket: Ticket[Guest] | None = None  # while it waits for a place
+        self._offered: PendingMessage | None = None  # owns the descriptors until the handling begins
+        self._ticket: QueueEntry[Waiter] | None = None  # while it waits for a place
         self.began = time.monotonic()
         self.incident = ""
         self.size = 0  # bytes of the message
@@ -75,12 +75,12 @@ class Connection:
         if self._take_request():
             return
         _, uid = self._peer()
-        if not self._room.sit(uid):
+        if not self._state.sit(uid):
             self._garbage("too many connections of this user without a request")
             return
         self._idle_uid = uid
         self._watch(self._take_request)
-        self._timer = self._room.loop.call_later(REQUEST_WAIT, self._garbage, "no request in time")
+        self._timer = self._state.loop.call_later(REQUEST_WAIT, self._garbage, "no request in time")
 
     def cancel(self, why: str) -> None:
         """Give up at once; the hook sees a closed connection and offers the message again."""
@@ -121,21 +121,21 @@ class Connection:
         self._stand_up()
         self.incident, self.size = new_incident(), request.message_size
         pid, uid = self._peer()
-        origin = classify(uid, pid, request.environ, self._room.terms.origin)
-        self._offered = Offered(request, fds, origin, claim_of(origin, self.size), self.incident)
+        origin = classify(uid, pid, request.environ, self._state.terms.origin)
+        self._offered = PendingMessage(request, fds, origin, priority_of(origin, self.size), self.incident)
         self._line_up(self._offered)
         return True
 
     def _stand_up(self) -> None:
         if self._idle_uid is not None:
-            self._room.rise(self._idle_uid)
+            self._state.rise(self._idle_uid)
             self._idle_uid = None
 
     # The line
 
-    def _line_up(self, offered: Offered) -> None:
+    def _line_up(self, offered: PendingMessage) -> None:
         """Begin at once where there is room; otherwise wait for a place, or make somebody come again."""
-        room = self._room
+        room = self._state
         if self.size > room.terms.max_message:
             room.counters.bad_messages += 1
             room.log.warning("intake.bad-message", id=self.incident, why=f"{self.size} bytes", uid=offered.origin.uid)
@@ -148,33 +148,33 @@ class Connection:
             end = min(self.began + room.terms.admission_wait, self._deadline(offered.request).at)
             self._watch(self._peer_moved)
             self._timer = room.loop.call_at(end, self._wait_over, offered)
-            self._ticket = Ticket(offered.claim, self)
+            self._ticket = QueueEntry(offered.claim, self)
             if (leaving := room.line.join(self._ticket)) is not None:
-                leaving.waiter.come_again()
+                leaving.waiter.shed_connection()
 
     def begin(self) -> None:
         """The place is ours."""
         assert self._offered is not None, "only what was offered waits"  # noqa: S101
         self._unwatch()
         self._ticket, self.stage = None, "starting"
-        self._task = self._room.loop.create_task(self._serve(self._offered))
-        self._timer = self._room.loop.call_later(FAST, self._slow, self._offered.request)
+        self._task = self._state.loop.create_task(self._serve(self._offered))
+        self._timer = self._state.loop.call_later(FAST, self._slow, self._offered.request)
 
-    def come_again(self) -> None:
+    def shed_connection(self) -> None:
         """There is no room to wait in. The hook offers the message again, as long as its budget lasts."""
-        self._room.counters.crowded += 1
+        self._state.counters.crowded += 1
         self._close()
 
-    def _wait_over(self, offered: Offered) -> None:
+    def _wait_over(self, offered: PendingMessage) -> None:
         self._timer = None
-        self._answer(self._room.turn_away(offered, time.monotonic() - self.began))
+        self._answer(self._state.reject_busy(offered, time.monotonic() - self.began))
         self._close()
 
     def _garbage(self, why: str) -> None:
-        self._room.counters.garbage += 1
-        if (held := self._room.garbage_log.allow()) is not None:
+        self._state.counters.garbage += 1
+        if (held := self._state.garbage_log.allow()) is not None:
             pid, uid = self._peer()
-            self._room.log.warning("intake.garbage", why=why, uid=uid, pid=pid, not_logged=held)
+            self._state.log.warning("intake.garbage", why=why, uid=uid, pid=pid, not_logged=held)
         self._close()
 
     def _peer(self) -> tuple[int, int]:
@@ -185,8 +185,8 @@ class Connection:
 
     # The handling
 
-    async def _serve(self, offered: Offered) -> None:
-        room, terms = self._room, self._room.terms
+    async def _serve(self, offered: PendingMessage) -> None:
+        room, terms = self._state, self._state.terms
         request, origin = offered.request, offered.origin
         message: Message | None = None
         self.stage = "opening"
@@ -199,7 +199,7 @@ class Connection:
             message, envelope = await self._open(request, fds, trusted, terms.spool)
             self.stage = "handling"
             answer = await terms.handler.handle(
-                Job(request, origin, envelope, message, self._deadline(request), self.incident)
+                AcceptedMessage(request, origin, envelope, message, self._deadline(request), self.incident)
             )
             sent = self._answer(answer)
         except asyncio.CancelledError:
@@ -223,14 +223,14 @@ class Connection:
 
     def _deadline(self, request: hook.Request, reserve: float = RESERVE) -> Deadline:
         """When the answer must be ready: the smaller budget, less a reserve for what follows."""
-        budget = min(self._room.terms.budget, request.budget)
+        budget = min(self._state.terms.budget, request.budget)
         return Deadline(self.began + budget - min(reserve, reserve * budget / 10))
 
     async def _open(self, request: hook.Request, fds: list[int], trusted: bool, spool: Spool) -> tuple[Message, bytes]:
         sizes = (request.message_size, request.envelope_size)
         if max(sizes) <= INLINE:
             return open_pair(fds, sizes, trusted=trusted, spool=spool)
-        opening = self._room.loop.run_in_executor(None, lambda: open_pair(fds, sizes, trusted=trusted, spool=spool))
+        opening = self._state.loop.run_in_executor(None, lambda: open_pair(fds, sizes, trusted=trusted, spool=spool))
         try:
             return await asyncio.shield(opening)
         except asyncio.CancelledError:
@@ -240,7 +240,7 @@ class Connection:
     def _slow(self, request: hook.Request) -> None:
         """The handling takes its time: notice a hook that goes away, and enforce the deadline."""
         self._watch(self._peer_moved)
-        self._timer = self._room.loop.call_at(self._deadline(request, RESERVE / 2).at, self._overdue)
+        self._timer = self._state.loop.call_at(self._deadline(request, RESERVE / 2).at, self._overdue)
 
     def _peer_moved(self) -> None:
         try:
@@ -257,7 +257,7 @@ class Connection:
         self.cancel("overdue")
 
     def _cancelled(self) -> hook.Answer | None:
-        log, counters = self._room.log, self._room.counters
+        log, counters = self._state.log, self._state.counters
         if self._gone == "overdue":
             counters.errors += 1
             log.error("intake.internal-error", id=self.incident, why="the handling overran its deadline")
@@ -275,8 +275,8 @@ class Connection:
         try:
             encoded = hook.encode_answer(answer)
         except ProtocolError:
-            self._room.counters.errors += 1
-            self._room.log.exception("intake.internal-error", id=self.incident)
+            self._state.counters.errors += 1
+            self._state.log.exception("intake.internal-error", id=self.incident)
             answer = deferral("internal error in the content filter", self.incident)
             encoded = hook.encode_answer(answer)
         try:
@@ -285,9 +285,9 @@ class Connection:
             else:
                 self._send_with_body(encoded.packet, encoded.body)
         except OSError as error:
-            self._room.log.info("intake.answer-failed", id=self.incident, why=error.strerror)
+            self._state.log.info("intake.answer-failed", id=self.incident, why=error.strerror)
             return None
-        self._room.counters.answered += 1
+        self._state.counters.answered += 1
         return answer
 
     def _send_with_body(self, packet: bytes, body: bytes) -> None:
@@ -308,7 +308,7 @@ class Connection:
         self.stage = "report"
         self._task = None
         self._watch(self._take_report)
-        self._timer = self._room.loop.call_at(self.began + min(request.budget, REPORT_WAIT), self._no_report)
+        self._timer = self._state.loop.call_at(self.began + min(request.budget, REPORT_WAIT), self._no_report)
 
     def _take_report(self) -> None:
         try:
@@ -320,24 +320,24 @@ class Connection:
             self._no_report()
             return
         results = [f"{r.status}{'+' if r.committed else ''}" for r in report.results]
-        self._room.log.info("mail.report", id=self.incident, results=results)
-        self._room.emit("mail.report", {"id": self.incident, "results": results})
+        self._state.log.info("mail.report", id=self.incident, results=results)
+        self._state.emit("mail.report", {"id": self.incident, "results": results})
         self._close()
 
     def _no_report(self) -> None:
-        self._room.log.warning("mail.report", id=self.incident, results=None)
-        self._room.emit("mail.report", {"id": self.incident, "results": None})
+        self._state.log.warning("mail.report", id=self.incident, results=None)
+        self._state.emit("mail.report", {"id": self.incident, "results": None})
         self._close()
 
     # Bookkeeping
 
     def _watch(self, callback: Callable[[], object]) -> None:
-        self._room.loop.add_reader(self._fd, callback)
+        self._state.loop.add_reader(self._fd, callback)
         self._watching = True
 
     def _unwatch(self) -> None:
         if self._watching:
-            self._room.loop.remove_reader(self._fd)
+            self._state.loop.remove_reader(self._fd)
             self._watching = False
         if self._timer is not None:
             self._timer.cancel()
@@ -352,12 +352,12 @@ class Connection:
                 os.close(fd)
             self._offered = None
         if self._ticket is not None:
-            self._room.line.quit(self._ticket)
-            self._room.hand_out()  # where it was a large one that kept others waiting
+            self._state.line.quit(self._ticket)
+            self._state.hand_out()  # where it was a large one that kept others waiting
             self._ticket = None
         self._task = None
         self.stage = "closed"
-        self._room.closed(self)
+        self._state.closed(self)
 
 
 def descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:

@@ -18,7 +18,7 @@ MEMORY, DISK = RESOURCES = "memory", "disk"
 
 
 @dataclass(frozen=True, slots=True)
-class Floors:
+class Watermarks:
     """Bytes that must be free; 0: whatever is there is enough."""
 
     memory: int
@@ -26,7 +26,7 @@ class Floors:
     state: str  # directory
 
 
-def what_is_short(floors: Floors, short: str = "") -> str:
+def exhausted_resource(floors: Watermarks, short: str = "") -> str:
     """MEMORY, DISK, or nothing. ``short``: what was short at the last look, which now needs some more."""
     looks: tuple[tuple[str, int, Callable[[], int | None]], ...] = (
         (MEMORY, floors.memory, available_memory),
@@ -83,10 +83,10 @@ def _disk(state: str) -> int | None:
     return found.f_bavail * found.f_frsize
 
 
-class Lookout:
+class ResourceMonitor:
     """Calls ``changed`` from its thread whenever the answer is another one."""
 
-    def __init__(self, floors: Callable[[], Floors], changed: Callable[[str], object]) -> None:
+    def __init__(self, floors: Callable[[], Watermarks], changed: Callable[[str], object]) -> None:
         self._floors = floors
         self._changed = changed
         self._end = threading.Event()
@@ -101,7 +101,7 @@ class Lookout:
     def _run(self) -> None:
         short = ""
         while not self._end.wait(EVERY):
-            now = what_is_short(self._floors(), short)
+            now = exhausted_resource(self._floors(), short)
             if now != short and not self._end.is_set():
                 short = now
                 try:

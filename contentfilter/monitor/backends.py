@@ -14,7 +14,7 @@ from contentfilter.bus.messages import BackendStatus, WorkerStatus
 from contentfilter.errors import Cause
 from contentfilter.model import OriginKind, Scanner
 from contentfilter.monitor.probe import Probed
-from contentfilter.policy.failure import on_fault
+from contentfilter.policy.failure import failure_action
 from contentfilter.scanners.pool import BackendHealth
 from contentfilter.settings import Settings
 
@@ -80,5 +80,5 @@ def _status(
         detail=detail,
         since=clock - max(began for _, began, _, _ in troubles),
         failures=sum(h.failures for h in healths),
-        meanwhile={origin.value: on_fault(scanner, Cause(cause), origin, settings) for origin in OriginKind},
+        meanwhile={origin.value: failure_action(scanner, Cause(cause), origin, settings) for origin in OriginKind},
     )

@@ -22,27 +22,26 @@ from pathlib import Path
 import msgspec
 
 from contentfilter.bus import messages
-from contentfilter.bus.messages import SEEN, Seen
+from contentfilter.bus.messages import CANARY_SEEN, CanarySeen
 from contentfilter.deadline import Deadline
 from contentfilter.doors import canary
 from contentfilter.doors.canary import answer_for
 from contentfilter.errors import Cause, RefusedError
-from contentfilter.log import Logger, Rarely
-from contentfilter.model import ScanStatus
-from contentfilter.monitor.canary_hook import ANSWER_WAIT, NOT_STARTED, Ended, Trouble, hand_over, prepare
-from contentfilter.monitor.measure import Sample as Measured
+from contentfilter.log import Logger, RateLimiter
+from contentfilter.model import Action, ScanStatus
+from contentfilter.monitor.canary_hook import ANSWER_WAIT, NOT_STARTED, CanaryError, Ended, hand_over, prepare
+from contentfilter.monitor.measure import Measurement as Measured
 from contentfilter.monitor.samples import Sample
-from contentfilter.qmail import Place, packaged_hook, version_of
+from contentfilter.qmail import QmailPaths, packaged_hook, version_of
 from contentfilter.settings import Settings
 from contentfilter.store.release import load_secret
 from contentfilter.threads import in_thread
-from contentfilter.verdict.record import Scan
-from contentfilter.wire import hook
+from contentfilter.verdict.record import ScanRecord
 
 EVENT_WAIT = 3.0  # seconds for the worker's account, when the hook has ended
 READY_WAIT = 1.0  # seconds between two looks whether the daemon is ready
 TELL_AGAIN = 600.0  # seconds after which a failure that lasts is logged again
-STATUSES = {hook.Action.DROP: 0, hook.Action.REJECT: 31, hook.Action.DEFER: 71}
+STATUSES = {Action.DROP: 0, Action.REJECT: 31, Action.DEFER: 71}
 """What the hook leaves with, in the dialect `stock`."""
 
 
@@ -50,7 +49,7 @@ _Outcome = tuple[str, str, float]
 """Result, the same for people, seconds."""
 
 
-def judge(sample: Sample, ended: Ended, seen: Seen | None) -> tuple[str, str]:
+def judge(sample: Sample, ended: Ended, seen: CanarySeen | None) -> tuple[str, str]:
     """One word of metrics.CANARY_RESULTS, and the same for people."""
     if ended.status == NOT_STARTED:
         return "unknown", "the daemon on the hook's socket took it for ordinary mail: another daemon, or another key"
@@ -77,7 +76,7 @@ def judge(sample: Sample, ended: Ended, seen: Seen | None) -> tuple[str, str]:
     return "passed", f"{', '.join(scan.scanner for scan in seen.scans)} found nothing{''.join(let_through)}"
 
 
-def _at(scan: Scan) -> str:
+def _at(scan: ScanRecord) -> str:
     return f"({scan.backend})" if scan.backend else ""
 
 
@@ -85,7 +84,7 @@ def find_hook(settings: Settings) -> Path | None:
     """The hook that mail goes through; None where there is none."""
     if settings.canary.hook:
         return Path(settings.canary.hook)
-    installed = Place(Path(settings.service.control).parent).queue
+    installed = QmailPaths(Path(settings.service.control).parent).queue
     if version_of(installed) is not None:
         return installed
     try:
@@ -111,8 +110,8 @@ class Canary:
         self._in_force = in_force
         self._state = state
         self._one = asyncio.Lock()
-        self._expected: dict[str, asyncio.Future[Seen]] = {}
-        self._again = Rarely(TELL_AGAIN)
+        self._expected: dict[str, asyncio.Future[CanarySeen]] = {}
+        self._again = RateLimiter(TELL_AGAIN)
         self._told: Mapping[str, str] = {}
         self._off = ""
         self.results: tuple[messages.CanaryResult, ...] = ()
@@ -120,11 +119,11 @@ class Canary:
     def others(self, events: Iterable[messages.Event]) -> Iterable[messages.Event]:
         """Those that are not about samples; the others are taken out here."""
         for event in events:
-            if event.name != SEEN:
+            if event.name != CANARY_SEEN:
                 yield event
                 continue
             with suppress(msgspec.ValidationError):
-                seen = msgspec.convert(event.fields, Seen)
+                seen = msgspec.convert(event.fields, CanarySeen)
                 future = self._expected.pop(seen.nonce, None)
                 if future is not None and not future.done():
                     future.set_result(seen)
@@ -166,7 +165,7 @@ class Canary:
             state = Path(settings.service.state)
             secret = await in_thread(lambda: load_secret(state))
             conf = await prepare(program, settings.canary.conf)
-        except (OSError, Trouble) as trouble:
+        except (OSError, CanaryError) as trouble:
             return {sample.name: ("failed", str(trouble), 0.0) for sample in samples}
         try:
             said = await asyncio.gather(*(self._try(sample, program, conf, secret) for sample in samples))
@@ -187,7 +186,7 @@ class Canary:
                 with suppress(TimeoutError):
                     async with Deadline.after(EVENT_WAIT).timeout():
                         await asyncio.wait((seen,))
-        except (OSError, Trouble) as trouble:
+        except (OSError, CanaryError) as trouble:
             return "failed", str(trouble), time.monotonic() - began
         finally:
             self._expected.pop(nonce, None)
@@ -218,7 +217,7 @@ class Canary:
         words = {result.sample: result.result for result in self.results}
         bad = [result for result in self.results if result.ok is False]
         if words != self._told:
-            self._again = Rarely(TELL_AGAIN)
+            self._again = RateLimiter(TELL_AGAIN)
         elif not bad:
             self._log.debug("canary.done", results=words)
             return

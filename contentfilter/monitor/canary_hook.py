@@ -15,6 +15,7 @@ from pathlib import Path
 
 from contentfilter.deadline import Deadline
 from contentfilter.doors import canary
+from contentfilter.errors import ContentFilterError
 from contentfilter.files import memory_file
 from contentfilter.model import readable
 from contentfilter.monitor import samples
@@ -27,7 +28,7 @@ NOT_STARTED = 120
 """The status of a hook that was told to queue: it could not start NOWHERE."""
 
 
-class Trouble(Exception):  # noqa: N818 - no error of ours: it ends as a sample's result
+class CanaryError(ContentFilterError):
     """Why no sample can be sent."""
 
 
@@ -45,7 +46,7 @@ async def prepare(program: Path, conf_path: str) -> int:
     ``conf_path``: the configuration that mail goes by.
     """
     if not stat.S_ISCHR(os.stat(NOWHERE).st_mode):
-        raise Trouble(f"{NOWHERE} is no device")
+        raise CanaryError(f"{NOWHERE} is no device")
     theirs = await _checked(program, {"CONTENTFILTER_QUEUE_CONF": conf_path})
     values = {name: theirs[name] for name in ("socket", "memory", "spool") if name in theirs} | {
         "queue": NOWHERE,
@@ -58,7 +59,7 @@ async def prepare(program: Path, conf_path: str) -> int:
     try:
         ours = await _checked(program, _environ(conf), conf)
         if any(ours.get(name) != value for name, value in values.items()):
-            raise Trouble(f"{program} does not read the configuration that it is given; is it setuid?")
+            raise CanaryError(f"{program} does not read the configuration that it is given; is it setuid?")
     except BaseException:
         os.close(conf)
         raise
@@ -74,7 +75,7 @@ async def _checked(program: Path, environ: Mapping[str, str], *keep: int) -> dic
     process = await _started(program, "--check", environ=environ, keep=keep)
     ended, out = await _ended(process, HOOK_WAIT)
     if ended.status:
-        raise Trouble(f"{program} --check: status {ended.status} {ended.said}".rstrip())
+        raise CanaryError(f"{program} --check: status {ended.status} {ended.said}".rstrip())
     lines = (line.partition(" ") for line in out.decode("utf-8", "replace").splitlines())
     return {name: value for name, _, value in lines}
 
@@ -97,7 +98,7 @@ def _pipe_with(content: bytes) -> int:
     try:
         os.set_blocking(writer, False)
         if os.write(writer, content) != len(content):
-            raise Trouble("a sample does not fit into a pipe")
+            raise CanaryError("a sample does not fit into a pipe")
     except BaseException:
         os.close(reader)
         raise
@@ -120,7 +121,7 @@ async def _started(
             program, *arguments, stdin=stdin, stdout=stdout, stderr=pipe, env=environ, pass_fds=keep, process_group=0
         )
     except OSError as error:
-        raise Trouble(f"{program}: {error.strerror or error}") from None
+        raise CanaryError(f"{program}: {error.strerror or error}") from None
 
 
 async def _ended(process: asyncio.subprocess.Process, seconds: float) -> tuple[Ended, bytes]:
@@ -129,7 +130,7 @@ async def _ended(process: asyncio.subprocess.Process, seconds: float) -> tuple[E
         async with Deadline.after(seconds).timeout():
             out, err = await process.communicate()
     except TimeoutError:
-        raise Trouble(f"the hook did not end within {seconds:g} s") from None
+        raise CanaryError(f"the hook did not end within {seconds:g} s") from None
     finally:
         if process.returncode is None:
             with suppress(ProcessLookupError):

@@ -32,7 +32,7 @@ Effect = Literal["stops", "unchecked", ""]
 """What a trouble does to mail: it waits or is deferred, it flows without a check, nothing."""
 
 
-class Trouble(msgspec.Struct, frozen=True):
+class Issue(msgspec.Struct, frozen=True):
     """Something that is wrong now."""
 
     what: str
@@ -50,15 +50,15 @@ class Oldest(msgspec.Struct, frozen=True):
     worker: int  # its slot
 
 
-class Glance(msgspec.Struct, frozen=True):
+class Diagnosis(msgspec.Struct, frozen=True):
     verdict: str
     ok: bool  # nothing is wrong
     flowing: bool  # mail is accepted and delivered
-    troubles: tuple[Trouble, ...]  # the worst first
+    troubles: tuple[Issue, ...]  # the worst first
     oldest: Oldest | None
 
 
-def glance(status: Status, now: float) -> Glance:
+def diagnose(status: Status, now: float) -> Diagnosis:
     """``now``: seconds since 1970."""
     oldest = oldest_message(status.workers)
     found = (*_service(status, now), *_scanners(status, now), *_deferrals(status), *_slow(status, oldest))
@@ -72,8 +72,8 @@ def glance(status: Status, now: float) -> Glance:
     elif unchecked:
         verdict = f"mail is flowing UNCHECKED: {'; '.join(unchecked)}"
     else:
-        verdict = _quiet(status)
-    return Glance(verdict, not troubles, not stopped, troubles, oldest)
+        verdict = _idle_text(status)
+    return Diagnosis(verdict, not troubles, not stopped, troubles, oldest)
 
 
 _ORDER = {"stops": 0, "unchecked": 1, "": 2}
@@ -93,7 +93,7 @@ def able_workers(status: Status) -> int:
     return len({w.slot for w in status.workers if w.state == "ready" and w.silent < SILENT})
 
 
-def _quiet(status: Status) -> str:
+def _idle_text(status: Status) -> str:
     if status.window is None or status.window.messages:
         return "mail is flowing"
     if status.uptime < status.window.seconds:
@@ -101,10 +101,10 @@ def _quiet(status: Status) -> str:
     return "nothing came in the last 15 minutes"
 
 
-def _service(status: Status, now: float) -> Iterator[Trouble]:
+def _service(status: Status, now: float) -> Iterator[Issue]:
     able = able_workers(status)
     if status.state == "draining":
-        yield Trouble(
+        yield Issue(
             "THE DAEMON IS ENDING: hooks keep their mail and wait for the next one",
             "systemctl start contentfilter",
             "The daemon is not ready",
@@ -114,7 +114,7 @@ def _service(status: Status, now: float) -> Iterator[Trouble]:
         by, until = status.drain.by, status.drain.until
         end = f"until {clock(until, now)}" if until else "until contentfilter resume"
         what = f"DRAINED by {by} since {clock(status.drain.since, now)}, {end}: hooks keep their mail and wait"
-        yield Trouble(
+        yield Issue(
             what + (f" ({status.drain.reason})" if status.drain.reason else ""),
             "contentfilter resume",
             "Mail is drained",
@@ -122,27 +122,27 @@ def _service(status: Status, now: float) -> Iterator[Trouble]:
         )
     elif not able:
         starting = status.state == "starting"
-        yield Trouble(
+        yield Issue(
             "the daemon is starting: no worker accepts mail yet" if starting else "MAIL WAITS: no worker accepts mail",
             "journalctl -u contentfilter --since -5min",
             "The daemon is not ready",
             "stops",
         )
     elif able < status.wanted:
-        yield Trouble(
+        yield Issue(
             f"{able} of {status.wanted} workers accept mail",
             "journalctl -u contentfilter | grep -e worker.died -e worker.stuck",
             "Workers die",
         )
     for short in sorted({worker.short for worker in status.workers if worker.short}):
-        yield Trouble(
+        yield Issue(
             f"MAIL WAITS: there is too little {short}; after a while it is deferred",
             "df" if short == "disk" else "free -m; ps aux --sort=-rss | head",
             "Too little memory or disk",
             "stops",
         )
     if status.tables is not None and not status.tables.loaded:
-        yield Trouble(
+        yield Issue(
             f"MAIL IS DEFERRED: there are no recipient tables: {status.tables.trouble}",
             "contentfilter check",
             "The tables are old",
@@ -150,14 +150,14 @@ def _service(status: Status, now: float) -> Iterator[Trouble]:
         )
 
 
-def _scanners(status: Status, now: float) -> Iterator[Trouble]:
+def _scanners(status: Status, now: float) -> Iterator[Issue]:
     whole: set[str] = set()  # scanners that are left out for all mail: their backends do not matter
     for bypass in status.bypasses:
         name = bypass.scanner.value
         only = f" for mail of {', '.join(kind.value for kind in bypass.origins)} origin" if bypass.origins else ""
         if not bypass.origins:
             whole.add(name)
-        yield Trouble(
+        yield Issue(
             f"{name} is bypassed{only} by {bypass.by} until {clock(bypass.until, now)} ({bypass.reason})",
             f"contentfilter bypass end {name}",
             "A scanner is bypassed",
@@ -167,14 +167,14 @@ def _scanners(status: Status, now: float) -> Iterator[Trouble]:
         if sample.ok is False and sample.result != "bypassed":
             blind = sample.result == "passed"  # what should have been found was called clean
             what = f"the canary's {sample.sample} was not treated as it should be: {sample.text}"
-            yield Trouble(what, "contentfilter canary", "The canary is red", "unchecked" if blind else "")
+            yield Issue(what, "contentfilter canary", "The canary is red", "unchecked" if blind else "")
     for backend in status.backends:
         if backend.state == "failing" and backend.wanted:
             others = any(b.scanner == backend.scanner and b.state == "well" for b in status.backends)
             yield _failing(backend, now, idle=backend.scanner in whole, others=others)
 
 
-def _failing(backend: BackendStatus, now: float, *, idle: bool, others: bool) -> Trouble:
+def _failing(backend: BackendStatus, now: float, *, idle: bool, others: bool) -> Issue:
     actions = set(backend.meanwhile.values())
     effect: Effect = "" if idle or others else "stops" if "defer" in actions else "unchecked"
     down = f"{backend.scanner} {backend.backend} is {WORDS.get(backend.cause, backend.cause)} since "
@@ -191,7 +191,7 @@ def _failing(backend: BackendStatus, now: float, *, idle: bool, others: bool) ->
         down = f"MAIL IS DEFERRED: {down}"
         remedy += f"; to let mail pass meanwhile: contentfilter bypass {backend.scanner} --for 30m --reason ..."
     away = backend.cause == Cause.DOWN.value
-    return Trouble(down, remedy, f"{backend.scanner} is down" if away else "clamd or spamd is slow", effect)
+    return Issue(down, remedy, f"{backend.scanner} is down" if away else "clamd or spamd is slow", effect)
 
 
 def consequence(meanwhile: dict[str, str]) -> str:
@@ -207,7 +207,7 @@ def consequence(meanwhile: dict[str, str]) -> str:
     return f"deferred is mail of {', '.join(deferred)} origin; unchecked passes that of {', '.join(passing)}"
 
 
-def _deferrals(status: Status) -> Iterator[Trouble]:
+def _deferrals(status: Status) -> Iterator[Issue]:
     """Those of the last moments that no sick backend explains."""
     recent = status.recent
     if recent is None:
@@ -217,42 +217,42 @@ def _deferrals(status: Status) -> Iterator[Trouble]:
     count = sum(rest.values())
     if count and count > RISING * recent.messages:
         what = f"MAIL IS DEFERRED: {count} of {recent.messages} messages within two minutes, by {next(iter(rest))}"
-        yield Trouble(what, "contentfilter why --decision defer --since 15m", "Deferrals rise", "stops")
+        yield Issue(what, "contentfilter why --decision defer --since 15m", "Deferrals rise", "stops")
 
 
-def _slow(status: Status, oldest: Oldest | None) -> Iterator[Trouble]:
+def _slow(status: Status, oldest: Oldest | None) -> Iterator[Issue]:
     if oldest is not None and oldest.seconds > SLOW:
         what = f"message {oldest.incident} is in worker {oldest.worker} for {length(oldest.seconds)} ({oldest.stage})"
-        yield Trouble(what, "see the scanners below", "clamd or spamd is slow")
+        yield Issue(what, "see the scanners below", "clamd or spamd is slow")
     if (waiting := sum(worker.waiting for worker in status.workers)) > 0:
         what = f"{waiting} messages wait for a free place; those that find none are deferred as busy"
-        yield Trouble(what, "contentfilter top", "Mail waits for a free place")
+        yield Issue(what, "contentfilter top", "Mail waits for a free place")
     if status.waiting and status.waiting_limit and status.waiting > CROWDED * status.waiting_limit:
         what = f"{status.waiting} hooks wait for a worker, {status.waiting_limit} can"
-        yield Trouble(what, "contentfilter top", "Mail waits for a free place")
+        yield Issue(what, "contentfilter top", "Mail waits for a free place")
 
 
-def _poison(status: Status) -> Iterator[Trouble]:
+def _poison(status: Status) -> Iterator[Issue]:
     if count := len(status.poison):
         what = (
             f"{count} message{'s' * (count > 1)} that killed two workers each {'are' if count > 1 else 'is'} isolated"
         )
-        yield Trouble(
+        yield Issue(
             what, "contentfilter tail, and what lies in poison in the state directory", "A message kills workers"
         )
 
 
-def _configuration(status: Status) -> Iterator[Trouble]:
+def _configuration(status: Status) -> Iterator[Issue]:
     for problem in status.problems[:3]:
-        yield Trouble(f"not in force: {problem}", "contentfilter check", "A new configuration is refused")
+        yield Issue(f"not in force: {problem}", "contentfilter check", "A new configuration is refused")
     if len(status.problems) > 3:
         more = f"not in force: {len(status.problems) - 3} more problems"
-        yield Trouble(more, "contentfilter check", "A new configuration is refused")
+        yield Issue(more, "contentfilter check", "A new configuration is refused")
     if status.tables is not None and status.tables.loaded and status.tables.trouble:
         what = f"the recipient tables are not current for {length(status.tables.age)}: {status.tables.trouble}"
-        yield Trouble(what, "contentfilter clients diff", "The tables are old")
+        yield Issue(what, "contentfilter clients diff", "The tables are old")
     if status.orders_problem:
-        yield Trouble(status.orders_problem, "contentfilter bypass list", "The disk is full")
+        yield Issue(status.orders_problem, "contentfilter bypass list", "The disk is full")
 
 
 def clock(at: float, now: float) -> str:

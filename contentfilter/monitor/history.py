@@ -15,8 +15,7 @@ import msgspec
 
 from contentfilter.bus.messages import Window
 from contentfilter.errors import Cause
-from contentfilter.model import Scanner, ScanStatus
-from contentfilter.policy.decide import Action, Reason
+from contentfilter.model import Action, Reason, Scanner, ScanStatus
 
 MINUTES = 180
 RULES_MAX = 20
@@ -52,7 +51,7 @@ class Minute(msgspec.Struct, frozen=True):
     scanners: dict[str, tuple[float | None, float | None]]
 
 
-class Entry(msgspec.Struct, frozen=True):
+class RecentDecision(msgspec.Struct, frozen=True):
     """One decision: the fields of its log line (verdict.record.Record), and its account (JSON, may be empty)."""
 
     at: float
@@ -156,10 +155,10 @@ class History:
         wanted = range(newest - min(max(0, count), MINUTES) + 1, newest + 1)
         return tuple(_told(known.get(minute) or _Bucket(minute)) for minute in wanted)
 
-    def recent(self, count: int = RECENT) -> tuple[Entry, ...]:
+    def recent(self, count: int = RECENT) -> tuple[RecentDecision, ...]:
         """The last decisions, newest first."""
         chosen = list(self._recent)[::-1][: max(0, count)]
-        return tuple(Entry(at, msgspec.json.decode(line), account) for at, line, account in chosen)
+        return tuple(RecentDecision(at, msgspec.json.decode(line), account) for at, line, account in chosen)
 
     def _bucket(self, now: float) -> _Bucket:
         minute = _minute(now)

@@ -17,7 +17,7 @@ from contentfilter.store.quarantine import Quarantine
 from contentfilter.store.retention import survey
 from contentfilter.tables.snapshot import FILE, read_header
 
-Sample = tuple[str, tuple[str, ...], float]  # metric, label values, number
+Measurement = tuple[str, tuple[str, ...], float]  # metric, label values, number
 
 # linux/netlink.h, linux/sock_diag.h, linux/unix_diag.h
 _NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST = 4, 20, 1
@@ -30,11 +30,11 @@ _ATTRIBUTE = struct.Struct("=HH")
 _LENGTHS = struct.Struct("=II")
 
 
-def measure(settings: Settings) -> tuple[Sample, ...]:
+def measure(settings: Settings) -> tuple[Measurement, ...]:
     """What lies in the state directory. Blocks on the disk: call it in a thread."""
     state = Path(settings.service.state)
-    found: list[Sample] = []
-    parts: tuple[Callable[[], Iterator[Sample]], ...] = (
+    found: list[Measurement] = []
+    parts: tuple[Callable[[], Iterator[Measurement]], ...] = (
         lambda: _tables(state / FILE),
         lambda: _quarantine(settings),
         lambda: _journal(settings),
@@ -48,23 +48,23 @@ def measure(settings: Settings) -> tuple[Sample, ...]:
     return tuple(found)
 
 
-def _tables(snapshot: Path) -> Iterator[Sample]:
+def _tables(snapshot: Path) -> Iterator[Measurement]:
     yield "contentfilter_tables_built_timestamp_seconds", (), read_header(str(snapshot)).created
 
 
-def _quarantine(settings: Settings) -> Iterator[Sample]:
+def _quarantine(settings: Settings) -> Iterator[Measurement]:
     found = survey(Quarantine.of(settings).directory, time.time())
     yield "contentfilter_quarantine_entries", (), len(found.entries)
     yield "contentfilter_quarantine_bytes", (), found.used
 
 
-def _journal(settings: Settings) -> Iterator[Sample]:
+def _journal(settings: Settings) -> Iterator[Measurement]:
     path = journal_path(settings)
     names = (path, path.with_name(path.name + "-wal"))
     yield "contentfilter_journal_bytes", (), sum(each.stat().st_size for each in names if each.exists())
 
 
-def _disk(state: Path) -> Iterator[Sample]:
+def _disk(state: Path) -> Iterator[Measurement]:
     found = os.statvfs(state)
     yield "contentfilter_state_free_bytes", (), found.f_bavail * found.f_frsize
     yield "contentfilter_state_size_bytes", (), found.f_blocks * found.f_frsize

@@ -18,8 +18,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from contentfilter.errors import Cause
-from contentfilter.model import OriginKind, Scanner, ScanStatus
-from contentfilter.policy.decide import Action, Reason
+from contentfilter.model import Action, OriginKind, Reason, Scanner, ScanStatus
 from contentfilter.policy.shedding import SHED
 
 SECONDS = (

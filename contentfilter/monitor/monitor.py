@@ -15,18 +15,18 @@ from typing import Any, Literal
 
 import msgspec
 
-from contentfilter.bus.messages import Happened, Heartbeat, Status
+from contentfilter.bus.messages import EventBatch, Heartbeat, Status
 from contentfilter.bus.remote_feed import RemoteFeed
 from contentfilter.deadline import Deadline
 from contentfilter.doors.watermarks import RESOURCES
 from contentfilter.endpoint import parse_listen
-from contentfilter.log import Logger, Rarely
+from contentfilter.log import Logger, RateLimiter
 from contentfilter.model import Scanner
 from contentfilter.monitor.backends import backend_statuses
 from contentfilter.monitor.canary import measured
 from contentfilter.monitor.history import History
 from contentfilter.monitor.http import Page, Response, Server
-from contentfilter.monitor.measure import Sample, backlog, measure
+from contentfilter.monitor.measure import Measurement, backlog, measure
 from contentfilter.monitor.metrics import Metrics, Registry
 from contentfilter.monitor.page import PATHS, make_pages
 from contentfilter.monitor.probe import UP, Prober
@@ -53,19 +53,19 @@ class Monitor:
         self.history = History()
         self._renderer = ThreadPoolExecutor(1, thread_name_prefix="metrics")
         self._started = time.time()
-        self._measured: tuple[Sample, ...] = ()
+        self._measured: tuple[Measurement, ...] = ()
         self._prober = Prober(settings)
         self.remote = RemoteFeed(log, settings)
         self._end = threading.Event()
-        self._defects = Rarely(60.0)
+        self._defects = RateLimiter(60.0)
         self._adopt()
 
     # What happens
 
-    def heard(self, report: Heartbeat | Happened) -> None:
+    def heard(self, report: Heartbeat | EventBatch) -> None:
         """A report of a worker. Raises nothing."""
         try:
-            if isinstance(report, Happened):
+            if isinstance(report, EventBatch):
                 for event in report.events:
                     self._metrics.event(event.name, event.fields)
                     if event.name == "mail.done":
@@ -202,7 +202,7 @@ class Monitor:
             found.append(f"no recipient tables: {status.tables.trouble}")
         return tuple(found)
 
-    def _now(self, status: Status) -> Iterable[Sample]:
+    def _now(self, status: Status) -> Iterable[Measurement]:
         """All that is known without looking anywhere."""
         settings = self._settings()
         workers = status.workers

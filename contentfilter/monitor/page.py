@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from contentfilter.monitor.history import MINUTES, Entry, History, Minute
+from contentfilter.monitor.history import MINUTES, History, Minute, RecentDecision
 from contentfilter.monitor.http import Page, Response
 
 PATHS = ("/", "/status.json")
@@ -102,7 +102,7 @@ def _columns(minutes: Sequence[Minute], offset: float) -> dict[str, Any]:
     }
 
 
-def _decision(entry: Entry, offset: float) -> dict[str, Any]:
+def _decision(entry: RecentDecision, offset: float) -> dict[str, Any]:
     try:
         account = _ACCOUNT.decode(entry.account) if entry.account else _Account()
     except (msgspec.DecodeError, UnicodeDecodeError):

@@ -13,10 +13,10 @@ from contentfilter.deadline import Deadline
 from contentfilter.endpoint import Address
 from contentfilter.errors import BackendError, Cause
 from contentfilter.model import Scanner
-from contentfilter.monitor.measure import Sample
+from contentfilter.monitor.measure import Measurement
 from contentfilter.scanners.clamd import ClamdScanner
 from contentfilter.scanners.spamd import SpamdScanner
-from contentfilter.settings import Clamd, Settings, Spamd
+from contentfilter.settings import ClamdSettings, Settings, SpamdSettings
 from contentfilter.wire.clamd import Version
 
 EVERY = 120.0  # seconds between two probes while all is well
@@ -44,8 +44,8 @@ class Prober:
     def __init__(self, settings: Callable[[], Settings]) -> None:
         self._settings = settings
         self.results: Mapping[tuple[Scanner, str], Probed] = {}
-        self.samples: tuple[Sample, ...] = ()
-        self._config: tuple[Clamd, Spamd] | None = None
+        self.samples: tuple[Measurement, ...] = ()
+        self._config: tuple[ClamdSettings, SpamdSettings] | None = None
         self._last = float("-inf")  # when the last look began
         self._wanted = False
         self._suspected = False
@@ -130,10 +130,10 @@ class Prober:
         return Probed(now, answer.cause, answer.detail, since, before.answered if before else None)
 
 
-def _samples(scanner: Scanner, backend: str, answer: Version | BackendError | None) -> list[Sample]:
+def _samples(scanner: Scanner, backend: str, answer: Version | BackendError | None) -> list[Measurement]:
     """What a backend says about itself; only that it is not up when it says nothing."""
     labels = (backend,)
-    samples: list[Sample] = [(UP[scanner], labels, not isinstance(answer, BackendError))]
+    samples: list[Measurement] = [(UP[scanner], labels, not isinstance(answer, BackendError))]
     if isinstance(answer, Version):
         samples.append(("contentfilter_clamd_info", (backend, answer.product[:VERSION_SHOWN]), 1))
         if answer.database is not None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from email.utils import formatdate
 
 from contentfilter.doors.canary import CLEAN, EICAR, GTUBE, SIGNATURE
-from contentfilter.policy.tolerance import Allowance
+from contentfilter.policy.tolerance import AllowEntry
 from contentfilter.scanners.signatures.rules import LIBRARY, Fragment, Rule, Rules, Signature
 from contentfilter.settings import Settings
 
@@ -57,7 +57,7 @@ class Sample:
 
 
 def make_samples(
-    settings: Settings, signatures: Rules | None, loadertypes: Rules | None, allowed: tuple[Allowance, ...] = ()
+    settings: Settings, signatures: Rules | None, loadertypes: Rules | None, allowed: tuple[AllowEntry, ...] = ()
 ) -> tuple[Sample, ...]:
     """All four under this configuration; those whose scanner is switched off say so.
 

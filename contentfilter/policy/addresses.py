@@ -30,7 +30,7 @@ _LABEL = rb"[^\x00-\x20\x7f@*?\[\]\\\"'<>(),;:=!|/.]+"
 _DOMAIN = re.compile(_LABEL + rb"(?:\." + _LABEL + rb")*|\[[0-9a-f.:]+\]")
 
 
-class Kind(enum.Enum):
+class KeyKind(enum.Enum):
     """What a key stands for, the most specific first."""
 
     ADDRESS = "address"
@@ -83,7 +83,9 @@ def _wrong(key: bytes) -> str:
     return ""
 
 
-def candidates(recipient: bytes, extension: bytes = b"", default_domain: bytes = b"") -> Iterator[tuple[Kind, bytes]]:
+def candidates(
+    recipient: bytes, extension: bytes = b"", default_domain: bytes = b""
+) -> Iterator[tuple[KeyKind, bytes]]:
     """All keys that could decide for ``recipient``, the most specific first.
 
     ``extension`` is one character or empty; with ``-``, user-a-b@d is also user-a@d and user@d.
@@ -93,22 +95,22 @@ def candidates(recipient: bytes, extension: bytes = b"", default_domain: bytes =
     if not at:
         local, domain = address, default_domain.lower()
     if domain:
-        yield Kind.ADDRESS, local + b"@" + domain
+        yield KeyKind.ADDRESS, local + b"@" + domain
         end = local.rfind(extension) if extension else -1
         while end > 0:
-            yield Kind.EXTENSION, local[:end] + b"@" + domain
+            yield KeyKind.EXTENSION, local[:end] + b"@" + domain
             end = local.rfind(extension, 0, end)
-        yield Kind.DOMAIN, b"@" + domain
+        yield KeyKind.DOMAIN, b"@" + domain
         dot = domain.find(b".")
         while dot >= 0:
-            yield Kind.PARENT, domain[dot:]
+            yield KeyKind.PARENT, domain[dot:]
             dot = domain.find(b".", dot + 1)
-    yield Kind.EVERYBODY, EVERYBODY
+    yield KeyKind.EVERYBODY, EVERYBODY
 
 
 def deciding(
     table: Mapping[bytes, bytes], recipient: bytes, extension: bytes = b"", default_domain: bytes = b""
-) -> tuple[Kind, bytes] | None:
+) -> tuple[KeyKind, bytes] | None:
     """The kind and key of the row of ``table`` that decides for ``recipient``; None where no row applies."""
     found = candidates(recipient, extension, default_domain)
     return next(((kind, key) for kind, key in found if key in table), None)

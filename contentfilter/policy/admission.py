@@ -26,14 +26,14 @@ RANKS = 4
 UNLIMITED = 1 << 62
 _OURS = frozenset((OriginKind.BOUNCE, OriginKind.AUTHENTICATED, OriginKind.RELAY))
 
-Source = tuple[str, bytes | int]
+SourceKey = tuple[str, bytes | int]
 T = TypeVar("T")
 
 
-class Claim(msgspec.Struct, frozen=True):
+class Priority(msgspec.Struct, frozen=True):
     """What a message may expect: whose it is, its rank (0 goes first), and the bytes that count (0: small)."""
 
-    source: Source
+    source: SourceKey
     rank: int
     volume: int
 
@@ -42,13 +42,13 @@ class Claim(msgspec.Struct, frozen=True):
         return self.volume > 0
 
 
-def claim_of(origin: Origin, size: int) -> Claim:
+def priority_of(origin: Origin, size: int) -> Priority:
     """The claim of a message of ``size`` bytes."""
     large = size > LARGE
-    return Claim(source_of(origin), 2 * large + (origin.kind not in _OURS), size if large else 0)
+    return Priority(source_of(origin), 2 * large + (origin.kind not in _OURS), size if large else 0)
 
 
-def source_of(origin: Origin) -> Source:
+def source_of(origin: Origin) -> SourceKey:
     """Who counts as one: the authenticated user, the network over SMTP (/24, IPv6 /64), else the local user."""
     if origin.user:
         return "user", origin.user
@@ -63,14 +63,14 @@ def source_of(origin: Origin) -> Source:
 
 
 @dataclass(slots=True, eq=False)
-class Ticket(Generic[T]):
+class QueueEntry(Generic[T]):
     """A place in the line, and who waits there."""
 
-    claim: Claim
+    claim: Priority
     waiter: T
 
 
-class Line(Generic[T]):
+class AdmissionQueue(Generic[T]):
     """Places, and those who wait for one. Who takes a place gives it back with :meth:`leave`."""
 
     def __init__(self, places: int, room: int = UNLIMITED, volume: int = UNLIMITED) -> None:
@@ -80,11 +80,13 @@ class Line(Generic[T]):
         self.held = 0
         self._volume_held = 0
         self._served = 0
-        self._held_by: dict[Source, int] = {}
-        self._waiting_by: dict[Source, int] = {}
-        self._by_age: OrderedDict[Ticket[T], None] = OrderedDict()
-        self._ranks: tuple[OrderedDict[Source, deque[Ticket[T]]], ...] = tuple(OrderedDict() for _ in range(RANKS))
-        self._stuck: Ticket[T] | None = None  # a large one that has its turn, but does not fit yet
+        self._held_by: dict[SourceKey, int] = {}
+        self._waiting_by: dict[SourceKey, int] = {}
+        self._by_age: OrderedDict[QueueEntry[T], None] = OrderedDict()
+        self._ranks: tuple[OrderedDict[SourceKey, deque[QueueEntry[T]]], ...] = tuple(
+            OrderedDict() for _ in range(RANKS)
+        )
+        self._stuck: QueueEntry[T] | None = None  # a large one that has its turn, but does not fit yet
 
     def __len__(self) -> int:
         """How many wait."""
@@ -100,14 +102,14 @@ class Line(Generic[T]):
             return False
         return len(self._by_age) >= self.room and max(self._waiting_by.values(), default=0) < 2
 
-    def take(self, claim: Claim) -> bool:
+    def take(self, claim: Priority) -> bool:
         """A place at once, if one is free. Then nobody waits but large ones, because :meth:`next` was called."""
         if not self._free() or (claim.large and self._by_age) or not self._fits(claim):
             return False
         self._book(claim)
         return True
 
-    def join(self, ticket: Ticket[T]) -> Ticket[T] | None:
+    def join(self, ticket: QueueEntry[T]) -> QueueEntry[T] | None:
         """Wait. Returns who has to go for it, perhaps the newcomer itself."""
         source = ticket.claim.source
         self._by_age[ticket] = None
@@ -121,7 +123,7 @@ class Line(Generic[T]):
         self.quit(leaving)
         return leaving
 
-    def quit(self, ticket: Ticket[T]) -> None:
+    def quit(self, ticket: QueueEntry[T]) -> None:
         """Wait no longer. For a ticket that does not wait this does nothing."""
         if ticket not in self._by_age:
             return
@@ -137,7 +139,7 @@ class Line(Generic[T]):
         if self._stuck is ticket:
             self._stuck = None
 
-    def next(self) -> Ticket[T] | None:
+    def next(self) -> QueueEntry[T] | None:
         """Who gets a free place now. Call it until it is None, after each change."""
         if not self._by_age or not self._free():
             return None
@@ -152,7 +154,7 @@ class Line(Generic[T]):
         self._served += 1
         return ticket
 
-    def leave(self, claim: Claim) -> None:
+    def leave(self, claim: Priority) -> None:
         """Give a place back."""
         self.held -= 1
         self._volume_held -= claim.volume
@@ -163,15 +165,15 @@ class Line(Generic[T]):
     def _free(self) -> bool:
         return self.held < self.places and not self.closed
 
-    def _fits(self, claim: Claim) -> bool:
+    def _fits(self, claim: Priority) -> bool:
         return not claim.large or not self._volume_held or self._volume_held + claim.volume <= self.volume
 
-    def _book(self, claim: Claim) -> None:
+    def _book(self, claim: Priority) -> None:
         self.held += 1
         self._volume_held += claim.volume
         self._held_by[claim.source] = self._held_by.get(claim.source, 0) + 1
 
-    def _choose(self) -> Ticket[T] | None:
+    def _choose(self) -> QueueEntry[T] | None:
         if self._stuck is not None and self._fits(self._stuck.claim):
             return self._stuck
         if self._served % OLDEST_EVERY == OLDEST_EVERY - 1 and self._may_go(oldest := next(iter(self._by_age))):
@@ -183,14 +185,14 @@ class Line(Generic[T]):
                     return first
         return None
 
-    def _may_go(self, ticket: Ticket[T]) -> bool:
+    def _may_go(self, ticket: QueueEntry[T]) -> bool:
         if not ticket.claim.large:
             return True
         if self._stuck is None and not self._fits(ticket.claim):
             self._stuck = ticket
         return self._stuck is None
 
-    def _fewest(self, queues: OrderedDict[Source, deque[Ticket[T]]]) -> Source:
+    def _fewest(self, queues: OrderedDict[SourceKey, deque[QueueEntry[T]]]) -> SourceKey:
         """Of those in their order of turns, the first that holds the fewest places."""
         best, fewest = next(iter(queues)), UNLIMITED
         for source in queues:

@@ -13,35 +13,35 @@ from collections.abc import Sequence
 
 from contentfilter.model import Scanner
 from contentfilter.policy.plan import ScanPlan
-from contentfilter.settings import Clamd, Settings, Spamd
+from contentfilter.settings import ClamdSettings, Settings, SpamdSettings
 
 MEGABYTE = 1_000_000
 TRIES = 2  # the second one on another backend (scanners/pool.py)
 SIGNATURES = 10.0  # for both lists; they take milliseconds, but the largest messages some seconds
-FINISH = 5.0  # after the last scanner: to decide, to keep what is not delivered, to answer
+REPLY_RESERVE = 5.0  # after the last scanner: to decide, to keep what is not delivered, to answer
 
 
-def one_try(size: int, scanner: Clamd | Spamd) -> float:
+def attempt_timeout(size: int, scanner: ClamdSettings | SpamdSettings) -> float:
     """What one backend may take for a message of ``size`` bytes, connecting included."""
     return min(scanner.timeout_base + size / MEGABYTE * scanner.timeout_per_megabyte, scanner.timeout)
 
 
-def wants(scanner: Scanner, size: int, settings: Settings) -> float:
+def estimate(scanner: Scanner, size: int, settings: Settings) -> float:
     """What a scanner needs for a message of ``size`` bytes when nothing goes well."""
     if scanner in (Scanner.SIGNATURES, Scanner.LOADERTYPES):
         return SIGNATURES
     section = settings.clamd if scanner is Scanner.CLAMD else settings.spamd
-    return min(TRIES, len(section.backends)) * one_try(size, section)
+    return min(TRIES, len(section.backends)) * attempt_timeout(size, section)
 
 
-def kept_back(left: float, scanner: Scanner, plan: ScanPlan, size: int, settings: Settings) -> float:
+def reserve_for_later(left: float, scanner: Scanner, plan: ScanPlan, size: int, settings: Settings) -> float:
     """The part of ``left`` that ``scanner`` must leave to the scanners of the plan that come after it."""
     order = tuple(Scanner)
-    later = [wants(each, size, settings) for each in order[order.index(scanner) + 1 :] if plan.runs(each)]
-    return reserve(left, wants(scanner, size, settings), later)
+    later = [estimate(each, size, settings) for each in order[order.index(scanner) + 1 :] if plan.runs(each)]
+    return reserve(left, estimate(scanner, size, settings), later)
 
 
 def reserve(left: float, own: float, later: Sequence[float]) -> float:
     """The part of ``left`` that a step which wants ``own`` must leave to those after it, and to the finish."""
-    others = sum(later) + FINISH
+    others = sum(later) + REPLY_RESERVE
     return min(left, others * min(1.0, left / (own + others)))  # rounding alone could make it more than there is

@@ -44,7 +44,7 @@ def find_bypass(bypasses: tuple[Bypass, ...], scanner: Scanner, origin: OriginKi
     return next((bypass for bypass in bypasses if bypass.covers(scanner, origin, now)), None)
 
 
-def left_out(bypass: Bypass, scanner: Scanner, plan: ScanPlan) -> tuple[ScanOutcome, ...]:
+def bypassed_outcomes(bypass: Bypass, scanner: Scanner, plan: ScanPlan) -> tuple[ScanOutcome, ...]:
     """What takes the place of the answers of ``scanner``: one, or for spamd one for each owner of preferences."""
     if not plan.runs(scanner):
         return ()

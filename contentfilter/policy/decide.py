@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from contentfilter.model import OriginKind, Scanner, ScanOutcome, ScanStatus
-from contentfilter.policy.failure import on_fault
+from contentfilter.model import Action, OriginKind, Reason, Scanner, ScanOutcome, ScanStatus
+from contentfilter.policy.failure import failure_action
 from contentfilter.policy.options import Options
-from contentfilter.policy.plan import ScanPlan, Treatment
+from contentfilter.policy.plan import RecipientPolicy, ScanPlan
 from contentfilter.policy.tolerance import class_action
 from contentfilter.settings import Settings
 from contentfilter.wire.clamd import signature_class
@@ -26,7 +26,7 @@ from contentfilter.wire.hook import SUBMISSIONS_MAX
 _VIRUS_SCANNERS = (Scanner.SIGNATURES, Scanner.LOADERTYPES, Scanner.CLAMD)
 
 
-class Fate(enum.Enum):
+class RecipientAction(enum.Enum):
     """What becomes of the message for one recipient, weakest first."""
 
     DELIVER = "deliver"
@@ -37,34 +37,15 @@ class Fate(enum.Enum):
     DEFER = "defer"
 
 
-_STRENGTH = {fate: strength for strength, fate in enumerate(Fate)}
-_WITHHELD = (Fate.REMOVE, Fate.REJECT, Fate.DEFER)
-
-
-class Action(enum.Enum):
-    """What the hook is told."""
-
-    QUEUE = "queue"
-    REJECT = "reject"
-    DEFER = "defer"
-    DROP = "drop"
-
-
-class Reason(enum.Enum):
-    """Why a message is refused; s/qmail has a status for each."""
-
-    NONE = "none"
-    VIRUS = "virus"
-    SPAM = "spam"
-    BANNED = "banned"
-    SIZE = "size"
+_STRENGTH = {fate: strength for strength, fate in enumerate(RecipientAction)}
+_WITHHELD = (RecipientAction.REMOVE, RecipientAction.REJECT, RecipientAction.DEFER)
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Match:
     """What stands against the message for those who asked: the outcome, the fate, the rule."""
 
-    fate: Fate
+    fate: RecipientAction
     reason: Reason
     rule: str
     outcome: ScanOutcome | None = None
@@ -77,7 +58,7 @@ class Delivery(msgspec.Struct, frozen=True):
     recipients: tuple[int, ...]
     virus: ScanStatus
     spam: ScanStatus
-    marked: Finding | None = None
+    marked: Match | None = None
     moved_to: bytes = b""  # it goes here, and not to the recipients; empty: to them
     owner: bytes = b""  # whose preferences spamd's headers in it go by
 
@@ -88,7 +69,7 @@ class Decision(msgspec.Struct, frozen=True):
     action: Action
     reason: Reason
     rule: str
-    finding: Finding | None = None
+    finding: Match | None = None
     deliveries: tuple[Delivery, ...] = ()
     quarantined: tuple[int, ...] = ()  # recipients for whom the message is kept in place of delivery
 
@@ -114,13 +95,13 @@ def decide(
         return Decision(Action.QUEUE, Reason.NONE, "no recipients", deliveries=(_delivery((), outcomes, None, None),))
 
     fates = _fates(plan, outcomes, origin, settings)
-    refused = [(members, f) for _, members, f in fates if f is not None and f.fate is Fate.REJECT]
+    refused = [(members, f) for _, members, f in fates if f is not None and f.fate is RecipientAction.REJECT]
     if refused and settings.tables.recipients == "strictest":
         return _refusal(refused[0][1], origin, recipients)
     for _, _, finding in fates:
-        if finding is not None and finding.fate is Fate.DEFER:
+        if finding is not None and finding.fate is RecipientAction.DEFER:
             return Decision(Action.DEFER, finding.reason, finding.rule, finding)
-    removed = [(members, f) for _, members, f in fates if f is not None and f.fate is Fate.REMOVE]
+    removed = [(members, f) for _, members, f in fates if f is not None and f.fate is RecipientAction.REMOVE]
     kept = [(t, members, f) for t, members, f in fates if f is None or f.fate not in _WITHHELD]
     if refused and not (kept or removed):
         return _refusal(refused[0][1], origin, recipients)
@@ -151,9 +132,11 @@ def open_owners(
     if not plan.runs(scanner):
         return nobody
     fates = _fates(plan, outcomes, origin, settings)
-    if any(f is not None and f.fate is Fate.DEFER for _, _, f in fates):
+    if any(f is not None and f.fate is RecipientAction.DEFER for _, _, f in fates):
         return nobody
-    if settings.tables.recipients == "strictest" and any(f is not None and f.fate is Fate.REJECT for _, _, f in fates):
+    if settings.tables.recipients == "strictest" and any(
+        f is not None and f.fate is RecipientAction.REJECT for _, _, f in fates
+    ):
         return nobody
     return frozenset(
         treatment.owner
@@ -162,11 +145,11 @@ def open_owners(
     )
 
 
-def _wants(treatment: Treatment, scanner: Scanner) -> bool:
+def _wants(treatment: RecipientPolicy, scanner: Scanner) -> bool:
     return treatment.spam if scanner is Scanner.SPAMD else treatment.virus
 
 
-def _concerns(outcome: ScanOutcome, treatment: Treatment) -> bool:
+def _concerns(outcome: ScanOutcome, treatment: RecipientPolicy) -> bool:
     if outcome.scanner is Scanner.SPAMD and outcome.owner != treatment.owner:
         return False
     return _wants(treatment, outcome.scanner)
@@ -174,9 +157,9 @@ def _concerns(outcome: ScanOutcome, treatment: Treatment) -> bool:
 
 def _fates(
     plan: ScanPlan, outcomes: tuple[ScanOutcome, ...], origin: OriginKind, settings: Settings
-) -> list[tuple[Treatment, tuple[int, ...], Finding | None]]:
+) -> list[tuple[RecipientPolicy, tuple[int, ...], Match | None]]:
     """Each group with what stands against the message for it. Most groups differ only in the row they come from."""
-    known: dict[tuple[bool, bool, Options, bytes], Finding | None] = {}
+    known: dict[tuple[bool, bool, Options, bytes], Match | None] = {}
     fates = []
     for treatment, members in plan.groups:
         wish = (treatment.virus, treatment.spam, treatment.options, treatment.owner)
@@ -187,10 +170,10 @@ def _fates(
 
 
 def _judge(
-    treatment: Treatment, outcomes: tuple[ScanOutcome, ...], origin: OriginKind, settings: Settings
-) -> Finding | None:
+    treatment: RecipientPolicy, outcomes: tuple[ScanOutcome, ...], origin: OriginKind, settings: Settings
+) -> Match | None:
     """The strongest finding for those who are treated so, up to the first that withholds the message."""
-    worst: Finding | None = None
+    worst: Match | None = None
     for outcome in outcomes:
         if not _concerns(outcome, treatment):
             continue
@@ -202,7 +185,7 @@ def _judge(
     return worst
 
 
-def _finding(outcome: ScanOutcome, options: Options, settings: Settings) -> Finding | None:
+def _finding(outcome: ScanOutcome, options: Options, settings: Settings) -> Match | None:
     if outcome.scanner is Scanner.SPAMD:
         return _spam(outcome, options, settings)
     if outcome.status is not ScanStatus.FOUND:
@@ -211,21 +194,21 @@ def _finding(outcome: ScanOutcome, options: Options, settings: Settings) -> Find
     rule, reason = f"{outcome.scanner.value}: {outcome.name}", Reason.VIRUS if clamd else Reason.BANNED
     kind = signature_class(outcome.name) if clamd else None
     if kind is not None and (action := class_action(kind, settings)):  # the class knows better what it is than the row
-        return Finding(Fate(action), reason, f"{rule} ({kind.value})", outcome)
+        return Match(RecipientAction(action), reason, f"{rule} ({kind.value})", outcome)
     action = options.virus or (settings.clamd.action if clamd else settings.signatures.action)
-    return Finding(Fate(action), reason, rule, outcome, options.virus_to)
+    return Match(RecipientAction(action), reason, rule, outcome, options.virus_to)
 
 
-def _spam(outcome: ScanOutcome, options: Options, settings: Settings) -> Finding | None:
+def _spam(outcome: ScanOutcome, options: Options, settings: Settings) -> Match | None:
     score = outcome.score if outcome.score is not None else 0.0
     limit = settings.spamd.reject_score if options.reject_score is None else options.reject_score
     if limit and score >= limit and outcome.status in (ScanStatus.FOUND, ScanStatus.CLEAN):
-        return Finding(Fate.REJECT, Reason.SPAM, f"spamd: {score:g} >= reject_score={limit:g}", outcome)
+        return Match(RecipientAction.REJECT, Reason.SPAM, f"spamd: {score:g} >= reject_score={limit:g}", outcome)
     if spam_status(outcome, options) is not ScanStatus.FOUND:
         return None
     threshold = outcome.threshold if options.score is None else options.score
     rule = f"spamd: {score:g} / {threshold or 0.0:g}"
-    return Finding(Fate(options.spam or settings.spamd.action), Reason.SPAM, rule, outcome, options.spam_to)
+    return Match(RecipientAction(options.spam or settings.spamd.action), Reason.SPAM, rule, outcome, options.spam_to)
 
 
 def spam_status(outcome: ScanOutcome, options: Options) -> ScanStatus:
@@ -235,16 +218,16 @@ def spam_status(outcome: ScanOutcome, options: Options) -> ScanStatus:
     return ScanStatus.FOUND if outcome.score >= options.score else ScanStatus.CLEAN
 
 
-def _fault(outcome: ScanOutcome, origin: OriginKind, settings: Settings) -> Finding | None:
+def _fault(outcome: ScanOutcome, origin: OriginKind, settings: Settings) -> Match | None:
     """A deferral where the failure table says so; a pass leaves only the word *unchecked* behind."""
     if outcome.status is not ScanStatus.UNCHECKED or outcome.cause is None:
         return None
-    if on_fault(outcome.scanner, outcome.cause, origin, settings) == "pass":
+    if failure_action(outcome.scanner, outcome.cause, origin, settings) == "pass":
         return None
-    return Finding(Fate.DEFER, Reason.NONE, f"{outcome.scanner.value}: {outcome.cause.value}", outcome)
+    return Match(RecipientAction.DEFER, Reason.NONE, f"{outcome.scanner.value}: {outcome.cause.value}", outcome)
 
 
-def _refusal(finding: Finding, origin: OriginKind, recipients: int) -> Decision:
+def _refusal(finding: Match, origin: OriginKind, recipients: int) -> Decision:
     if origin is OriginKind.BOUNCE:  # qmail-send would offer it again for ever
         everybody = tuple(range(recipients))
         return Decision(Action.DROP, finding.reason, finding.rule + " (bounce)", finding, quarantined=everybody)
@@ -252,7 +235,10 @@ def _refusal(finding: Finding, origin: OriginKind, recipients: int) -> Decision:
 
 
 def _delivery(
-    members: tuple[int, ...], outcomes: tuple[ScanOutcome, ...], treatment: Treatment | None, finding: Finding | None
+    members: tuple[int, ...],
+    outcomes: tuple[ScanOutcome, ...],
+    treatment: RecipientPolicy | None,
+    finding: Match | None,
 ) -> Delivery:
     """What this group may read in its headers: only of checks that it asked for."""
     virus = spam = ScanStatus.SKIPPED
@@ -263,7 +249,7 @@ def _delivery(
         owner = treatment.owner
         said = spamd_said(outcomes, owner)
         spam = spam_status(said, treatment.options) if said else ScanStatus.SKIPPED
-    to = finding.to if finding and finding.fate is Fate.MOVE else b""
+    to = finding.to if finding and finding.fate is RecipientAction.MOVE else b""
     return Delivery(members, virus, spam, finding, to, owner)
 
 
@@ -290,18 +276,18 @@ def _merge(deliveries: list[Delivery], outcomes: tuple[ScanOutcome, ...]) -> tup
     )
 
 
-def _fit(deliveries: tuple[Delivery, ...]) -> tuple[tuple[Delivery, ...], list[tuple[tuple[int, ...], Finding]]]:
+def _fit(deliveries: tuple[Delivery, ...]) -> tuple[tuple[Delivery, ...], list[tuple[tuple[int, ...], Match]]]:
     """No more forms of the message than the hook takes. What should move to still more addresses is kept instead.
 
     Without those that move there are never too many: [spamd] max_users sees to that.
     """
     too_many = len(deliveries) - SUBMISSIONS_MAX
     fitting: list[Delivery] = []
-    surplus: list[tuple[tuple[int, ...], Finding]] = []
+    surplus: list[tuple[tuple[int, ...], Match]] = []
     for d in reversed(deliveries):
         if len(surplus) < too_many and d.moved_to and d.marked is not None:
             rule = f"{d.marked.rule}, and more than {SUBMISSIONS_MAX} forms of one message"
-            surplus.append((d.recipients, replace(d.marked, fate=Fate.REMOVE, rule=rule, to=b"")))
+            surplus.append((d.recipients, replace(d.marked, fate=RecipientAction.REMOVE, rule=rule, to=b"")))
         else:
             fitting.append(d)
     return tuple(reversed(fitting)), surplus

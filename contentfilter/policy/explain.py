@@ -6,9 +6,9 @@ The same story for ``explain`` (what would happen) and for the journal (what hap
 import msgspec
 
 from contentfilter.errors import Cause
-from contentfilter.model import Envelope, Origin, OriginKind, Scanner, ScanOutcome, ScanStatus, readable
-from contentfilter.policy.decide import Action, Decision
-from contentfilter.policy.plan import ScanPlan, Treatment
+from contentfilter.model import Action, Envelope, Origin, OriginKind, Scanner, ScanOutcome, ScanStatus, readable
+from contentfilter.policy.decide import Decision
+from contentfilter.policy.plan import RecipientPolicy, ScanPlan
 
 SHOWN = 20
 """Recipients named per line; the rest is counted."""
@@ -16,7 +16,7 @@ GROUPS_SHOWN = 50
 """Lines for recipients, and for deliveries; the rest is counted."""
 
 
-class Line(msgspec.Struct, frozen=True):
+class TraceLine(msgspec.Struct, frozen=True):
     """One step: the stage it belongs to, and what happened there."""
 
     stage: str
@@ -38,40 +38,42 @@ _ACTIONS = {
 }
 
 
-def story(
+def trace(
     envelope: Envelope, origin: Origin, size: int, plan: ScanPlan, outcomes: tuple[ScanOutcome, ...], decision: Decision
-) -> tuple[Line, ...]:
+) -> tuple[TraceLine, ...]:
     """All steps in the order in which they were taken."""
     lines = [
-        Line("message", f"{size} bytes from <{readable(envelope.sender)}>, {len(envelope.recipients)} recipient(s)"),
-        Line("origin", f"{origin.kind.value}: {_ORIGINS[origin.kind]} (uid {origin.uid})"),
+        TraceLine(
+            "message", f"{size} bytes from <{readable(envelope.sender)}>, {len(envelope.recipients)} recipient(s)"
+        ),
+        TraceLine("origin", f"{origin.kind.value}: {_ORIGINS[origin.kind]} (uid {origin.uid})"),
     ]
     for treatment, members in plan.groups[:GROUPS_SHOWN]:
-        lines.append(Line("recipients", f"{_names(envelope, members)}: {_treatment(treatment)}"))
+        lines.append(TraceLine("recipients", f"{_names(envelope, members)}: {_treatment(treatment)}"))
     if (more := len(plan.groups) - GROUPS_SHOWN) > 0:
-        lines.append(Line("recipients", f"{more} more groups of them"))
+        lines.append(TraceLine("recipients", f"{more} more groups of them"))
     if plan.limit:
-        lines.append(Line("limit", f"exceeds {plan.limit}"))
+        lines.append(TraceLine("limit", f"exceeds {plan.limit}"))
     if plan.hold:
-        lines.append(Line("tables", plan.hold))
+        lines.append(TraceLine("tables", plan.hold))
     for step in plan.steps:
         said = [outcome for outcome in outcomes if outcome.scanner is step.scanner]
-        lines += (Line(step.scanner.value, f"{_outcome(o)} ({_asked(o)}: {step.reason})") for o in said)
+        lines += (TraceLine(step.scanner.value, f"{_outcome(o)} ({_asked(o)}: {step.reason})") for o in said)
         if said:
             continue
         if step.run:
-            lines.append(Line(step.scanner.value, "not asked: the decision was certain before"))
+            lines.append(TraceLine(step.scanner.value, "not asked: the decision was certain before"))
         else:
-            lines.append(Line(step.scanner.value, f"not asked: {step.reason}"))
-    lines.append(Line("decision", f"{decision.action.value}: {_ACTIONS[decision.action]}; rule: {decision.rule}"))
+            lines.append(TraceLine(step.scanner.value, f"not asked: {step.reason}"))
+    lines.append(TraceLine("decision", f"{decision.action.value}: {_ACTIONS[decision.action]}; rule: {decision.rule}"))
     for delivery in decision.deliveries[:GROUPS_SHOWN]:
         how = f"virus={delivery.virus.value}; spam={delivery.spam.value}"
         how += f", moved to {readable(delivery.moved_to)}" if delivery.moved_to else ""
-        lines.append(Line("deliver", f"to {_names(envelope, delivery.recipients)} with {how}"))
+        lines.append(TraceLine("deliver", f"to {_names(envelope, delivery.recipients)} with {how}"))
     if (more := len(decision.deliveries) - GROUPS_SHOWN) > 0:
-        lines.append(Line("deliver", f"in {more} more forms"))
+        lines.append(TraceLine("deliver", f"in {more} more forms"))
     if decision.quarantined:
-        lines.append(Line("quarantine", f"kept in place of delivery to {_names(envelope, decision.quarantined)}"))
+        lines.append(TraceLine("quarantine", f"kept in place of delivery to {_names(envelope, decision.quarantined)}"))
     return tuple(lines)
 
 
@@ -81,7 +83,7 @@ def _names(envelope: Envelope, members: tuple[int, ...]) -> str:
     return (named or "nobody") + (f" and {more} more" if more > 0 else "")
 
 
-def _treatment(treatment: Treatment) -> str:
+def _treatment(treatment: RecipientPolicy) -> str:
     virus = f"virus check {'yes' if treatment.virus else 'no'} ({treatment.virus_rule})"
     own = f", by the preferences of {readable(treatment.owner)}" if treatment.owner else ""
     return f"{virus}, spam check {'yes' if treatment.spam else 'no'} ({treatment.spam_rule}{own})"

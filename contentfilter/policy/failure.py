@@ -16,13 +16,13 @@ from types import MappingProxyType
 
 from contentfilter.errors import Cause
 from contentfilter.model import OriginKind, Scanner
-from contentfilter.settings import Failure, FaultAction, FaultRule, Settings
+from contentfilter.settings import FailureSettings, FaultAction, FaultRule, Settings
 
-Key = tuple[Scanner, Cause, OriginKind]
+FailureKey = tuple[Scanner, Cause, OriginKind]
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class FailureEntry:
     """What a fault does, and what says so: a key or a rule of ``[failure]``, or a fixed rule."""
 
     action: FaultAction
@@ -30,7 +30,7 @@ class Cell:
     fixed: bool = False  # no setting changes it
 
 
-Table = Mapping[Key, Cell]
+FailureTable = Mapping[FailureKey, FailureEntry]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +74,15 @@ MEANINGS: Mapping[Cause, Meaning] = MappingProxyType(
 )
 
 
-def on_fault(scanner: Scanner, cause: Cause, origin: OriginKind, settings: Settings) -> FaultAction:
+def failure_action(scanner: Scanner, cause: Cause, origin: OriginKind, settings: Settings) -> FaultAction:
     """One cell of the table in force."""
     return failure_table(settings.failure)[scanner, cause, origin].action
 
 
 @lru_cache(8)  # one configuration at a time; a few more while a reload goes on
-def failure_table(failure: Failure) -> Table:
+def failure_table(failure: FailureSettings) -> FailureTable:
     """All cells."""
-    cells: dict[Key, Cell] = {}
+    cells: dict[FailureKey, FailureEntry] = {}
     for layer in _layers(failure):
         cells.update(dict.fromkeys(layer.cells(), layer.cell))
     return MappingProxyType(cells)
@@ -97,7 +97,7 @@ def named(number: int) -> str:
 class _Layer:
     """Cells that are painted together. An empty column stands for all of it."""
 
-    cell: Cell
+    cell: FailureEntry
     scanners: tuple[Scanner, ...] = ()
     causes: tuple[Cause, ...] = ()
     origins: tuple[OriginKind, ...] = ()
@@ -106,21 +106,21 @@ class _Layer:
         """How many columns it names."""
         return sum(map(bool, (self.scanners, self.causes, self.origins)))
 
-    def cells(self) -> Iterator[Key]:
+    def cells(self) -> Iterator[FailureKey]:
         return product(self.scanners or Scanner, self.causes or Cause, self.origins or OriginKind)
 
 
 _FIXED = (
-    _Layer(Cell("pass", "bounces always pass", fixed=True), origins=(OriginKind.BOUNCE,)),
-    _Layer(Cell("pass", "what is bypassed passes", fixed=True), causes=(Cause.BYPASSED,)),
+    _Layer(FailureEntry("pass", "bounces always pass", fixed=True), origins=(OriginKind.BOUNCE,)),
+    _Layer(FailureEntry("pass", "what is bypassed passes", fixed=True), causes=(Cause.BYPASSED,)),
 )
 
 
-def _layers(failure: Failure) -> tuple[_Layer, ...]:
+def _layers(failure: FailureSettings) -> tuple[_Layer, ...]:
     """The weakest first."""
 
-    def key(name: str, action: FaultAction) -> Cell:
-        return Cell(action, f"[failure] {name}")
+    def key(name: str, action: FaultAction) -> FailureEntry:
+        return FailureEntry(action, f"[failure] {name}")
 
     return (
         _Layer(key("signatures", failure.signatures), scanners=(Scanner.SIGNATURES, Scanner.LOADERTYPES)),
@@ -134,7 +134,7 @@ def _layers(failure: Failure) -> tuple[_Layer, ...]:
     )
 
 
-def _rules(failure: Failure) -> tuple[_Layer, ...]:
+def _rules(failure: FailureSettings) -> tuple[_Layer, ...]:
     return tuple(_layer(number, rule) for number, rule in enumerate(failure.rule, 1))
 
 
@@ -143,7 +143,7 @@ def _layer(number: int, rule: FaultRule) -> _Layer:
         (column,) if isinstance(column, str) else column for column in (rule.scanner, rule.cause, rule.origin)
     )
     return _Layer(
-        Cell(rule.action, named(number)),
+        FailureEntry(rule.action, named(number)),
         tuple(map(Scanner, scanner)),
         tuple(map(Cause, cause)),
         tuple(map(OriginKind, origin)),
@@ -162,7 +162,7 @@ class Complaint:
     warning: bool = False
 
 
-def complaints(failure: Failure) -> Iterator[Complaint]:
+def complaints(failure: FailureSettings) -> Iterator[Complaint]:
     """Rules that contradict each other or what is fixed, and rules that change nothing."""
     rules = _rules(failure)
     table = failure_table(failure)
@@ -202,5 +202,5 @@ def _contradiction(rules: tuple[_Layer, ...], number: int) -> Complaint | None:
     return None
 
 
-def _gives(key: Key) -> bool:
+def _gives(key: FailureKey) -> bool:
     return key[0] in MEANINGS[key[1]].scanners

@@ -59,7 +59,7 @@ FULL_REWRITES = 64 << 20
 """Bytes of rewritten messages, for all owners together, above which ``rewrite = "full"`` is done by headers alone."""
 
 
-class Treatment(msgspec.Struct, frozen=True):
+class RecipientPolicy(msgspec.Struct, frozen=True):
     """What one recipient gets, and the rule that said so."""
 
     virus: bool
@@ -70,7 +70,7 @@ class Treatment(msgspec.Struct, frozen=True):
     owner: bytes = b""  # of the SpamAssassin preferences that hold; empty: nobody's own
 
 
-class Step(msgspec.Struct, frozen=True):
+class PlanStep(msgspec.Struct, frozen=True):
     """Whether a scanner is asked, and why (not)."""
 
     scanner: Scanner
@@ -81,8 +81,8 @@ class Step(msgspec.Struct, frozen=True):
 class ScanPlan(msgspec.Struct, frozen=True):
     """The whole plan for one message. ``groups`` pairs a treatment with indices into the recipients."""
 
-    groups: tuple[tuple[Treatment, tuple[int, ...]], ...]
-    steps: tuple[Step, ...]
+    groups: tuple[tuple[RecipientPolicy, tuple[int, ...]], ...]
+    steps: tuple[PlanStep, ...]
     users: tuple[tuple[bytes, bytes], ...] = ()  # for spamd: each owner, and the address that stands for it
     left_out: int = 0  # recipients whose own preferences do not count, because there are too many of them
     want: Want = Want.CHECK
@@ -97,7 +97,7 @@ class ScanPlan(msgspec.Struct, frozen=True):
     def released_by(self, incident: str) -> "ScanPlan":
         """The plan for a message that was released: nobody is asked again."""
         why = f"released from quarantine ({incident})"
-        steps = tuple(Step(scanner, run=False, reason=why) for scanner in Scanner)
+        steps = tuple(PlanStep(scanner, run=False, reason=why) for scanner in Scanner)
         return msgspec.structs.replace(self, steps=steps, hold="", released=incident)
 
 
@@ -184,14 +184,14 @@ def _nobody(_: bytes) -> tuple[None, None]:
 
 def _group(
     recipients: tuple[bytes, ...], origin: Origin, switches: Switches, lookup: Lookup, users: _Users
-) -> dict[Treatment, list[int]]:
+) -> dict[RecipientPolicy, list[int]]:
     """Sort recipients into groups of equal treatment. One look-up each, none where no table can matter."""
     virus, spam = _general(origin, switches)
     if virus is not None and spam is not None:
         if not (spam[0] and users):
             return {_treatment((None, None), virus, spam, b"", 0): list(range(len(recipients)))}
         lookup = _nobody
-    groups: dict[Treatment, list[int]] = {}
+    groups: dict[RecipientPolicy, list[int]] = {}
     members_of: dict[tuple[Row | None, Row | None, bytes | None], list[int]] = {}
     own = bool(users)
     for index, recipient in enumerate(recipients):
@@ -212,12 +212,12 @@ def _treatment(
     spam: tuple[bool, str] | None,
     owner: bytes | None,
     most: int,
-) -> Treatment:
+) -> RecipientPolicy:
     virus_now = virus or _by_row("clamavclients", rows[0])
     spam_now = spam or _by_row("spamdclients", rows[1])
     left_out = f", own preferences left out: [spamd] max_users={most}" if owner is None else ""
     options = read_options(_own(rows[0], virus), _own(rows[1], spam))
-    return Treatment(virus_now[0], spam_now[0], virus_now[1], spam_now[1] + left_out, options, owner or b"")
+    return RecipientPolicy(virus_now[0], spam_now[0], virus_now[1], spam_now[1] + left_out, options, owner or b"")
 
 
 def make_plan(
@@ -242,15 +242,15 @@ def make_plan(
             limit = f"maxrecipients={switches.maxrecipients}"
     if lookup is None:
         if not limit and origin.kind is not OriginKind.BOUNCE and _needs_tables(_general(origin, switches), settings):
-            steps = tuple(Step(scanner, False, NO_TABLES) for scanner in Scanner)
-            unknown = Treatment(False, False, NO_TABLES, NO_TABLES)
+            steps = tuple(PlanStep(scanner, False, NO_TABLES) for scanner in Scanner)
+            unknown = RecipientPolicy(False, False, NO_TABLES, NO_TABLES)
             return ScanPlan(((unknown, tuple(range(len(envelope.recipients)))),), steps, hold=NO_TABLES)
         lookup = _nobody
     users = _users(settings, owners)
     found = _group(envelope.recipients, origin, switches, lookup, users)
     groups = tuple((treatment, tuple(members)) for treatment, members in found.items())
     if limit:
-        return ScanPlan(groups, tuple(Step(scanner, False, limit) for scanner in Scanner), limit=limit)
+        return ScanPlan(groups, tuple(PlanStep(scanner, False, limit) for scanner in Scanner), limit=limit)
 
     virus = next((t.virus_rule for t in found if t.virus), "")
     spam = next((t.spam_rule for t in found if t.spam), "")
@@ -272,10 +272,10 @@ def make_plan(
     return ScanPlan(groups, steps, asked, users.left_out, _want(found, settings, size * len(asked)))
 
 
-def _step(scanner: Scanner, wanted: str, unwanted: str, on: bool, off: str) -> Step:
+def _step(scanner: Scanner, wanted: str, unwanted: str, on: bool, off: str) -> PlanStep:
     if not wanted:
-        return Step(scanner, False, unwanted)
-    return Step(scanner, True, wanted) if on else Step(scanner, False, off)
+        return PlanStep(scanner, False, unwanted)
+    return PlanStep(scanner, True, wanted) if on else PlanStep(scanner, False, off)
 
 
 def _needs_tables(general: tuple[tuple[bool, str] | None, tuple[bool, str] | None], settings: Settings) -> bool:
@@ -285,7 +285,7 @@ def _needs_tables(general: tuple[tuple[bool, str] | None, tuple[bool, str] | Non
     return None in general or bool(listed and settings.spamd.user == "table" and spam and spam[0])
 
 
-def _want(treatments: Iterable[Treatment], settings: Settings, rewritten: int) -> Want:
+def _want(treatments: Iterable[RecipientPolicy], settings: Settings, rewritten: int) -> Want:
     """No more than is used: SpamAssassin's headers only where somebody may get spam, marked or moved.
 
     ``rewritten``: bytes of all messages that spamd would give back.

@@ -15,7 +15,7 @@ UNOFFICIAL = ".UNOFFICIAL"
 
 
 @dataclass(frozen=True, slots=True)
-class Allowance:
+class AllowEntry:
     """One signature that passes for a while: who wanted it, why, and until when (seconds since 1970)."""
 
     signature: str
@@ -25,7 +25,9 @@ class Allowance:
     expires: float
 
 
-def tolerate(outcome: ScanOutcome, settings: Settings, allowed: tuple[Allowance, ...], now: float) -> ScanOutcome:
+def apply_allowlist(
+    outcome: ScanOutcome, settings: Settings, allowed: tuple[AllowEntry, ...], now: float
+) -> ScanOutcome:
     """``outcome``, or what is left of it at ``now`` when its finding is let through."""
     if outcome.status is not ScanStatus.FOUND or outcome.scanner is Scanner.SPAMD:
         return outcome

@@ -21,10 +21,10 @@ from typing import Any, Literal
 from contentfilter.deadline import Deadline
 from contentfilter.errors import BackendError, Cause
 from contentfilter.model import Message, ScanOutcome, ScanStatus
-from contentfilter.scanners.cache_entries import SURE, Kept, Key, Memory
+from contentfilter.scanners.cache_entries import SURE, CacheEntry, CacheKey, Memory
 from contentfilter.scanners.content import Content, Digest
 from contentfilter.scanners.stream import Leave, Pending
-from contentfilter.settings import Reuse
+from contentfilter.settings import ReuseSettings
 
 FRESH = 5.0  # seconds since a scan began in which its database need not be asked for again
 
@@ -32,7 +32,7 @@ Scan = Callable[[Leave | None], Awaitable[ScanOutcome]]
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class ScanRequest:
     """What is asked of a scanner about a message, and what its answer depends on."""
 
     kind: bytes  # scanner, its settings, and what else is told to it
@@ -44,40 +44,40 @@ class Question:
 
 
 @dataclass(slots=True, eq=False)
-class Flight:
+class InFlightScan:
     """A question that is out."""
 
-    question: Question
+    question: ScanRequest
     content: Content
     began: float
     led: bool = True  # somebody still waits for it who has put it
-    kept: Kept | None = None  # its answer
-    landed: asyncio.Future[Kept | None] | None = None  # made by the first who joins; None in it: no answer
+    kept: CacheEntry | None = None  # its answer
+    landed: asyncio.Future[CacheEntry | None] | None = None  # made by the first who joins; None in it: no answer
 
 
-class Recall:
+class ScanCache:
     """One in each worker; it outlives configurations. ``tell`` carries what is kept to the other workers."""
 
     def __init__(
         self,
-        tell: Callable[[Key, Kept], None] = lambda key, kept: None,
+        tell: Callable[[CacheKey, CacheEntry], None] = lambda key, kept: None,
         ended: Callable[[ScanOutcome | BackendError, float], None] = lambda outcome, seconds: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``ended`` hears how a scan that went on came to its end, and after how many seconds."""
         self._tell, self._ended, self._clock = tell, ended, clock
-        self._settings = Reuse()
+        self._settings = ReuseSettings()
         self._memory = Memory(self._settings.keep, self._settings.entries)
-        self._flights: dict[tuple[bytes, int], list[Flight]] = {}
-        self._late: dict[asyncio.Task[None], Flight] = {}
+        self._flights: dict[tuple[bytes, int], list[InFlightScan]] = {}
+        self._late: dict[asyncio.Task[None], InFlightScan] = {}
         self._chores: set[asyncio.Task[None]] = set()
 
-    def change(self, settings: Reuse) -> None:
+    def change(self, settings: ReuseSettings) -> None:
         """Other settings hold from now on. What other scanners or other settings of theirs said, nobody asks for."""
         self._settings = settings
         self._memory.change(settings.keep, settings.entries)
 
-    def learn(self, key: Key, kept: Kept) -> None:
+    def learn(self, key: CacheKey, kept: CacheEntry) -> None:
         """What another worker has to tell."""
         self._memory.put(key, kept, self._clock())
 
@@ -88,14 +88,14 @@ class Recall:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def ask(self, question: Question, scan: Scan, deadline: Deadline) -> ScanOutcome:
+    async def ask(self, question: ScanRequest, scan: Scan, deadline: Deadline) -> ScanOutcome:
         """The answer, from ``scan`` or not. Raises BackendError, as ``scan`` does."""
         if not self._settings.keep or not question.message.size:
             return await scan(None)
         started = self._clock()
         content = Content(question.message)
         place = question.kind, content.size
-        joined: list[Flight] = []
+        joined: list[InFlightScan] = []
         # for others' scans together; they may hang, and time must be left for a scan of our own
         patience = deadline.within(min(question.one_try, deadline.left() / 2))
         while True:
@@ -122,7 +122,7 @@ class Recall:
         return await self._lead(question, content, place, scan, started)
 
     async def _counts(
-        self, kept: Kept, question: Question, digest: Digest, deadline: Deadline, *, fresh: bool = False
+        self, kept: CacheEntry, question: ScanRequest, digest: Digest, deadline: Deadline, *, fresh: bool = False
     ) -> bool:
         """Whether it is an answer to this question, too."""
         outcome = kept.outcome
@@ -134,7 +134,7 @@ class Recall:
             bool(outcome.database) and outcome.database == await question.database(outcome.backend, deadline)
         )
 
-    def _reused(self, kept: Kept, how: Literal["kept", "shared"], started: float) -> ScanOutcome:
+    def _reused(self, kept: CacheEntry, how: Literal["kept", "shared"], started: float) -> ScanOutcome:
         now = self._clock()
         detail = f"answer kept from {now - kept.at:.0f} s ago"
         if how == "shared":
@@ -144,8 +144,8 @@ class Recall:
     # In flight
 
     async def _equal(
-        self, question: Question, place: tuple[bytes, int], digest: Digest, joined: list[Flight]
-    ) -> Flight | None:
+        self, question: ScanRequest, place: tuple[bytes, int], digest: Digest, joined: list[InFlightScan]
+    ) -> InFlightScan | None:
         """Somebody else's question that is this one."""
         for flight in tuple(self._flights.get(place, ())):
             if flight in joined:
@@ -156,7 +156,7 @@ class Recall:
                 return flight
         return None
 
-    async def _join(self, flight: Flight, deadline: Deadline) -> Kept | None:
+    async def _join(self, flight: InFlightScan, deadline: Deadline) -> CacheEntry | None:
         """Wait for its answer. None: there is none, or not in time."""
         if flight.landed is None:
             flight.landed = asyncio.get_running_loop().create_future()
@@ -167,9 +167,9 @@ class Recall:
             return None
 
     async def _lead(
-        self, question: Question, content: Content, place: tuple[bytes, int], scan: Scan, started: float
+        self, question: ScanRequest, content: Content, place: tuple[bytes, int], scan: Scan, started: float
     ) -> ScanOutcome:
-        flight = Flight(question, content, self._clock())
+        flight = InFlightScan(question, content, self._clock())
         self._flights.setdefault(place, []).append(flight)
         try:
             outcome = await scan(lambda pending: self._left(flight, pending))
@@ -186,18 +186,18 @@ class Recall:
             self._chore(self._remember(flight, kept, hashing))
         return outcome
 
-    def _landed(self, flight: Flight, outcome: ScanOutcome) -> Kept | None:
+    def _landed(self, flight: InFlightScan, outcome: ScanOutcome) -> CacheEntry | None:
         """An answer has come: whoever waits for it gets it."""
         kept = None
         if outcome.status in SURE:
-            kept = flight.kept = Kept(outcome, b"", flight.began, self._clock())
+            kept = flight.kept = CacheEntry(outcome, b"", flight.began, self._clock())
         self._land(flight, kept)
         for task, late in tuple(self._late.items()):
             if late is flight and task is not asyncio.current_task():
                 task.cancel()
         return kept
 
-    def _land(self, flight: Flight, kept: Kept | None) -> None:
+    def _land(self, flight: InFlightScan, kept: CacheEntry | None) -> None:
         place = flight.question.kind, flight.content.size
         flights = self._flights.get(place, [])
         if flight not in flights:
@@ -213,13 +213,13 @@ class Recall:
         else:
             self._chore(self._share(flight, kept, landed))
 
-    async def _share(self, flight: Flight, kept: Kept, landed: "asyncio.Future[Kept | None]") -> None:
+    async def _share(self, flight: InFlightScan, kept: CacheEntry, landed: "asyncio.Future[CacheEntry | None]") -> None:
         digest = await flight.content.digest()  # who has joined has had it made
         landed.set_result(None if digest is None else replace(kept, client=digest.client))
 
     # What is remembered, and what goes on
 
-    async def _remember(self, flight: Flight, kept: Kept, hashing: "asyncio.Future[Digest | None]") -> None:
+    async def _remember(self, flight: InFlightScan, kept: CacheEntry, hashing: "asyncio.Future[Digest | None]") -> None:
         digest = await hashing
         if digest is None:
             return
@@ -227,7 +227,7 @@ class Recall:
         self._memory.put(key, kept, self._clock())
         self._tell(key, kept)
 
-    def _left(self, flight: Flight, pending: Pending) -> None:
+    def _left(self, flight: InFlightScan, pending: Pending) -> None:
         """A scan whose message is given up, or which is asked elsewhere by now."""
         settings = self._settings
         if not (flight.question.goes_on and settings.late) or len(self._late) >= settings.late_scans:
@@ -238,7 +238,7 @@ class Recall:
         self._late[task] = flight
         task.add_done_callback(lambda task: self._over(task, flight, pending))
 
-    async def _go_on(self, flight: Flight, pending: Pending, hashing: "asyncio.Future[Digest | None]") -> None:
+    async def _go_on(self, flight: InFlightScan, pending: Pending, hashing: "asyncio.Future[Digest | None]") -> None:
         try:
             outcome = await pending.finish(Deadline.after(self._settings.late))
         except BackendError as error:
@@ -249,7 +249,7 @@ class Recall:
             await self._remember(flight, kept, hashing)
         self._ended(outcome, self._clock() - flight.began)
 
-    def _over(self, task: asyncio.Task[None], flight: Flight, pending: Pending) -> None:
+    def _over(self, task: asyncio.Task[None], flight: InFlightScan, pending: Pending) -> None:
         pending.close()  # it may not have begun
         del self._late[task]
         if not flight.led and flight not in self._late.values():
@@ -261,5 +261,5 @@ class Recall:
         task.add_done_callback(self._chores.discard)
 
 
-def _key(question: Question, content: Content, digest: Digest) -> Key:
-    return Key(question.kind, content.size, digest.core + digest.client if question.by_client else digest.core)
+def _key(question: ScanRequest, content: Content, digest: Digest) -> CacheKey:
+    return CacheKey(question.kind, content.size, digest.core + digest.client if question.by_client else digest.core)

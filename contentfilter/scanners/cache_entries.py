@@ -16,7 +16,7 @@ SURE = (ScanStatus.CLEAN, ScanStatus.FOUND)
 
 
 @dataclass(frozen=True, slots=True)
-class Key:
+class CacheKey:
     """To which question. ``size`` and ``digest`` are those of scanners/content.py."""
 
     kind: bytes  # scanner, its settings, and what else the answer depends on
@@ -25,7 +25,7 @@ class Key:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class CacheEntry:
     """An answer, CLEAN or FOUND. Moments are seconds of the monotonic clock, which all processes of a machine share."""
 
     outcome: ScanOutcome
@@ -41,7 +41,7 @@ class Memory:
     """``keep``: seconds for which an answer counts; ``entries``: how many there may be."""
 
     def __init__(self, keep: float, entries: int) -> None:
-        self._kept: OrderedDict[Key, Kept] = OrderedDict()
+        self._kept: OrderedDict[CacheKey, CacheEntry] = OrderedDict()
         self._sizes: Counter[tuple[bytes, int]] = Counter()
         self._weight = 0
         self.change(keep, entries)
@@ -57,7 +57,7 @@ class Memory:
         """Whether a digest is worth its price."""
         return (kind, size) in self._sizes
 
-    def put(self, key: Key, kept: Kept, now: float) -> None:
+    def put(self, key: CacheKey, kept: CacheEntry, now: float) -> None:
         """Keep an answer, in place of an older one. Nothing that is not an answer, and nothing old or too large."""
         if kept.outcome.status not in SURE or len(kept.outcome.rewritten) > REWRITTEN or not self._young(kept, now):
             return
@@ -72,7 +72,7 @@ class Memory:
         self._weight += kept.weight()
         self._trim()
 
-    def get(self, key: Key, now: float) -> Kept | None:
+    def get(self, key: CacheKey, now: float) -> CacheEntry | None:
         kept = self._kept.get(key)
         if kept is None:
             return None
@@ -82,7 +82,7 @@ class Memory:
         self._kept.move_to_end(key)
         return kept
 
-    def drop(self, key: Key) -> None:
+    def drop(self, key: CacheKey) -> None:
         """Forget an answer, if there is one."""
         kept = self._kept.pop(key, None)
         if kept is None:
@@ -93,7 +93,7 @@ class Memory:
         if not self._sizes[where]:
             del self._sizes[where]
 
-    def _young(self, kept: Kept, now: float) -> bool:
+    def _young(self, kept: CacheEntry, now: float) -> bool:
         return 0 <= now - kept.at < self._keep
 
     def _trim(self) -> None:

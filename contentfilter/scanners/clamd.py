@@ -21,11 +21,11 @@ from contentfilter.deadline import Deadline
 from contentfilter.endpoint import Address
 from contentfilter.errors import BackendError, Cause, RemoteProtocolError
 from contentfilter.model import Message, Scanner, ScanOutcome, ScanStatus
-from contentfilter.policy.budget import one_try
+from contentfilter.policy.budget import attempt_timeout
 from contentfilter.scanners.health import USUAL, Patience
-from contentfilter.scanners.pool import Pool
+from contentfilter.scanners.pool import BackendPool
 from contentfilter.scanners.resolve import Resolver
-from contentfilter.scanners.stream import Late, Leave, Limits, Pending, Surroundings, converse
+from contentfilter.scanners.stream import Late, Leave, Pending, StreamContext, StreamLimits, request
 from contentfilter.wire import clamd
 from contentfilter.wire.buffer import printable
 
@@ -40,18 +40,18 @@ class ClamdScanner:
 
     def __init__(
         self,
-        config: settings.Clamd,
+        config: settings.ClamdSettings,
         *,
         clock: Callable[[], float] = time.monotonic,
         patience: Patience = USUAL,
     ) -> None:
         addresses = tuple(Address.parse(text) for text in config.backends)
-        self.pool = Pool("clamd", addresses, config.concurrency, clock, Cause.RELOADING, patience)
-        self._around = Surroundings(Resolver())
-        self._limits = Limits(config.connect_timeout, config.timeout)
+        self.pool = BackendPool("clamd", addresses, config.concurrency, clock, Cause.RELOADING, patience)
+        self._around = StreamContext(Resolver())
+        self._limits = StreamLimits(config.connect_timeout, config.timeout)
         self._config = config
         self._no_fildes: set[Address] = set()  # where FILDES was refused
-        self._proofs = {address: Proof(config.proof, clock) for address in addresses}
+        self._proofs = {address: SelfTest(config.proof, clock) for address in addresses}
         self._probes = {address: Probe(address) for address in addresses}
         self._databases = {address: ("", float("-inf")) for address in addresses}  # and when it was asked for
 
@@ -65,7 +65,7 @@ class ClamdScanner:
             # clamd answers OK above its own limit, without a look.
             raise BackendError(Cause.TOO_BIG, "clamd", f"{message.size} bytes, max_size is {self._config.max_size}")
         started = time.monotonic()
-        seconds = one_try(message.size, self._config)
+        seconds = attempt_timeout(message.size, self._config)
 
         async def ask(address: Address) -> ScanOutcome:
             database = "" if leave is None else await self._database_before(address, deadline)
@@ -130,14 +130,14 @@ class ClamdScanner:
         await self.pool.watch(self._ping)
 
     async def _ping(self, address: Address, deadline: Deadline) -> None:
-        limits = Limits(self._limits.connect, deadline.left())
+        limits = StreamLimits(self._limits.connect, deadline.left())
         batches = iter([(clamd.command("PING"),)])
-        await converse(address, batches, clamd.pong_reader(), limits, deadline, around=self._around)
+        await request(address, batches, clamd.pong_reader(), limits, deadline, around=self._around)
 
     async def _version(self, address: Address, deadline: Deadline) -> clamd.Version:
         commands = iter([(clamd.command("VERSION"),)])
         reader = clamd.version_reader()
-        version, _ = await converse(address, commands, reader, self._limits, deadline, around=self._around)
+        version, _ = await request(address, commands, reader, self._limits, deadline, around=self._around)
         return version
 
     async def _sound(
@@ -158,7 +158,7 @@ class ClamdScanner:
         """None where clamd does not take descriptors; that is remembered until it goes down."""
         try:
             batches, reader = iter([(clamd.fildes(),)]), clamd.scan_reader()
-            answer, _ = await converse(address, batches, reader, self._limits, deadline, descriptor=fd, leave=left)
+            answer, _ = await request(address, batches, reader, self._limits, deadline, descriptor=fd, leave=left)
         except BackendError as error:
             if error.cause is Cause.DOWN:
                 self._no_fildes.discard(address)
@@ -175,7 +175,7 @@ class ClamdScanner:
             batches = clamd.instream(view)
             try:
                 reader, around = clamd.scan_reader(), self._around
-                answer, complete = await converse(
+                answer, complete = await request(
                     address, batches, reader, self._limits, deadline, around=around, leave=left
                 )
             except BackendError as error:
@@ -213,7 +213,7 @@ def _passable(fd: int) -> bool:
 TEST_VIRUS = b"".join((b"X5O!P%@AP[4\\PZX54(P^)7CC)7}$", b"EICAR", b"-STANDARD-ANTIVIRUS-TEST-FILE!", b"$H+H*"))
 
 
-class Proof:
+class SelfTest:
     """Whether one clamd that takes descriptors still looks at them.
 
     A clamd whose TemporaryDirectory is gone or not writable answers OK to every descriptor, whatever is in it

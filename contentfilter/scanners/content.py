@@ -37,7 +37,7 @@ class Digest:
     client: bytes
 
 
-class Words(NamedTuple):
+class VolatileSpans(NamedTuple):
     """The words that a try gets anew: where they are, from and to."""
 
     client: tuple[int, int] | None = None
@@ -47,10 +47,10 @@ class Words(NamedTuple):
         return tuple(span for span in self if span is not None)
 
 
-NONE = Words()
+NONE = VolatileSpans()
 
 
-def own_words(data: BytesLike) -> Words:
+def volatile_spans(data: BytesLike) -> VolatileSpans:
     """Where they are in a message, whatever it is; linear in LOOK."""
     head = bytes(data[:LOOK])
     field = _FIRST.match(head)
@@ -62,10 +62,10 @@ def own_words(data: BytesLike) -> Words:
     client = _CLIENT.match(head, start, end)
     semicolon = head.rfind(b"; ", start, end)
     date = _DATE.match(head, semicolon + 2, end) if semicolon >= 0 else None
-    return Words(client and client.span(), date and date.span())
+    return VolatileSpans(client and client.span(), date and date.span())
 
 
-def digest(data: BytesLike, words: Words) -> Digest:
+def digest(data: BytesLike, words: VolatileSpans) -> Digest:
     """The digests of a message with its own words."""
     removed = 0
     holes: dict[str, int] = {}  # where they are when they are out: what goes in there is all that can differ
@@ -89,7 +89,7 @@ class Content:
 
     def __init__(self, message: Message) -> None:
         self._message = message
-        self._words = own_words(message.data)
+        self._words = volatile_spans(message.data)
         self.size = message.size - sum(end - start for start, end in self._words.spans())
         """Without those words: only messages of the same size can be the same."""
         self._digest: asyncio.Future[Digest | None] | None = None
@@ -111,6 +111,6 @@ class Content:
         return await asyncio.shield(self.hashing())
 
 
-def _hashed(view: memoryview, words: Words) -> Digest | None:
+def _hashed(view: memoryview, words: VolatileSpans) -> Digest | None:
     with view:
         return digest(view, words)

@@ -14,13 +14,13 @@ from typing import TypeVar
 from contentfilter.deadline import Deadline
 from contentfilter.errors import BackendError, Cause
 from contentfilter.model import Scanner
-from contentfilter.policy.admission import Claim, Line, Ticket
+from contentfilter.policy.admission import AdmissionQueue, Priority, QueueEntry
 from contentfilter.policy.shedding import expected_wait, mean_with, patience, what_is_shed
 
 T = TypeVar("T")
 
 
-class Turns:
+class ScannerLimiter:
     """The line in front of one scanner. ``shed`` counts what was left out, by the words of policy/shedding.py."""
 
     def __init__(
@@ -35,10 +35,10 @@ class Turns:
         self._max_wait = max_wait
         self._shed = shed
         self._clock = clock
-        self._line: Line[asyncio.Future[None]] = Line(max(1, places))
+        self._line: AdmissionQueue[asyncio.Future[None]] = AdmissionQueue(max(1, places))
         self._mean: float | None = None  # seconds that a question keeps its place
 
-    async def run(self, claim: Claim, scan: Callable[[], Awaitable[T]], deadline: Deadline) -> T:
+    async def run(self, claim: Priority, scan: Callable[[], Awaitable[T]], deadline: Deadline) -> T:
         """What ``scan`` returns, once it is its turn. Raises BackendError."""
         if not self._line.take(claim):
             await self._wait(claim, deadline)
@@ -50,13 +50,13 @@ class Turns:
             self._line.leave(claim)
             self._hand_out()
 
-    async def _wait(self, claim: Claim, deadline: Deadline) -> None:
+    async def _wait(self, claim: Priority, deadline: Deadline) -> None:
         line = self._line
         allowed = patience(self._scanner, large=claim.large, max_wait=self._max_wait)
         wait = expected_wait(line.ahead(claim.rank), line.places, self._mean or 0.0)
         if wait > min(allowed, deadline.left()):
             raise self._busy(claim, f"a place would be free in {wait:.0f} s only")
-        ticket = Ticket(claim, asyncio.get_running_loop().create_future())
+        ticket = QueueEntry(claim, asyncio.get_running_loop().create_future())
         line.join(ticket)
         try:
             async with deadline.within(allowed).timeout():
@@ -68,7 +68,7 @@ class Turns:
             self._give_up(ticket)
             raise
 
-    def _give_up(self, ticket: Ticket[asyncio.Future[None]]) -> None:
+    def _give_up(self, ticket: QueueEntry[asyncio.Future[None]]) -> None:
         """A place that was given in this very moment goes back."""
         if ticket.waiter.done() and not ticket.waiter.cancelled():
             self._line.leave(ticket.claim)
@@ -83,6 +83,6 @@ class Turns:
             else:
                 ticket.waiter.set_result(None)
 
-    def _busy(self, claim: Claim, detail: str) -> BackendError:
+    def _busy(self, claim: Priority, detail: str) -> BackendError:
         self._shed[what_is_shed(self._scanner, large=claim.large)] += 1
         return BackendError(Cause.BUSY, self._scanner.value, detail)

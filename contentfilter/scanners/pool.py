@@ -28,7 +28,7 @@ _NO_RETRY = frozenset({Cause.TOO_BIG, Cause.LIMITS})
 Tried = frozenset[Backend]
 
 
-class Pool:
+class BackendPool:
     """Backends of one service, at most ``concurrency`` questions at once for each.
 
     ``silence``: why a backend answers no PING, in the failure table's terms; a clamd that does not is most likely

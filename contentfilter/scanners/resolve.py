@@ -12,15 +12,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-Found = list[tuple[int, Any]]
+Addresses = list[tuple[int, Any]]
 """(family, socket address) in the order in which they should be tried."""
-LookUp = Callable[[str, int], Found]
+LookUp = Callable[[str, int], Addresses]
 
 FRESH = 30.0  # seconds for which an answer is used without a new look-up
 AGAIN = 5.0  # seconds between two look-ups that fail, for a name that is known
 
 
-def look_up(host: str, port: int) -> Found:
+def look_up(host: str, port: int) -> Addresses:
     """getaddrinfo(3), which blocks. Raises OSError, or UnicodeError for what is no host name."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [(family, where) for family, _, _, _, where in found]
@@ -32,11 +32,11 @@ class Resolver:
     def __init__(self, look_up: LookUp = look_up, clock: Callable[[], float] = time.monotonic) -> None:
         self._look_up = look_up
         self._clock = clock
-        self._known: dict[tuple[str, int], Found] = {}
+        self._known: dict[tuple[str, int], Addresses] = {}
         self._old_at: dict[tuple[str, int], float] = {}
-        self._asking: dict[tuple[str, int], asyncio.Future[Found]] = {}
+        self._asking: dict[tuple[str, int], asyncio.Future[Addresses]] = {}
 
-    async def find(self, host: str, port: int) -> Found:
+    async def find(self, host: str, port: int) -> Addresses:
         """Never empty. Raises OSError or UnicodeError; a wait ends only when it is cancelled."""
         numeric = _numeric(host, port)
         if numeric:
@@ -49,13 +49,13 @@ class Resolver:
                 return await asyncio.shield(asking)
         return known
 
-    def _ask(self, key: tuple[str, int]) -> asyncio.Future[Found]:
+    def _ask(self, key: tuple[str, int]) -> asyncio.Future[Addresses]:
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[Found] = loop.create_future()
+        answer: asyncio.Future[Addresses] = loop.create_future()
         answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # told, even if nobody waits
         self._asking[key] = answer
 
-        def settle(found: Found, error: Exception | None) -> None:
+        def settle(found: Addresses, error: Exception | None) -> None:
             del self._asking[key]
             self._old_at[key] = self._clock() + (FRESH if found else AGAIN)
             if found:
@@ -67,7 +67,7 @@ class Resolver:
                     answer.set_exception(error)
 
         def work() -> None:
-            found: Found = []
+            found: Addresses = []
             error: Exception | None = None
             try:
                 found = self._look_up(*key)
@@ -84,7 +84,7 @@ class Resolver:
         return answer
 
 
-def _numeric(host: str, port: int) -> Found:
+def _numeric(host: str, port: int) -> Addresses:
     """The address itself where ``host`` is one: that costs no look-up."""
     for family in (socket.AF_INET, socket.AF_INET6):
         try:

@@ -14,12 +14,12 @@ from contentfilter.deadline import Deadline
 from contentfilter.endpoint import Address
 from contentfilter.errors import BackendError, Cause
 from contentfilter.model import Message, Scanner, ScanOutcome, ScanStatus, Want
-from contentfilter.policy.budget import one_try
+from contentfilter.policy.budget import attempt_timeout
 from contentfilter.scanners import tls
 from contentfilter.scanners.health import USUAL, Patience
-from contentfilter.scanners.pool import Pool
+from contentfilter.scanners.pool import BackendPool
 from contentfilter.scanners.resolve import Resolver
-from contentfilter.scanners.stream import Late, Leave, Limits, Pending, Surroundings, converse
+from contentfilter.scanners.stream import Late, Leave, Pending, StreamContext, StreamLimits, request
 from contentfilter.wire import spamd
 
 GROWTH = 1_048_576  # bytes that spamd's report may add to a message
@@ -35,16 +35,16 @@ class SpamdScanner:
 
     def __init__(
         self,
-        config: settings.Spamd,
+        config: settings.SpamdSettings,
         children: int,
         *,
         clock: Callable[[], float] = time.monotonic,
         patience: Patience = USUAL,
     ) -> None:
         addresses = tuple(Address.parse(text) for text in config.backends)
-        self.pool = Pool("spamd", addresses, max(1, children), clock, Cause.TIMEOUT, patience)
-        self._limits = Limits(config.connect_timeout, config.timeout)
-        self._around = Surroundings(Resolver(), tls.needed(config))
+        self.pool = BackendPool("spamd", addresses, max(1, children), clock, Cause.TIMEOUT, patience)
+        self._limits = StreamLimits(config.connect_timeout, config.timeout)
+        self._around = StreamContext(Resolver(), tls.tls_for(config))
         self._config = config
 
     async def scan(
@@ -70,7 +70,7 @@ class SpamdScanner:
         try:
             head = spamd.request(want.value, len(body), user=user, compress=self._config.compress)
             max_body = 2 * message.size + GROWTH  # line ends may double
-            seconds = one_try(message.size, self._config)
+            seconds = attempt_timeout(message.size, self._config)
 
             async def ask(address: Address) -> ScanOutcome:
                 reader = spamd.ResponseReader(want.value, max_body)
@@ -98,9 +98,9 @@ class SpamdScanner:
 
         spamd's children answer it: one that has none free does not answer in time.
         """
-        limits = Limits(self._limits.connect, deadline.left())
+        limits = StreamLimits(self._limits.connect, deadline.left())
         batches, reader = iter([(spamd.request("PING", 0),)]), spamd.ResponseReader("PING", 0)
-        response, _ = await converse(
+        response, _ = await request(
             address, batches, reader, limits, deadline, half_close=not address.tls, around=self._around
         )
         if response.code:
@@ -121,7 +121,7 @@ class SpamdScanner:
         # may be lost. spamd reads that far only what is compressed, and after a last line without its end.
         read_to_end = self._config.compress or bytes(body[-1:]) != b"\n"
         batches, half_close = iter([(head, body)]), read_to_end or not address.tls
-        response, complete = await converse(
+        response, complete = await request(
             address, batches, reader, self._limits, deadline, half_close=half_close, around=self._around, leave=left
         )
         if not complete and not response.code:

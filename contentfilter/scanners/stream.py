@@ -37,7 +37,7 @@ _HANG_UP = (BrokenPipeError, ConnectionResetError)
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class StreamLimits:
     """Seconds for each step of a conversation; the message's deadline ends it earlier."""
 
     connect: float
@@ -45,7 +45,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
+class StreamContext:
     """What conversations share: how names are found, and whom ``tls:`` backends must prove to be."""
 
     resolver: Resolver
@@ -128,16 +128,16 @@ Leave = Callable[[Pending], None]
 """Takes over a scan, or closes it. Never waits."""
 
 
-async def converse(
+async def request(
     address: Address,
     batches: Iterator[Batch],
     reader: Reader[R],
-    limits: Limits,
+    limits: StreamLimits,
     deadline: Deadline,
     *,
     descriptor: int = -1,
     half_close: bool = False,
-    around: Surroundings | None = None,
+    around: StreamContext | None = None,
     leave: Left[R] | None = None,
 ) -> tuple[R, bool]:
     """Ask one question: (answer, whether all of ``batches`` was taken before it came).
@@ -149,7 +149,7 @@ async def converse(
     sock: Endpoint | None = None
     failure: type[BackendError] = UnreachableError
     try:
-        sock = await _connect(address, limits, deadline, around or Surroundings(Resolver()))
+        sock = await _connect(address, limits, deadline, around or StreamContext(Resolver()))
         failure = BackendError
         async with deadline.within(limits.answer).timeout():
             return await _exchange(sock, batches, reader, descriptor, half_close, address, leave)
@@ -175,7 +175,7 @@ async def converse(
             sock.close()
 
 
-async def _connect(address: Address, limits: Limits, deadline: Deadline, around: Surroundings) -> Endpoint:
+async def _connect(address: Address, limits: StreamLimits, deadline: Deadline, around: StreamContext) -> Endpoint:
     if address.path:
         return await _connect_unix(address.path, deadline.within(limits.answer))
     end = deadline.within(limits.connect)

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from contentfilter.errors import ConfigError, Problem
-from contentfilter.settings import Spamd
+from contentfilter.settings import SpamdSettings
 
 PIECE = 65_536  # bytes that are encrypted or received at once
 
@@ -23,12 +23,12 @@ class Tls:
     name: str = ""
 
 
-def needed(config: Spamd) -> Tls | None:
+def tls_for(config: SpamdSettings) -> Tls | None:
     """None where no backend speaks TLS. Raises ConfigError."""
     return client(config) if any(backend.startswith("tls:") for backend in config.backends) else None
 
 
-def client(config: Spamd, section: str = "spamd") -> Tls:
+def client(config: SpamdSettings, section: str = "spamd") -> Tls:
     """Raises ConfigError that names the key and the file."""
     context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2

@@ -13,13 +13,13 @@ import msgspec
 
 from contentfilter.errors import ConfigError, Problem
 from contentfilter.files import replace_file
-from contentfilter.policy.tolerance import Allowance
+from contentfilter.policy.tolerance import AllowEntry
 
 FILE = "allow.json"
 SIZE_MAX = 1 << 20
 
 
-def read_allowed(state: str) -> tuple[Allowance, ...]:
+def read_allowed(state: str) -> tuple[AllowEntry, ...]:
     """Every entry, expired ones too. Raises ConfigError for a file that cannot be used."""
     path = os.path.join(state, FILE)
     try:
@@ -32,15 +32,15 @@ def read_allowed(state: str) -> tuple[Allowance, ...]:
     if len(data) > SIZE_MAX:
         raise ConfigError((Problem(path, 0, f"more than {SIZE_MAX} bytes"),))
     try:
-        return msgspec.json.decode(data, type=tuple[Allowance, ...])
+        return msgspec.json.decode(data, type=tuple[AllowEntry, ...])
     except msgspec.DecodeError as error:
         text = f"damaged ({error}); remove it, or write it again with contentfilter allow add"
         raise ConfigError((Problem(path, 0, text),)) from error
 
 
 def change_allowed(
-    state: str, change: Callable[[tuple[Allowance, ...]], tuple[Allowance, ...]], now: float
-) -> tuple[Allowance, ...]:
+    state: str, change: Callable[[tuple[AllowEntry, ...]], tuple[AllowEntry, ...]], now: float
+) -> tuple[AllowEntry, ...]:
     """Replace the list by ``change(list)``, without what has expired at ``now``. Raises OSError or ConfigError."""
     with _one_writer(state):
         kept = tuple(a for a in change(read_allowed(state)) if a.expires > now)

@@ -22,7 +22,7 @@ import msgspec
 from contentfilter.errors import JournalError
 from contentfilter.model import ScanStatus
 from contentfilter.settings import Settings
-from contentfilter.verdict.record import Account
+from contentfilter.verdict.record import MailDetail
 
 VERSION = 1
 FILE = "journal.sqlite"
@@ -51,7 +51,7 @@ _SCHEMA = f"""
 """
 
 
-Event = tuple[float, str, dict[str, Any], bytes]
+JournalEvent = tuple[float, str, dict[str, Any], bytes]
 """When (seconds since 1970), name, fields of the log line, account in JSON."""
 
 
@@ -74,7 +74,7 @@ class Mail:
 
     time: float  # when it was decided; seconds since 1970
     fields: dict[str, Any]  # those of the log line
-    account: Account
+    account: MailDetail
     report: tuple[str, ...] | None  # exit status of each submission, + if committed; empty: the hook never told
 
     @property
@@ -165,7 +165,7 @@ class Journal:
 
     # Writing
 
-    def append(self, events: Iterable[Event]) -> int:
+    def append(self, events: Iterable[JournalEvent]) -> int:
         """Store events in one transaction; returns how many were malformed.
 
         ``mail.done`` makes a row and its words, ``mail.report`` completes one.
@@ -251,7 +251,7 @@ def statement(query: Query, limit: int) -> tuple[str, tuple[object, ...]]:
     return sql + " ORDER BY key DESC LIMIT ?", (*parameters, limit)
 
 
-def words_of(fields: dict[str, Any], account: Account) -> set[tuple[str, str]]:
+def words_of(fields: dict[str, Any], account: MailDetail) -> set[tuple[str, str]]:
     """All that a message is found by."""
     found = {("incident", fields["id"]), ("sender", fields.get("sender", "")), ("decision", fields.get("decision", ""))}
     found |= {("recipient", address) for address in (*fields.get("recipients", ()), *account.more_recipients)}
@@ -285,8 +285,8 @@ def _encode(value: object) -> bytes:
     return msgspec.json.encode(value)
 
 
-def _account(data: bytes) -> Account:
-    return msgspec.json.decode(data, type=Account) if data else Account()
+def _account(data: bytes) -> MailDetail:
+    return msgspec.json.decode(data, type=MailDetail) if data else MailDetail()
 
 
 def _mail(key: int, fields: bytes, account: bytes, report: bytes | None) -> Mail:

@@ -18,10 +18,10 @@ from contentfilter.errors import Cause
 from contentfilter.files import replace_file
 from contentfilter.model import Envelope, Message, Origin, Scanner, ScanOutcome, ScanStatus
 from contentfilter.policy.decide import decide
-from contentfilter.policy.plan import ScanPlan, Step, Switches, Treatment
+from contentfilter.policy.plan import PlanStep, RecipientPolicy, ScanPlan, Switches
 from contentfilter.settings import Settings
-from contentfilter.verdict.context import Case
-from contentfilter.verdict.record import Account, Record, fields, make_account, make_record
+from contentfilter.verdict.context import MessageContext
+from contentfilter.verdict.record import MailDetail, MailRecord, fields, make_detail, make_record
 from contentfilter.verdict.reply import answer
 from contentfilter.wire import hook
 
@@ -37,8 +37,8 @@ class Isolated:
     """What became of such a message."""
 
     answer: hook.Answer
-    record: Record
-    account: Account
+    record: MailRecord
+    account: MailDetail
     kept: str  # where its copy is; empty: there is none
     trouble: str = ""  # why it could not be kept
 
@@ -57,7 +57,7 @@ async def isolate(
     began = time.monotonic()
     case = poison_case(incident, envelope, message.size, origin, settings, switches)
     reply, record = answer(case), make_record(case, attempt, time.monotonic() - began)
-    account = make_account(case, reply.text)
+    account = make_detail(case, reply.text)
     try:
         kept = await asyncio.to_thread(keep_poison, settings.service.state, fingerprint, message, fields(record))
     except OSError as error:
@@ -67,16 +67,16 @@ async def isolate(
 
 def poison_case(
     incident: str, envelope: Envelope, size: int, origin: Origin, settings: Settings, switches: Switches
-) -> Case:
+) -> MessageContext:
     """What is decided about such a message. Whoever may want a check counts as one who does."""
-    everybody = (Treatment(True, True, DETAIL, DETAIL), tuple(range(len(envelope.recipients))))
-    plan = ScanPlan((everybody,), tuple(Step(scanner, False, DETAIL) for scanner in Scanner))
+    everybody = (RecipientPolicy(True, True, DETAIL, DETAIL), tuple(range(len(envelope.recipients))))
+    plan = ScanPlan((everybody,), tuple(PlanStep(scanner, False, DETAIL) for scanner in Scanner))
     outcomes = tuple(
         ScanOutcome(scanner, ScanStatus.UNCHECKED, detail=DETAIL, cause=Cause.POISON) for scanner in Scanner
     )
     decision = decide(plan, outcomes, origin.kind, len(envelope.recipients), settings)
     stand_in = Message(-1, size, b"")
-    return Case(incident, origin, envelope, stand_in, settings, switches, plan, outcomes, decision)
+    return MessageContext(incident, origin, envelope, stand_in, settings, switches, plan, outcomes, decision)
 
 
 def keep_poison(state: str, fingerprint: str, message: Message, facts: dict[str, Any]) -> str:

@@ -32,8 +32,8 @@ from contentfilter.errors import QuarantineError
 from contentfilter.files import sync_directory
 from contentfilter.model import Message
 from contentfilter.settings import Settings
-from contentfilter.store.retention import NEW, Limits, outdated, scan, survey, unreferenced
-from contentfilter.store.sidecar import Entry, Release, Search, described, parse, valid_incident
+from contentfilter.store.retention import NEW, RetentionLimits, outdated, scan, survey, unreferenced
+from contentfilter.store.sidecar import Release, Search, Sidecar, described, parse, valid_incident
 
 DAY = 86_400.0
 RECOUNT = 60.0
@@ -68,7 +68,7 @@ class Quarantine:
         self._entries = directory / "entries"
         self._messages = directory / "messages"
         self._quota = quota
-        self._limits = Limits(quota, retention * DAY, protect * DAY)
+        self._limits = RetentionLimits(quota, retention * DAY, protect * DAY)
         self._clock = clock
         self._counting = threading.Lock()
         self._used, self._counted, self._full = 0, float("-inf"), float("-inf")
@@ -220,7 +220,7 @@ class Quarantine:
 
     # Finding
 
-    def entries(self, search: Search | None = None) -> Iterator[Entry]:
+    def entries(self, search: Search | None = None) -> Iterator[Sidecar]:
         """Those that match, newest incident first. One that is damaged comes with ``damaged`` set."""
         search = search or Search()
         for incident in self._incidents():
@@ -230,7 +230,7 @@ class Quarantine:
             if entry is not None and search.matches(entry):
                 yield entry
 
-    def find(self, prefix: str) -> Entry:
+    def find(self, prefix: str) -> Sidecar:
         """The entry whose incident is ``prefix`` or, alone, starts with it. Raises QuarantineError."""
         self._path(prefix, "json")
         names = [name for name in self._incidents() if name.startswith(prefix)]
@@ -241,7 +241,7 @@ class Quarantine:
             raise QuarantineError(f"{prefix}: not in the quarantine")
         return entry
 
-    def _look(self, incident: str) -> Entry | None:
+    def _look(self, incident: str) -> Sidecar | None:
         """The entry, marked where it is damaged; None when it has gone meanwhile."""
         try:
             return self.get(incident)
@@ -250,9 +250,9 @@ class Quarantine:
                 kept = self._path(incident, "json").lstat().st_mtime
             except FileNotFoundError:
                 return None
-            return Entry(incident, time=kept, damaged=str(error))
+            return Sidecar(incident, time=kept, damaged=str(error))
 
-    def get(self, incident: str) -> Entry:
+    def get(self, incident: str) -> Sidecar:
         """The entry of exactly that incident. Raises QuarantineError when it is not there or damaged."""
         return parse(incident, self._sidecar(incident))
 
@@ -300,7 +300,7 @@ class Quarantine:
                 master.unlink()
 
     @contextmanager
-    def held(self, incident: str) -> Iterator[Entry]:
+    def held(self, incident: str) -> Iterator[Sidecar]:
         """The entry, while nobody else may release or remove it. Raises QuarantineError."""
         with self._locked(incident):
             yield self.get(incident)

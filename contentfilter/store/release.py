@@ -28,7 +28,7 @@ from contentfilter.deadline import Deadline
 from contentfilter.errors import ContentFilterError, QuarantineError
 from contentfilter.model import BytesLike, readable
 from contentfilter.store.quarantine import Quarantine
-from contentfilter.store.sidecar import Entry, Release
+from contentfilter.store.sidecar import Release, Sidecar
 from contentfilter.wire import envelope as envelope_format
 
 KEY_FILE = "release.key"
@@ -175,7 +175,7 @@ class Releaser:
             return release
 
 
-def _verify(entry: Entry, message: BufferedReader) -> None:
+def _verify(entry: Sidecar, message: BufferedReader) -> None:
     """Only the very bytes that were kept go out."""
     if hashlib.file_digest(message, "sha256").hexdigest() != entry.sha256:
         raise QuarantineError(f"{entry.incident}: the message's bytes are not those that were kept")

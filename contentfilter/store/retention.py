@@ -19,7 +19,7 @@ STALE = 3_600.0
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class RetentionLimits:
     """The rules: bytes (0: no limit), seconds, seconds."""
 
     quota: int
@@ -27,7 +27,7 @@ class Limits:
     protect: float
 
 
-class Kept(NamedTuple):
+class StoredEntry(NamedTuple):
     """What expiry needs of an entry; the oldest sorts first."""
 
     kept: float  # seconds since 1970
@@ -40,7 +40,7 @@ class Kept(NamedTuple):
 class Survey:
     """The entries, oldest first, and their sizes."""
 
-    entries: list[Kept] = field(default_factory=list)
+    entries: list[StoredEntry] = field(default_factory=list)
     sizes: dict[int, int] = field(default_factory=dict)  # of the messages, by inode
     links: Counter[int] = field(default_factory=Counter)  # entries, by inode
     stray: list[Path] = field(default_factory=list)  # old and without a sidecar, or unfinished
@@ -59,7 +59,7 @@ def survey(directory: Path, now: float) -> Survey:
             inode = message.st_ino if message is not None else 0
             found.sizes[inode] = message.st_size if message is not None else 0
             found.links[inode] += 1
-            found.entries.append(Kept(status.st_mtime, incident, status.st_size, inode))
+            found.entries.append(StoredEntry(status.st_mtime, incident, status.st_size, inode))
             found.used += status.st_size
         elif now - status.st_ctime > STALE and (name.startswith(NEW) or f"{incident}.json" not in files):
             found.stray.append(entries / name)
@@ -79,7 +79,7 @@ def unreferenced(directory: Path, now: float) -> list[Path]:
     ]
 
 
-def outdated(found: Survey, now: float, limits: Limits, room: int) -> tuple[tuple[str, ...], int]:
+def outdated(found: Survey, now: float, limits: RetentionLimits, room: int) -> tuple[tuple[str, ...], int]:
     """The incidents that may go so that ``room`` bytes are free below the quota, and the bytes then in use."""
     used, gone = found.used, []
     links = found.links.copy()

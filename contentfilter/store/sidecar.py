@@ -17,7 +17,7 @@ import msgspec
 from contentfilter.errors import QuarantineError
 from contentfilter.model import ScanStatus, readable
 from contentfilter.verdict.headers import header_block
-from contentfilter.verdict.record import Scan
+from contentfilter.verdict.record import ScanRecord
 
 FIELD_SHOWN = 500
 """Characters of Message-ID and Subject in the sidecar."""
@@ -40,7 +40,7 @@ class Release(msgspec.Struct, frozen=True):
     to: tuple[str, ...]  # readable addresses
 
 
-class Entry(msgspec.Struct, frozen=True):
+class Sidecar(msgspec.Struct, frozen=True):
     """One sidecar."""
 
     incident: str
@@ -55,7 +55,7 @@ class Entry(msgspec.Struct, frozen=True):
     rule: str = ""
     reason: str = ""
     decision: str = ""
-    scans: tuple[Scan, ...] = ()
+    scans: tuple[ScanRecord, ...] = ()
     versions: dict[str, str] = {}
     envelope_hex: EnvelopeHex = EnvelopeHex()
     withheld_from: tuple[int, ...] = ()
@@ -100,10 +100,10 @@ def described(data: mmap.mmap | bytes) -> dict[str, str]:
     return found
 
 
-def parse(incident: str, data: bytes) -> Entry:
+def parse(incident: str, data: bytes) -> Sidecar:
     """The sidecar of ``incident``. Raises QuarantineError for one that cannot be trusted."""
     try:
-        entry = msgspec.json.decode(data, type=Entry)
+        entry = msgspec.json.decode(data, type=Sidecar)
         for text in (entry.envelope_hex.sender, *entry.envelope_hex.recipients):
             bytes.fromhex(text)
     except (msgspec.DecodeError, ValueError) as error:
@@ -115,7 +115,7 @@ def parse(incident: str, data: bytes) -> Entry:
     return entry
 
 
-def plain(entry: Entry) -> dict[str, Any]:
+def plain(entry: Sidecar) -> dict[str, Any]:
     """The entry for ``--json``: readable addresses beside the exact ones."""
     fields: dict[str, Any] = msgspec.to_builtins(entry)
     return fields | {
@@ -143,7 +143,7 @@ class Search:
     until: float = float("inf")
     unreleased: bool = False
 
-    def matches(self, entry: Entry) -> bool:
+    def matches(self, entry: Sidecar) -> bool:
         return (
             entry.incident.startswith(self.incident)
             and self.since <= entry.time < self.until

@@ -15,7 +15,7 @@ FILE = "clock"  # in the state directory
 _FORM = struct.Struct("<dd")  # the last look, and since when the clock is doubted (0: it is not), in seconds since 1970
 
 
-def believable(path: Path, now: float) -> bool:
+def clock_is_sane(path: Path, now: float) -> bool:
     """To be asked more often than once a day. Remembers ``now``; written in place, so a full disk does not matter."""
     looked, doubted = _read(path)
     if looked and now - looked > DAY:

@@ -15,7 +15,7 @@ from contentfilter.doors.origin import resolve
 from contentfilter.errors import ConfigError
 from contentfilter.log import Logger
 from contentfilter.supervisor.process import Process
-from contentfilter.supervisor.source import Loaded, Source, Staleness
+from contentfilter.supervisor.source import ConfigSource, Loaded, Staleness
 from contentfilter.supervisor.spread import Spread
 
 RELOAD_WAIT = 10.0  # seconds to wait for all workers to take a new configuration
@@ -28,7 +28,7 @@ class Configuration:
 
     def __init__(
         self,
-        source: Source,
+        source: ConfigSource,
         first: Loaded,
         log: Logger,
         send: Callable[[messages.Configure], Awaitable[None]],

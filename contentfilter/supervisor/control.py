@@ -10,17 +10,17 @@ from collections.abc import Awaitable, Callable, Mapping
 import zmq
 
 from contentfilter.bus import messages
-from contentfilter.bus.sockets import Asker, SupervisorBus
+from contentfilter.bus.sockets import Client, SupervisorBus
 from contentfilter.errors import RemoteProtocolError
 from contentfilter.log import Logger
 
-Answer = Callable[[messages.Question, int], Awaitable[messages.Reply]]
+ControlHandler = Callable[[messages.Question, int], Awaitable[messages.Reply]]
 """From a question and the uid of who asks to the reply."""
 
 
 async def answer_questions(
     bus: SupervisorBus,
-    answers: Mapping[type, Answer],
+    answers: Mapping[type, ControlHandler],
     log: Logger,
     malformed: Callable[[str, RemoteProtocolError], None],
 ) -> None:
@@ -36,7 +36,7 @@ async def answer_questions(
 
 
 async def _answer(
-    bus: SupervisorBus, answers: Mapping[type, Answer], log: Logger, asker: Asker, question: messages.Question
+    bus: SupervisorBus, answers: Mapping[type, ControlHandler], log: Logger, asker: Client, question: messages.Question
 ) -> None:
     try:
         if isinstance(question, messages.CHANGES) and asker.uid not in (0, os.geteuid()):

@@ -14,7 +14,7 @@ from typing import Any
 from contentfilter.log import Logger
 from contentfilter.settings import Settings
 from contentfilter.store.quarantine import Quarantine
-from contentfilter.supervisor.clock import FILE, believable
+from contentfilter.supervisor.clock import FILE, clock_is_sane
 from contentfilter.threads import in_thread
 
 DELAY = 60.0  # seconds from the start to the first round
@@ -22,7 +22,7 @@ INTERVAL = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
-class Chore:
+class MaintenanceJob:
     """Something to do under the settings that hold then; returns what it did, for the log.
 
     The flag says whether anything may go because of its age: not while the clock is doubted.
@@ -32,8 +32,8 @@ class Chore:
     run: Callable[[Settings, bool], Mapping[str, Any]]  # in a thread: it may block and raise
 
 
-async def keep_house(
-    chores: Sequence[Chore],
+async def run_maintenance(
+    maintenance_jobs: Sequence[MaintenanceJob],
     settings: Callable[[], Settings],
     log: Logger,
     delay: float = DELAY,
@@ -43,15 +43,15 @@ async def keep_house(
     await asyncio.sleep(delay)
     while True:
         clock = Path(settings().service.state) / FILE
-        aged = await in_thread(lambda clock=clock: believable(clock, time.time()))  # type: ignore[misc]
+        aged = await in_thread(lambda clock=clock: clock_is_sane(clock, time.time()))  # type: ignore[misc]
         if not aged:
             log.warning("clock.jumped", path=str(clock))
-        for chore in chores:
+        for chore in maintenance_jobs:
             await _do(chore, settings(), aged, log)
         await asyncio.sleep(interval)
 
 
-async def _do(chore: Chore, settings: Settings, aged: bool, log: Logger) -> None:
+async def _do(chore: MaintenanceJob, settings: Settings, aged: bool, log: Logger) -> None:
     began = time.monotonic()
     try:
         counts = await in_thread(lambda: chore.run(settings, aged))
@@ -62,9 +62,9 @@ async def _do(chore: Chore, settings: Settings, aged: bool, log: Logger) -> None
         log.info("housekeeping.done", chore=chore.name, seconds=round(time.monotonic() - began, 3), **counts)
 
 
-def chores() -> tuple[Chore, ...]:
+def maintenance_jobs() -> tuple[MaintenanceJob, ...]:
     """What the supervisor does now and then."""
-    return (Chore("quarantine", expire_quarantine),)
+    return (MaintenanceJob("quarantine", expire_quarantine),)
 
 
 def expire_quarantine(settings: Settings, aged: bool) -> dict[str, int]:

@@ -23,7 +23,7 @@ from contentfilter.model import readable
 from contentfilter.policy.bypass import SCANNERS, Bypass, objection, utc
 from contentfilter.settings import Settings
 from contentfilter.store.bypass import read_bypasses, save
-from contentfilter.supervisor.control import Answer
+from contentfilter.supervisor.control import ControlHandler
 from contentfilter.supervisor.process import Process
 from contentfilter.supervisor.spread import Spread
 from contentfilter.threads import in_thread
@@ -36,14 +36,14 @@ TICK = 1.0  # seconds; the clock may be set
 Tell = Callable[[messages.Event], Awaitable[None]]
 
 
-class BreakGlass:
+class OverrideManager:
     """The orders in force. :meth:`run` once, in the background."""
 
     def __init__(
         self,
         log: Logger,
         settings: Callable[[], Settings],
-        send: Callable[[messages.Orders], Awaitable[None]],
+        send: Callable[[messages.Overrides], Awaitable[None]],
         publish: Tell,
         processes: Callable[[], Sequence[Process]],
         moved: asyncio.Event,
@@ -61,7 +61,7 @@ class BreakGlass:
         self._writing = asyncio.Lock()  # so that the newest is written last
         self._remind_at = 0.0
         self.problem = ""
-        self.orders = messages.Orders(1, self._kept())
+        self.orders = messages.Overrides(1, self._kept())
 
     def _kept(self) -> tuple[Bypass, ...]:
         """Those from before the start."""
@@ -89,7 +89,7 @@ class BreakGlass:
         told = "; DRAINED, no mail is accepted" if self.orders.drain else ""
         return told + "".join(f"; BYPASSED: {b.scanner.value} until {utc(b.until)}" for b in self.bypasses())
 
-    def answers(self) -> Mapping[type, Answer]:
+    def answers(self) -> Mapping[type, ControlHandler]:
         """What operators may ask for."""
         return {
             messages.AskBypass: self._bypass,
@@ -123,7 +123,7 @@ class BreakGlass:
         why = why or ("" if question.scanner in SCANNERS else f"{question.scanner.value} goes with signatures")
         if why:
             return messages.Refused(why)
-        now, by = time.time(), _who(uid, question.claimed)
+        now, by = time.time(), _actor(uid, question.claimed)
         origins = tuple(dict.fromkeys(question.origins))
         new = Bypass(question.scanner, now, now + question.seconds, question.reason, by, origins)
         old = [bypass for bypass in self.orders.bypasses if bypass.scanner is new.scanner]
@@ -137,7 +137,7 @@ class BreakGlass:
         over = [b for b in self.orders.bypasses if question.scanner in (None, b.scanner)]
         if not over:
             return messages.Refused("there is no such bypass")
-        by = _who(uid, question.claimed)
+        by = _actor(uid, question.claimed)
         events = [_bypass_event("bypass.end", bypass, ended=f"by {by}") for bypass in over]
         return await self._change((b for b in self.orders.bypasses if b not in over), self.orders.drain, events)
 
@@ -147,7 +147,7 @@ class BreakGlass:
             return messages.Refused(why)
         now, old = time.time(), self.orders.drain
         until = None if question.seconds is None else now + question.seconds
-        new = messages.Drain(now, until, question.reason, _who(uid, question.claimed))
+        new = messages.Drain(now, until, question.reason, _actor(uid, question.claimed))
         events = [_drain_event("drain.end", old, ended=f"replaced by {new.by}")] if old else []
         return await self._change(self.orders.bypasses, new, [*events, _drain_event("drain.begin", new)])
 
@@ -156,7 +156,7 @@ class BreakGlass:
         drain = self.orders.drain
         if drain is None:
             return messages.Refused("mail is being accepted; nothing is drained")
-        event = _drain_event("drain.end", drain, ended=f"by {_who(uid, question.claimed)}")
+        event = _drain_event("drain.end", drain, ended=f"by {_actor(uid, question.claimed)}")
         return await self._change(self.orders.bypasses, None, [event])
 
     async def _change(
@@ -165,7 +165,7 @@ class BreakGlass:
         """In force in every worker, told and saved when this returns, or else it says what is not so."""
         if not self._ends():
             self._remind_at = time.monotonic() + REMIND
-        self.orders = messages.Orders(self.orders.number + 1, tuple(bypasses), drain)
+        self.orders = messages.Overrides(self.orders.number + 1, tuple(bypasses), drain)
         self._changed.set()
         await self._spread.send()
         for event in events:
@@ -237,7 +237,7 @@ def _event(name: str, order: Bypass | messages.Drain, until: float | None, **mor
     return messages.Event(name, fields | more)
 
 
-def _who(uid: int, claimed: str) -> str:
+def _actor(uid: int, claimed: str) -> str:
     """The name of a uid that the kernel vouches for, and who is said to be behind it."""
     try:
         name = pwd.getpwuid(uid).pw_name

@@ -35,7 +35,7 @@ class Slot:
     again: asyncio.TimerHandle | None = None
 
 
-class Pool:
+class WorkerPool:
     """All worker processes, those that are on their way out included."""
 
     def __init__(self, spawn: Spawn, log: Logger, changed: Callable[[], None]) -> None:

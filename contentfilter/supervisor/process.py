@@ -12,7 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 
-from contentfilter.bus.messages import Busy, Heartbeat, WorkerStatus
+from contentfilter.bus.messages import Heartbeat, InFlight, WorkerStatus
 
 
 class Process:
@@ -76,7 +76,7 @@ class Process:
 
     def describe(self) -> WorkerStatus:
         beat = self.beat
-        in_flight: tuple[Busy, ...] = beat.in_flight if beat else ()
+        in_flight: tuple[InFlight, ...] = beat.in_flight if beat else ()
         return WorkerStatus(
             slot=self.slot,
             pid=self.pid,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from contentfilter.bus.messages import Event
 from contentfilter.errors import JournalError
-from contentfilter.log import Logger, Rarely
+from contentfilter.log import Logger, RateLimiter
 from contentfilter.settings import Settings
 from contentfilter.store.journal import Journal, journal_path, set_aside
 
@@ -56,7 +56,7 @@ class Recorder:
         self._thread: threading.Thread | None = None
         self._journal: Journal | None = None
         self._not_before = 0.0
-        self._warned = Rarely(WARN_EVERY)
+        self._warned = RateLimiter(WARN_EVERY)
         self.dropped = 0
         self.change(settings)
 

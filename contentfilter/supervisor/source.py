@@ -9,10 +9,10 @@ from contentfilter.config.controls import read_controls
 from contentfilter.config.load import load_settings
 from contentfilter.config.runtime import Runtime, make_runtime, read_allowances, unusable
 from contentfilter.errors import ConfigError, Problem
-from contentfilter.log import Logger, Rarely
+from contentfilter.log import Logger, RateLimiter
 from contentfilter.monitor.samples import Sample, make_samples
 from contentfilter.settings import Settings
-from contentfilter.tables.keeper import Keeper, State
+from contentfilter.tables.keeper import Keeper, TableState
 
 TELL_AGAIN = 600.0  # seconds after which tables that are still not current are told again
 
@@ -28,7 +28,7 @@ class Loaded:
     sysfacility: str = ""  # of a log in syslog
 
 
-class Source(Protocol):
+class ConfigSource(Protocol):
     """Where configurations come from. Loading raises ConfigError."""
 
     async def load(self) -> Loaded:
@@ -37,7 +37,7 @@ class Source(Protocol):
     async def refresh(self) -> Loaded | None:
         """Look at the tables only; None when nothing changed."""
 
-    def tables(self) -> State | None:
+    def tables(self) -> TableState | None:
         """How the tables in force stand; None where there is no such thing."""
 
 
@@ -47,9 +47,9 @@ class Staleness:
     def __init__(self, log: Logger) -> None:
         self._log = log
         self._told = ""
-        self._again = Rarely(TELL_AGAIN)
+        self._again = RateLimiter(TELL_AGAIN)
 
-    def tell(self, state: State | None) -> None:
+    def tell(self, state: TableState | None) -> None:
         """To be called after each look at the tables."""
         if state is None or not (state.trouble or self._told):
             return
@@ -58,13 +58,13 @@ class Staleness:
             self._log.info("tables.current", **rows)
         else:
             if state.trouble != self._told:
-                self._again = Rarely(TELL_AGAIN)
+                self._again = RateLimiter(TELL_AGAIN)
             if self._again.allow() is not None:
                 self._log.warning("tables.stale", why=state.trouble, age=state.age, **rows)
         self._told = state.trouble
 
 
-class Files:
+class ConfigLoader:
     """The configuration from files, for the supervisor. ``workers`` and ``socket`` override the settings."""
 
     def __init__(self, config_path: str, *, workers: int | None = None, socket: str | None = None) -> None:
@@ -106,7 +106,7 @@ class Files:
             changed = True
         return self._loaded(runtime, (*problems, *wrong)) if changed else None
 
-    def tables(self) -> State:
+    def tables(self) -> TableState:
         """How the tables in force stand."""
         return self._keeper.state()
 

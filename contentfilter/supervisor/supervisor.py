@@ -21,22 +21,22 @@ from contentfilter.deadline import Deadline
 from contentfilter.doors.listening_socket import OwnSocket, SocketError, hold_lock, inherited_socket, open_socket
 from contentfilter.errors import RemoteProtocolError
 from contentfilter.files import memory_file
-from contentfilter.log import Logger, Rarely, adopt_standard_logging, make_logger
+from contentfilter.log import Logger, RateLimiter, adopt_standard_logging, make_logger
 from contentfilter.log_target import open_target
 from contentfilter.monitor.canary import Canary
 from contentfilter.monitor.monitor import Monitor
 from contentfilter.monitor.samples import Sample
 from contentfilter.settings import Settings
 from contentfilter.supervisor.configuration import Configuration
-from contentfilter.supervisor.control import Answer, answer_questions
-from contentfilter.supervisor.maintenance import Chore, keep_house
-from contentfilter.supervisor.overrides import BreakGlass
-from contentfilter.supervisor.pool import Pool
+from contentfilter.supervisor.control import ControlHandler, answer_questions
+from contentfilter.supervisor.maintenance import MaintenanceJob, run_maintenance
+from contentfilter.supervisor.overrides import OverrideManager
+from contentfilter.supervisor.pool import WorkerPool
 from contentfilter.supervisor.process import Process
 from contentfilter.supervisor.recorder import Recorder
-from contentfilter.supervisor.source import Loaded, Source
+from contentfilter.supervisor.source import ConfigSource, Loaded
 from contentfilter.supervisor.systemd import Notifier, listen_fds, watchdog_interval
-from contentfilter.worker.crashes import Suspects
+from contentfilter.worker.crashes import CrashTable
 from contentfilter.worker.main import command_line
 
 SOCKET_NAME = "queue"  # FileDescriptorName= in the socket unit; a single unnamed socket will do too
@@ -50,7 +50,11 @@ class Supervisor:
     """The daemon's first process. :meth:`run` returns the exit status."""
 
     def __init__(
-        self, source: Source, worker: Sequence[str], environ: MutableMapping[str, str], chores: Sequence[Chore] = ()
+        self,
+        source: ConfigSource,
+        worker: Sequence[str],
+        environ: MutableMapping[str, str],
+        chores: Sequence[MaintenanceJob] = (),
     ) -> None:
         self._source = source
         self._chores = tuple(chores)
@@ -62,7 +66,7 @@ class Supervisor:
         self._at_once = asyncio.Event()
         self._moved = asyncio.Event()  # a worker got ready, took a generation, or ended
         self._reload_wanted = asyncio.Event()
-        self._bad_frames = Rarely(10.0)
+        self._bad_frames = RateLimiter(10.0)
 
     async def run(self) -> int:
         """Raises ConfigError or SocketError when the daemon cannot start."""
@@ -90,8 +94,8 @@ class Supervisor:
         settings = first.settings
         self._lifeline, self._lifeline_held = os.pipe2(os.O_CLOEXEC)
         self._bus = sockets.SupervisorBus(settings.service.run)
-        self._suspects = Suspects(self._log)
-        self._pool = Pool(self._spawn, self._log, self._moved.set)
+        self._suspects = CrashTable(self._log)
+        self._pool = WorkerPool(self._spawn, self._log, self._moved.set)
         self._recorder = recorder = Recorder(self._log, settings)
         workers = (lambda: self._pool.processes), self._moved
         self._configuration = Configuration(
@@ -104,9 +108,9 @@ class Supervisor:
             lambda how: self._monitor.loaded(how),
         )
         self._monitor = Monitor(self._log, lambda: self._settings, self.status, self._listener)
-        self._glass = BreakGlass(self._log, lambda: self._settings, self._bus.command, self._ordered, *workers)
+        self._glass = OverrideManager(self._log, lambda: self._settings, self._bus.command, self._ordered, *workers)
         self._canary = Canary(self._log, self._in_force, lambda: self.status().state)
-        chores = (*self._chores, Chore("journal", lambda _, aged: {"messages": recorder.expire(aged)}))
+        chores = (*self._chores, MaintenanceJob("journal", lambda _, aged: {"messages": recorder.expire(aged)}))
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._signalled)
         loop.add_signal_handler(signal.SIGINT, self._signalled)
@@ -128,7 +132,7 @@ class Supervisor:
                         self._monitor.run(),
                         self._glass.run(),
                         self._canary.run(),
-                        keep_house(chores, lambda: self._settings, self._log),
+                        run_maintenance(chores, lambda: self._settings, self._log),
                     )
                 ]
                 await self._stop.wait()
@@ -157,13 +161,13 @@ class Supervisor:
             words = command_line(self._worker, loaded.settings, loaded.sysfacility, slot, generation, place, fds)
 
             def buried(process: Process) -> None:
-                self._suspects.bury(place, expected=process.expected, child=process.pid)
+                self._suspects.record_death(place, expected=process.expected, child=process.pid)
                 ended(process)
 
             try:
                 return Process(slot, words, tuple(fds.values()), buried)
             except OSError:
-                self._suspects.bury(place, expected=True, child=0)
+                self._suspects.record_death(place, expected=True, child=0)
                 raise
         finally:
             os.close(runtime)
@@ -233,11 +237,11 @@ class Supervisor:
         except RemoteProtocolError as error:
             self._malformed("reports", error)
             return
-        if isinstance(report, messages.Remember):
+        if isinstance(report, messages.CacheUpdate):
             await self._bus.command(report, lossy=True)
             return
         self._monitor.heard(report)
-        if isinstance(report, messages.Happened):
+        if isinstance(report, messages.EventBatch):
             for event in self._canary.others(report.events):
                 self._recorder.put(event)
                 self._publish(event)
@@ -258,7 +262,7 @@ class Supervisor:
         if self._state == "ready":
             self._notify.status(self._summary())
 
-    def _answers(self) -> Mapping[type, Answer]:
+    def _answers(self) -> Mapping[type, ControlHandler]:
         """What the command line may ask, and what answers it."""
 
         async def ping(question: messages.Question, uid: int) -> messages.Reply:

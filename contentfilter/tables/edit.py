@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from contentfilter.deadline import Deadline
 from contentfilter.errors import ConfigError, Problem
-from contentfilter.files import Report, file_state, read_file, replace_file
+from contentfilter.files import ProblemCollector, file_state, read_file, replace_file
 from contentfilter.policy.addresses import EXEMPT, PLAIN_KEYS
 from contentfilter.tables.files import MAX_SIZE
 from contentfilter.tables.rows import parse_row, row_text
@@ -93,7 +93,7 @@ def edited(
     out: list[bytes] = []
     done: set[bytes] = set()
     added = changed = removed = same = 0
-    silent = Report("")
+    silent = ProblemCollector("")
     lines = text.split(b"\n")
     last = lines.pop()  # empty, unless the file has no final newline
     if last:

@@ -8,7 +8,7 @@ import asyncio
 import os
 
 from contentfilter.errors import Problem
-from contentfilter.files import Source, file_state, first_line, read_file
+from contentfilter.files import SourceState, file_state, first_line, read_file
 from contentfilter.tables.owners import PREFS, parse_owners
 from contentfilter.tables.rows import OPTIONS, TABLES, Rows, parse_table
 
@@ -16,7 +16,7 @@ MAX_SIZE = 256 << 20  # bytes of one table file
 _DOMAIN = ("envnoathost", "me")
 
 
-def sources(control: str) -> tuple[Source, ...]:
+def sources(control: str) -> tuple[SourceState, ...]:
     """The present state of all files that tables are made of. Compare with that of a snapshot's header."""
     return tuple(file_state(os.path.join(control, name)) for name in (*TABLES, PREFS, *_DOMAIN))
 
@@ -39,7 +39,7 @@ async def load_tables(control: str) -> tuple[Rows, tuple[Problem, ...]]:
     return Rows(clamav, spamd, domain, states, owners), (*problems, *more, *odd)
 
 
-async def default_domain(control: str) -> tuple[bytes, tuple[Source, ...]]:
+async def default_domain(control: str) -> tuple[bytes, tuple[SourceState, ...]]:
     """The domain that qmail-send will give to a recipient without one, and the state of the files that say so."""
     files = [await read_file(os.path.join(control, name), MAX_SIZE) for name in _DOMAIN]
     found = next(filter(None, (first_line(text) for text, _ in files)), b"")

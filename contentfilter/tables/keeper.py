@@ -11,7 +11,7 @@ import time
 import msgspec
 
 from contentfilter.errors import ConfigError, Problem
-from contentfilter.files import Source
+from contentfilter.files import SourceState
 from contentfilter.settings import Settings
 from contentfilter.tables import shrink
 from contentfilter.tables.files import load_tables, sources
@@ -19,7 +19,7 @@ from contentfilter.tables.rows import Rows
 from contentfilter.tables.snapshot import FILE, Header, Snapshot, compile_snapshot
 
 
-class State(msgspec.Struct, frozen=True):
+class TableState(msgspec.Struct, frozen=True):
     """The tables in force."""
 
     source: str  # files or mariadb
@@ -39,7 +39,7 @@ class Keeper:
         self._header: Header | None = None
         self._checked = 0.0  # seconds since 1970
         self._trouble = ""
-        self._held: tuple[Source, ...] = ()  # a state of the source that was refused, and need not be read again
+        self._held: tuple[SourceState, ...] = ()  # a state of the source that was refused, and need not be read again
         self._why_held = ""
 
     @property
@@ -47,10 +47,10 @@ class Keeper:
         """Of the snapshot; empty while there is none."""
         return self._path if self._header else ""
 
-    def state(self) -> State:
+    def state(self) -> TableState:
         rows = (self._header.clamav_rows, self._header.spamd_rows) if self._header else (0, 0)
         age = max(0.0, time.time() - self._checked) if self._header else 0.0
-        return State(self._source, self._header is not None, *rows, round(age, 1), self._trouble)
+        return TableState(self._source, self._header is not None, *rows, round(age, 1), self._trouble)
 
     async def update(self, settings: Settings, *, anew: bool) -> tuple[bool, tuple[Problem, ...]]:
         """Bring the snapshot up to date. Returns whether it is another one now, and the rows that were left out.
@@ -116,7 +116,9 @@ class Keeper:
             pass  # only the age after a restart depends on it
 
 
-async def read_source(settings: Settings, known: tuple[Source, ...] = ()) -> tuple[Rows, tuple[Problem, ...]] | None:
+async def read_source(
+    settings: Settings, known: tuple[SourceState, ...] = ()
+) -> tuple[Rows, tuple[Problem, ...]] | None:
     """Both tables from where the settings say, and what is wrong in them; None where nothing changed since ``known``.
 
     Raises ConfigError where they cannot be read.

@@ -20,9 +20,9 @@ import aiomysql
 
 from contentfilter.deadline import Deadline
 from contentfilter.errors import ConfigError, Problem
-from contentfilter.files import Source, read_file
+from contentfilter.files import SourceState, read_file
 from contentfilter.model import readable
-from contentfilter.settings import MariaDb, Settings
+from contentfilter.settings import MariaDbSettings, Settings
 from contentfilter.tables.files import default_domain
 from contentfilter.tables.owners import OwnerBuilder
 from contentfilter.tables.result import Builder
@@ -34,13 +34,15 @@ _CLIENT_SSL = 1 << 11  # capability flag of the protocol
 _BINARY = "utf8mb4"  # addresses come as UTF-8, or as they are where the column is binary
 
 
-def server_name(settings: MariaDb) -> str:
+def server_name(settings: MariaDbSettings) -> str:
     """How this source is called in problems and in a snapshot's header. Never with the password."""
     place = settings.socket or f"{settings.host}:{settings.port}"
     return f"mariadb {settings.user}@{place}/{settings.database}"
 
 
-async def read_tables(settings: Settings, known: tuple[Source, ...] = ()) -> tuple[Rows, tuple[Problem, ...]] | None:
+async def read_tables(
+    settings: Settings, known: tuple[SourceState, ...] = ()
+) -> tuple[Rows, tuple[Problem, ...]] | None:
     """Both tables, and the rows that were left out; None where nothing changed since the state ``known``.
 
     Raises ConfigError when they cannot be had within ``load_timeout``.
@@ -50,7 +52,7 @@ async def read_tables(settings: Settings, known: tuple[Source, ...] = ()) -> tup
     deadline = Deadline.after(db.load_timeout)
     async with _session(db, deadline) as session:
         fingerprint = await session.fingerprint()
-        sources = (Source(server_name(db), fingerprint=fingerprint), *files)
+        sources = (SourceState(server_name(db), fingerprint=fingerprint), *files)
         if fingerprint and sources == known:
             return None
         (clamav, problems), (spamd, more) = [await session.table(index) for index in (0, 1)]
@@ -59,7 +61,7 @@ async def read_tables(settings: Settings, known: tuple[Source, ...] = ()) -> tup
 
 
 @asynccontextmanager
-async def _session(db: MariaDb, deadline: Deadline) -> AsyncIterator["_Session"]:
+async def _session(db: MariaDbSettings, deadline: Deadline) -> AsyncIterator["_Session"]:
     """A read-only transaction. Its end closes the connection, whatever happened; all errors become ConfigError."""
     trouble = partial(_bad, server_name(db))
     password = await _password(db.password_file)
@@ -120,7 +122,7 @@ class _Session:
     """What is asked of the server, each wait with its limit."""
 
     connection: _Connection
-    db: MariaDb
+    db: MariaDbSettings
     deadline: Deadline
 
     def _limit(self) -> Deadline:
@@ -182,7 +184,7 @@ class _Session:
         return cursor
 
 
-def table_query(db: MariaDb, index: int) -> str:
+def table_query(db: MariaDbSettings, index: int) -> str:
     """The SELECT for clamavclients (0) or spamdclients (1); empty where that table is switched off."""
     query, table, columns = (
         (db.clamav_query, db.clamav_table, db.clamav_columns),
@@ -194,14 +196,14 @@ def table_query(db: MariaDb, index: int) -> str:
     return f"SELECT {chosen} FROM {quoted(table)}"  # noqa: S608 - quoted, and from the administrator
 
 
-def owners_query(db: MariaDb) -> str:
+def owners_query(db: MariaDbSettings) -> str:
     """The SELECT for the owners of preferences; empty where nobody has any."""
     if db.prefs_query or not db.prefs_table:
         return db.prefs_query
     return f"SELECT DISTINCT {quoted(db.prefs_column)} AS owner FROM {quoted(db.prefs_table)}"  # noqa: S608 - as above
 
 
-def fingerprint_query(db: MariaDb) -> str:
+def fingerprint_query(db: MariaDbSettings) -> str:
     """One row that differs whenever the tables do; empty where only reading all can tell."""
     if db.fingerprint_query:
         return db.fingerprint_query
@@ -247,7 +249,7 @@ async def _password(path: str) -> str:
     return data.partition(b"\n")[0].rstrip(b"\r").decode("utf-8", "surrogateescape")
 
 
-def _tls(db: MariaDb) -> ssl.SSLContext | None:
+def _tls(db: MariaDbSettings) -> ssl.SSLContext | None:
     if db.tls == "off":
         return None
     context = ssl.create_default_context(cafile=db.tls_ca or None)

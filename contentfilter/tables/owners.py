@@ -8,7 +8,7 @@ spamd's business.
 from collections.abc import Collection, Sequence
 
 from contentfilter.errors import ConfigError, Problem
-from contentfilter.files import Report
+from contentfilter.files import ProblemCollector
 from contentfilter.model import readable
 from contentfilter.policy.addresses import EVERYBODY, EXEMPT, PLAIN_KEYS, parse_key
 from contentfilter.tables.rows import parse_table, short
@@ -24,7 +24,7 @@ _MAX_SIZE = 256 << 20  # bytes of all names
 def parse_owners(text: bytes, path: str) -> tuple[Collection[bytes], tuple[Problem, ...]]:
     """The owners in a list of one per line, with comments as in the tables, and what is wrong with it."""
     table, problems = parse_table(text, path, ())
-    report = Report(path)
+    report = ProblemCollector(path)
     for key in [key for key, value in table.items() if value == EXEMPT or key == EVERYBODY or key.startswith(b".")]:
         sign = "!" if table.pop(key) == EXEMPT else ""
         report.add(0, f"{sign}{readable(key)}: an owner is user@domain or @domain. The line is skipped")
@@ -36,7 +36,7 @@ class OwnerBuilder:
 
     def __init__(self) -> None:
         self.keys: dict[bytes, None] = {}
-        self.report = Report("preferences in the database")
+        self.report = ProblemCollector("preferences in the database")
         self._size = 0
 
     def begin(self, columns: Sequence[tuple[str, int]]) -> None:

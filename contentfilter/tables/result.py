@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from contentfilter.errors import ConfigError, Problem
-from contentfilter.files import Report
+from contentfilter.files import ProblemCollector
 from contentfilter.model import readable
 from contentfilter.policy.addresses import EXEMPT, MAX_KEY, PLAIN_KEYS, parse_key
 from contentfilter.policy.options import parse_option
@@ -36,7 +36,7 @@ class Builder:
 
     def __init__(self, name: str) -> None:
         self.table: Table = {}
-        self.report = Report(f"{name} in the database")
+        self.report = ProblemCollector(f"{name} in the database")
         self._names = OPTIONS[name]
         self._size = 0
         self._order: list[int] = []  # the place in a row of each of the table's columns, -1 where there is none

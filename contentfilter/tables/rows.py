@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from contentfilter.errors import Problem
-from contentfilter.files import Report, Source
+from contentfilter.files import ProblemCollector, SourceState
 from contentfilter.model import readable
 from contentfilter.policy.addresses import EXEMPT, PLAIN_KEYS, parse_key
 from contentfilter.policy.options import SPAM_OPTIONS, VIRUS_OPTIONS, parse_option
@@ -31,7 +31,7 @@ class Rows:
     clamav: Mapping[bytes, bytes] = field(default_factory=dict)
     spamd: Mapping[bytes, bytes] = field(default_factory=dict)
     default_domain: bytes = b""  # what a recipient without domain gets for the look-up
-    sources: tuple[Source, ...] = ()
+    sources: tuple[SourceState, ...] = ()
     prefs: Collection[bytes] = ()  # owners of SpamAssassin preferences: user@domain and @domain, each once
 
 
@@ -40,7 +40,7 @@ def parse_table(text: bytes, path: str, allowed: Collection[bytes] = ALL_OPTIONS
 
     ``path`` is for the problems, ``allowed`` are the options that this table has.
     """
-    report = Report(path)
+    report = ProblemCollector(path)
     if text.startswith(b"\xef\xbb\xbf"):
         text = text[3:]
         report.add(1, "starts with a UTF-8 byte order mark, which is left out", warning=True)
@@ -85,7 +85,9 @@ def _end_of_plain(folded: bytes, at: int) -> int:
     return match.end() if match else at
 
 
-def _report_repeated(keys: list[bytes], lines: "array[int]", values: dict[int, bytes], report: Report) -> None:
+def _report_repeated(
+    keys: list[bytes], lines: "array[int]", values: dict[int, bytes], report: ProblemCollector
+) -> None:
     last: dict[bytes, int] = {}
     for index, key in enumerate(keys):
         before = last.get(key)
@@ -97,7 +99,7 @@ def _report_repeated(keys: list[bytes], lines: "array[int]", values: dict[int, b
 
 
 def parse_row(
-    line: bytes, number: int, report: Report, allowed: Collection[bytes] = ALL_OPTIONS
+    line: bytes, number: int, report: ProblemCollector, allowed: Collection[bytes] = ALL_OPTIONS
 ) -> tuple[bytes, bytes] | None:
     """Key and value of one line without its end; None for a comment, an empty line and one that was reported."""
     words = line.split()

@@ -8,7 +8,7 @@ import os
 from hashlib import blake2b
 
 from contentfilter.files import replace_file
-from contentfilter.settings import Tables
+from contentfilter.settings import TableSettings
 from contentfilter.tables.rows import TABLES, Rows
 
 FILE = "tables.accepted"
@@ -25,7 +25,7 @@ def checksum(rows: Rows) -> str:
     return digest.hexdigest()
 
 
-def shrunk(before: tuple[int, int], now: tuple[int, int], limits: Tables) -> str:
+def shrunk(before: tuple[int, int], now: tuple[int, int], limits: TableSettings) -> str:
     """Which table lost too much, in words; empty where none did. The numbers are those of rows."""
     for name, old, new in zip(TABLES, before, now, strict=True):
         lost = old - new

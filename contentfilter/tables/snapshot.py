@@ -28,7 +28,7 @@ from zlib import crc32
 import msgspec
 
 from contentfilter.errors import ConfigError, Problem
-from contentfilter.files import Source, replace_file
+from contentfilter.files import SourceState, replace_file
 from contentfilter.policy.addresses import EVERYBODY, EXEMPT
 from contentfilter.policy.plan import Lookup, Owners, Row
 from contentfilter.tables.rows import Rows
@@ -53,7 +53,7 @@ class Header(msgspec.Struct, frozen=True):
     """What a snapshot says about itself."""
 
     created: float  # seconds since 1970
-    sources: tuple[Source, ...]
+    sources: tuple[SourceState, ...]
     clamav_rows: int
     spamd_rows: int
     buckets: int  # a power of two

@@ -8,7 +8,7 @@ from contentfilter.policy.plan import ScanPlan, Switches
 from contentfilter.settings import Settings
 
 
-class Case(msgspec.Struct, frozen=True):
+class MessageContext(msgspec.Struct, frozen=True):
     """One message from intake to decision."""
 
     incident: str

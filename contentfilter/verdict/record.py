@@ -9,10 +9,9 @@ from typing import Any
 
 import msgspec
 
-from contentfilter.model import ScanOutcome, ScanStatus, readable
-from contentfilter.policy.decide import Action
-from contentfilter.policy.explain import story
-from contentfilter.verdict.context import Case
+from contentfilter.model import Action, ScanOutcome, ScanStatus, readable
+from contentfilter.policy.explain import trace
+from contentfilter.verdict.context import MessageContext
 from contentfilter.verdict.headers import header_block, message_id
 
 RECIPIENTS_SHOWN = 20
@@ -24,7 +23,7 @@ STORY_MAX = 65_536
 """Characters of a story in the account."""
 
 
-class Scan(msgspec.Struct, frozen=True, omit_defaults=True):
+class ScanRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     """What one scanner said."""
 
     scanner: str
@@ -40,7 +39,7 @@ class Scan(msgspec.Struct, frozen=True, omit_defaults=True):
     owner: str = ""  # of the preferences that spamd went by
 
 
-class Record(msgspec.Struct, frozen=True):
+class MailRecord(msgspec.Struct, frozen=True):
     """What happened to one message."""
 
     id: str
@@ -52,7 +51,7 @@ class Record(msgspec.Struct, frozen=True):
     recipients: tuple[str, ...]
     recipient_count: int
     size: int
-    scans: tuple[Scan, ...]
+    scans: tuple[ScanRecord, ...]
     decision: str
     reason: str
     rule: str
@@ -62,10 +61,10 @@ class Record(msgspec.Struct, frozen=True):
     ms: float
 
 
-def make_record(case: Case, attempt: int, seconds: float) -> Record:
+def make_record(case: MessageContext, attempt: int, seconds: float) -> MailRecord:
     """The line for a decided message that took ``seconds`` from intake to decision."""
     decision, envelope = case.decision, case.envelope
-    return Record(
+    return MailRecord(
         id=case.incident,
         origin=case.origin.kind.value,
         uid=case.origin.uid,
@@ -86,10 +85,10 @@ def make_record(case: Case, attempt: int, seconds: float) -> Record:
     )
 
 
-def make_scans(outcomes: tuple[ScanOutcome, ...]) -> tuple[Scan, ...]:
+def make_scans(outcomes: tuple[ScanOutcome, ...]) -> tuple[ScanRecord, ...]:
     """What the scanners said, in a line's words."""
     return tuple(
-        Scan(
+        ScanRecord(
             o.scanner.value,
             o.status.value,
             round(o.seconds * 1000, 3),
@@ -106,19 +105,19 @@ def make_scans(outcomes: tuple[ScanOutcome, ...]) -> tuple[Scan, ...]:
     )
 
 
-def troubled(record: Record) -> bool:
+def troubled(record: MailRecord) -> bool:
     """Whether somebody should look: deferred, or let through without the answer of a scanner."""
     return record.decision == Action.DEFER.value or any(s.status == ScanStatus.UNCHECKED.value for s in record.scans)
 
 
-def ordinary(record: Record) -> bool:
+def ordinary(record: MailRecord) -> bool:
     """Delivered to everybody, with nothing found and nothing left unchecked."""
     dull = (ScanStatus.CLEAN.value, ScanStatus.SKIPPED.value)
     delivered = record.decision == Action.QUEUE.value and not record.quarantined
     return delivered and all(scan.status in dull for scan in record.scans)
 
 
-class Account(msgspec.Struct, frozen=True, omit_defaults=True):
+class MailDetail(msgspec.Struct, frozen=True, omit_defaults=True):
     """What the log line has no room for."""
 
     story: tuple[tuple[str, str], ...] = ()  # stage, and what happened there
@@ -127,23 +126,23 @@ class Account(msgspec.Struct, frozen=True, omit_defaults=True):
     more_recipients: tuple[str, ...] = ()  # those behind the ones in the record
 
 
-def make_account(case: Case, text: str) -> Account:
+def make_detail(case: MessageContext, text: str) -> MailDetail:
     """The account of a decided message; ``text`` is what the client is told. Bounded, whatever the message is."""
-    return Account(
-        _bounded(case_story(case)),
+    return MailDetail(
+        _bounded(context_trace(case)),
         text,
         message_id(header_block(case.message.data)),
         tuple(readable(r[:ADDRESS_SHOWN]) for r in case.envelope.recipients[RECIPIENTS_SHOWN:RECIPIENTS_FOUND]),
     )
 
 
-def case_story(case: Case) -> tuple[tuple[str, str], ...]:
+def context_trace(case: MessageContext) -> tuple[tuple[str, str], ...]:
     """The story as plain pairs."""
-    lines = story(case.envelope, case.origin, case.message.size, case.plan, case.outcomes, case.decision)
+    lines = trace(case.envelope, case.origin, case.message.size, case.plan, case.outcomes, case.decision)
     return tuple((line.stage, line.text) for line in lines)
 
 
-def steps(account: Account) -> Iterator[tuple[str, str]]:
+def steps(account: MailDetail) -> Iterator[tuple[str, str]]:
     """The story and what else the log tells step by step, as pairs of a stage and a text."""
     if account.message_id:
         yield "message-id", account.message_id
@@ -159,7 +158,7 @@ def _bounded(lines: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
     return tuple((stage, text if len(text) <= share else text[:share] + " ...") for stage, text in lines)
 
 
-def fields(record: Record) -> dict[str, Any]:
+def fields(record: MailRecord) -> dict[str, Any]:
     """The record as plain values for a log line."""
     plain: dict[str, Any] = msgspec.to_builtins(record)
     return plain

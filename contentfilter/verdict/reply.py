@@ -7,29 +7,15 @@ Texts are printable ASCII of at most 250 bytes, carry the incident id and an enh
 from collections.abc import Callable
 from functools import cache, partial
 
-from contentfilter.model import OriginKind, Scanner, ScanStatus, Want, readable
-from contentfilter.policy.decide import Action, Decision, Delivery, Reason, spamd_said
+from contentfilter.model import Action, OriginKind, Reason, Scanner, ScanStatus, Want, readable
+from contentfilter.policy.decide import Decision, Delivery, spamd_said
 from contentfilter.verdict import headers
-from contentfilter.verdict.context import Case
+from contentfilter.verdict.context import MessageContext
 from contentfilter.wire import envelope as envelope_format
 from contentfilter.wire import hook
 
 TEXT_LIMIT = 250
 _Correct = Callable[[frozenset[bytes], bytes], tuple[bytes, int]]  # see headers.correct
-
-_ACTIONS = {
-    Action.QUEUE: hook.Action.QUEUE,
-    Action.REJECT: hook.Action.REJECT,
-    Action.DEFER: hook.Action.DEFER,
-    Action.DROP: hook.Action.DROP,
-}
-_REASONS = {
-    Reason.NONE: hook.Reason.NONE,
-    Reason.VIRUS: hook.Reason.VIRUS,
-    Reason.SPAM: hook.Reason.SPAM,
-    Reason.BANNED: hook.Reason.BANNED,
-    Reason.SIZE: hook.Reason.SIZE,
-}
 
 
 def text_for(decision: Decision, incident: str) -> str:
@@ -61,19 +47,19 @@ def _wording(decision: Decision) -> tuple[str, str]:
     return "message exceeds the size limit", "5.3.4"
 
 
-def answer(case: Case) -> hook.Answer:
+def answer(case: MessageContext) -> hook.Answer:
     """The whole answer. One submission that carries all recipients goes with the envelope as received."""
     decision = case.decision
     if decision.action is not Action.QUEUE:
         text = text_for(decision, case.incident)
-        return hook.Answer(_ACTIONS[decision.action], _REASONS[decision.reason], text, ())
+        return hook.Answer(decision.action, decision.reason, text)
     # a header may be long and the deliveries many, which hardly differ in it
     correct = cache(partial(headers.correct, case.message.data))
     submissions = tuple(_submission(case, delivery, correct) for delivery in decision.deliveries)
-    return hook.Answer(hook.Action.QUEUE, hook.Reason.NONE, "", submissions)
+    return hook.Answer(Action.QUEUE, Reason.NONE, "", submissions)
 
 
-def _submission(case: Case, delivery: Delivery, correct: _Correct) -> hook.Submission:
+def _submission(case: MessageContext, delivery: Delivery, correct: _Correct) -> hook.Submission:
     envelope, settings = case.envelope, case.settings
     everybody = len(delivery.recipients) == len(envelope.recipients) and not delivery.moved_to
     to = tuple(envelope.recipients[i] for i in delivery.recipients)
@@ -105,7 +91,7 @@ def _submission(case: Case, delivery: Delivery, correct: _Correct) -> hook.Submi
     return hook.Submission(b"".join((*lines, header)), skip, block)
 
 
-def _lines(case: Case, delivery: Delivery, to: tuple[bytes, ...]) -> list[bytes]:
+def _lines(case: MessageContext, delivery: Delivery, to: tuple[bytes, ...]) -> list[bytes]:
     lines: list[bytes] = []
     virus = [o for o in case.outcomes if o.scanner is not Scanner.SPAMD]
     if case.settings.headers.trace:

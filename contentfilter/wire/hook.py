@@ -5,13 +5,13 @@ message and envelope, an answer, and a report where the message was split. Littl
 fixed width. The other end of these formats is queue_hook/ask.c and commit.c.
 """
 
-import enum
 import struct
 from dataclasses import dataclass
 
 import msgspec
 
 from contentfilter.errors import EnvelopeError, LocalProtocolError, RemoteProtocolError
+from contentfilter.model import Action, Reason
 from contentfilter.wire import envelope as envelope_format
 
 VERSION = 1
@@ -31,21 +31,11 @@ _AS_RECEIVED = 1
 _BODY_IN_DESCRIPTOR = 1
 
 
-class Action(enum.IntEnum):
-    QUEUE = 1
-    REJECT = 2
-    DEFER = 3
-    DROP = 4
-
-
-class Reason(enum.IntEnum):
-    """Why a message is refused; only the dialect ``sqmail`` tells them apart by status."""
-
-    NONE = 0
-    VIRUS = 1
-    SPAM = 2
-    BANNED = 3
-    SIZE = 4
+_ACTIONS = {Action.QUEUE: 1, Action.REJECT: 2, Action.DEFER: 3, Action.DROP: 4}
+_REASONS = {Reason.NONE: 0, Reason.VIRUS: 1, Reason.SPAM: 2, Reason.BANNED: 3, Reason.SIZE: 4}
+"""Only the dialect ``sqmail`` tells reasons apart, by its exit status."""
+_ACTION_OF = {code: action for action, code in _ACTIONS.items()}
+_REASON_OF = {code: reason for reason, code in _REASONS.items()}
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -91,7 +81,7 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class CommitReport:
     """What became of a message that was split, in the answer's order."""
 
     results: tuple[Result, ...]
@@ -144,7 +134,9 @@ def encode_answer(answer: Answer) -> EncodedAnswer:
     body = b"".join(map(_encode_submission, answer.submissions))
     apart = _ANSWER.size + len(text) + len(body) > PACKET_MAX
     flags = _BODY_IN_DESCRIPTOR if apart else 0
-    head = _ANSWER.pack(b"CFA1", VERSION, answer.action, answer.reason, len(text), count, flags, len(body))
+    head = _ANSWER.pack(
+        b"CFA1", VERSION, _ACTIONS[answer.action], _REASONS[answer.reason], len(text), count, flags, len(body)
+    )
     return EncodedAnswer(head + text, body) if apart else EncodedAnswer(head + text + body)
 
 
@@ -161,9 +153,9 @@ def decode_answer(packet: bytes, body: bytes | None = None) -> Answer:
     """What the hook does with an answer, for tests and tools; ``body`` is the descriptor's content."""
     try:
         magic, version, action, reason, text_size, count, flags, length = _ANSWER.unpack_from(packet)
-        answered = Action(action)
-        why = Reason(reason)
-    except (struct.error, ValueError):
+        answered = _ACTION_OF[action]
+        why = _REASON_OF[reason]
+    except (struct.error, KeyError):
         raise RemoteProtocolError("answer is too short or unknown") from None
     if magic != b"CFA1" or version != VERSION or flags > 1 or bool(flags) != (body is not None):
         raise RemoteProtocolError("not an answer of protocol version 1")
@@ -206,13 +198,13 @@ def _decode_submission(block: bytes, at: int) -> tuple[Submission, int]:
     return Submission(block[at + _SUBMISSION.size : middle], skip, given), end
 
 
-def encode_report(report: Report) -> bytes:
+def encode_report(report: CommitReport) -> bytes:
     """The hook's packet; for tests and tools."""
     head = _REPORT.pack(b"CFR1", VERSION, len(report.results))
     return head + b"".join(_RESULT.pack(r.status, r.committed) for r in report.results)
 
 
-def decode_report(packet: bytes) -> Report:
+def decode_report(packet: bytes) -> CommitReport:
     """Raises RemoteProtocolError for anything that the hook would not send."""
     try:
         magic, version, count = _REPORT.unpack_from(packet)
@@ -221,4 +213,4 @@ def decode_report(packet: bytes) -> Report:
     if magic != b"CFR1" or version != VERSION or len(packet) != _REPORT.size + count * _RESULT.size:
         raise RemoteProtocolError("not a report of protocol version 1")
     pairs = _RESULT.iter_unpack(packet[_REPORT.size :])
-    return Report(tuple(Result(status, bool(committed)) for status, committed in pairs))
+    return CommitReport(tuple(Result(status, bool(committed)) for status, committed in pairs))

@@ -15,9 +15,9 @@ from contentfilter.errors import ConfigError
 from contentfilter.model import Scanner
 from contentfilter.pipeline import Pipeline, Scanners
 from contentfilter.policy.bypass import Bypass
-from contentfilter.scanners.cache import Recall
+from contentfilter.scanners.cache import ScanCache
 from contentfilter.scanners.clamd import ClamdScanner
-from contentfilter.scanners.limiter import Turns
+from contentfilter.scanners.limiter import ScannerLimiter
 from contentfilter.scanners.pool import BackendHealth
 from contentfilter.scanners.signatures.engine import (
     Engine,
@@ -30,7 +30,7 @@ from contentfilter.tables.snapshot import FILE as SNAPSHOT
 from contentfilter.tables.snapshot import Snapshot, compile_snapshot
 
 
-class Workbench:
+class PipelineBundle:
     """A pipeline with everything that it holds open."""
 
     def __init__(
@@ -38,7 +38,7 @@ class Workbench:
         runtime: Runtime,
         secret: bytes = b"",
         bypasses: Callable[[], tuple[Bypass, ...]] = tuple,
-        recall: Recall | None = None,
+        recall: ScanCache | None = None,
         shed: Counter[str] | None = None,
     ) -> None:
         """``secret``, ``bypasses``, ``recall``: see Pipeline; ``shed``: see Turns.
@@ -58,8 +58,8 @@ class Workbench:
             Engine(*lists, settings.signatures.mode) if any(lists) else None,
             ClamdScanner(clamd),
             SpamdScanner(spamd, children),
-            Turns(Scanner.CLAMD, len(clamd.backends) * clamd.concurrency, clamd.max_wait, shed),
-            Turns(Scanner.SPAMD, len(spamd.backends) * children, spamd.max_wait, shed),
+            ScannerLimiter(Scanner.CLAMD, len(clamd.backends) * clamd.concurrency, clamd.max_wait, shed),
+            ScannerLimiter(Scanner.SPAMD, len(spamd.backends) * children, spamd.max_wait, shed),
         )
         lookup, owners = (self.snapshot.lookup, self.snapshot.owners) if self.snapshot else (None, None)
         self.pipeline = Pipeline(
@@ -76,7 +76,7 @@ class Workbench:
         )
 
     @classmethod
-    async def open(cls, config_path: str) -> "Workbench":
+    async def open(cls, config_path: str) -> "PipelineBundle":
         """Straight from the sources, for a single look: with a temporary snapshot.
 
         Tables that cannot be read are those that the daemon goes on with, if there are any.

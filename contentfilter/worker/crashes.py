@@ -31,7 +31,7 @@ import msgspec
 from contentfilter.log import Logger
 
 T = TypeVar("T")
-FATAL = 2  # deaths after which a message is isolated
+DEATH_LIMIT = 2  # deaths after which a message is isolated
 MEMORY = 86_400  # seconds that a death is held against a message
 DEATHS = 32  # that are remembered, the newest
 LANES = 2048  # workers at once, those on their way out included
@@ -62,7 +62,7 @@ def fingerprint(data: mmap.mmap | bytes) -> bytes:
     return digest.digest()[:16]
 
 
-class Mark(msgspec.Struct, frozen=True):
+class InProgressMark(msgspec.Struct, frozen=True):
     """A message that somebody works on, or died of."""
 
     fingerprint: bytes
@@ -74,13 +74,17 @@ class Mark(msgspec.Struct, frozen=True):
         return _MARK.pack(self.fingerprint, self.incident.encode("ascii", "replace"), self.life, self.since)
 
 
-def _marks(raw: bytes) -> list[Mark]:
+def _marks(raw: bytes) -> list[InProgressMark]:
     rows = _MARK.iter_unpack(raw)
-    return [Mark(key, incident.rstrip(b"\0").decode("ascii"), life, at) for key, incident, life, at in rows if life]
+    return [
+        InProgressMark(key, incident.rstrip(b"\0").decode("ascii"), life, at)
+        for key, incident, life, at in rows
+        if life
+    ]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class SlotPlace:
     """A worker's lane, for its whole life."""
 
     lane: int
@@ -91,7 +95,7 @@ class Place:
         return _LANES_AT + self.lane * _LANE
 
 
-class Suspects:
+class CrashTable:
     """The supervisor's end: hands out lanes, and counts the deaths."""
 
     def __init__(self, log: Logger) -> None:
@@ -107,7 +111,7 @@ class Suspects:
         self._table.close()
         os.close(self.fd)
 
-    def enlist(self) -> Place:
+    def enlist(self) -> SlotPlace:
         """A lane for a new worker. Raises OSError when there are too many."""
         lane = next((lane for lane in range(LANES) if lane not in self._lanes), None)
         if lane is None:
@@ -116,9 +120,9 @@ class Suspects:
         self._lives += 1
         (used,) = _USED.unpack_from(self._table)
         _USED.pack_into(self._table, 0, max(used, lane + 1))
-        return Place(lane, self._lives)
+        return SlotPlace(lane, self._lives)
 
-    def bury(self, place: Place, *, expected: bool, child: int) -> None:
+    def record_death(self, place: SlotPlace, *, expected: bool, child: int) -> None:
         """The worker is gone. What it left in its lane counts unless it was asked to end, and did."""
         left = _marks(self._table[place.start : place.start + _LANE])
         for mark in {} if expected else {mark.fingerprint: mark for mark in left}.values():
@@ -133,7 +137,7 @@ class Suspects:
 
     def isolated(self) -> tuple[str, ...]:
         """Fingerprints of the messages that are isolated now, in hex."""
-        return tuple(key.hex() for key, count in self._counted().items() if count >= FATAL)
+        return tuple(key.hex() for key, count in self._counted().items() if count >= DEATH_LIMIT)
 
     def forget(self) -> None:
         """Give every message another chance: the workers are new ones, perhaps of another version."""
@@ -147,16 +151,16 @@ class Suspects:
         return counts
 
 
-class Lane:
+class WorkerSlot:
     """A worker's end: marks what it works on, and knows what others died of."""
 
-    def __init__(self, fd: int, place: Place) -> None:
+    def __init__(self, fd: int, place: SlotPlace) -> None:
         """``fd``: of the table. It stays open: to close any descriptor of the file would drop the lock."""
         self._fd = fd
         self._table = mmap.mmap(fd, _SIZE)
         self._place = place
         self._free = deque(place.start + i * _MARK.size for i in range(MARKS))
-        self._now: Mark | None = None  # what this step of the event loop works on
+        self._now: InProgressMark | None = None  # what this step of the event loop works on
         fcntl.lockf(fd, fcntl.LOCK_EX, 1, place.start)
 
     def attend(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -181,7 +185,7 @@ class Lane:
         return len(lives)
 
     def _dead(self, lane: int) -> bool:
-        start = Place(lane, 0).start
+        start = SlotPlace(lane, 0).start
         try:
             fcntl.lockf(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, start)
         except OSError:
@@ -191,10 +195,10 @@ class Lane:
 
     async def handled(self, work: Coroutine[Any, Any, T], key: bytes, incident: str) -> T:
         """The result of ``work`` on a message, which is marked whenever a step of it runs."""
-        return await self._stepped(work, Mark(key, incident, self._place.life, int(time.time())))
+        return await self._stepped(work, InProgressMark(key, incident, self._place.life, int(time.time())))
 
     @coroutine
-    def _stepped(self, work: Coroutine[Any, Any, T], mark: Mark) -> Generator[Any, Any, T]:
+    def _stepped(self, work: Coroutine[Any, Any, T], mark: InProgressMark) -> Generator[Any, Any, T]:
         packed, error = mark.packed(), None
         while True:
             row, self._now = self._put(packed), mark
@@ -218,7 +222,7 @@ class Lane:
             work = self._child(work, self._now)
         return asyncio.Task(work, loop=loop, **more)
 
-    async def _child(self, work: Coroutine[Any, Any, T], mark: Mark) -> T:
+    async def _child(self, work: Coroutine[Any, Any, T], mark: InProgressMark) -> T:
         return await self._stepped(work, mark)
 
     def marked(self, work: Callable[..., T]) -> Callable[..., T]:
@@ -254,7 +258,7 @@ class Lane:
 class _Threads(ThreadPoolExecutor):
     """The event loop's threads, with marks."""
 
-    def __init__(self, lane: Lane) -> None:
+    def __init__(self, lane: WorkerSlot) -> None:
         super().__init__(thread_name_prefix="asyncio")
         self._lane = lane
 

@@ -20,26 +20,26 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-from contentfilter.bus.messages import ORDERS, Busy, Event, Heartbeat, Orders, Remember, decode
+from contentfilter.bus.messages import OVERRIDES, CacheUpdate, Event, Heartbeat, InFlight, Overrides, decode
 from contentfilter.bus.sockets import BATCH_DELAY, WorkerBus
 from contentfilter.deadline import Deadline
-from contentfilter.doors.admission import Job, Offered, Terms
+from contentfilter.doors.admission import AcceptedMessage, IntakeLimits, PendingMessage
 from contentfilter.doors.listener import Listener
 from contentfilter.doors.listening_socket import inherited_socket
 from contentfilter.doors.message import Spool
 from contentfilter.doors.origin import resolve
-from contentfilter.doors.watermarks import Floors, Lookout
+from contentfilter.doors.watermarks import ResourceMonitor, Watermarks
 from contentfilter.errors import BackendError, RemoteProtocolError
 from contentfilter.hardening import give_up_privileges
 from contentfilter.log import Logger, adopt_standard_logging, make_logger
 from contentfilter.log_target import open_target
 from contentfilter.model import ScanOutcome
 from contentfilter.policy.bypass import Bypass
-from contentfilter.scanners.cache import Recall
+from contentfilter.scanners.cache import ScanCache
 from contentfilter.scanners.pool import BackendHealth
 from contentfilter.settings import Settings
 from contentfilter.wire import hook
-from contentfilter.worker.crashes import FATAL, Lane, Place, fingerprint
+from contentfilter.worker.crashes import DEATH_LIMIT, SlotPlace, WorkerSlot, fingerprint
 from contentfilter.worker.load import Load
 
 SHOWN = 8  # messages in flight that a heartbeat tells about
@@ -51,13 +51,13 @@ class Application(Protocol):
 
     settings: Settings
 
-    async def handle(self, job: Job) -> hook.Answer: ...
+    async def handle(self, job: AcceptedMessage) -> hook.Answer: ...
 
-    async def isolate(self, job: Job, fingerprint: str) -> hook.Answer:
+    async def isolate(self, job: AcceptedMessage, fingerprint: str) -> hook.Answer:
         """In place of :meth:`handle`, for a message that killed workers: decide without a look at it."""
         ...
 
-    def turned_away(self, offered: Offered, why: str, answer: hook.Answer, seconds: float) -> None:
+    def rejected_busy(self, offered: PendingMessage, why: str, answer: hook.Answer, seconds: float) -> None:
         """See intake.room.Handler."""
         ...
 
@@ -70,27 +70,27 @@ class Application(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
+class WorkerContext:
     """What an application may use of its worker."""
 
     log: Logger
     emit: Callable[[Event], None]  # to the supervisor and the event feed; never waits
     bypasses: Callable[[], tuple[Bypass, ...]] = tuple  # those that are ordered at this moment
-    recall: Recall = field(default_factory=Recall)  # the worker's, whatever the configuration
+    recall: ScanCache = field(default_factory=ScanCache)  # the worker's, whatever the configuration
     shed: Counter[str] = field(default_factory=Counter)  # what was left out for want of time, to be counted there
 
 
-Build = Callable[[bytes, Surroundings], Awaitable[Application]]
+Build = Callable[[bytes, WorkerContext], Awaitable[Application]]
 """The configuration blob becomes an application. Raises anything when it cannot."""
 
 
-class Serving:
+class ApplicationLease:
     """An application with a count of what it is working on, so that it is closed when it is idle.
 
     Keeps messages that killed workers away from it.
     """
 
-    def __init__(self, application: Application, generation: int, lane: Lane) -> None:
+    def __init__(self, application: Application, generation: int, lane: WorkerSlot) -> None:
         self.application = application
         self._lane = lane
         self.generation = generation
@@ -98,12 +98,12 @@ class Serving:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    async def handle(self, job: Job) -> hook.Answer:
+    async def handle(self, job: AcceptedMessage) -> hook.Answer:
         self._running += 1
         self._idle.clear()
         try:
             key = fingerprint(job.message.data)
-            if self._lane.deaths(key) >= FATAL:
+            if self._lane.deaths(key) >= DEATH_LIMIT:
                 return await self.application.isolate(job, key.hex())
             return await self._lane.handled(self.application.handle(job), key, job.incident)
         finally:
@@ -111,17 +111,17 @@ class Serving:
             if not self._running:
                 self._idle.set()
 
-    def turned_away(self, offered: Offered, why: str, answer: hook.Answer, seconds: float) -> None:
-        self.application.turned_away(offered, why, answer, seconds)
+    def rejected_busy(self, offered: PendingMessage, why: str, answer: hook.Answer, seconds: float) -> None:
+        self.application.rejected_busy(offered, why, answer, seconds)
 
     async def retire(self) -> None:
         await self._idle.wait()
         await self.application.close()
 
-    def terms(self) -> Terms:
+    def terms(self) -> IntakeLimits:
         settings, service = self.application.settings, self.application.settings.service
         origin, _ = resolve(settings.origin)  # the supervisor has told about unknown names
-        return Terms(
+        return IntakeLimits(
             self,
             origin,
             Spool(service.state),
@@ -133,9 +133,9 @@ class Serving:
             service.admission_wait,
         )
 
-    def floors(self) -> Floors:
+    def floors(self) -> Watermarks:
         service = self.application.settings.service
-        return Floors(service.memory_floor, service.disk_floor, service.state)
+        return Watermarks(service.memory_floor, service.disk_floor, service.state)
 
 
 class Worker:
@@ -157,11 +157,11 @@ class Worker:
             loop.add_signal_handler(number, self._signalled)
         loop.add_reader(self._options.lifeline, self._orphaned)
         self._bus = WorkerBus(self._options.run, os.getpid())
-        self._lane = Lane(self._options.suspects, Place(self._options.lane, self._options.life))
+        self._lane = WorkerSlot(self._options.suspects, SlotPlace(self._options.lane, self._options.life))
         self._lane.attend(loop)
-        self._recall = Recall(lambda key, kept: self._bus.send(Remember(key, kept)), self._late)
+        self._cache = ScanCache(lambda key, kept: self._bus.send(CacheUpdate(key, kept)), self._late)
         blob = read_all(self._options.runtime)
-        self._orders = decode(read_all(self._options.orders), ORDERS)
+        self._orders = decode(read_all(self._options.orders), OVERRIDES)
         self._serving = await self._built(self._options.generation, blob)
         self._listener = Listener(
             inherited_socket(self._options.listen),
@@ -173,7 +173,9 @@ class Worker:
         gc.freeze()  # modules and configuration are for good; collections need not visit them
         self._listener.hold(self._orders.drain is not None)
         self._listener.start()
-        lookout = Lookout(lambda: self._serving.floors(), lambda short: loop.call_soon_threadsafe(self._short, short))
+        lookout = ResourceMonitor(
+            lambda: self._serving.floors(), lambda short: loop.call_soon_threadsafe(self._short, short)
+        )
         lookout.start()
         try:
             async with asyncio.TaskGroup() as group:
@@ -182,7 +184,7 @@ class Worker:
                 await self._drain()
                 for task in background:
                     task.cancel()
-            await self._recall.aclose()
+            await self._cache.aclose()
             await self._serving.application.close()
             self._bus.send(self._heartbeat(0.0))  # its last counts
         finally:
@@ -190,10 +192,10 @@ class Worker:
             self._bus.close()
         self._log.info("worker.stop")
 
-    async def _built(self, generation: int, blob: bytes) -> Serving:
-        around = Surroundings(self._log, self._emit, self._bypasses, self._recall, self._load.shed)
+    async def _built(self, generation: int, blob: bytes) -> ApplicationLease:
+        around = WorkerContext(self._log, self._emit, self._bypasses, self._cache, self._load.shed)
         application = await self._build(blob, around)
-        return Serving(application, generation, self._lane)
+        return ApplicationLease(application, generation, self._lane)
 
     def _bypasses(self) -> tuple[Bypass, ...]:
         return self._orders.bypasses
@@ -270,7 +272,7 @@ class Worker:
             generation=self._serving.generation,
             refused=self._refused,
             lag=max(0.0, lag),
-            in_flight=tuple(Busy(c.incident, c.stage, now - c.began) for c in oldest),
+            in_flight=tuple(InFlight(c.incident, c.stage, now - c.began) for c in oldest),
             open=len(connections),
             counters=asdict(self._listener.counters) | self._load.counters() | {"events_lost": self._bus.lost},
             bytes=sum(c.size for c in connections),
@@ -287,14 +289,14 @@ class Worker:
             except RemoteProtocolError as error:
                 self._log.warning("bus.malformed", why=str(error))
                 continue
-            if isinstance(command, Orders):
+            if isinstance(command, Overrides):
                 self._follow(command)
-            elif isinstance(command, Remember):
-                self._recall.learn(command.key, command.kept)
+            elif isinstance(command, CacheUpdate):
+                self._cache.learn(command.key, command.kept)
             elif command.generation > max(self._serving.generation, self._refused):
                 await self._configure(command.generation, command.blob, group)
 
-    def _follow(self, orders: Orders) -> None:
+    def _follow(self, orders: Overrides) -> None:
         """From the next message on. They hold whatever becomes of the configuration."""
         if orders.number > self._orders.number:
             self._orders = orders
@@ -345,7 +347,7 @@ def command_line(
     facility: str,
     slot: int,
     generation: int,
-    place: Place,
+    place: SlotPlace,
     fds: dict[str, int],
 ) -> list[str]:
     """How the supervisor starts a worker; ``worker`` is the program and its first words."""

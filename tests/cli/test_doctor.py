@@ -22,7 +22,7 @@ from lab.spamd import Spamd
 from lab.system import System
 
 from contentfilter.admin import doctor_scanners
-from contentfilter.admin.diagnostic import Finding, Level, examine
+from contentfilter.admin.diagnostic import Diagnostic, Level, examine
 from contentfilter.cli.main import cli
 from contentfilter.deadline import Deadline
 from contentfilter.wire.clamd import Version
@@ -353,14 +353,14 @@ def test_more_workers_than_spamd_has_children_is_a_warning() -> None:
 def test_a_probe_that_breaks_or_never_ends_is_an_error_among_the_others() -> None:
     gate = threading.Event()
 
-    def late() -> tuple[Finding, ...]:
+    def late() -> tuple[Diagnostic, ...]:
         gate.wait(30)
         return ()
 
-    def broken() -> tuple[Finding, ...]:
+    def broken() -> tuple[Diagnostic, ...]:
         raise PermissionError(13, "Permission denied", "/there")
 
-    well = Finding(Level.OK, "well", "it is")
+    well = Diagnostic(Level.OK, "well", "it is")
     try:
         found = examine({"late": late, "broken": broken, "well": lambda: (well,)}, Deadline.after(0.3))
     finally:

@@ -13,7 +13,7 @@ from contentfilter.cli.main import cli
 from contentfilter.errors import Cause
 from contentfilter.model import OriginKind, Scanner
 from contentfilter.policy.failure import MEANINGS, failure_table
-from contentfilter.settings import Failure, FaultRule
+from contentfilter.settings import FailureSettings, FaultRule
 
 RULE = """
 [[failure.rule]]
@@ -22,7 +22,9 @@ cause = ["down", "timeout"]
 origin = "authenticated"
 action = "pass"
 """
-FAILURE = Failure(rule=(FaultRule(action="pass", scanner="clamd", cause=("down", "timeout"), origin="authenticated"),))
+FAILURE = FailureSettings(
+    rule=(FaultRule(action="pass", scanner="clamd", cause=("down", "timeout"), origin="authenticated"),)
+)
 Run = Callable[..., Result]
 
 
@@ -50,7 +52,7 @@ def cells(result: Result) -> dict[tuple[str, str, str], dict[str, Any]]:
 
 def test_json_has_every_cell_that_can_happen(config: Path) -> None:
     found = cells(call(config, "--json"))
-    table, normal = failure_table(FAILURE), failure_table(Failure())
+    table, normal = failure_table(FAILURE), failure_table(FailureSettings())
     expected = {
         (scanner.value, cause.value, origin.value): {
             "scanner": scanner.value,
@@ -72,7 +74,7 @@ def test_the_table_in_print_says_the_same_and_marks_what_is_not_the_default(conf
     result = call(config)
     head, *rows = [line.split() for line in result.stdout.partition("\n\n")[0].splitlines()]
     assert head == ["scanner", "cause", *(origin.value for origin in OriginKind), "set", "by"]
-    table, normal = failure_table(FAILURE), failure_table(Failure())
+    table, normal = failure_table(FAILURE), failure_table(FailureSettings())
     for scanner, cause, *actions in (row[:7] for row in rows):
         for origin, shown in zip(OriginKind, actions, strict=True):
             key = (Scanner(scanner), Cause(cause), origin)

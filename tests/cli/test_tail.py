@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 from contentfilter.bus.messages import Event
 from contentfilter.cli.tail import LINE_MAX, as_json_line, as_text, matching, told
-from contentfilter.verdict.record import Account
+from contentfilter.verdict.record import MailDetail
 
 FIELDS: dict[str, Any] = {
     "id": "1k7tr2fnsi7a1nlq", "origin": "stranger", "remote": "192.0.2.7", "sender": "joe@example.net",
     "recipients": ["first@a.example", "second@b.example"], "recipient_count": 3, "decision": "reject",
     "rule": "clamd: Eicar", "ms": 12.345,
 }  # fmt: skip
-MORE = Account((("message", "small"), ("decision", "reject")), "go away", "<x@y>", ("third@c.example",))
+MORE = MailDetail((("message", "small"), ("decision", "reject")), "go away", "<x@y>", ("third@c.example",))
 EVENT = Event("mail.done", FIELDS, msgspec.json.encode(MORE))
 EVIL = "\x1b]0;x\x07\r\n\x9b31m\u202e\x7f" * 2000
 ANY = st.recursive(
@@ -36,7 +36,7 @@ def test_a_decision_is_one_line_with_what_one_looks_for() -> None:
 
 def test_nothing_in_an_event_drives_the_terminal_or_makes_a_line_long() -> None:
     fields = dict.fromkeys(FIELDS, EVIL) | {"recipients": [EVIL], "decision": "queue" + EVIL}
-    account = msgspec.json.encode(Account(((EVIL, EVIL),) * 3, EVIL, EVIL, (EVIL,)))
+    account = msgspec.json.encode(MailDetail(((EVIL, EVIL),) * 3, EVIL, EVIL, (EVIL,)))
     for event in (Event("mail.done", fields, account), Event("x" + EVIL, {EVIL: EVIL}, account)):
         shown = list(as_text(event, 0.0, True))
         assert all(line.isprintable() and len(line) <= LINE_MAX for line in shown)

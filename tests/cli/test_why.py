@@ -18,7 +18,7 @@ import contentfilter.cli.why as why_module
 from contentfilter.cli.main import cli
 from contentfilter.doors.admission import new_incident
 from contentfilter.store.journal import FILE, Journal
-from contentfilter.verdict.record import Account
+from contentfilter.verdict.record import MailDetail
 
 NOON = 1_700_000_000.0
 STORY = (
@@ -37,7 +37,7 @@ class Place:
         self.config = directory / "contentfilter.toml"
         self.config.write_text(f'[service]\nstate = "{self.state}"\n')
 
-    def add(self, incident: str, at: float = NOON, account: Account = Account(STORY), **more: Any) -> None:  # noqa: B008 - frozen
+    def add(self, incident: str, at: float = NOON, account: MailDetail = MailDetail(STORY), **more: Any) -> None:  # noqa: B008 - frozen
         fields = {
             "id": incident, "sender": "joe@example.net", "recipients": ["user@here.example"], "recipient_count": 1,
             "remote": "192.0.2.7", "user": "", "decision": "reject", "rule": "clamd: Eicar", "scans": [], "attempt": 0,
@@ -66,9 +66,9 @@ class Place:
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
     made = Place(tmp_path)
-    made.add(FIRST, NOON, Account(STORY, "refused [x] (#5.7.1)", "<first@host>"))
+    made.add(FIRST, NOON, MailDetail(STORY, "refused [x] (#5.7.1)", "<first@host>"))
     made.add(SECOND, NOON + 60, sender="", decision="queue", rule="clean", remote="2001:db8::1")
-    made.add(THIRD, NOON + 120, Account(STORY, more_recipients=("last@list.example",)), recipients=["A@b", "c@d"],
+    made.add(THIRD, NOON + 120, MailDetail(STORY, more_recipients=("last@list.example",)), recipients=["A@b", "c@d"],
              recipient_count=30)  # fmt: skip
     return made
 
@@ -246,7 +246,7 @@ def test_on_a_terminal_it_is_a_table(place: Place) -> None:
 
 def test_nothing_in_the_journal_drives_the_terminal(place: Place) -> None:
     evil = "\x1b]0;x\x07\r\n\t\x9b31m"
-    told = Account((("message", evil), (evil, "x")), evil, evil)
+    told = MailDetail((("message", evil), (evil, "x")), evil, evil)
     place.add("evil000000000000", account=told, sender=evil, recipients=[evil], rule=evil, user=evil, remote=evil)
     place.add("evil000000000001", sender=evil, recipients=[evil], rule=evil)
     whole, table = place.why("evil000000000000"), place.why("--sender", f"*{evil}*")

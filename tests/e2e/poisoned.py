@@ -11,15 +11,15 @@ import re
 import signal
 import sys
 
-from contentfilter.scanners.signatures.engine import Engine, Finding
+from contentfilter.scanners.signatures.engine import Detection, Engine
 from contentfilter.supervisor import source
-from contentfilter.supervisor.maintenance import chores
+from contentfilter.supervisor.maintenance import maintenance_jobs
 from contentfilter.supervisor.supervisor import Supervisor
 from contentfilter.worker import application
 from contentfilter.worker.main import main
 
 
-def scan(engine: Engine, data: mmap.mmap | bytes) -> Finding | None:
+def scan(engine: Engine, data: mmap.mmap | bytes) -> Detection | None:
     """As the message says: die of a wild pointer, search for ever, holding the GIL, or take all memory."""
     if b"\nPOISON segfault" in data:
         ctypes.string_at(0)
@@ -41,4 +41,6 @@ if __name__ == "__main__":
         main(application.build, sys.argv[2:])
     else:
         worker = (sys.executable, "-P", __file__, "worker")
-        sys.exit(asyncio.run(Supervisor(source.Files(sys.argv[1]), worker, os.environ, chores()).run()))
+        sys.exit(
+            asyncio.run(Supervisor(source.ConfigLoader(sys.argv[1]), worker, os.environ, maintenance_jobs()).run())
+        )

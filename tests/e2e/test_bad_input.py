@@ -16,6 +16,7 @@ from lab.hook import until
 from lab.offer import ENVELOPE, MESSAGE, Offer, sealed
 from lab.system import System
 
+from contentfilter.model import Action
 from contentfilter.wire import hook
 
 TOLD = 82
@@ -223,7 +224,7 @@ def test_garbage_and_wrong_descriptors_while_mail_flows(make_system, tmp_path: P
         for name, fds in kinds.items():
             with Offer(system.daemon.socket) as offer:
                 answer = offer.send_raw(request, fds).answer()
-                assert answer is None or answer.action is hook.Action.DEFER, name
+                assert answer is None or answer.action is Action.DEFER, name
         good = kinds["one"][0]
         for packet in (b"x", request[:-1], request + b"x", b"CFQ1" + b"\xff" * 28, b"\0" * 60_000, os.urandom(200)):
             for fds in [], [good], [good] * 2:
@@ -234,7 +235,7 @@ def test_garbage_and_wrong_descriptors_while_mail_flows(make_system, tmp_path: P
             with Offer(system.daemon.socket) as offer:
                 answer = offer.send(MESSAGE, content).answer()
                 assert answer is not None
-                assert answer.action is hook.Action.DEFER
+                assert answer.action is Action.DEFER
         load.more(20)
         for offer in idle:
             offer.close()
@@ -255,7 +256,7 @@ def test_a_file_that_changes_after_it_was_offered(make_system) -> None:
         growing.flush()
         answer = offer.answer()
         assert answer is not None
-        assert answer.action in (hook.Action.QUEUE, hook.Action.DEFER)
+        assert answer.action in (Action.QUEUE, Action.DEFER)
     assert system.deliver(PLAIN, NOBODY).status == 0
 
 

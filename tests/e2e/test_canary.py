@@ -32,10 +32,10 @@ from lab.system import System
 
 from contentfilter.bus import messages, sockets
 from contentfilter.doors import canary
+from contentfilter.model import Action
 from contentfilter.monitor import samples
 from contentfilter.settings import Settings
 from contentfilter.store.release import load_secret
-from contentfilter.wire import hook
 
 GREEN = {"clean": "passed", "eicar": "caught", "gtube": "caught", "signature": "caught"}
 OPTIONS = "chksignature 1\nchkloadertype 1\n"
@@ -371,7 +371,7 @@ def test_a_good_mark_in_another_users_hands_is_mail(make: Make) -> None:
     aviary = make()
     mark = marked(aviary, MAIL)
     environ = {canary.VARIABLE.encode(): mark.encode()}
-    assert offer(aviary.daemon.socket, MAIL, environ=environ).action is hook.Action.DROP  # ours: it is a canary
+    assert offer(aviary.daemon.socket, MAIL, environ=environ).action is Action.DROP  # ours: it is a canary
     if os.geteuid():
         pytest.skip("only root can be somebody else")
     conf = aviary.directory / "theirs.conf"

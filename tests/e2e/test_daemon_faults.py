@@ -196,7 +196,7 @@ def test_a_flood_of_reports_costs_no_mail_and_little_memory(make_system: MakeSys
     system = make_system()
     assert len(system.deliver(PLAIN, NOBODY).queued) == 1
     run = system.daemon.directory
-    beat = messages.encode(messages.Happened(1, [messages.Event("mail.done", {"id": "x" * 1000})]))
+    beat = messages.encode(messages.EventBatch(1, [messages.Event("mail.done", {"id": "x" * 1000})]))
     with zmq.Context() as context, context.socket(zmq.PUSH) as flood:
         flood.linger, flood.sndtimeo = 0, 5000
         flood.connect(sockets.addresses(str(run))["reports"])

@@ -14,8 +14,8 @@ from lab.system import System
 
 from contentfilter.errors import Cause
 from contentfilter.model import OriginKind, Scanner
-from contentfilter.policy.failure import MEANINGS, on_fault
-from contentfilter.settings import Failure, FaultRule, Settings
+from contentfilter.policy.failure import MEANINGS, failure_action
+from contentfilter.settings import FailureSettings, FaultRule, Settings
 
 # What a scripted scanner is told to do -> the cause that must come of it.
 CLAMD = {
@@ -49,7 +49,7 @@ RULES: tuple[dict[str, Any], ...] = (
     {"action": "defer", "scanner": "spamd", "cause": ["busy", "timeout", "memory"], "origin": "stranger"},
 )
 SETTINGS = Settings(
-    failure=Failure(
+    failure=FailureSettings(
         rule=tuple(
             FaultRule(**{key: tuple(value) if isinstance(value, list) else value for key, value in rule.items()})
             for rule in RULES
@@ -121,7 +121,7 @@ def test_each_fault_does_what_its_cell_says(
     d = system.deliver(mail, sender=sender.encode(), env=ENVIRONMENTS[origin])
     (record,) = system.daemon.wait_for("mail.done", where=lambda r: r["sender"] == sender)
     assert record["origin"] == origin.value
-    action = on_fault(scanner, cause, origin, SETTINGS)
+    action = failure_action(scanner, cause, origin, SETTINGS)
     if action == "defer":
         assert (d.status, d.queued, record["decision"], record["rule"]) == (
             82,
@@ -149,7 +149,7 @@ def test_these_cases_cover_every_cause_that_a_daemon_can_give() -> None:
 
 def test_no_two_origins_have_the_same_row() -> None:
     """So a daemon that mixed up two of them would fail the test above."""
-    rows = {o: tuple(on_fault(s, c, o, SETTINGS) for s, _, c in CASES) for o in OriginKind}
+    rows = {o: tuple(failure_action(s, c, o, SETTINGS) for s, _, c in CASES) for o in OriginKind}
     assert len(set(rows.values())) == len(OriginKind)
 
 

@@ -24,13 +24,13 @@ from contentfilter.model import Envelope, Message, Origin, OriginKind, Scanner, 
 from contentfilter.pipeline import Pipeline, Scanners
 from contentfilter.policy.plan import Row, Switches
 from contentfilter.scanners.clamd import ClamdScanner
-from contentfilter.scanners.limiter import Turns
+from contentfilter.scanners.limiter import ScannerLimiter
 from contentfilter.scanners.spamd import SpamdScanner
 from contentfilter.scanners.stream import Leave
-from contentfilter.settings import Service, Settings
-from contentfilter.settings import Spamd as Section
+from contentfilter.settings import ServiceSettings, Settings
+from contentfilter.settings import SpamdSettings as Section
 from contentfilter.store.quarantine import Quarantine
-from contentfilter.verdict.context import Case
+from contentfilter.verdict.context import MessageContext
 
 SAMPLE = SQL.parent / "spamassassin" / "sql.cf"
 WORDS = ("body CF_WORDS /three points of spam/", "score CF_WORDS 3.0", "describe CF_WORDS a rule of this test")
@@ -242,14 +242,14 @@ def test_all_owners_are_asked_at_the_same_time_and_a_fault_is_its_owners_alone(t
                 raise BackendError(Cause.DOWN, "here", "69 no preferences")
             return ScanOutcome(Scanner.SPAMD, ScanStatus.CLEAN, score=1.0, threshold=5.0)
 
-    config = Settings(spamd=Section(user="recipient"), service=Service(state=str(tmp_path)))
-    turns = [Turns(scanner, 3, 60.0, Counter()) for scanner in (Scanner.CLAMD, Scanner.SPAMD)]
+    config = Settings(spamd=Section(user="recipient"), service=ServiceSettings(state=str(tmp_path)))
+    turns = [ScannerLimiter(scanner, 3, 60.0, Counter()) for scanner in (Scanner.CLAMD, Scanner.SPAMD)]
     scanners = Scanners(None, ClamdScanner(config.clamd), Asked(config.spamd, 3), *turns)
     row = Row(b"@x", False)
     pipeline = Pipeline(config, Switches(), lambda _: (None, row), scanners, Quarantine.of(config))
     envelope, origin = Envelope(b"", (b"a@x", b"b@x", b"c@x")), Origin(OriginKind.STRANGER, 1)
 
-    async def examined() -> Case:
+    async def examined() -> MessageContext:
         message = message_of(MESSAGE)
         try:
             return await pipeline.examine("i", envelope, message, origin, Deadline.after(20))

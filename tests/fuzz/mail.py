@@ -31,7 +31,7 @@ TOP = b"Content-Type: multipart/mixed; boundary=frontier\n\n"
 def scan(data: bytes) -> None:
     """The walk stays inside the message; a program behind hostile bytes is found, or the scan says why not."""
     started = time.thread_time()
-    for leaf in mime.leaves(data, MARKS, mime.Effort()):
+    for leaf in mime.leaves(data, MARKS, mime.ScanLimits()):
         assert 0 <= leaf.start < leaf.end <= len(data)
         assert len(leaf.path) <= mime.NESTED + 1
     WARLORD.scan(data)

@@ -10,9 +10,9 @@ import msgspec
 from lab.programs import disguises, made
 
 from contentfilter.bus import messages
-from contentfilter.model import Scanner
-from contentfilter.store.sidecar import Entry, EnvelopeHex, Release
-from contentfilter.verdict.record import Scan
+from contentfilter.model import Action, Reason, Scanner
+from contentfilter.store.sidecar import EnvelopeHex, Release, Sidecar
+from contentfilter.verdict.record import ScanRecord
 from contentfilter.wire import envelope, hook
 
 CORPUS = Path(__file__).with_name("corpus")
@@ -48,20 +48,20 @@ MAIL = (
 def _wire() -> dict[str, list[bytes]]:
     one = hook.Submission(b"X-A: b\n", 3, envelope.build(b"s@example.org", [b"r@example.org"]))
     answers = (
-        hook.Answer(hook.Action.QUEUE, submissions=(hook.Submission(),)),
-        hook.Answer(hook.Action.QUEUE, submissions=(one, hook.Submission(b"", 0, b"F\0Tr\0\0"))),
-        hook.Answer(hook.Action.REJECT, hook.Reason.VIRUS, "no"),
-        hook.Answer(hook.Action.DROP),
+        hook.Answer(Action.QUEUE, submissions=(hook.Submission(),)),
+        hook.Answer(Action.QUEUE, submissions=(one, hook.Submission(b"", 0, b"F\0Tr\0\0"))),
+        hook.Answer(Action.REJECT, Reason.VIRUS, "no"),
+        hook.Answer(Action.DROP),
     )
     packets = [hook.encode_answer(answer).packet for answer in answers]
     apart = bytearray(packets[1])
     apart[12] = 1
     edges = [b"F%b\0T%b\0\0" % (b"s" * first, b"r" * second) for first, second in ((1002, 1), (1003, 1), (1, 1003))]
-    orders = messages.Orders(3, (), messages.Drain(1.0, None, "why", "root"))
+    orders = messages.Overrides(3, (), messages.Drain(1.0, None, "why", "root"))
     return {
         "request": [hook.encode_request(hook.Request(1, 9.5, 100, 20, {b"TCPREMOTEIP": b"192.0.2.1", b"EXTRA": b""}))],
         "answer": [*(b"\0\0\0" + packet for packet in packets), b"\1\0\x18" + apart],
-        "report": [hook.encode_report(hook.Report((hook.Result(0, True), hook.Result(-9, False))))],
+        "report": [hook.encode_report(hook.CommitReport((hook.Result(0, True), hook.Result(-9, False))))],
         "envelopes": [envelope.build(b"s", [b"a", b"b"]), b"Fs\0Tr\0Q\0", b"Fs\0Tr\0Q1\0Tt\0\0behind", *edges],
         "clamd_answer": list(CLAMD),
         "spamd_response": list(SPAMD),
@@ -84,12 +84,12 @@ def _wire() -> dict[str, list[bytes]]:
 
 
 def _files() -> dict[str, list[bytes]]:
-    entry = Entry(
+    entry = Sidecar(
         "0123456789abcdef",
         "0" * 64,
         5,
         1.0,
-        scans=(Scan("clamd", "found", 1.0, "Test"),),
+        scans=(ScanRecord("clamd", "found", 1.0, "Test"),),
         envelope_hex=EnvelopeHex("61", ("62", "63")),
         withheld_from=(1,),
         released=(Release(2.0, "root", ("b",)),),

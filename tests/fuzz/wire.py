@@ -7,8 +7,8 @@ from fuzz.hook_library import hook_parsers
 
 from contentfilter.bus import messages
 from contentfilter.errors import EnvelopeError, RemoteProtocolError
-from contentfilter.model import Scanner, ScanOutcome, ScanStatus
-from contentfilter.policy.decide import Action, Decision, Fate, Finding, Reason
+from contentfilter.model import Action, Reason, Scanner, ScanOutcome, ScanStatus
+from contentfilter.policy.decide import Decision, Match, RecipientAction
 from contentfilter.verdict import headers
 from contentfilter.verdict.reply import text_for
 from contentfilter.wire import clamd, envelope, hook, spamd
@@ -145,9 +145,9 @@ def outcome(reader: Any, data: bytes, size: int) -> object:
 
 def refusal(name: str) -> None:
     """What the SMTP client is told about a finding of that name fits into the hook's answer."""
-    found = Finding(Fate.REJECT, Reason.VIRUS, "clamd", ScanOutcome(Scanner.CLAMD, ScanStatus.FOUND, name))
+    found = Match(RecipientAction.REJECT, Reason.VIRUS, "clamd", ScanOutcome(Scanner.CLAMD, ScanStatus.FOUND, name))
     text = text_for(Decision(Action.REJECT, Reason.VIRUS, "clamd", found), "0123456789abcdef")
-    assert hook.encode_answer(hook.Answer(hook.Action.REJECT, hook.Reason.VIRUS, text)).body is None
+    assert hook.encode_answer(hook.Answer(Action.REJECT, Reason.VIRUS, text)).body is None
 
 
 def spamd_response(data: bytes) -> None:
@@ -180,7 +180,7 @@ def _overruled(fields: bytes) -> bytes:
 
 def frame(data: bytes) -> None:
     """Frames of the bus, from whoever has the socket."""
-    for decoder in (messages.REPORTS, messages.ORDERS, messages.COMMANDS, messages.QUESTIONS, messages.REPLIES):
+    for decoder in (messages.REPORTS, messages.OVERRIDES, messages.COMMANDS, messages.QUESTIONS, messages.REPLIES):
         try:
             read = messages.decode(b"\x01" + data, decoder)
         except RemoteProtocolError:

@@ -9,7 +9,7 @@ import pytest
 from lab.hook import HookLab, HookProcess, split, until
 
 from contentfilter.wire import envelope
-from contentfilter.wire.hook import Report, Result, Submission
+from contentfilter.wire.hook import CommitReport, Result, Submission
 
 SIZES = pytest.mark.parametrize("size", [0, 20, 65_536, 300_000], ids=["empty", "small", "64K", "large"])
 
@@ -32,7 +32,7 @@ def test_all_parts_are_queued_byte_for_byte(both: HookLab, size: int, count: int
     assert (result.status, result.stderr) == (0, b"")
     assert [q.message for q in queued] == [b"X-Part: %d\n" % i + message for i in range(count)]
     assert [q.envelope.recipients for q in queued] == [(b"r%d@example.org" % i,) for i in range(count)]
-    assert daemon.reports == [Report((Result(0, True),) * count)]
+    assert daemon.reports == [CommitReport((Result(0, True),) * count)]
     assert {q.ppid for q in queued} == {result.pid}
 
 
@@ -64,7 +64,7 @@ def test_a_part_that_fails_before_the_commit_undoes_all(
     daemon.wait(reports=1)
     assert result.status == status
     assert (lab.standin.queued(), lab.standin.leftovers()) == ([], [])
-    assert daemon.reports == [Report((Result(54, False), Result(int(failure), False), Result(54, False)))]
+    assert daemon.reports == [CommitReport((Result(54, False), Result(int(failure), False), Result(54, False)))]
 
 
 @pytest.mark.parametrize("point", ["message", "envelope"])
@@ -85,7 +85,7 @@ def test_a_part_that_fails_after_the_commit_is_told(both: HookLab, failure: str,
     assert result.status == status
     assert b"not queued: 2 with status " + failure.encode() in result.stderr
     assert [q.envelope.recipients for q in both.standin.queued()] == [(b"r0@example.org",), (b"r2@example.org",)]
-    assert daemon.reports == [Report((Result(0, True), Result(int(failure), True), Result(0, True)))]
+    assert daemon.reports == [CommitReport((Result(0, True), Result(int(failure), True), Result(0, True)))]
 
 
 def test_a_part_that_is_killed_after_the_commit_is_told(both: HookLab) -> None:
@@ -94,7 +94,7 @@ def test_a_part_that_is_killed_after_the_commit_is_told(both: HookLab) -> None:
     daemon.wait(reports=1)
     assert (result.status, len(both.standin.queued())) == (81, 1)
     assert b"not queued: 1 by signal 9" in result.stderr
-    assert daemon.reports == [Report((Result(-9, True), Result(0, True)))]
+    assert daemon.reports == [CommitReport((Result(-9, True), Result(0, True)))]
 
 
 def stalled(lab: HookLab, hook: HookProcess) -> int:
@@ -165,7 +165,7 @@ def test_the_deadline_ends_a_part_that_stands_still(lab: HookLab, impatient_hook
     daemon.wait(reports=1)
     assert result.status == 52
     assert lab.standin.queued() == []
-    assert daemon.reports == [Report((Result(54, False), Result(-9, False), Result(54, False)))]
+    assert daemon.reports == [CommitReport((Result(54, False), Result(-9, False), Result(54, False)))]
 
 
 def test_the_deadline_after_the_commit_asks_for_a_retry(lab: HookLab, impatient_hook: Path) -> None:
@@ -175,6 +175,6 @@ def test_the_deadline_after_the_commit_asks_for_a_retry(lab: HookLab, impatient_
     daemon.wait(reports=1)
     assert result.status == 52
     assert b"not queued: 2 with status 52" in result.stderr
-    assert daemon.reports == [Report((Result(0, True), Result(52, True)))]
+    assert daemon.reports == [CommitReport((Result(0, True), Result(52, True)))]
     for pid in lab.standin.stalled():
         os.kill(pid, signal.SIGKILL)

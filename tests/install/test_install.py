@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from style.tree import ROOT
 
 from contentfilter.admin import install as ops
-from contentfilter.admin.install_items import Inventory, System
+from contentfilter.admin.install_items import Manifest, System
 from contentfilter.cli.main import cli
 
 Listing = dict[str, tuple[int, str]]
@@ -220,7 +220,7 @@ def test_an_upgrade_renews_what_nobody_edited(prefix: Path, run: Callable[..., R
     run("install")
     service, socket = (prefix / UNITS / f"contentfilter.{kind}" for kind in ("service", "socket"))
     new = service.read_text()
-    inventory = Inventory.read(System(prefix))
+    inventory = Manifest.read(System(prefix))
     path = f"/{UNITS}/contentfilter.service"
     service.write_text("# of an older version\n")
     inventory.made[path] = (inventory.made[path][0], hashlib.sha256(service.read_bytes()).hexdigest())
@@ -310,13 +310,13 @@ def test_an_inventory_that_is_not_ours_is_refused(prefix: Path, run: Callable[..
 def test_an_inventory_that_others_may_write_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "installed.json"
     path.write_text('{"qmail": "", "made": []}')
-    monkeypatch.setattr(Inventory, "PATH", str(path))
-    assert Inventory.read(System()).made == {}
+    monkeypatch.setattr(Manifest, "PATH", str(path))
+    assert Manifest.read(System()).made == {}
     for mode, owner in ((0o666, 0), (0o644, 65534)):
         path.chmod(mode)
         os.chown(path, owner, 0)
         with pytest.raises(ops.RefusedError, match="not written by root alone"):
-            Inventory.read(System())
+            Manifest.read(System())
 
 
 @pytest.mark.parametrize("path", ["/opt/content filter/bin/contentfilter", "/opt/100%/contentfilter", "contentfilter"])

@@ -16,10 +16,10 @@ from lab.offer import offer
 from style.tree import ROOT
 
 from contentfilter.admin import install as ops
-from contentfilter.admin.install_items import STATE, USER, System, Thing
+from contentfilter.admin.install_items import STATE, USER, InstallItem, System
+from contentfilter.model import Action
 from contentfilter.settings import Settings
 from contentfilter.supervisor import supervisor
-from contentfilter.wire import hook
 
 SYSTEMD = ROOT / "etc" / "systemd"
 SERVICE, SOCKET = SYSTEMD / "contentfilter.service", SYSTEMD / "contentfilter.socket"
@@ -70,7 +70,7 @@ def units(tmp_path: Path) -> list[Path]:
     (tmp_path / "run/systemd/system").mkdir(parents=True)
     written = []
     for thing in ops.wanted(package, System(tmp_path), "/var/qmail"):
-        if isinstance(thing, Thing) and thing.path.startswith(ops.UNITS):
+        if isinstance(thing, InstallItem) and thing.path.startswith(ops.UNITS):
             written.append(tmp_path / os.path.basename(thing.path))
             written[-1].write_bytes(thing.content)
     assert len(written) == 2
@@ -119,7 +119,7 @@ def test_the_daemon_works_under_the_filters_of_its_unit(tmp_path: Path) -> None:
     with daemon:
         for size in (10, 100_000):  # in the event loop, and in a thread
             answer = offer(daemon.socket, b"Subject: test\n\n" + b"text\n" * size)
-            assert answer.action is hook.Action.QUEUE
+            assert answer.action is Action.QUEUE
         (sung,) = daemon.wait_for("canary.done")  # the hook starts, and finds its way, in there as well
         assert sung["results"] == {
             "clean": "passed", "eicar": "skipped", "gtube": "skipped", "signature": "caught"
@@ -129,4 +129,4 @@ def test_the_daemon_works_under_the_filters_of_its_unit(tmp_path: Path) -> None:
         assert "Seccomp:\t2" in status
         daemon.reload()
         daemon.wait_for("worker.reload", 2)
-        assert offer(daemon.socket).action is hook.Action.QUEUE
+        assert offer(daemon.socket).action is Action.QUEUE

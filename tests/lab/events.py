@@ -13,7 +13,7 @@ from typing import Any
 
 import contentfilter
 from contentfilter.log import EVENTS
-from contentfilter.verdict.record import Record
+from contentfilter.verdict.record import MailRecord
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = ROOT / "etc" / "log-schema.json"
@@ -60,7 +60,7 @@ def said() -> dict[str, Said]:
 
 # Fields that the calls do not name.
 MORE: dict[str, set[str]] = {
-    "mail.done": set(Record.__struct_fields__),
+    "mail.done": set(MailRecord.__struct_fields__),
     "housekeeping.done": {"entries", "stray", "used", "messages"},
     "tables.stale": {"loaded", "clamav_rows", "spamd_rows"},
     "tables.current": {"loaded", "clamav_rows", "spamd_rows"},

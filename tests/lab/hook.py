@@ -250,7 +250,7 @@ class FakeDaemon:
         self.path = path
         self.replies = replies
         self.offers: list[Offer] = []
-        self.reports: list[wire.Report] = []
+        self.reports: list[wire.CommitReport] = []
         self._changed = threading.Condition()
         self._open: list[socket.socket] = []
         self._serving = 0

@@ -13,7 +13,7 @@ from lab import hook as hook_lab
 from lab.hook import FakeDaemon, HookProcess, HookResult, Offer, Reply
 from lab.standin import Queued, Standin
 
-from contentfilter.wire.hook import Report
+from contentfilter.wire.hook import CommitReport
 
 SOURCE = Path(__file__).with_name("inject.c")
 ERRORS = {name: getattr(errno, name) for name in ("ENOSPC", "EMFILE", "ENOMEM", "EIO", "EINTR")}
@@ -50,7 +50,7 @@ class Outcome:
     queued: tuple[Queued, ...]
     leftovers: tuple[str, ...]
     offers: tuple[Offer, ...]
-    reports: tuple[Report, ...]
+    reports: tuple[CommitReport, ...]
 
     @property
     def status(self) -> int:

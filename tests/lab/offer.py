@@ -81,7 +81,7 @@ class Offer:
             return hook.decode_answer(packet, file.read())
 
     def report(self, *results: hook.Result) -> None:
-        self.socket.send(hook.encode_report(hook.Report(results)))
+        self.socket.send(hook.encode_report(hook.CommitReport(results)))
 
     def close(self) -> None:
         self.socket.close()

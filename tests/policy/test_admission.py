@@ -8,25 +8,34 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from contentfilter.model import Origin, OriginKind
-from contentfilter.policy.admission import LARGE, OLDEST_EVERY, RANKS, Claim, Line, Ticket, claim_of, source_of
+from contentfilter.policy.admission import (
+    LARGE,
+    OLDEST_EVERY,
+    RANKS,
+    AdmissionQueue,
+    Priority,
+    QueueEntry,
+    priority_of,
+    source_of,
+)
 
 
-def claim(source: str = "a", rank: int = 1, volume: int = 0) -> Claim:
-    return Claim(("user", source.encode()), rank, volume)
+def claim(source: str = "a", rank: int = 1, volume: int = 0) -> Priority:
+    return Priority(("user", source.encode()), rank, volume)
 
 
 def small(rank: int) -> bool:
     return rank < 2
 
 
-def waiting(line: Line[str], *claims: Claim) -> list[Ticket[str]]:
-    tickets = [Ticket(each, f"{number}") for number, each in enumerate(claims)]
+def waiting(line: AdmissionQueue[str], *claims: Priority) -> list[QueueEntry[str]]:
+    tickets = [QueueEntry(each, f"{number}") for number, each in enumerate(claims)]
     for ticket in tickets:
         assert line.join(ticket) is None
     return tickets
 
 
-def served(line: Line[str], count: int) -> list[Ticket[str]]:
+def served(line: AdmissionQueue[str], count: int) -> list[QueueEntry[str]]:
     """The next ``count`` that get a place, each of which is given back at once."""
     order = []
     for _ in range(count):
@@ -54,7 +63,7 @@ def served(line: Line[str], count: int) -> list[Ticket[str]]:
     ],
 )
 def test_small_mail_goes_before_large_and_our_users_before_the_rest(kind: OriginKind, size: int, rank: int) -> None:
-    made = claim_of(Origin(kind, 7), size)
+    made = priority_of(Origin(kind, 7), size)
     assert (made.rank, made.volume) == (rank, size if size > LARGE else 0)
 
 
@@ -91,14 +100,14 @@ def test_whatever_an_address_looks_like_it_makes_a_source(ip: bytes) -> None:
 
 
 def test_a_flood_delays_another_source_by_one_message_not_by_all() -> None:
-    line: Line[str] = Line(1)
+    line: AdmissionQueue[str] = AdmissionQueue(1)
     waiting(line, *[claim("flood")] * 1000)
-    line.join(ticket := Ticket(claim("other"), "me"))
+    line.join(ticket := QueueEntry(claim("other"), "me"))
     assert ticket in served(line, 2)
 
 
 def test_who_holds_places_for_long_waits_behind_who_holds_none() -> None:
-    line: Line[str] = Line(8)
+    line: AdmissionQueue[str] = AdmissionQueue(8)
     for _ in range(8):
         assert line.take(claim("slow"))
     waiting(line, *[claim("slow")] * 5, claim("new"))
@@ -112,7 +121,7 @@ def test_who_holds_places_for_long_waits_behind_who_holds_none() -> None:
 @given(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=60))
 def test_sources_take_turns(sources: list[str]) -> None:
     """As long as all of them wait, none gets two more than another, but for the places that go by age."""
-    line: Line[str] = Line(1)
+    line: AdmissionQueue[str] = AdmissionQueue(1)
     waiting(line, *(claim(source) for source in sources))
     left, got = Counter(sources), Counter[str]()
     for number, ticket in enumerate(served(line, len(sources)), 1):
@@ -125,7 +134,7 @@ def test_sources_take_turns(sources: list[str]) -> None:
 
 
 def test_ranks_go_in_order_but_every_fourth_place_goes_by_age() -> None:
-    line: Line[str] = Line(1)
+    line: AdmissionQueue[str] = AdmissionQueue(1)
     claims = [claim("z", 3, LARGE + 1), claim("y", 1), claim("x", 0), *(claim(f"u{n}", 0) for n in range(6))]
     waiting(line, *claims)
     assert [ticket.claim.rank for ticket in served(line, 9)] == [0, 0, 0, 3, 0, 0, 0, 1, 0]
@@ -139,13 +148,13 @@ def test_ranks_go_in_order_but_every_fourth_place_goes_by_age() -> None:
 )
 def test_nobody_starves(before: list[tuple[str, int]], mine: tuple[str, int], places: int) -> None:
     """However many better ones come: with n before me I am served within 4 (n + 1) places."""
-    line: Line[str] = Line(places, volume=LARGE)
+    line: AdmissionQueue[str] = AdmissionQueue(places, volume=LARGE)
     waiting(line, *(claim(source, rank, 0 if small(rank) else LARGE + 1) for source, rank in before))
-    me = Ticket(claim(mine[0], mine[1], 0 if small(mine[1]) else LARGE + 1), "me")
+    me = QueueEntry(claim(mine[0], mine[1], 0 if small(mine[1]) else LARGE + 1), "me")
     line.join(me)
     for number in range(OLDEST_EVERY * (len(before) + 1)):
-        line.join(Ticket(claim(f"fresh {number}", 0), "better"))
-        line.join(Ticket(claim(f"fresh {number}", 0), "better"))
+        line.join(QueueEntry(claim(f"fresh {number}", 0), "better"))
+        line.join(QueueEntry(claim(f"fresh {number}", 0), "better"))
         if served(line, 1) == [me]:
             return
     pytest.fail(f"not served after {OLDEST_EVERY * (len(before) + 1)} places")
@@ -155,7 +164,7 @@ def test_nobody_starves(before: list[tuple[str, int]], mine: tuple[str, int], pl
 
 
 def test_a_large_one_that_does_not_fit_keeps_its_turn_and_lets_small_ones_pass() -> None:
-    line: Line[str] = Line(10, volume=1_000_000)
+    line: AdmissionQueue[str] = AdmissionQueue(10, volume=1_000_000)
     under_way = claim("a", 3, 600_000)
     assert line.take(under_way)
     big, middle, little = waiting(line, claim("b", 3, 900_000), claim("c", 3, 300_000), claim("d", 1))
@@ -169,7 +178,7 @@ def test_a_large_one_that_does_not_fit_keeps_its_turn_and_lets_small_ones_pass()
 
 
 def test_even_our_own_large_one_does_not_pass_a_large_one_that_has_its_turn() -> None:
-    line: Line[str] = Line(10, volume=1_000_000)
+    line: AdmissionQueue[str] = AdmissionQueue(10, volume=1_000_000)
     under_way = claim("a", 3, 600_000)
     line.take(under_way)
     (big,) = waiting(line, claim("b", 3, 900_000))
@@ -183,14 +192,14 @@ def test_even_our_own_large_one_does_not_pass_a_large_one_that_has_its_turn() ->
 
 
 def test_one_that_is_larger_than_all_room_is_let_in_alone() -> None:
-    line: Line[str] = Line(10, volume=10)
+    line: AdmissionQueue[str] = AdmissionQueue(10, volume=10)
     assert line.take(claim("a", 3, 1 << 40))
     assert not line.take(claim("b", 3, 1_000_000))
     assert not line.full()
 
 
 def test_a_stuck_one_that_goes_away_frees_the_way() -> None:
-    line: Line[str] = Line(10, volume=1_000_000)
+    line: AdmissionQueue[str] = AdmissionQueue(10, volume=1_000_000)
     assert line.take(claim("a", 3, 600_000))
     big, middle = waiting(line, claim("b", 3, 900_000), claim("c", 3, 300_000))
     assert line.next() is None
@@ -202,39 +211,39 @@ def test_a_stuck_one_that_goes_away_frees_the_way() -> None:
 
 
 def test_the_greediest_source_loses_its_last_message_of_the_worst_rank() -> None:
-    line: Line[str] = Line(1, room=4)
+    line: AdmissionQueue[str] = AdmissionQueue(1, room=4)
     line.take(claim("x"))
     tickets = waiting(line, claim("flood", 1), claim("flood", 3, LARGE + 1), claim("flood", 0), claim("other"))
-    assert line.join(Ticket(claim("new"), "new")) is tickets[1]
+    assert line.join(QueueEntry(claim("new"), "new")) is tickets[1]
     assert len(line) == 4
 
 
 def test_a_flood_cannot_push_others_out() -> None:
-    line: Line[str] = Line(1, room=4)
+    line: AdmissionQueue[str] = AdmissionQueue(1, room=4)
     line.take(claim("x"))
     others = waiting(line, claim("a"), claim("b"), claim("c"))
     for _ in range(20):
-        line.join(Ticket(claim("flood"), "flood"))
+        line.join(QueueEntry(claim("flood"), "flood"))
     assert [ticket for ticket in served_all(line) if ticket in others] == others
 
 
-def served_all(line: Line[str]) -> list[Ticket[str]]:
+def served_all(line: AdmissionQueue[str]) -> list[QueueEntry[str]]:
     line.leave(claim("x"))
     return served(line, 100)
 
 
 def test_where_everybody_has_one_the_newcomer_goes_and_the_line_says_so_before() -> None:
-    line: Line[str] = Line(1, room=2)
+    line: AdmissionQueue[str] = AdmissionQueue(1, room=2)
     assert not line.full()
     line.take(claim("x"))
     waiting(line, claim("a"), claim("b"))
     assert line.full()
-    new = Ticket(claim("c"), "c")
+    new = QueueEntry(claim("c"), "c")
     assert line.join(new) is new
 
 
 def test_a_closed_line_gives_nobody_a_place() -> None:
-    line: Line[str] = Line(1)
+    line: AdmissionQueue[str] = AdmissionQueue(1)
     line.closed = True
     assert not line.take(claim())
     (ticket,) = waiting(line, claim())
@@ -248,9 +257,9 @@ class Anything(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.line: Line[int] = Line(3, room=5, volume=2 * LARGE)
-        self.held: list[Claim] = []
-        self.waiting: list[Ticket[int]] = []
+        self.line: AdmissionQueue[int] = AdmissionQueue(3, room=5, volume=2 * LARGE)
+        self.held: list[Priority] = []
+        self.waiting: list[QueueEntry[int]] = []
 
     @rule(source=st.sampled_from("abc"), rank=st.integers(0, RANKS - 1), extra=st.integers(1, LARGE))
     def come(self, source: str, rank: int, extra: int) -> None:
@@ -258,7 +267,7 @@ class Anything(RuleBasedStateMachine):
         if self.line.take(made):
             self.held.append(made)
             return
-        ticket = Ticket(made, 0)
+        ticket = QueueEntry(made, 0)
         self.waiting.append(ticket)
         if (leaving := self.line.join(ticket)) is not None:
             self.waiting.remove(leaving)

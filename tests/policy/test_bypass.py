@@ -8,21 +8,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from contentfilter.errors import Cause
-from contentfilter.model import Envelope, Origin, OriginKind, Scanner, ScanStatus
+from contentfilter.model import Action, Envelope, Origin, OriginKind, Scanner, ScanStatus
 from contentfilter.policy.bypass import (
     LONGEST,
     SCANNERS,
     SHORTEST,
     SLACK,
     Bypass,
+    bypassed_outcomes,
     find_bypass,
-    left_out,
     objection,
 )
-from contentfilter.policy.decide import Action, decide
-from contentfilter.policy.explain import story
+from contentfilter.policy.decide import decide
+from contentfilter.policy.explain import trace
 from contentfilter.policy.plan import ScanPlan, Switches, make_plan
-from contentfilter.settings import Failure, Settings
+from contentfilter.settings import FailureSettings, Settings
 
 NOW = 1_800_000_000.0
 CLAMD = Bypass(Scanner.CLAMD, NOW, NOW + 600, "ticket 1", "root")
@@ -64,34 +64,34 @@ def test_it_holds_for_what_it_names_and_nothing_else(
 @pytest.mark.parametrize("origin", OriginKind)
 @pytest.mark.parametrize("scanner", Scanner)
 def test_what_is_bypassed_passes_whatever_the_failure_table_says(scanner: Scanner, origin: OriginKind) -> None:
-    settings = Settings(failure=Failure("defer", "defer", "defer", "defer", "defer"))
-    outcomes = left_out(CLAMD, scanner, plan())
+    settings = Settings(failure=FailureSettings("defer", "defer", "defer", "defer", "defer"))
+    outcomes = bypassed_outcomes(CLAMD, scanner, plan())
     decision = decide(plan(), outcomes, origin, 1, settings)
     assert (decision.action, decision.rule) == (Action.QUEUE, f"passed unchecked: {scanner.value}")
     assert ScanStatus.UNCHECKED in (decision.deliveries[0].virus, decision.deliveries[0].spam)
 
 
 def test_the_outcome_says_who_until_when_and_why_in_printable_ascii() -> None:
-    (outcome,) = left_out(replace(CLAMD, reason="café\n"), Scanner.CLAMD, plan())
+    (outcome,) = bypassed_outcomes(replace(CLAMD, reason="café\n"), Scanner.CLAMD, plan())
     assert (outcome.status, outcome.cause) == (ScanStatus.UNCHECKED, Cause.BYPASSED)
     assert outcome.detail == "by root until 2027-01-15T08:10:00Z: caf???"
 
 
 def test_a_scanner_that_nobody_wants_is_not_bypassed_but_skipped() -> None:
     unwanted = plan(replace(SWITCHES, chkloadertype=False))
-    assert left_out(SIGNATURES, Scanner.LOADERTYPES, unwanted) == ()
-    assert len(left_out(SIGNATURES, Scanner.SIGNATURES, unwanted)) == 1
+    assert bypassed_outcomes(SIGNATURES, Scanner.LOADERTYPES, unwanted) == ()
+    assert len(bypassed_outcomes(SIGNATURES, Scanner.SIGNATURES, unwanted)) == 1
 
 
 def test_every_owner_of_preferences_is_told_that_spamd_was_left_out() -> None:
     several = msgspec.structs.replace(plan(), users=((b"", b""), (b"a", b"a@example.org"), (b"b", b"b@example.org")))
-    assert [outcome.owner for outcome in left_out(SPAMD, Scanner.SPAMD, several)] == [b"", b"a", b"b"]
+    assert [outcome.owner for outcome in bypassed_outcomes(SPAMD, Scanner.SPAMD, several)] == [b"", b"a", b"b"]
 
 
 def test_the_story_tells_that_nobody_was_asked() -> None:
-    outcomes = left_out(CLAMD, Scanner.CLAMD, plan())
+    outcomes = bypassed_outcomes(CLAMD, Scanner.CLAMD, plan())
     decision = decide(plan(), outcomes, ORIGIN.kind, 1, Settings())
-    (line,) = (line for line in story(ENVELOPE, ORIGIN, 100, plan(), outcomes, decision) if line.stage == "clamd")
+    (line,) = (line for line in trace(ENVELOPE, ORIGIN, 100, plan(), outcomes, decision) if line.stage == "clamd")
     assert "unchecked, bypassed: by root until" in line.text
     assert "(not asked, though wanted: clamglobal)" in line.text
 

@@ -6,19 +6,26 @@ import msgspec
 import pytest
 
 from contentfilter.errors import Cause
-from contentfilter.model import OriginKind, Scanner, ScanOutcome, ScanStatus
-from contentfilter.policy.decide import Action, Reason, decide, needed, open_owners
-from contentfilter.policy.failure import on_fault
+from contentfilter.model import Action, OriginKind, Reason, Scanner, ScanOutcome, ScanStatus
+from contentfilter.policy.decide import decide, needed, open_owners
+from contentfilter.policy.failure import failure_action
 from contentfilter.policy.options import DEFAULTS, Options, read_options
-from contentfilter.policy.plan import ScanPlan, Step, Treatment
-from contentfilter.settings import Clamd, Failure, Settings, Signatures, Spamd, Tables
+from contentfilter.policy.plan import PlanStep, RecipientPolicy, ScanPlan
+from contentfilter.settings import (
+    ClamdSettings,
+    FailureSettings,
+    Settings,
+    SignatureSettings,
+    SpamdSettings,
+    TableSettings,
+)
 from contentfilter.wire.hook import SUBMISSIONS_MAX
 
-BOTH = Treatment(True, True, "v", "s")
-VIRUS = Treatment(True, False, "v", "")
-SPAM = Treatment(False, True, "", "s")
-NONE = Treatment(False, False, "", "")
-STEPS = tuple(Step(scanner, True, "asked") for scanner in Scanner)
+BOTH = RecipientPolicy(True, True, "v", "s")
+VIRUS = RecipientPolicy(True, False, "v", "")
+SPAM = RecipientPolicy(False, True, "", "s")
+NONE = RecipientPolicy(False, False, "", "")
+STEPS = tuple(PlanStep(scanner, True, "asked") for scanner in Scanner)
 
 
 def plan(*treatments):
@@ -63,7 +70,7 @@ def test_signature_is_banned_content():
 )
 def test_no_fault_ever_refuses_and_every_cell_is_what_the_table_says(scanner, cause, origin):
     d = run([BOTH], [fault(scanner, cause)], origin)
-    expected = on_fault(scanner, cause, origin, Settings())
+    expected = failure_action(scanner, cause, origin, Settings())
     assert d.action is (Action.DEFER if expected == "defer" else Action.QUEUE)
     if origin is OriginKind.BOUNCE:
         assert d.action is Action.QUEUE
@@ -74,7 +81,7 @@ def test_no_fault_ever_refuses_and_every_cell_is_what_the_table_says(scanner, ca
 
 @pytest.mark.parametrize("wish", ["defer", "pass"])
 def test_failure_settings_are_obeyed(wish):
-    failure = Failure(clamd=wish, spamd=wish, signatures=wish, too_big=wish, limits=wish, poison=wish)
+    failure = FailureSettings(clamd=wish, spamd=wish, signatures=wish, too_big=wish, limits=wish, poison=wish)
     for scanner, cause in itertools.product(Scanner, set(Cause) - {Cause.BYPASSED}):
         d = run([BOTH], [fault(scanner, cause)], failure=failure)
         assert (d.action is Action.DEFER) is (wish == "defer")
@@ -99,8 +106,8 @@ def test_equal_outcomes_travel_together():
 
 def test_reject_score_refuses_whatever_the_action():
     outcome = found(Scanner.SPAMD, score=15.0, threshold=5.0)
-    assert run([SPAM], [outcome], spamd=Spamd(reject_score=15.0)).action is Action.REJECT
-    assert run([SPAM], [outcome], spamd=Spamd(reject_score=15.1)).action is Action.QUEUE
+    assert run([SPAM], [outcome], spamd=SpamdSettings(reject_score=15.0)).action is Action.REJECT
+    assert run([SPAM], [outcome], spamd=SpamdSettings(reject_score=15.1)).action is Action.QUEUE
 
 
 def test_split_keeps_for_the_refused_and_delivers_to_the_rest():
@@ -112,19 +119,19 @@ def test_split_keeps_for_the_refused_and_delivers_to_the_rest():
 
 
 def test_strictest_refuses_for_all():
-    d = run([VIRUS, NONE], [found(Scanner.CLAMD)], tables=Tables(recipients="strictest"))
+    d = run([VIRUS, NONE], [found(Scanner.CLAMD)], tables=TableSettings(recipients="strictest"))
     assert (d.action, d.deliveries, d.quarantined) == (Action.REJECT, (), ())
 
 
 def test_remove_keeps_and_drops():
-    d = run([VIRUS], [found(Scanner.CLAMD)], clamd=Clamd(action="remove"))
+    d = run([VIRUS], [found(Scanner.CLAMD)], clamd=ClamdSettings(action="remove"))
     assert (d.action, d.quarantined) == (Action.DROP, (0,))
 
 
 def test_rejected_beside_removed_is_not_refused_as_a_whole():
     """Some of the recipients would get no message and no refusal otherwise."""
     outcomes = [found(Scanner.CLAMD), found(Scanner.SPAMD, score=9.0, threshold=5.0)]
-    d = run([VIRUS, SPAM], outcomes, spamd=Spamd(action="remove"))
+    d = run([VIRUS, SPAM], outcomes, spamd=SpamdSettings(action="remove"))
     assert (d.action, d.quarantined) == (Action.DROP, (0, 1))
 
 
@@ -134,14 +141,14 @@ def test_bounce_is_dropped_never_refused():
 
 
 def test_bounce_is_not_refused_by_strictest_either():
-    d = run([VIRUS, NONE], [found(Scanner.CLAMD)], OriginKind.BOUNCE, tables=Tables(recipients="strictest"))
+    d = run([VIRUS, NONE], [found(Scanner.CLAMD)], OriginKind.BOUNCE, tables=TableSettings(recipients="strictest"))
     assert d.action in (Action.DROP, Action.QUEUE)
     assert d.quarantined
 
 
 def test_marking_a_signature_does_not_hide_a_virus():
     outcomes = [found(Scanner.SIGNATURES), found(Scanner.CLAMD)]
-    d = run([VIRUS], outcomes, signatures=Signatures(action="mark"))
+    d = run([VIRUS], outcomes, signatures=SignatureSettings(action="mark"))
     assert (d.action, d.reason) == (Action.REJECT, Reason.VIRUS)
 
 
@@ -172,7 +179,7 @@ def test_nobody_is_asked_after_a_refusal():
 
 def test_spamd_is_still_asked_for_those_who_are_not_refused():
     assert asks([BOTH, SPAM], [found(Scanner.SIGNATURES)]) == [Scanner.SPAMD]
-    assert asks([BOTH, SPAM], [found(Scanner.SIGNATURES)], tables=Tables(recipients="strictest")) == []
+    assert asks([BOTH, SPAM], [found(Scanner.SIGNATURES)], tables=TableSettings(recipients="strictest")) == []
 
 
 def test_nobody_is_asked_after_a_deferral():
@@ -180,7 +187,7 @@ def test_nobody_is_asked_after_a_deferral():
 
 
 def test_a_mark_does_not_end_the_search():
-    assert Scanner.CLAMD in asks([BOTH], [found(Scanner.SIGNATURES)], signatures=Signatures(action="mark"))
+    assert Scanner.CLAMD in asks([BOTH], [found(Scanner.SIGNATURES)], signatures=SignatureSettings(action="mark"))
 
 
 def test_who_is_not_wanted_is_not_asked():
@@ -192,7 +199,7 @@ def test_who_is_not_wanted_is_not_asked():
 
 
 def wishing(clamav=b"", spamd=b""):
-    return Treatment(True, True, "v", "s", read_options(clamav, spamd))
+    return RecipientPolicy(True, True, "v", "s", read_options(clamav, spamd))
 
 
 def of(decision, index=0):
@@ -243,7 +250,7 @@ def spam(score, threshold=5.0):
     ],
 )
 def test_a_rows_actions_and_scores_come_before_the_configurations(clamav, spamd, outcomes, fate):
-    decision = run([wishing(clamav, spamd)], outcomes, spamd=Spamd(reject_score=25.0))
+    decision = run([wishing(clamav, spamd)], outcomes, spamd=SpamdSettings(reject_score=25.0))
     assert of(decision) == fate
 
 
@@ -273,7 +280,7 @@ def test_moved_is_not_refused_for_those_who_refuse_unless_strictest():
     to = [wishing(b"virus=move:one@x"), BOTH]
     d = run(to, VIRUS_FOUND)
     assert (d.action, d.quarantined, of(d, 0)) == (Action.QUEUE, (1,), b"one@x")
-    assert run(to, VIRUS_FOUND, tables=Tables(recipients="strictest")).action is Action.REJECT
+    assert run(to, VIRUS_FOUND, tables=TableSettings(recipients="strictest")).action is Action.REJECT
 
 
 def test_scanners_are_asked_on_while_a_rows_action_lets_the_message_through():
@@ -292,7 +299,10 @@ def test_a_move_without_an_address_is_no_move():
 # Preferences of their own
 
 
-ANNA, BEN = Treatment(True, True, "v", "s", owner=b"anna@x"), Treatment(True, True, "v", "s", owner=b"ben@x")
+ANNA, BEN = (
+    RecipientPolicy(True, True, "v", "s", owner=b"anna@x"),
+    RecipientPolicy(True, True, "v", "s", owner=b"ben@x"),
+)
 
 
 def said(owner, score, threshold=5.0, headers=b""):
@@ -302,7 +312,7 @@ def said(owner, score, threshold=5.0, headers=b""):
 
 def test_each_recipient_has_the_answer_by_its_own_preferences():
     answers = [said(b"anna@x", 3.0, 2.0), said(b"ben@x", -97.0, 2.0), said(b"", 3.0)]
-    d = run([ANNA, BEN, SPAM], answers, spamd=Spamd(action="remove"))
+    d = run([ANNA, BEN, SPAM], answers, spamd=SpamdSettings(action="remove"))
     assert (d.action, d.quarantined, d.rule) == (Action.QUEUE, (0,), "spamd: 3 / 2")
     forms = {delivery.recipients: (delivery.virus, delivery.spam) for delivery in d.deliveries}
     assert forms == {(1, 2): (ScanStatus.SKIPPED, ScanStatus.CLEAN)}
@@ -310,13 +320,13 @@ def test_each_recipient_has_the_answer_by_its_own_preferences():
 
 def test_a_refusal_by_everybodys_preferences_is_a_refusal():
     answers = [said(b"anna@x", 3.0, 2.0), said(b"ben@x", 3.0, 1.0)]
-    assert run([ANNA, BEN], answers, spamd=Spamd(action="reject")).action is Action.REJECT
+    assert run([ANNA, BEN], answers, spamd=SpamdSettings(action="reject")).action is Action.REJECT
 
 
 @pytest.mark.parametrize("wish", ["pass", "defer"])
 def test_one_owners_fault_is_that_owners_by_the_failure_table(wish):
     away = ScanOutcome(Scanner.SPAMD, ScanStatus.UNCHECKED, cause=Cause.DOWN, owner=b"anna@x")
-    d = run([ANNA, BEN], [away, said(b"ben@x", 1.0)], failure=Failure(spamd=wish))
+    d = run([ANNA, BEN], [away, said(b"ben@x", 1.0)], failure=FailureSettings(spamd=wish))
     if wish == "defer":
         assert (d.action, d.rule) == (Action.DEFER, "spamd: down")  # for all: the client offers the message as a whole
         return
@@ -328,13 +338,13 @@ def test_one_owners_fault_is_that_owners_by_the_failure_table(wish):
 
 
 def test_a_fault_of_those_who_are_withheld_anyway_defers_nobody():
-    strict = Treatment(True, True, "v", "s", Options(virus="remove"), b"anna@x")
+    strict = RecipientPolicy(True, True, "v", "s", Options(virus="remove"), b"anna@x")
     p = plan(strict, BEN)
     heard = (found(Scanner.CLAMD),)
-    config = Settings(clamd=Clamd(action="mark"))
+    config = Settings(clamd=ClamdSettings(action="mark"))
     assert open_owners(Scanner.SPAMD, p, heard, OriginKind.STRANGER, config) == {b"ben@x"}
     assert needed(Scanner.SPAMD, p, heard, OriginKind.STRANGER, config)
-    both = Settings(clamd=Clamd(action="remove"))
+    both = Settings(clamd=ClamdSettings(action="remove"))
     assert open_owners(Scanner.SPAMD, p, heard, OriginKind.STRANGER, both) == frozenset()
     assert not needed(Scanner.SPAMD, p, heard, OriginKind.STRANGER, both)
 
@@ -355,7 +365,7 @@ def test_different_headers_of_spamd_travel_apart_and_equal_ones_together():
 
 
 def movers(count):
-    return [Treatment(False, True, "", "s", Options(spam="move", spam_to=b"spam%d@x" % n)) for n in range(count)]
+    return [RecipientPolicy(False, True, "", "s", Options(spam="move", spam_to=b"spam%d@x" % n)) for n in range(count)]
 
 
 def test_moves_to_more_addresses_than_fit_are_kept_and_nobody_is_lost():
@@ -378,16 +388,16 @@ def test_the_most_owners_with_everything_that_tells_recipients_apart_still_fit()
     most = 30
     owners = [b"", *(b"o%d@x" % n for n in range(most))]
     with pytest.raises(msgspec.ValidationError):
-        msgspec.convert({"max_users": most + 1}, Spamd)
+        msgspec.convert({"max_users": most + 1}, SpamdSettings)
     treatments = [
-        Treatment(virus, spam, "v", "s", options, owner if spam else b"")
+        RecipientPolicy(virus, spam, "v", "s", options, owner if spam else b"")
         for owner in owners
         for virus in (True, False)
         for spam in (True, False)
         for options in (Options(score=1.0), Options(score=100.0), Options(spam="move", spam_to=b"j@x", score=1.0))
     ]
     answers = [found(Scanner.CLAMD), *(said(owner, 9.0, headers=b"X-Spam-Of: %b\n\n" % owner) for owner in owners)]
-    d = run(treatments, answers, clamd=Clamd(action="mark"))
+    d = run(treatments, answers, clamd=ClamdSettings(action="mark"))
     assert len(d.deliveries) == SUBMISSIONS_MAX
     kept = set(d.quarantined)
     assert all(treatments[index].options.spam == "move" for index in kept)

@@ -12,15 +12,17 @@ from hypothesis import strategies as st
 
 from contentfilter import settings as config
 from contentfilter.errors import Cause
-from contentfilter.model import OriginKind, Scanner, ScanOutcome, ScanStatus
-from contentfilter.policy.decide import Action, decide
-from contentfilter.policy.failure import MEANINGS, complaints, failure_table, named, on_fault
-from contentfilter.policy.plan import ScanPlan, Step, Treatment
-from contentfilter.settings import Failure, FaultRule, Settings
+from contentfilter.model import Action, OriginKind, Scanner, ScanOutcome, ScanStatus
+from contentfilter.policy.decide import decide
+from contentfilter.policy.failure import MEANINGS, complaints, failure_action, failure_table, named
+from contentfilter.policy.plan import PlanStep, RecipientPolicy, ScanPlan
+from contentfilter.settings import FailureSettings, FaultRule, Settings
 
 ROOT = Path(__file__).parents[2]
 KEYS = list(itertools.product(Scanner, Cause, OriginKind))
-BOTH = ScanPlan(((Treatment(True, True, "v", "s"), (0,)),), tuple(Step(scanner, True, "") for scanner in Scanner))
+BOTH = ScanPlan(
+    ((RecipientPolicy(True, True, "v", "s"), (0,)),), tuple(PlanStep(scanner, True, "") for scanner in Scanner)
+)
 
 # What the built-in settings do, for every origin but bounces: d defers, p passes.
 DEFAULTS = {
@@ -58,29 +60,29 @@ def test_each_cell_has_its_default_and_can_be_set_alone(key):
     """Through the decision: a deferral, or a delivery that says unchecked; and no other cell is touched."""
     scanner, cause, origin = key
     expected = by_default(*key)
-    assert decided(key, Failure()).action is {"defer": Action.DEFER, "pass": Action.QUEUE}[expected]
+    assert decided(key, FailureSettings()).action is {"defer": Action.DEFER, "pass": Action.QUEUE}[expected]
     if cause is Cause.BYPASSED:
         return  # no setting reaches it: the word is not one that a rule may say
     other = "pass" if expected == "defer" else "defer"
     rule = FaultRule(action=other, scanner=scanner.value, cause=cause.value, origin=origin.value)
-    changed = decided(key, Failure(rule=(rule,)))
+    changed = decided(key, FailureSettings(rule=(rule,)))
     if origin is OriginKind.BOUNCE:
         assert changed.action is Action.QUEUE, "bounces always pass"
         return
     assert changed.action is {"defer": Action.DEFER, "pass": Action.QUEUE}[other]
     if other == "pass":
         assert changed.rule == f"passed unchecked: {scanner.value}"
-    before, after = failure_table(Failure()), failure_table(Failure(rule=(rule,)))
+    before, after = failure_table(FailureSettings()), failure_table(FailureSettings(rule=(rule,)))
     assert [k for k in KEYS if before[k].action != after[k].action] == [key]
 
 
 @pytest.mark.parametrize("key", KEYS, ids=names)
 def test_each_cell_obeys_the_simple_key_that_is_named_as_its_source(key):
-    cell = failure_table(Failure())[key]
+    cell = failure_table(FailureSettings())[key]
     every = {"clamd", "spamd", "signatures", "too_big", "limits", "poison"}
     for name in every:
         for action in ("defer", "pass"):
-            said = failure_table(Failure(**{name: action}))[key]
+            said = failure_table(FailureSettings(**{name: action}))[key]
             if cell.source == f"[failure] {name}":
                 assert said.action == action
             else:
@@ -92,7 +94,7 @@ def test_each_cell_obeys_the_simple_key_that_is_named_as_its_source(key):
 def test_a_bounce_passes_whatever_is_set():
     everything = (FaultRule(action="defer", origin=("bounce", "local")), FaultRule(action="defer", scanner="clamd"))
     keys = dict.fromkeys(("clamd", "spamd", "signatures", "too_big", "limits", "poison"), "defer")
-    failure = Failure(**keys, rule=everything)
+    failure = FailureSettings(**keys, rule=everything)
     assert {failure_table(failure)[k].action for k in KEYS if k[2] is OriginKind.BOUNCE} == {"pass"}
 
 
@@ -114,7 +116,7 @@ RULES = st.builds(
     origin=column(config.FaultOrigin),
 )
 FAILURES = st.builds(
-    Failure,
+    FailureSettings,
     **dict.fromkeys(("clamd", "spamd", "signatures", "too_big", "limits"), ACTIONS),
     rule=st.lists(RULES, max_size=6).map(tuple),
 )
@@ -167,7 +169,7 @@ def test_the_source_named_is_what_decides(failure, key):
 
 
 def told(*rules, **keys):
-    return [(c.number, c.warning, c.text) for c in complaints(Failure(rule=rules, **keys))]
+    return [(c.number, c.warning, c.text) for c in complaints(FailureSettings(rule=rules, **keys))]
 
 
 PASS_DOWN = FaultRule(action="pass", scanner="clamd", cause=("down", "timeout"))
@@ -232,16 +234,16 @@ def test_every_cause_is_explained_and_every_scanner_can_run_out_of_time():
 
 
 def test_the_table_is_made_once_for_a_configuration_and_cannot_be_changed():
-    assert failure_table(Failure(rule=(PASS_DOWN,))) is failure_table(Failure(rule=(PASS_DOWN,)))
+    assert failure_table(FailureSettings(rule=(PASS_DOWN,))) is failure_table(FailureSettings(rule=(PASS_DOWN,)))
     with pytest.raises(TypeError):
-        failure_table(Failure())[KEYS[0]] = None
-    assert on_fault(*KEYS[0], Settings(failure=Failure(rule=(PASS_DOWN,)))) == "defer"
+        failure_table(FailureSettings())[KEYS[0]] = None
+    assert failure_action(*KEYS[0], Settings(failure=FailureSettings(rule=(PASS_DOWN,)))) == "defer"
     assert named(1) == "[[failure.rule]] 1"
 
 
 def table_in_words():
     """The table of docs/flow.md: what may happen, by default."""
-    table = failure_table(Failure())
+    table = failure_table(FailureSettings())
     yield "| cause | when | signatures | clamd | spamd |"
     yield "|---|---|---|---|---|"
     for cause, meaning in MEANINGS.items():

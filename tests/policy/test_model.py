@@ -7,11 +7,18 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from contentfilter.errors import Cause
-from contentfilter.model import Envelope, Origin, OriginKind, Scanner, ScanOutcome, ScanStatus
-from contentfilter.policy.decide import Action, decide, needed, open_owners
-from contentfilter.policy.failure import on_fault
+from contentfilter.model import Action, Envelope, Origin, OriginKind, Scanner, ScanOutcome, ScanStatus
+from contentfilter.policy.decide import decide, needed, open_owners
+from contentfilter.policy.failure import failure_action
 from contentfilter.policy.plan import Switches, make_plan
-from contentfilter.settings import Clamd, Failure, Settings, Signatures, Spamd, Tables
+from contentfilter.settings import (
+    ClamdSettings,
+    FailureSettings,
+    Settings,
+    SignatureSettings,
+    SpamdSettings,
+    TableSettings,
+)
 from contentfilter.tables.rows import Rows, parse_table
 from contentfilter.tables.snapshot import Snapshot, compile_snapshot
 
@@ -62,11 +69,11 @@ ACTIONS = st.sampled_from(["mark", "remove", "reject"])
 FAULTS = st.sampled_from(["defer", "pass"])
 SETTINGS = st.builds(
     lambda *choice: Settings(
-        tables=Tables(recipients=choice[0]),
-        clamd=Clamd(action=choice[1]),
-        signatures=Signatures(action=choice[2]),
-        spamd=Spamd(action=choice[3], reject_score=choice[4], user=choice[8], max_users=choice[9]),
-        failure=Failure(clamd=choice[5], spamd=choice[6], signatures=choice[7], too_big="pass"),
+        tables=TableSettings(recipients=choice[0]),
+        clamd=ClamdSettings(action=choice[1]),
+        signatures=SignatureSettings(action=choice[2]),
+        spamd=SpamdSettings(action=choice[3], reject_score=choice[4], user=choice[8], max_users=choice[9]),
+        failure=FailureSettings(clamd=choice[5], spamd=choice[6], signatures=choice[7], too_big="pass"),
     ),
     st.sampled_from(["split", "strictest"]), ACTIONS, ACTIONS, ACTIONS, st.sampled_from([0.0, 10.0]),
     FAULTS, FAULTS, FAULTS, st.sampled_from(["table", "table", "none"]), st.sampled_from([1, 2, 16]),
@@ -109,7 +116,7 @@ def wish(rows, everybody, recipient):
 def fate_of(scanner, said, options, config, origin):
     """deliver, mark, move, remove, reject or defer, by one scanner's word alone."""
     if said.status is ScanStatus.UNCHECKED:
-        return "defer" if on_fault(scanner, said.cause, origin, config) == "defer" else "deliver"
+        return "defer" if failure_action(scanner, said.cause, origin, config) == "defer" else "deliver"
     if scanner is not Scanner.SPAMD:
         default = config.clamd.action if scanner is Scanner.CLAMD else config.signatures.action
         return options.get("virus", default) if said.status is ScanStatus.FOUND else "deliver"

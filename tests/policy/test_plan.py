@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 
-from contentfilter.model import Envelope, Origin, OriginKind, Scanner, Want
-from contentfilter.policy.decide import Action, decide
+from contentfilter.model import Action, Envelope, Origin, OriginKind, Scanner, Want
+from contentfilter.policy.decide import decide
 from contentfilter.policy.plan import FULL_REWRITES, Row, Switches, make_plan
-from contentfilter.settings import MariaDb, Settings, Spamd, Tables
+from contentfilter.settings import MariaDbSettings, Settings, SpamdSettings, TableSettings
 
 ROW = Row(b"@protected.example", exempt=False)
 EXEMPT = Row(b"boss@protected.example", exempt=True)
@@ -92,7 +92,7 @@ def test_samsgsize_skips_only_what_is_larger(size, asked):
 
 
 def test_without_samsgsize_the_safety_cap_holds():
-    settings = Settings(spamd=Spamd(max_size=500))
+    settings = Settings(spamd=SpamdSettings(max_size=500))
     assert not plan_for(size=501, settings=settings).runs(Scanner.SPAMD)
     assert plan_for(size=501, settings=settings, samsgsize=600).runs(Scanner.SPAMD)
 
@@ -130,7 +130,7 @@ def owners(recipient):
 
 def asked(*to, owners=owners, switches=None, size=1000, **keys):
     names = tuple(name if b"@" in name else name + b"@protected.example" for name in to)
-    config = Settings(spamd=Spamd(**keys))
+    config = Settings(spamd=SpamdSettings(**keys))
     origin = Origin(OriginKind.STRANGER, uid=1)
     return make_plan(Envelope(b"s@x", names), size, origin, config, switches or Switches(), lookup, owners)
 
@@ -187,13 +187,15 @@ def test_a_full_rewrite_for_many_owners_is_bounded():
 
 def test_without_tables_nobody_guesses_who_has_preferences():
     def plan(**sections):
-        config = Settings(**{"tables": Tables(source="mariadb"), "mariadb": MariaDb(prefs_table="userpref")} | sections)
+        config = Settings(
+            **{"tables": TableSettings(source="mariadb"), "mariadb": MariaDbSettings(prefs_table="userpref")} | sections
+        )
         switches = Switches(clamglobal=True, spamglobal=True)
         return make_plan(Envelope(b"", (b"a@x",)), 9, Origin(OriginKind.STRANGER, 1), config, switches, None)
 
     assert plan().hold
-    assert not plan(mariadb=MariaDb()).hold
-    assert not plan(spamd=Spamd(user="none")).hold
+    assert not plan(mariadb=MariaDbSettings()).hold
+    assert not plan(spamd=SpamdSettings(user="none")).hold
 
 
 @pytest.mark.parametrize(
@@ -206,7 +208,7 @@ def test_without_tables_nobody_guesses_who_has_preferences():
     ],
 )
 def test_spamd_is_asked_for_no_more_than_is_used(action, rewrite, want):
-    assert plan_for(settings=Settings(spamd=Spamd(action=action, rewrite=rewrite))).want is want
+    assert plan_for(settings=Settings(spamd=SpamdSettings(action=action, rewrite=rewrite))).want is want
 
 
 def test_no_recipients_is_a_legal_plan():
@@ -249,7 +251,7 @@ def test_headers_are_wanted_only_where_a_row_lets_spam_through(action, default, 
     def row(recipient):
         return None, Row(b"@x", False, action)
 
-    config = Settings(spamd=Spamd(action=default))
+    config = Settings(spamd=SpamdSettings(action=default))
     envelope = Envelope(b"s@x", (b"a@x",))
     assert make_plan(envelope, 100, Origin(OriginKind.LOCAL, 1), config, Switches(), row).want is want
 

@@ -4,14 +4,14 @@ import pytest
 
 from contentfilter.model import Scanner
 from contentfilter.policy.shedding import SHED, expected_wait, mean_with, patience, what_is_shed
-from contentfilter.settings import Clamd, Spamd
+from contentfilter.settings import ClamdSettings, SpamdSettings
 
 
 def test_patience_ends_in_the_written_order() -> None:
     order = [
-        patience(Scanner.SPAMD, large=True, max_wait=Spamd().max_wait),
-        patience(Scanner.SPAMD, large=False, max_wait=Spamd().max_wait),
-        patience(Scanner.CLAMD, large=True, max_wait=Clamd().max_wait),
+        patience(Scanner.SPAMD, large=True, max_wait=SpamdSettings().max_wait),
+        patience(Scanner.SPAMD, large=False, max_wait=SpamdSettings().max_wait),
+        patience(Scanner.CLAMD, large=True, max_wait=ClamdSettings().max_wait),
     ]
     assert order == sorted(set(order))
     assert patience(Scanner.CLAMD, large=False, max_wait=7.0) == patience(Scanner.CLAMD, large=True, max_wait=7.0)

@@ -2,12 +2,12 @@
 
 import pytest
 
-from contentfilter.model import OriginKind, Scanner, ScanOutcome, ScanStatus
-from contentfilter.policy.decide import Action, Fate, decide
+from contentfilter.model import Action, OriginKind, Scanner, ScanOutcome, ScanStatus
+from contentfilter.policy.decide import RecipientAction, decide
 from contentfilter.policy.options import Options
-from contentfilter.policy.plan import ScanPlan, Step, Treatment
-from contentfilter.policy.tolerance import Allowance, tolerate
-from contentfilter.settings import Clamd, Classes, Settings
+from contentfilter.policy.plan import PlanStep, RecipientPolicy, ScanPlan
+from contentfilter.policy.tolerance import AllowEntry, apply_allowlist
+from contentfilter.settings import ClamdSettings, ClassSettings, Settings
 
 NAMES = {
     "pua": "PUA.Win.Packer.Upx-1",
@@ -27,23 +27,23 @@ def found(name, scanner=Scanner.CLAMD):
 
 def decision(name, options=None, **sections):
     plan = ScanPlan(
-        ((Treatment(True, False, "v", "", options or Options()), (0,)),),
-        tuple(Step(s, run=True, reason="") for s in Scanner),
+        ((RecipientPolicy(True, False, "v", "", options or Options()), (0,)),),
+        tuple(PlanStep(s, run=True, reason="") for s in Scanner),
     )
     settings = Settings(**sections)
-    return decide(plan, (tolerate(found(name), settings, (), 0.0),), OriginKind.STRANGER, 1, settings)
+    return decide(plan, (apply_allowlist(found(name), settings, (), 0.0),), OriginKind.STRANGER, 1, settings)
 
 
 @pytest.mark.parametrize("kind", NAMES)
 def test_a_class_without_action_is_treated_as_malware(kind):
     assert decision(NAMES[kind]).action is Action.REJECT
-    assert decision(NAMES[kind], clamd=Clamd(action="remove")).action is Action.DROP
+    assert decision(NAMES[kind], clamd=ClamdSettings(action="remove")).action is Action.DROP
 
 
 @pytest.mark.parametrize("kind", NAMES)
 @pytest.mark.parametrize("action", ["reject", "remove", "mark", "pass"])
 def test_each_class_has_its_own_action(kind, action):
-    d = decision(NAMES[kind], clamd=Clamd(action="reject"), classes=Classes(**{kind: action}))
+    d = decision(NAMES[kind], clamd=ClamdSettings(action="reject"), classes=ClassSettings(**{kind: action}))
     expected = {"reject": Action.REJECT, "remove": Action.DROP, "mark": Action.QUEUE, "pass": Action.QUEUE}
     assert d.action is expected[action]
     if action == "pass":
@@ -54,29 +54,29 @@ def test_each_class_has_its_own_action(kind, action):
 
 @pytest.mark.parametrize("kind", NAMES)
 def test_no_class_softens_malware(kind):
-    assert decision(MALWARE, classes=Classes(**{kind: "pass"})).action is Action.REJECT
+    assert decision(MALWARE, classes=ClassSettings(**{kind: "pass"})).action is Action.REJECT
 
 
 def test_a_class_counts_before_the_row():
-    d = decision(NAMES["pua"], Options(virus="reject"), classes=Classes(pua="mark"))
+    d = decision(NAMES["pua"], Options(virus="reject"), classes=ClassSettings(pua="mark"))
     assert d.finding is not None
-    assert d.finding.fate is Fate.MARK
+    assert d.finding.fate is RecipientAction.MARK
 
 
-ALLOWED = (Allowance("Win.Bad-1.UNOFFICIAL", "anna", "false alarm", 0.0, 100.0),)
+ALLOWED = (AllowEntry("Win.Bad-1.UNOFFICIAL", "anna", "false alarm", 0.0, 100.0),)
 
 
 @pytest.mark.parametrize("name", ["Win.Bad-1", "Win.Bad-1.UNOFFICIAL"])
 @pytest.mark.parametrize("scanner", [Scanner.CLAMD, Scanner.SIGNATURES, Scanner.LOADERTYPES])
 def test_an_allowed_signature_is_clean_until_its_end_and_says_why(name, scanner):
-    outcome = tolerate(found(name, scanner), Settings(), ALLOWED, 99.9)
+    outcome = apply_allowlist(found(name, scanner), Settings(), ALLOWED, 99.9)
     assert (outcome.status, outcome.name) == (ScanStatus.CLEAN, "")
     assert outcome.detail == f"{name} passed, allowed by anna: false alarm"
-    assert tolerate(found(name, scanner), Settings(), ALLOWED, 100.0).status is ScanStatus.FOUND
+    assert apply_allowlist(found(name, scanner), Settings(), ALLOWED, 100.0).status is ScanStatus.FOUND
 
 
 def test_only_that_signature_is_allowed():
     for name in ("Win.Bad-11", "win.bad-1", "Win.Bad", MALWARE):
-        assert tolerate(found(name), Settings(), ALLOWED, 1.0).status is ScanStatus.FOUND
+        assert apply_allowlist(found(name), Settings(), ALLOWED, 1.0).status is ScanStatus.FOUND
     spam = found("Win.Bad-1", Scanner.SPAMD)
-    assert tolerate(spam, Settings(), ALLOWED, 1.0) is spam
+    assert apply_allowlist(spam, Settings(), ALLOWED, 1.0) is spam

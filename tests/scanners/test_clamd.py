@@ -32,7 +32,7 @@ SLACK = 2.0  # seconds by which a busy machine may be late
 def scanner(*backends: str, **changes: object) -> ClamdScanner:
     """Without proofs: scripted peers say one thing to everything."""
     changes = {"proof": 0.0} | changes
-    return ClamdScanner(settings.Clamd(backends=backends, **changes))  # type: ignore[arg-type]
+    return ClamdScanner(settings.ClamdSettings(backends=backends, **changes))  # type: ignore[arg-type]
 
 
 async def scan(backend: str, message: Message, seconds: float = 5.0, **changes: object) -> ScanOutcome:

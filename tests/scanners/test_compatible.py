@@ -7,8 +7,8 @@ from contentfilter.model import Scanner
 from contentfilter.scanners.signatures import compatible
 from contentfilter.scanners.signatures.compatible import Hit
 from contentfilter.scanners.signatures.engine import (
+    Detection,
     Engine,
-    Finding,
     default_loadertypes,
     default_signatures,
     parse_loadertypes,
@@ -139,7 +139,7 @@ def test_w12_a_hit_is_told_with_its_line() -> None:
     engine = Engine(default_signatures(), default_loadertypes(), "compatible")
     description = "Windows program, the usual linker header"
     message = mixed(BASE64, b64(made()))
-    assert engine.scan(message) == Finding(Scanner.SIGNATURES, "TVqQAAMAA", description, "line 17", 0)
+    assert engine.scan(message) == Detection(Scanner.SIGNATURES, "TVqQAAMAA", description, "line 17", 0)
     loader = Engine(None, default_loadertypes(), "compatible").scan(CTE + b"\n" + NAME)
     assert loader is not None
     assert (loader.scanner, loader.rule, loader.part) == (Scanner.LOADERTYPES, "MzIuZ", "line 3")

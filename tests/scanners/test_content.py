@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lab.slow import tried
 
 from contentfilter.model import Message
-from contentfilter.scanners.content import LOOK, THREAD_ABOVE, Content, Digest, digest, own_words
+from contentfilter.scanners.content import LOOK, THREAD_ABOVE, Content, Digest, digest, volatile_spans
 
 MAIL = b"Subject: hello\n\nletter\n"
 FIELDS = {
@@ -37,11 +37,11 @@ MESSAGES = st.lists(st.one_of(PIECES, TEXT), max_size=12).map(b"".join)
 
 
 def of(data: bytes) -> Digest:
-    return digest(data, own_words(data))
+    return digest(data, volatile_spans(data))
 
 
 def holes(data: bytes) -> list[bytes]:
-    return [data[start:end] for start, end in own_words(data).spans()]
+    return [data[start:end] for start, end in volatile_spans(data).spans()]
 
 
 @pytest.mark.parametrize("field", FIELDS.values(), ids=list(FIELDS))
@@ -65,7 +65,7 @@ def test_messages_with_one_digest_differ_in_dates_and_names_only(one: bytes, oth
     """And in nothing else, however both are made."""
     if of(one).core != of(other).core:
         return
-    a, b = own_words(one), own_words(other)
+    a, b = volatile_spans(one), volatile_spans(other)
     assert [span is None for span in a] == [span is None for span in b]
     assert _without(one) == _without(other)
     if of(one) == of(other):
@@ -73,7 +73,7 @@ def test_messages_with_one_digest_differ_in_dates_and_names_only(one: bytes, oth
 
 
 def _without(data: bytes) -> bytes:
-    for start, end in reversed(own_words(data).spans()):
+    for start, end in reversed(volatile_spans(data).spans()):
         data = data[:start] + b"\xff\0" + data[end:]
     return data
 
@@ -83,7 +83,7 @@ def test_any_byte_that_is_not_in_such_a_word_counts(message: bytes, draw: st.Dat
     if not message:
         return
     at = draw.draw(st.integers(0, len(message) - 1))
-    if any(start <= at < end for start, end in own_words(message).spans()):
+    if any(start <= at < end for start, end in volatile_spans(message).spans()):
         return
     changed = message[:at] + bytes([message[at] ^ draw.draw(st.integers(1, 255))]) + message[at + 1 :]
     assert of(changed).core != of(message).core
@@ -91,7 +91,7 @@ def test_any_byte_that_is_not_in_such_a_word_counts(message: bytes, draw: st.Dat
 
 @given(MESSAGES)
 def test_what_is_left_out_is_a_date_or_names_and_short(message: bytes) -> None:
-    words = own_words(message)
+    words = volatile_spans(message)
     if words.date:
         assert re.fullmatch(rb"[A-Za-z0-9:,+() -]{1,60}", message[slice(*words.date)])
     if words.client:
@@ -126,7 +126,7 @@ def test_where_a_word_was_taken_out_counts() -> None:
     """A message cannot be made equal to another one by writing down what is left of that."""
     message = tried(MAIL, 1)
     rest = message
-    for start, end in reversed(own_words(message).spans()):
+    for start, end in reversed(volatile_spans(message).spans()):
         rest = rest[:start] + rest[end:]
     assert of(rest).core != of(message).core
 

@@ -213,7 +213,7 @@ async def test_a_clamd_that_cannot_write_temporary_files_finds_nothing_and_is_no
     with running(lab_directory / "blindly") as own:
         now = 0.0
         one = scanner(own.backend, proof=10.0)
-        timed = ClamdScanner(settings.Clamd(backends=(own.backend,)), clock=lambda: now)
+        timed = ClamdScanner(settings.ClamdSettings(backends=(own.backend,)), clock=lambda: now)
         assert (await timed.scan(message(LETTER), Deadline.after(5))).status is ScanStatus.CLEAN
         shutil.rmtree(own.directory / "tmp")
         trap = await scan(own.backend, message(EICAR))
@@ -246,7 +246,7 @@ def finds_eicar(peer: Peer, sock: socket.socket) -> None:
 async def test_one_proof_serves_all_messages_of_its_time(tmp_path: Path, message) -> None:
     now = 0.0
     with Peer(tmp_path, finds_eicar, read_clamd, backlog=64) as peer:
-        one = ClamdScanner(settings.Clamd(backends=(peer.backend,)), clock=lambda: now)
+        one = ClamdScanner(settings.ClamdSettings(backends=(peer.backend,)), clock=lambda: now)
         for proofs in (1, 2):
             scans = [one.scan(message(LETTER + b"%d" % number), Deadline.after(20)) for number in range(30)]
             assert {outcome.status for outcome in await asyncio.gather(*scans)} == {ScanStatus.CLEAN}

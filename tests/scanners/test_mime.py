@@ -14,7 +14,7 @@ MARKS = Marks((b"TV",))
 
 
 def walk(text: bytes) -> list[Leaf]:
-    return list(mime.leaves(text, MARKS, mime.Effort()))
+    return list(mime.leaves(text, MARKS, mime.ScanLimits()))
 
 
 def contents(text: bytes) -> list[tuple[str, As, bytes]]:

@@ -39,7 +39,7 @@ def three(lab_directory: Path) -> Iterator[list[Clamd]]:
 
 def scanner(*backends: str, concurrency: int = 4, patience: Patience = HASTY, **changes: object) -> ClamdScanner:
     return ClamdScanner(
-        settings.Clamd(backends=backends, concurrency=concurrency, **changes),  # type: ignore[arg-type]
+        settings.ClamdSettings(backends=backends, concurrency=concurrency, **changes),  # type: ignore[arg-type]
         patience=patience,
     )
 

@@ -12,20 +12,20 @@ from lab.peers import Peer, read_clamd
 from contentfilter.deadline import Deadline
 from contentfilter.endpoint import Address
 from contentfilter.errors import BackendError, Cause
-from contentfilter.scanners.resolve import AGAIN, FRESH, Found, Resolver
-from contentfilter.scanners.stream import Limits, Surroundings, UnreachableError, converse
+from contentfilter.scanners.resolve import AGAIN, FRESH, Addresses, Resolver
+from contentfilter.scanners.stream import StreamContext, StreamLimits, UnreachableError, request
 from contentfilter.wire import clamd
 
 pytestmark = pytest.mark.asyncio
 
-ONE: Found = [(socket.AF_INET, ("192.0.2.1", 783))]
-TWO: Found = [(socket.AF_INET, ("192.0.2.2", 783))]
+ONE: Addresses = [(socket.AF_INET, ("192.0.2.1", 783))]
+TWO: Addresses = [(socket.AF_INET, ("192.0.2.2", 783))]
 
 
 class Names:
     """A name server by script: each look-up gets the next answer, and waits while ``dead``."""
 
-    def __init__(self, *answers: Found | Exception) -> None:
+    def __init__(self, *answers: Addresses | Exception) -> None:
         self.answers = list(answers)
         self.calls = 0
         self.most = 0
@@ -33,7 +33,7 @@ class Names:
         self.alive = threading.Event()
         self.alive.set()
 
-    def __call__(self, host: str, port: int) -> Found:
+    def __call__(self, host: str, port: int) -> Addresses:
         self.calls += 1
         self._inside += 1
         self.most = max(self.most, self._inside)
@@ -51,10 +51,10 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
-async def ask(address: Address, around: Surroundings, connect: float = 5.0, seconds: float = 5.0) -> clamd.ScanAnswer:
+async def ask(address: Address, around: StreamContext, connect: float = 5.0, seconds: float = 5.0) -> clamd.ScanAnswer:
     batches = iter([(clamd.command("PING"),)])
-    limits, deadline = Limits(connect, 5.0), Deadline.after(seconds)
-    answer, _ = await converse(address, batches, clamd.scan_reader(), limits, deadline, around=around)
+    limits, deadline = StreamLimits(connect, 5.0), Deadline.after(seconds)
+    answer, _ = await request(address, batches, clamd.scan_reader(), limits, deadline, around=around)
     return answer
 
 
@@ -68,7 +68,7 @@ async def test_an_address_costs_no_look_up(host: str) -> None:
 async def test_a_dead_name_server_is_told_in_time_and_holds_one_thread_only() -> None:
     names = Names(ONE)
     names.alive.clear()
-    around = Surroundings(Resolver(names))
+    around = StreamContext(Resolver(names))
     try:
         for _ in range(5):
             with pytest.raises(UnreachableError, match=r"no address for scan\.example in time") as caught:
@@ -110,7 +110,7 @@ async def test_what_was_known_survives_a_name_server_that_fails() -> None:
 
 
 async def test_a_name_that_nobody_knows_is_down_with_the_reason() -> None:
-    around = Surroundings(Resolver(Names(socket.gaierror(socket.EAI_NONAME, "Name or service not known"))))
+    around = StreamContext(Resolver(Names(socket.gaierror(socket.EAI_NONAME, "Name or service not known"))))
     with pytest.raises(UnreachableError, match="Name or service not known") as caught:
         await ask(Address(host="scan.example", port=1), around)
     assert caught.value.cause is Cause.DOWN
@@ -127,11 +127,11 @@ async def test_of_several_addresses_the_next_is_tried_in_time() -> None:
         sock.connect_ex(full.getsockname())
     with Peer(None, peers.says(b"stream: OK\0"), read_clamd) as peer:
         well = Address.parse(peer.backend)
-        found: Found = [(socket.AF_INET, where) for where in (closed, full.getsockname(), (well.host, well.port))]
-        around = Surroundings(Resolver(Names(found)))
+        found: Addresses = [(socket.AF_INET, where) for where in (closed, full.getsockname(), (well.host, well.port))]
+        around = StreamContext(Resolver(Names(found)))
         assert await ask(Address(host="scan.example", port=1), around, connect=1.0) == clamd.Clean()
         assert peer.connections == 1
-        around = Surroundings(Resolver(Names(found[:2])))
+        around = StreamContext(Resolver(Names(found[:2])))
         with pytest.raises(BackendError) as caught:
             await ask(Address(host="scan.example", port=1), around, connect=0.1)
         assert caught.value.cause is Cause.TIMEOUT

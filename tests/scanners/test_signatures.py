@@ -21,8 +21,8 @@ from contentfilter.model import Scanner
 from contentfilter.scanners.signatures import engine as module
 from contentfilter.scanners.signatures import mime
 from contentfilter.scanners.signatures.engine import (
+    Detection,
     Engine,
-    Finding,
     Rule,
     Rules,
     default_loadertypes,
@@ -83,7 +83,7 @@ def test_a_loader_type_has_no_wildcard() -> None:
 def test_every_row_of_the_default_list_is_found(rule: Rule) -> None:
     program = base64.b64decode(rule.pattern + "AAA")[:7] + b"A" * 400
     finding = Engine(Rules(Scanner.SIGNATURES, (rule,)), None).scan(mixed(BASE64, b64(program)))
-    assert finding == Finding(Scanner.SIGNATURES, rule.pattern, rule.description, "part 2, base64, line 17", 1)
+    assert finding == Detection(Scanner.SIGNATURES, rule.pattern, rule.description, "part 2, base64, line 17", 1)
 
 
 def test_nine_letters_fix_54_bits_and_no_more() -> None:

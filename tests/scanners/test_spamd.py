@@ -37,7 +37,7 @@ SLACK = 2.0  # seconds by which a busy machine may be late
 
 
 def scanner(*backends: str, children: int = 2, **changes: object) -> SpamdScanner:
-    return SpamdScanner(settings.Spamd(backends=backends, **changes), children)  # type: ignore[arg-type]
+    return SpamdScanner(settings.SpamdSettings(backends=backends, **changes), children)  # type: ignore[arg-type]
 
 
 async def scan(

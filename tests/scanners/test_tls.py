@@ -59,7 +59,7 @@ def places(lab_directory: Path) -> Iterator[Places]:
 
 
 def scanner(backend: str, **changes: object) -> SpamdScanner:
-    return SpamdScanner(settings.Spamd(backends=(backend,), **changes), 2)  # type: ignore[arg-type]
+    return SpamdScanner(settings.SpamdSettings(backends=(backend,), **changes), 2)  # type: ignore[arg-type]
 
 
 async def refusal(backend: str, message, content: bytes = LETTER, **changes: object) -> BackendError:
@@ -167,7 +167,7 @@ async def test_a_peer_that_never_shakes_hands_costs_the_time_to_connect(places: 
 
 
 async def test_the_context_is_made_once_for_all_connections(places: Places, message, monkeypatch) -> None:
-    made: list[settings.Spamd] = []
+    made: list[settings.SpamdSettings] = []
     make = tls.client
     monkeypatch.setattr(tls, "client", lambda config: made.append(config) or make(config))
     one = scanner(places.open, tls_ca=places.ours.ca)
@@ -192,7 +192,7 @@ async def test_files_that_cannot_be_used_are_named(places: Places, changes: dict
     (places.directory / "empty").touch()
     locked = places.directory / "locked.key"
     places.ours._run("pkey", "-in", places.client.key, "-aes256", "-passout", "pass:x", "-out", str(locked))
-    config = settings.Spamd(**{key: str(places.directory / name) for key, name in changes.items()})
+    config = settings.SpamdSettings(**{key: str(places.directory / name) for key, name in changes.items()})
     threads = threading.active_count()
     with pytest.raises(ConfigError, match=words):
         tls.client(config)

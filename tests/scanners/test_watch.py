@@ -9,7 +9,7 @@ from contentfilter.deadline import Deadline
 from contentfilter.endpoint import Address
 from contentfilter.errors import BackendError, Cause
 from contentfilter.scanners.health import REST_AFTER, USUAL, Backend, Health, Patience, choose, due, usable
-from contentfilter.scanners.pool import Pool
+from contentfilter.scanners.pool import BackendPool
 from contentfilter.scanners.stream import ClosedError, UnreachableError
 
 pytestmark = pytest.mark.asyncio
@@ -73,7 +73,7 @@ async def test_nothing_is_known_at_first_so_everybody_is_asked() -> None:
 
 
 async def test_a_backend_that_answers_mail_gets_no_ping() -> None:
-    pool, pings = Pool("x", (A,), 4, patience=Patience(look=0.001, idle=5.0, quiet=5.0)), Pings()
+    pool, pings = BackendPool("x", (A,), 4, patience=Patience(look=0.001, idle=5.0, quiet=5.0)), Pings()
     watching = asyncio.create_task(pool.watch(pings))
     await until(lambda: len(pings.asked) == 1)  # the first one
 
@@ -111,7 +111,7 @@ async def test_an_answer_to_ping_forgives_no_failed_scan() -> None:
 
 async def test_one_that_answers_ping_but_no_scan_costs_one_question_for_each_rest() -> None:
     now = [1000.0]
-    pool, pings = Pool("x", (A, B), 4, clock=lambda: now[0]), Pings()
+    pool, pings = BackendPool("x", (A, B), 4, clock=lambda: now[0]), Pings()
     asked: list[Address] = []
 
     async def scan(address: Address) -> Address:
@@ -136,7 +136,7 @@ async def test_one_that_answers_ping_but_no_scan_costs_one_question_for_each_res
 
 async def test_while_its_ping_fails_no_mail_is_sent_there() -> None:
     now = [1000.0]
-    pool, pings = Pool("x", (A, B), 4, clock=lambda: now[0]), Pings()
+    pool, pings = BackendPool("x", (A, B), 4, clock=lambda: now[0]), Pings()
     pings.wrong[A] = refused()
     for backend in pool.backends:
         backend.watched = True
@@ -161,7 +161,7 @@ async def test_while_its_ping_fails_no_mail_is_sent_there() -> None:
 
 
 async def test_questions_of_a_silent_backend_move_once_and_only_to_one_that_answers() -> None:
-    pool, pings = Pool("x", (A, B), 8, silence=Cause.RELOADING, patience=HASTY), Pings()
+    pool, pings = BackendPool("x", (A, B), 8, silence=Cause.RELOADING, patience=HASTY), Pings()
     pings.hung = {A, B}
     watching = asyncio.create_task(pool.watch(pings))
     await until(lambda: all(backend.silent for backend in pool.backends))
@@ -185,7 +185,7 @@ async def test_questions_of_a_silent_backend_move_once_and_only_to_one_that_answ
 
 
 async def test_a_question_that_has_moved_stays_where_it_is() -> None:
-    pool = Pool("x", (A, B, C), 8, patience=HASTY)
+    pool = BackendPool("x", (A, B, C), 8, patience=HASTY)
     asked: list[Address] = []
 
     async def scan(address: Address) -> Address:
@@ -217,7 +217,7 @@ async def test_nobody_there_costs_no_try_but_two_that_took_the_question_are_enou
             raise refused()
         return address
 
-    assert await Pool("x", addresses, 4).run(only_d, soon()) == addresses[3]
+    assert await BackendPool("x", addresses, 4).run(only_d, soon()) == addresses[3]
     assert asked == list(addresses)
     asked.clear()
 
@@ -226,13 +226,13 @@ async def test_nobody_there_costs_no_try_but_two_that_took_the_question_are_enou
         raise ClosedError(Cause.DOWN, str(address), "killed by it")
 
     with pytest.raises(BackendError):
-        await Pool("x", addresses, 4).run(poison, soon())
+        await BackendPool("x", addresses, 4).run(poison, soon())
     assert len(asked) == 2
 
 
 async def test_a_silent_one_is_described_with_its_cause() -> None:
     now = [100.0]
-    pool = Pool("clamd", (A,), 4, lambda: now[0], Cause.RELOADING)
+    pool = BackendPool("clamd", (A,), 4, lambda: now[0], Cause.RELOADING)
     pool.backends[0].silent_since = 97.0
     found = pool.describe()[0]
     assert (found.state, found.cause, found.since, found.failures) == ("silent", "reloading", 3.0, 1)
@@ -240,7 +240,7 @@ async def test_a_silent_one_is_described_with_its_cause() -> None:
 
 async def test_a_slow_connection_counts_although_it_is_shorter_than_a_fair_try() -> None:
     """connect_timeout = 2: the backend's fault, as long as the message has time left."""
-    pool = Pool("x", (A,), 4)
+    pool = BackendPool("x", (A,), 4)
 
     async def scan(address: Address) -> None:
         raise UnreachableError(Cause.TIMEOUT, "a", "no connect in time")

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from contentfilter.errors import ConfigError
-from contentfilter.settings import Service, Settings, Tables
+from contentfilter.settings import ServiceSettings, Settings, TableSettings
 from contentfilter.tables import shrink
 from contentfilter.tables.keeper import Keeper
 from contentfilter.tables.rows import Rows
@@ -24,7 +24,8 @@ class Place:
         self.control.mkdir()
         self.state.mkdir()
         self.settings = Settings(
-            service=Service(control=str(self.control), state=str(self.state)), tables=Tables(shrink_rows=3)
+            service=ServiceSettings(control=str(self.control), state=str(self.state)),
+            tables=TableSettings(shrink_rows=3),
         )
         self.keeper = Keeper()
 
@@ -111,7 +112,7 @@ def test_a_damaged_snapshot_is_as_none(place: Place) -> None:
     ],
 )
 def test_what_is_suspicious(old: tuple[int, int], new: tuple[int, int], refused: bool) -> None:
-    assert bool(shrink.shrunk(old, new, Tables())) is refused
+    assert bool(shrink.shrunk(old, new, TableSettings())) is refused
 
 
 def test_a_table_that_shrinks_waits_for_a_word_about_exactly_these_rows(place: Place) -> None:

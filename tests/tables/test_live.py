@@ -19,7 +19,7 @@ from lab.mariadb import MariaDb
 from lab.system import System
 
 from contentfilter.bus import messages, sockets
-from contentfilter.tables.keeper import State
+from contentfilter.tables.keeper import TableState
 
 VIRUS = b"From: a@example.net\nSubject: look\n\n" + EICAR + b"\n"
 ROOT = str(Path(__file__).resolve().parents[2])
@@ -53,7 +53,7 @@ def fate(system: System, recipient: str = "user@x.example") -> str:
     return {"D": "refused", "Z": "deferred", "": "delivered"}[d.text[:1]]
 
 
-def tables(system: System) -> State:
+def tables(system: System) -> TableState:
     reply = sockets.ask(str(system.directory), messages.AskStatus(), WAIT)
     assert isinstance(reply, messages.Status)
     assert reply.tables is not None

@@ -19,8 +19,8 @@ from tables.conftest import prepare
 
 from contentfilter.config.load import read_settings
 from contentfilter.errors import ConfigError
-from contentfilter.settings import MariaDb as Section
-from contentfilter.settings import Service, Settings
+from contentfilter.settings import MariaDbSettings as Section
+from contentfilter.settings import ServiceSettings, Settings
 from contentfilter.tables.mariadb import fingerprint_query, read_tables, server_name
 from contentfilter.tables.rows import Rows
 
@@ -35,7 +35,7 @@ def place(tmp_path: Path) -> Path:
 
 def settings(db: MariaDb | None, place: Path, **more: Any) -> Settings:
     keys = {"socket": db.socket if db else "", "database": "mail", "password_file": str(place / "password")} | more
-    return Settings(mariadb=Section(**keys), service=Service(control=str(place / "control")))
+    return Settings(mariadb=Section(**keys), service=ServiceSettings(control=str(place / "control")))
 
 
 def read(db: MariaDb | None, place: Path, **more: Any) -> tuple[Rows, list[str]]:

@@ -11,8 +11,8 @@ from lab.mariadb import MariaDb
 from tables.conftest import SQL
 
 from contentfilter.errors import ConfigError
-from contentfilter.settings import MariaDb as Section
-from contentfilter.settings import Service, Settings
+from contentfilter.settings import MariaDbSettings as Section
+from contentfilter.settings import ServiceSettings, Settings
 from contentfilter.tables.files import load_tables, sources
 from contentfilter.tables.mariadb import BATCH, fingerprint_query, read_tables
 from contentfilter.tables.owners import OwnerBuilder, parse_owners
@@ -158,7 +158,7 @@ def prefs(db: MariaDb) -> MariaDb:
 def config(db: MariaDb, place: Path, **more: Any) -> Settings:
     keys = {"socket": db.socket, "database": "mail", "password_file": str(place / "password")}
     section = Section(**keys | {"prefs_table": "userpref"} | more)
-    return Settings(mariadb=section, service=Service(control=str(place / "control")))
+    return Settings(mariadb=section, service=ServiceSettings(control=str(place / "control")))
 
 
 def test_owners_come_from_spamassassins_table_by_a_user_who_may_read_names_only(prefs: MariaDb, place: Path) -> None:

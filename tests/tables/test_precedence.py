@@ -4,20 +4,20 @@ import itertools
 
 import pytest
 
-from contentfilter.policy.addresses import Kind, candidates, deciding, parse_key
+from contentfilter.policy.addresses import KeyKind, candidates, deciding, parse_key
 from contentfilter.tables.rows import Rows
 from contentfilter.tables.snapshot import Snapshot, compile_snapshot
 
 # From the most specific on: all that can decide for this recipient.
 RECIPIENT = b"User-Lists-Qmail@Mail.Example.COM"
 ORDER = [
-    (Kind.ADDRESS, b"user-lists-qmail@mail.example.com"),
-    (Kind.EXTENSION, b"user-lists@mail.example.com"),
-    (Kind.EXTENSION, b"user@mail.example.com"),
-    (Kind.DOMAIN, b"@mail.example.com"),
-    (Kind.PARENT, b".example.com"),
-    (Kind.PARENT, b".com"),
-    (Kind.EVERYBODY, b"*"),
+    (KeyKind.ADDRESS, b"user-lists-qmail@mail.example.com"),
+    (KeyKind.EXTENSION, b"user-lists@mail.example.com"),
+    (KeyKind.EXTENSION, b"user@mail.example.com"),
+    (KeyKind.DOMAIN, b"@mail.example.com"),
+    (KeyKind.PARENT, b".example.com"),
+    (KeyKind.PARENT, b".com"),
+    (KeyKind.EVERYBODY, b"*"),
 ]
 KEYS = [key for _, key in ORDER]
 OTHERS = [b"user@example.com", b"@example.com", b".mail.example.com", b"lists-qmail@mail.example.com", b".org", b"@com"]
@@ -77,7 +77,7 @@ def test_an_extension_never_leaves_an_empty_local_part(ask, recipient):
 
 def test_a_name_that_is_all_extension_is_only_itself():
     kinds = [kind for kind, _ in candidates(b"-a@d", b"-")]
-    assert kinds == [Kind.ADDRESS, Kind.DOMAIN, Kind.EVERYBODY]
+    assert kinds == [KeyKind.ADDRESS, KeyKind.DOMAIN, KeyKind.EVERYBODY]
 
 
 def test_a_dotted_key_means_sub_domains_at_any_depth_but_not_the_domain(ask):

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from contentfilter.errors import ConfigError
-from contentfilter.files import Source
+from contentfilter.files import SourceState
 from contentfilter.policy.plan import Row
 from contentfilter.tables.rows import Rows, parse_table
 from contentfilter.tables.snapshot import Snapshot, compile_snapshot
@@ -81,7 +81,9 @@ def test_every_recipient_gets_the_answer_of_the_plain_rules(tmp_path, clamav, sp
 
 def rows(count=50):
     clamav, _ = parse_table(b"".join(b"user%d@d%d.example\n" % (i, i % 7) for i in range(count)), "x")
-    return Rows(clamav, {b"@d1.example": b"", b".example": b"!", b"*": b""}, b"me.example", (Source("x", 1, 2, 3),))
+    return Rows(
+        clamav, {b"@d1.example": b"", b".example": b"!", b"*": b""}, b"me.example", (SourceState("x", 1, 2, 3),)
+    )
 
 
 @pytest.fixture
@@ -94,7 +96,7 @@ def path(tmp_path):
 def test_the_header_says_what_is_in_it_and_where_it_comes_from(path):
     header = Snapshot.open(path).header
     assert (header.clamav_rows, header.spamd_rows) == (50, 3)
-    assert header.sources == (Source("x", 1, 2, 3),)
+    assert header.sources == (SourceState("x", 1, 2, 3),)
     assert header.created == 1.0
 
 

@@ -6,20 +6,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from contentfilter.errors import Cause
-from contentfilter.model import Envelope, Message, Origin, OriginKind, Scanner, ScanOutcome, ScanStatus, Want
+from contentfilter.model import (
+    Action,
+    Envelope,
+    Message,
+    Origin,
+    OriginKind,
+    Reason,
+    Scanner,
+    ScanOutcome,
+    ScanStatus,
+    Want,
+)
 from contentfilter.policy.decide import decide
 from contentfilter.policy.options import read_options
-from contentfilter.policy.plan import ScanPlan, Step, Switches, Treatment
-from contentfilter.settings import Clamd, Headers, Settings, Spamd
+from contentfilter.policy.plan import PlanStep, RecipientPolicy, ScanPlan, Switches
+from contentfilter.settings import ClamdSettings, HeaderSettings, Settings, SpamdSettings
 from contentfilter.verdict import headers
-from contentfilter.verdict.context import Case
+from contentfilter.verdict.context import MessageContext
 from contentfilter.verdict.reply import answer
 from contentfilter.wire import envelope as envelope_format
 from contentfilter.wire import hook
 
 ID = "0123456789abcdef"
 MAIL = b"Subject: hi\nX-Virus-Status: Clean (forged)\n\nbody\n"
-STEPS = tuple(Step(scanner, run=True, reason="asked") for scanner in Scanner)
+STEPS = tuple(PlanStep(scanner, run=True, reason="asked") for scanner in Scanner)
 CLEAN = tuple(ScanOutcome(s, ScanStatus.CLEAN) for s in (Scanner.SIGNATURES, Scanner.CLAMD))
 
 
@@ -38,14 +49,16 @@ def reply(
 ):
     settings = settings or Settings()
     plan = ScanPlan(
-        tuple((Treatment(v, s, f"v{i}", f"s{i}", read_options(*options)), (i,)) for i, (v, s) in enumerate(wants)),
+        tuple(
+            (RecipientPolicy(v, s, f"v{i}", f"s{i}", read_options(*options)), (i,)) for i, (v, s) in enumerate(wants)
+        ),
         STEPS,
         want=want,
         limit=limit,
     )
     decision = decide(plan, outcomes, kind, len(wants), settings)
     to = tuple(b"u%d@example.org" % i for i in range(len(wants)))
-    case = Case(
+    case = MessageContext(
         ID,
         Origin(kind, 1, remote_ip=remote),
         Envelope(b"s@example.net", to),
@@ -65,7 +78,7 @@ def found(scanner, name="Eicar-Test-Signature", **more):
 
 def test_virus_text_names_the_virus_the_incident_and_the_code():
     a = reply((found(Scanner.CLAMD),))
-    assert (a.action, a.reason) == (hook.Action.REJECT, hook.Reason.VIRUS)
+    assert (a.action, a.reason) == (Action.REJECT, Reason.VIRUS)
     assert a.text == f"message contains a virus: Eicar-Test-Signature [{ID}] (#5.7.1)"
 
 
@@ -75,7 +88,7 @@ def test_virus_text_names_the_virus_the_incident_and_the_code():
         ((found(Scanner.SIGNATURES, "TVqQAAMAA"),), {}, "carries a Windows program: TVqQAAMAA"),
         (
             (found(Scanner.SPAMD, score=15.5, threshold=5.0),),
-            {"settings": Settings(spamd=Spamd(action="reject"))},
+            {"settings": Settings(spamd=SpamdSettings(action="reject"))},
             "looks like spam (15.5 / 5)",
         ),
         ((ScanOutcome(Scanner.CLAMD, ScanStatus.UNCHECKED, cause=Cause.TIMEOUT),), {}, "virus check not possible now"),
@@ -98,7 +111,7 @@ def test_no_name_can_forge_a_reply_line(name):
 
 
 def only(a):
-    assert a.action is hook.Action.QUEUE
+    assert a.action is Action.QUEUE
     assert len(a.submissions) == 1
     return a.submissions[0]
 
@@ -142,7 +155,7 @@ def test_envelope_to_only_where_one_recipient_travels_alone():
 def test_spam_is_marked_with_spamassassins_lines_and_the_tag():
     block = b"X-Spam-Flag: YES\r\nX-Spam-Status: Yes\r\nSubject: hi\r\n\r\n"
     spam = (found(Scanner.SPAMD, score=9.0, threshold=5.0, rewritten=block),)
-    s = only(reply(spam, wants=((False, True),), settings=Settings(spamd=Spamd(subject_tag="[SPAM] "))))
+    s = only(reply(spam, wants=((False, True),), settings=Settings(spamd=SpamdSettings(subject_tag="[SPAM] "))))
     result = s.prepend + MAIL[s.skip :]
     assert b"X-Spam-Flag: YES\nX-Spam-Status: Yes\n" in result
     assert b"Subject: [SPAM] hi\n" in result
@@ -162,7 +175,7 @@ def test_those_who_did_not_ask_get_their_bytes_and_no_foreign_verdict():
 
 def test_full_rewrite_takes_spamds_message_for_spam_only():
     rewritten = b"Subject: *****SPAM***** hi\nX-Spam-Flag: YES\n\nattached\n"
-    settings = Settings(spamd=Spamd(rewrite="full"))
+    settings = Settings(spamd=SpamdSettings(rewrite="full"))
     spam = (found(Scanner.SPAMD, score=9.0, threshold=5.0, rewritten=rewritten),)
     s = only(reply(spam, wants=((False, True),), settings=settings, want=Want.PROCESS))
     assert s.skip == len(MAIL)
@@ -213,7 +226,7 @@ def test_spamassassins_lines_say_what_the_recipients_own_score_says(score, own, 
     block = b"X-Spam-Flag: YES\n" + block if score >= 5 else block
     verdict = ScanStatus.FOUND if score >= 5 else ScanStatus.CLEAN
     outcome = ScanOutcome(Scanner.SPAMD, verdict, score=score, threshold=5.0, rewritten=block)
-    settings = Settings(spamd=Spamd(subject_tag="[SPAM] "))
+    settings = Settings(spamd=SpamdSettings(subject_tag="[SPAM] "))
     s = only(reply((outcome,), wants=((False, True),), settings=settings, want=want, options=(b"", own)))
     result = s.prepend + MAIL[s.skip :]
     assert result.count(b"X-Spam-Flag: YES\n") == flag
@@ -224,13 +237,15 @@ def test_spamassassins_lines_say_what_the_recipients_own_score_says(score, own, 
 
 
 def test_marked_virus_is_delivered_with_its_name():
-    s = only(reply((found(Scanner.CLAMD),), wants=((True, False),), settings=Settings(clamd=Clamd(action="mark"))))
+    s = only(
+        reply((found(Scanner.CLAMD),), wants=((True, False),), settings=Settings(clamd=ClamdSettings(action="mark")))
+    )
     assert b"virus=found" in s.prepend
     assert b"X-Virus-Status: Infected (Eicar-Test-Signature)\n" in s.prepend
 
 
 def test_headers_can_be_switched_off():
-    off = Settings(headers=Headers(trace=False, scanned=False))
+    off = Settings(headers=HeaderSettings(trace=False, scanned=False))
     s = only(reply(CLEAN, wants=((True, False),), settings=off, switches=Switches(xoriginatingip=False)))
     assert s.prepend.startswith(b"Subject")  # only the forged claim is renamed
 
@@ -252,10 +267,10 @@ def test_a_header_is_corrected_once_for_all_deliveries_that_are_alike_in_it(monk
 
     correct = headers.correct
     monkeypatch.setattr(headers, "correct", counted)
-    plan = ((Treatment(True, False, "v", "s"), (0, 1, 2)),)
+    plan = ((RecipientPolicy(True, False, "v", "s"), (0, 1, 2)),)
     decision = decide(ScanPlan(plan, STEPS), CLEAN, OriginKind.STRANGER, 3, Settings())
     deliveries = tuple(d for d in decision.deliveries for _ in range(50))
-    case = Case(
+    case = MessageContext(
         ID,
         Origin(OriginKind.STRANGER, 1),
         Envelope(b"s@example.net", (b"a@b.example",) * 3),

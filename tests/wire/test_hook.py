@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from contentfilter.errors import LocalProtocolError, RemoteProtocolError
 from contentfilter.wire import hook as wire
-from contentfilter.wire.hook import Action, Answer, Reason, Report, Request, Result, Submission
+from contentfilter.wire.hook import Action, Answer, CommitReport, Reason, Request, Result, Submission
 
 REQUESTS = [
     (Request(0, 240.0, 5, 4, {}), "43465131 0100 0000 80a90300 0500000000000000 0400000000000000 00000000"),
@@ -38,9 +38,9 @@ ANSWERS = [
     ),
 ]
 REPORTS = [
-    (Report(()), "43465231 0100 0000"),
-    (Report((Result(0, True), Result(-9, False))), "43465231 0100 0200 00000000 01000000 f7ffffff 00000000"),
-    (Report((Result(wire.NEVER_STARTED, False),)), "43465231 0100 0100 18fcffff 00000000"),
+    (CommitReport(()), "43465231 0100 0000"),
+    (CommitReport((Result(0, True), Result(-9, False))), "43465231 0100 0200 00000000 01000000 f7ffffff 00000000"),
+    (CommitReport((Result(wire.NEVER_STARTED, False),)), "43465231 0100 0100 18fcffff 00000000"),
 ]
 
 
@@ -59,7 +59,7 @@ def test_answers(value: Answer, data: str) -> None:
 
 
 @pytest.mark.parametrize(("value", "data"), REPORTS)
-def test_reports(value: Report, data: str) -> None:
+def test_reports(value: CommitReport, data: str) -> None:
     packet = bytes.fromhex(data)
     assert wire.encode_report(value) == packet
     assert wire.decode_report(packet) == value

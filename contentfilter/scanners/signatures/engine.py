@@ -6,7 +6,7 @@ decoded content that begins as a program. ``compatible`` is Warlord's line by li
 
 The scan is a plain function of the message: no I/O, linear time, memory independent of the size. Work that a hostile
 message can multiply (content inside content, searches through whole programs) is paid from a budget
-of ``BUDGET`` times the size, and its parts are counted (mime.Effort). Who hides behind
+of ``BUDGET`` times the size, and its parts are counted (mime.ScanLimits). Who hides behind
 such a limit is not clean: a scan that found nothing and left something out raises BackendError with ``Cause.LIMITS``.
 """
 
@@ -21,7 +21,7 @@ import ahocorasick_rs
 from contentfilter.errors import BackendError, Cause
 from contentfilter.model import BytesLike, Scanner, readable
 from contentfilter.scanners.signatures import compatible, decoders, mime
-from contentfilter.scanners.signatures.mime import As, Effort, Leaf, Marks, Text
+from contentfilter.scanners.signatures.mime import As, Leaf, Marks, ScanLimits, Text
 from contentfilter.scanners.signatures.rules import (
     LETTERS,
     LIBRARY,
@@ -36,8 +36,8 @@ from contentfilter.scanners.signatures.rules import (
 )
 
 __all__ = [
+    "Detection",
     "Engine",
-    "Finding",
     "Rule",
     "Rules",
     "default_loadertypes",
@@ -63,7 +63,7 @@ _NO_LETTERS = bytes(set(range(256)) - set(LETTERS.encode()))
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Detection:
     """The first thing found; it decides."""
 
     scanner: Scanner  # SIGNATURES or LOADERTYPES
@@ -117,7 +117,7 @@ class Engine:
         starts = {rule.pattern[:3].partition("*")[0].encode() for rule in first} | {b"TV"}
         self.marks = Marks(tuple(sorted(start for start in starts if len(start) > 1)))
 
-    def scan(self, data: BytesLike) -> Finding | None:
+    def scan(self, data: BytesLike) -> Detection | None:
         """The first finding, or None. Synchronous; keeps no reference to ``data``.
 
         Raises BackendError where nothing was found and something was left out for a limit, and on nothing else.
@@ -131,13 +131,13 @@ class Engine:
                 return self._compatible(compatible.scan(text, *self._warlord))
             return _Scan(self, size).whole(text)
 
-    def _compatible(self, hit: compatible.Hit | None) -> Finding | None:
+    def _compatible(self, hit: compatible.Hit | None) -> Detection | None:
         if hit is None:
             return None
         pattern = hit.pattern.decode("ascii")
         rule = next(rule for rule in self._rules if rule.pattern.startswith(pattern))
         scanner = Scanner.LOADERTYPES if hit.loader else Scanner.SIGNATURES
-        return Finding(scanner, rule.pattern, rule.description, f"line {hit.line}", 0)
+        return Detection(scanner, rule.pattern, rule.description, f"line {hit.line}", 0)
 
 
 class _Scan:
@@ -148,10 +148,10 @@ class _Scan:
     def __init__(self, engine: Engine, size: int) -> None:
         self._engine = engine
         self._budget = BUDGET * size + DOCUMENT
-        self._effort = Effort()
+        self._effort = ScanLimits()
         self._trail: list[tuple[Text, Leaf, str]] = []
 
-    def whole(self, data: Text) -> Finding | None:
+    def whole(self, data: Text) -> Detection | None:
         """The message itself."""
         finding = self.document(data, 0)
         if finding is None and self._effort.left_out:
@@ -161,12 +161,12 @@ class _Scan:
     def _pay(self, size: int) -> bool:
         """Whether ``size`` bytes more may be looked at."""
         if self._budget <= 0:
-            self._effort.leave_out("too much encoded content")
+            self._effort.mark_truncated("too much encoded content")
             return False
         self._budget -= size
         return True
 
-    def document(self, data: Text, layers: int) -> Finding | None:
+    def document(self, data: Text, layers: int) -> Detection | None:
         """A message, or decoded text: all of its leaves."""
         for leaf in mime.leaves(data, self._engine.marks, self._effort):
             finding = self._leaf(data, leaf, layers)
@@ -174,7 +174,7 @@ class _Scan:
                 return finding
         return None
 
-    def _leaf(self, data: Text, leaf: Leaf, layers: int) -> Finding | None:
+    def _leaf(self, data: Text, leaf: Leaf, layers: int) -> Detection | None:
         """A leaf, read in each way that its first bytes and its header allow."""
         start, end, kind, _, _ = leaf
         engine = self._engine
@@ -201,7 +201,7 @@ class _Scan:
             self._trail.pop()
         return None
 
-    def _content(self, windows: Iterator[bytes], encoding: str, layers: int, kind: int) -> Finding | None:
+    def _content(self, windows: Iterator[bytes], encoding: str, layers: int, kind: int) -> Detection | None:
         """Decoded content: is it a program, and if it is text, is there a program in it?"""
         first = next(windows, b"")
         while len(first) < ENOUGH:
@@ -224,7 +224,7 @@ class _Scan:
             return self._documents(first, windows, layers + 1)
         return None
 
-    def _documents(self, first: bytes, windows: Iterator[bytes], layers: int) -> Finding | None:
+    def _documents(self, first: bytes, windows: Iterator[bytes], layers: int) -> Detection | None:
         """Walk decoded text, a bounded piece at a time; each piece begins with the end of the one before.
 
         After the first piece only those are walked in which some part, blob or uuencode may begin.
@@ -246,7 +246,7 @@ class _Scan:
                 marked = any(map(self._engine.marks.any, (b"", *pieces), pieces))
         return self.document(b"".join(pieces), layers) if marked else None
 
-    def _program(self, first: bytes, windows: Iterator[bytes]) -> Finding | None:
+    def _program(self, first: bytes, windows: Iterator[bytes]) -> Detection | None:
         """Look for a loader's name in a whole program."""
         before = b""
         for piece in itertools.chain((first,), windows):
@@ -275,14 +275,14 @@ class _Scan:
                 return fragment.rule
         return nearest
 
-    def _found(self, scanner: Scanner, rule: Rule, description: str) -> Finding:
+    def _found(self, scanner: Scanner, rule: Rule, description: str) -> Detection:
         places = []
         for data, leaf, encoding in self._trail:
             name = "part " + ".".join(map(str, leaf.path)) if leaf.path else "body"
             undeclared = "" if leaf.declared else ", undeclared"
             places.append(f"{name}{undeclared}, {encoding}, line {_line(data, leaf.start)}")
         layers = sum(encoding != "8bit" for _, _, encoding in self._trail)
-        return Finding(scanner, rule.pattern, description, " > ".join(places), layers)
+        return Detection(scanner, rule.pattern, description, " > ".join(places), layers)
 
 
 def _meant(signature: Signature, first: bytes) -> bool:

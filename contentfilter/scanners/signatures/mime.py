@@ -82,7 +82,7 @@ class Leaf(NamedTuple):
     declared: bool  # a declared boundary opened this part, or it is the message itself
 
 
-class Effort:
+class ScanLimits:
     """What one message may still cost: counts down, and remembers whether something was left out for it."""
 
     __slots__ = ("delimiters", "left_out", "loose", "parts")
@@ -93,7 +93,7 @@ class Effort:
         self.delimiters = DELIMITERS
         self.left_out = ""  # what, for people; empty: everything was looked at
 
-    def leave_out(self, what: str) -> None:
+    def mark_truncated(self, what: str) -> None:
         self.left_out = self.left_out or what
 
 
@@ -157,7 +157,7 @@ class _Section:
                 yield Leaf(start, end, kind, self.path, self.declared)
 
 
-def leaves(data: Text, marks: Marks, effort: Effort) -> Iterator[Leaf]:
+def leaves(data: Text, marks: Marks, effort: ScanLimits) -> Iterator[Leaf]:
     """Every leaf of a message or of decoded content, in the order in which they are known to end.
 
     ``effort`` is that of the whole message, whatever content is inside which.
@@ -170,7 +170,7 @@ class _Walk:
 
     __slots__ = ("_blob_end", "_boundaries", "_data", "_effort", "_marks", "_section", "_waiting")
 
-    def __init__(self, data: Text, marks: Marks, effort: Effort) -> None:
+    def __init__(self, data: Text, marks: Marks, effort: ScanLimits) -> None:
         self._data = data
         self._marks = marks
         self._effort = effort
@@ -185,7 +185,7 @@ class _Walk:
             if kind == Marks.DELIMITER:
                 effort.delimiters -= 1
                 if effort.parts <= 0 or effort.delimiters <= 0:
-                    effort.leave_out(f"more than {PARTS if effort.parts <= 0 else DELIMITERS} parts")
+                    effort.mark_truncated(f"more than {PARTS if effort.parts <= 0 else DELIMITERS} parts")
                     break
                 yield from self._delimiter(at)
             elif kind == Marks.BEGIN:
@@ -211,7 +211,7 @@ class _Walk:
         """Whether one more thing that nobody declared may be looked at."""
         self._effort.loose -= 1
         if self._effort.loose < 0:
-            self._effort.leave_out(f"more than {LOOSE} undeclared parts")
+            self._effort.mark_truncated(f"more than {LOOSE} undeclared parts")
             return False
         return True
 
@@ -261,7 +261,7 @@ class _Walk:
             at = body
         else:
             if kind & _COMPOSITE:  # else it is text in which lines look like fields
-                self._effort.leave_out(f"more than {NESTED} headers inside each other")
+                self._effort.mark_truncated(f"more than {NESTED} headers inside each other")
         section.base64 = bool(kind & _BASE64)
         return section
 
@@ -292,7 +292,7 @@ class _Walk:
             return 0
         if b"boundary" in value:
             if len(self._boundaries) >= BOUNDARIES:
-                self._effort.leave_out(f"more than {BOUNDARIES} boundaries")
+                self._effort.mark_truncated(f"more than {BOUNDARIES} boundaries")
                 return 0
             for quoted, token in _BOUNDARY.findall(text):
                 boundary = quoted.replace(b"\\", b"") if quoted else token

@@ -1,0 +1,276 @@
+"""The event feed over TCP: who has a known key gets events, nobody else does, and nobody costs memory by being slow."""
+
+import asyncio
+import json
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+import zmq
+import zmq.asyncio
+from lab.daemon import PACKAGE, WAIT, Daemon
+from lab.offer import offer
+from lab.process import free_port
+
+from contentfilter.bus.messages import Event
+from contentfilter.bus.remote_feed import HIGH_WATER, RemoteFeed
+from contentfilter.config.keys import Keys, load_keys, public, read_secret, write_secret
+from contentfilter.config.load import read_settings
+from contentfilter.errors import ConfigError
+from contentfilter.log import make_logger
+from contentfilter.settings import EventSettings, Settings
+
+Make = Callable[..., Daemon]
+ENVIRON = {**os.environ, "PYTHONPATH": str(PACKAGE)}
+
+
+@dataclass
+class Place:
+    """A feed that runs, its settings, and subscribers to it."""
+
+    directory: Path
+    settings: Settings
+    feed: RemoteFeed
+    context: "zmq.asyncio.Context"
+
+    async def allow(self, *secrets: bytes) -> None:
+        """Until it is in force: ZeroMQ's client gives up for good when it is refused."""
+        lines = [b"# who may listen", b"", *(public(secret) + b"  a collector" for secret in secrets)]
+        Path(self.settings.events.clients).write_bytes(b"\n".join(lines) + b"\n")
+        self.feed.changed()
+        async with asyncio.timeout(WAIT):
+            while self.feed._in_force is None or self.feed._in_force[1].clients != set(map(public, secrets)):
+                await asyncio.sleep(0.01)
+
+    @property
+    def server(self) -> bytes:
+        return public(read_secret(self.settings.events.key))
+
+    def subscribe(self, secret: bytes | None, server: bytes | None = None, **options: int) -> Any:
+        each = self.context.socket(zmq.SUB)
+        for name, value in {"LINGER": 0, "RECONNECT_IVL": 20, **options}.items():
+            each.setsockopt(getattr(zmq, name), value)
+        if secret is not None:
+            each.curve_serverkey = server or self.server
+            each.curve_secretkey, each.curve_publickey = secret, public(secret)
+        each.subscribe(b"")
+        each.connect(self.settings.events.listen)
+        return each
+
+    async def hears(self, *subscribers: Any, seconds: float = WAIT) -> bool:
+        """Whether all of them get an event."""
+        async with asyncio.timeout(seconds):
+            waiting = list(subscribers)
+            while waiting:
+                self.feed.publish(Event("mail.done", {"id": "x"}))
+                waiting = [each for each in waiting if not await each.poll(20)]
+        return True
+
+
+@pytest_asyncio.fixture
+async def place(tmp_path: Path) -> AsyncIterator[Place]:
+    events = EventSettings(
+        listen=f"tcp://127.0.0.1:{free_port()}", key=str(tmp_path / "key"), clients=str(tmp_path / "clients")
+    )
+    write_secret(events.key)
+    settings = Settings(events=events)
+    made = Place(tmp_path, settings, RemoteFeed(make_logger("json", "error"), lambda: settings), zmq.asyncio.Context())
+    (tmp_path / "clients").touch()
+    running = asyncio.create_task(made.feed.run())
+    yield made
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    made.context.destroy(linger=0)
+
+
+def secret() -> bytes:
+    made: bytes = zmq.curve_keypair()[1]
+    return made
+
+
+@pytest.mark.asyncio
+async def test_a_known_key_gets_events_and_nobody_else_does(place: Place) -> None:
+    known = secret()
+    await place.allow(known)
+    well = place.subscribe(known)
+    strangers = [
+        place.subscribe(secret()),  # a key, but not one of the list
+        place.subscribe(None),  # NULL: no key at all
+        place.subscribe(known, server=public(secret())),  # takes another daemon for this one
+    ]
+    plain = place.context.socket(zmq.SUB)
+    plain.plain_username, plain.plain_password, plain.linger = b"admin", b"admin", 0
+    plain.subscribe(b"")
+    plain.connect(place.settings.events.listen)
+    for _ in range(10):
+        assert await place.hears(well)
+        while await well.poll(0):
+            await well.recv_multipart()
+    assert [await each.poll(50) for each in (*strangers, plain)] == [0, 0, 0, 0]
+
+
+@pytest.mark.asyncio
+async def test_a_key_that_is_taken_away_hears_nothing_from_the_reload_on(place: Place) -> None:
+    first, second = secret(), secret()
+    await place.allow(first, second)
+    kept, dropped = place.subscribe(first), place.subscribe(second)
+    assert await place.hears(kept, dropped)
+    await place.allow(first)
+    for each in (kept, dropped):
+        while await each.poll(50):
+            await each.recv_multipart()
+    assert await place.hears(kept)  # it came back by itself
+    assert await dropped.poll(100) == 0
+    place.feed.changed()
+    await asyncio.sleep(0)
+    after = place.feed._socket
+    assert await place.hears(kept)
+    assert place.feed._socket is after  # nothing new: nobody is cut off
+
+
+@pytest.mark.asyncio
+async def test_a_subscriber_that_does_not_read_loses_events_and_costs_a_bounded_queue(place: Place) -> None:
+    known = secret()
+    await place.allow(known)
+    slow, quick = place.subscribe(known, RCVHWM=10, RCVBUF=4096), place.subscribe(known)
+    assert await place.hears(slow, quick)
+    text = os.urandom(2048).hex()  # 4 KiB
+    sent = 5 * HIGH_WATER
+    for number in range(sent):
+        place.feed.publish(Event("mail.report", {"n": number, "text": text}))
+        if number % 20 == 0:
+            await asyncio.sleep(0)
+            while await quick.poll(0):
+                await quick.recv_multipart()
+    got = 0
+    while await slow.poll(300):
+        await slow.recv_multipart()
+        got += 1
+    # What is above the queue: the subscriber's own, and the buffers of the kernel (some MB at most).
+    assert got < HIGH_WATER + 2000 < sent
+    assert await place.hears(slow, quick)
+
+
+@pytest.mark.asyncio
+async def test_a_subscriber_that_sends_long_frames_is_cut_off(place: Place) -> None:
+    known = secret()
+    await place.allow(known)
+    hostile, well = place.subscribe(known), place.subscribe(known)
+    assert await place.hears(hostile, well)
+    watch = hostile.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+    hostile.subscribe(b"x" * 100_000)
+    assert await watch.poll(WAIT * 1000)
+    assert await place.hears(well)
+    hostile.disable_monitor()
+
+
+@pytest.mark.asyncio
+async def test_an_address_in_use_is_told_and_mail_goes_on(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+    other = RemoteFeed(make_logger("json", "error"), lambda: place.settings)
+    await place.hears()
+    async with asyncio.timeout(WAIT):
+        while place.feed._socket is None:
+            await asyncio.sleep(0.01)
+    assert await other._adopt()
+    other.publish(Event("mail.done", {}))
+    assert "Address already in use" in capfd.readouterr().err
+    await other._close()
+
+
+# ---------------------------------------------------------------- keys and settings
+
+
+def test_a_key_file_is_for_its_owner_only_and_never_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    made = write_secret(str(path))
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    with pytest.raises(FileExistsError):
+        write_secret(str(path))
+    assert read_secret(str(path)) == made
+    assert made.decode() not in repr(Keys(made, frozenset()))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"key": ""}, r"key: the feed goes over the network only with keys"),
+        ({"clients": ""}, r"clients: the feed goes over the network only with keys"),
+        ({"key": "/nowhere/key"}, r"/nowhere/key: \[events\] key: cannot read it: No such file"),
+    ],
+)
+def test_over_the_network_only_with_keys(tmp_path: Path, change: dict[str, str], words: str) -> None:
+    write_secret(str(tmp_path / "key"))
+    (tmp_path / "clients").touch()
+    events = {"listen": "tcp://127.0.0.1:1", "key": str(tmp_path / "key"), "clients": str(tmp_path / "clients")}
+    assert load_keys(EventSettings(**events)) is not None
+    with pytest.raises(ConfigError, match=words):
+        load_keys(EventSettings(**(events | change)))
+    assert load_keys(EventSettings()) is None
+
+
+def test_what_is_no_key_is_told_with_its_line(tmp_path: Path) -> None:
+    write_secret(str(tmp_path / "key"))
+    events = EventSettings("tcp://127.0.0.1:1", str(tmp_path / "key"), str(tmp_path / "clients"))
+    for wrong in (b"short", b"#" * 40, b"x" * 41, b"\xff" * 40):
+        (tmp_path / "clients").write_bytes(b"# list\n\n" + wrong + b"\n")
+        with pytest.raises(ConfigError, match=r"clients:3: not a public key"):
+            load_keys(events)
+    (tmp_path / "clients").write_bytes(b"")
+    (tmp_path / "key").chmod(0o644)
+    with pytest.raises(ConfigError, match="everybody here can read it"):
+        load_keys(events)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["tcp://localhost:1", "tcp://127.0.0.1", "tcp://1.2.3.4:0", "tcp://1.2.3.999:5", "tcp://[::g]:1", "ipc:///x"],
+)
+def test_an_address_that_is_none_is_told_with_its_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "contentfilter.toml"
+    path.write_text(f'[events]\nlisten = "{text}"\n')
+    problems = read_settings(str(path))[1]
+    assert [(p.line, "[events] listen" in p.text) for p in problems if not p.warning] == [(2, True)]
+    for well in ("off", "tcp://*:9465", "tcp://192.0.2.1:9465", "tcp://[::1]:9465"):
+        path.write_text(f'[events]\nlisten = "{well}"\n')
+        assert read_settings(str(path))[1] == ()
+
+
+# ---------------------------------------------------------------- the daemon and the command line
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", "-m", "contentfilter", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=WAIT, env=ENVIRON)
+
+
+def test_tail_on_another_machine_sees_the_daemons_mail(daemon: Make, tmp_path: Path) -> None:
+    made = json.loads(run("events-key", "--json", str(tmp_path / "collector.key")).stdout)
+    server = run("events-key", str(tmp_path / "server.key")).stdout.strip()
+    assert run("events-key", str(tmp_path / "server.key")).stdout.strip() == server
+    assert made["made"] is True
+    (tmp_path / "clients").write_text(made["public"] + " collector\n")
+    listen = f"tcp://127.0.0.1:{free_port()}"
+    events = {"listen": listen, "key": str(tmp_path / "server.key"), "clients": str(tmp_path / "clients")}
+    with daemon({"service": {"workers": 1}, "events": events}) as running:
+        running.wait_for("events.ready")
+        words = ["tail", "--connect", listen, "--server-key", server, "--key", made["file"], "--count", "1", "--json"]
+        command = [sys.executable, "-P", "-m", "contentfilter", *words]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRON) as reader:
+            while reader.poll() is None:
+                assert offer(running.socket)
+            assert reader.stdout is not None
+            assert json.loads(reader.stdout.readline())["event"] == "mail.done"
+        assert reader.returncode == 0
+        stranger = run("events-key", "--json", str(tmp_path / "stranger.key"))
+        words[words.index(made["file"])] = json.loads(stranger.stdout)["file"]
+        refused = run(*words)
+        assert (refused.returncode, "refused" in refused.stderr) == (1, True)
+    usage = run("tail", "--connect", listen)
+    assert (usage.returncode, "go together" in usage.stderr) == (2, True)

@@ -1,0 +1,85 @@
+"""A listener in the test's own event loop, around a handler that the test writes."""
+
+import asyncio
+import json
+import os
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contentfilter.deadline import Deadline
+from contentfilter.doors.admission import AcceptedMessage, IntakeLimits, PendingMessage
+from contentfilter.doors.listener import Listener
+from contentfilter.doors.listening_socket import open_socket
+from contentfilter.doors.message import Spool
+from contentfilter.doors.origin import resolve
+from contentfilter.log import make_logger
+from contentfilter.model import Action
+from contentfilter.settings import OriginSettings
+from contentfilter.wire import hook
+
+Handle = Callable[[AcceptedMessage], Awaitable[hook.Answer]]
+QUEUE = hook.Answer(Action.QUEUE, submissions=(hook.Submission(),))
+
+
+class Bench:
+    """The listener, its path, its log, and a way to run the blocking client besides."""
+
+    def __init__(self, listener: Listener, path: str, log: Path, handler: "Function") -> None:
+        self.listener = listener
+        self.handler = handler
+        self.path = path
+        self._log = log
+
+    def log(self, event: str) -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in self._log.read_text().splitlines()]
+        return [line for line in lines if line["event"] == event]
+
+    async def idle(self) -> None:
+        assert await self.listener.drained(Deadline.after(10))
+
+
+class Function:
+    def __init__(self, handle: Handle) -> None:
+        self.handle = handle
+        self.away: list[tuple[PendingMessage, str, float]] = []
+
+    def rejected_busy(self, offered: PendingMessage, why: str, answer: hook.Answer, seconds: float) -> None:
+        self.away.append((offered, why, seconds))
+
+
+@pytest.fixture
+def listening(tmp_path: Path) -> Callable[..., Any]:
+    """``async with listening(handle, budget=…) as bench``. No descriptor may be left at the end."""
+
+    @asynccontextmanager
+    async def run(
+        handle: Handle, *, budget: float = 30.0, max_in_flight: int = 64, **more: Any
+    ) -> AsyncIterator[Bench]:
+        await asyncio.to_thread(os.getpid)  # the executor's own descriptors, if any, come before the count
+        before = set(os.listdir("/proc/self/fd"))
+        path, log_path = str(tmp_path / "q"), tmp_path / "log"
+        log_fd = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC)
+        rules, _ = resolve(OriginSettings(smtp_users=(str(os.getuid()),), bounce_users=()))
+        handler = Function(handle)
+        terms = IntakeLimits(handler, rules, Spool(str(tmp_path)), budget, max_in_flight, **more)
+        own = open_socket(path, 0o600, 64)
+        listener = Listener(
+            socket.socket(fileno=os.dup(own.socket.fileno())), terms, make_logger("json", "debug", log_fd)
+        )
+        listener.start()
+        try:
+            yield Bench(listener, path, log_path, handler)
+            await listener.drained(Deadline.after(10))
+        finally:
+            listener.stop()
+            await listener.abort("test", Deadline.after(5))
+            own.close()
+            os.close(log_fd)
+        assert set(os.listdir("/proc/self/fd")) == before
+
+    return run

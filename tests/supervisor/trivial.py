@@ -1,0 +1,111 @@
+"""A daemon without scanners: the real supervisor and workers around an application that does as the message says.
+
+As a program: ``trivial.py SETTINGS.toml``. The first line of the message is a command: see COMMANDS below.
+"""
+
+import asyncio
+import os
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import msgspec
+
+from contentfilter.bus.messages import Event
+from contentfilter.doors.admission import AcceptedMessage, PendingMessage
+from contentfilter.doors.listening_socket import SocketError
+from contentfilter.errors import ConfigError, Problem
+from contentfilter.model import Action
+from contentfilter.scanners.pool import BackendHealth
+from contentfilter.settings import Settings
+from contentfilter.supervisor.source import Loaded
+from contentfilter.supervisor.supervisor import Supervisor
+from contentfilter.wire import hook
+from contentfilter.worker.main import WorkerContext
+from contentfilter.worker.main import main as worker_main
+
+QUEUE = hook.Answer(Action.QUEUE, submissions=(hook.Submission(),))
+
+
+class Trivial:
+    """Answers with the worker's pid and generation in the text where it defers."""
+
+    def __init__(self, settings: Settings, surroundings: WorkerContext) -> None:
+        self.settings = settings
+        self._context = surroundings
+
+    async def handle(self, job: AcceptedMessage) -> hook.Answer:
+        self._context.emit(Event("mail.done", {"id": job.incident, "attempt": job.request.attempt}))
+        words = bytes(job.message.data[:4096]).split(b"\n", 1)[0].decode("latin-1").split(" ")
+        if words[0] == "WAIT":  # tell the test that we are here, and go on when it says so
+            reader, writer = await asyncio.open_unix_connection(words[1])
+            writer.write(str(os.getpid()).encode())
+            try:
+                await reader.read(1)
+            finally:
+                writer.close()
+        elif words[0] == "STUCK":
+            while True:
+                time.sleep(1)
+        elif words[0] == "WHO":
+            return hook.Answer(Action.DEFER, text=f"{os.getpid()} {self.settings.service.budget}")
+        return QUEUE
+
+    async def isolate(self, job: AcceptedMessage, fingerprint: str) -> hook.Answer:
+        return hook.Answer(Action.DEFER, text=f"isolated {fingerprint}")
+
+    def backends(self) -> tuple[BackendHealth, ...]:
+        return ()
+
+    def rejected_busy(self, offered: PendingMessage, why: str, answer: hook.Answer, seconds: float) -> None:
+        pass
+
+    async def close(self) -> None:
+        self._context.log.debug("worker.reload", closed=True)
+
+
+async def build(blob: bytes, surroundings: WorkerContext) -> Trivial:
+    settings = msgspec.msgpack.decode(blob, type=Settings)
+    if settings.tables.extension == "!":
+        raise RuntimeError("this worker cannot build that")
+    if settings.tables.extension == "?" and surroundings.log is not None:
+        os._exit(3)
+    return Trivial(settings, surroundings)
+
+
+class TomlSource:
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._seen = 0.0
+
+    async def load(self) -> Loaded:
+        self._seen = os.stat(self._path).st_mtime
+        try:
+            settings = msgspec.convert(tomllib.loads(Path(self._path).read_text()), Settings)
+        except (tomllib.TOMLDecodeError, msgspec.ValidationError) as e:
+            raise ConfigError((Problem(self._path, 1, str(e)),)) from e
+        return Loaded(settings, msgspec.msgpack.encode(settings))
+
+    async def refresh(self) -> Loaded | None:
+        return None if os.stat(self._path).st_mtime == self._seen else await self.load()
+
+    def tables(self) -> None:
+        return None
+
+
+def main() -> int:
+    try:
+        return asyncio.run(
+            Supervisor(TomlSource(sys.argv[1]), (sys.executable, "-P", __file__, "worker"), os.environ).run()
+        )
+    except (ConfigError, SocketError) as error:
+        print(f"contentfilter: {error}", file=sys.stderr)
+        return 78 if isinstance(error, ConfigError) else 1
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "worker":
+        worker_main(build, sys.argv[2:])
+    else:
+        sys.exit(main())

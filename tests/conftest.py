@@ -4,14 +4,16 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 from lab.browser import Browser
 from lab.clamd import Clamd
+from lab.daemon import Daemon
 from lab.spamd import Spamd
+from lab.trivial_daemon import Gate, trivial_daemon
 
 # How long an example takes says something about this machine's other jobs, and nothing about the code.
 settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -67,3 +69,17 @@ def browser(started_browser: Browser) -> Browser:
     started_browser.requests.clear()
     started_browser.console.clear()
     return started_browser
+
+
+@pytest.fixture
+def daemon() -> Callable[..., Daemon]:
+    """Makes a daemon without scanners (not started) that does as each message says: lab/trivial.py."""
+    return trivial_daemon
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Gate]:
+    """Where a message in such a daemon waits until the test opens."""
+    made = Gate(tmp_path)
+    yield made
+    made.close()

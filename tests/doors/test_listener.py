@@ -16,6 +16,7 @@ from lab.offer import Offer, offer
 
 from contentfilter.deadline import Deadline
 from contentfilter.doors import listener as module
+from contentfilter.doors import listening_socket
 from contentfilter.doors.admission import AcceptedMessage
 from contentfilter.doors.listening_socket import SocketError, hold_lock, inherited_socket, open_socket
 from contentfilter.model import Action
@@ -37,7 +38,7 @@ def test_a_dead_sockets_path_is_taken_over_with_the_wanted_mode(tmp_path: Path) 
 
 
 def test_a_live_socket_is_not_stolen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ORPHANS", 0.1)
+    monkeypatch.setattr(listening_socket, "ORPHANS", 0.1)
     path = str(tmp_path / "q")
     own = open_socket(path, 0o600, 8)
     inode = os.stat(path).st_ino

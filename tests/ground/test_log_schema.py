@@ -27,12 +27,12 @@ def test_the_schema_knows_every_event_and_every_field_and_no_other() -> None:
 def test_the_schema_has_the_types_of_the_record() -> None:
     ours, defs = schema(), msgspec.json.schema(MailRecord)["$defs"]
     assert ours["then"]["required"] == list(MailRecord.__struct_fields__)
-    for name, about in defs["Record"]["properties"].items():
+    for name, about in defs["MailRecord"]["properties"].items():
         assert ours["properties"][name]["type"] == about["type"], name
     scan = ours["$defs"]["scan"]
-    assert scan["required"] == defs["Scan"]["required"]
+    assert scan["required"] == defs["ScanRecord"]["required"]
     assert list(scan["properties"]) == list(ScanRecord.__struct_fields__)
-    for name, about in defs["Scan"]["properties"].items():
+    for name, about in defs["ScanRecord"]["properties"].items():
         types = [each["type"] for each in about["anyOf"]] if "anyOf" in about else about["type"]
         assert scan["properties"][name]["type"] == types, name
 

@@ -23,7 +23,6 @@ from contentfilter.monitor.metrics import CANARY_RESULTS
 from contentfilter.monitor.samples import Sample
 from contentfilter.settings import CanarySettings as CanarySettings
 from contentfilter.settings import ServiceSettings, Settings
-from contentfilter.supervisor.source import Loaded
 from contentfilter.verdict.record import ScanRecord
 
 CLEAN = ScanRecord("clamd", "clean", 1.0, backend="unix:/c")
@@ -116,7 +115,7 @@ def quiet(path: Path) -> tuple[Any, int]:
 async def test_no_hook_is_told_once_and_no_result_is_made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log, fd = quiet(tmp_path / "log")
     monkeypatch.setattr(canary, "find_hook", lambda settings: None)
-    bird = Canary(log, lambda: Loaded(Settings(), b"", samples=(EICAR,)), lambda: "ready")
+    bird = Canary(log, lambda: (Settings(), (EICAR,)), lambda: "ready")
     for _ in range(3):
         said = await bird.round()
         assert (said.results, "hook install" in said.problem) == ((), True)
@@ -128,7 +127,7 @@ async def test_no_hook_is_told_once_and_no_result_is_made_up(tmp_path: Path, mon
 @pytest.mark.asyncio
 async def test_rounds_never_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log, fd = quiet(tmp_path / "log")
-    bird = Canary(log, lambda: Loaded(Settings(), b"", samples=(EICAR,)), lambda: "ready")
+    bird = Canary(log, lambda: (Settings(), (EICAR,)), lambda: "ready")
     running, most = 0, 0
 
     async def send(*_: object) -> dict[str, Any]:
@@ -148,7 +147,7 @@ async def test_rounds_never_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_events_about_samples_go_no_further() -> None:
-    bird = Canary(SimpleNamespace(), lambda: None, lambda: "ready")  # type: ignore[arg-type, return-value]
+    bird = Canary(SimpleNamespace(), lambda: (Settings(), ()), lambda: "ready")  # type: ignore[arg-type]
     mail = messages.Event("mail.done", {})
     about = messages.Event(CANARY_SEEN, msgspec.to_builtins(CanarySeen("n", "eicar", (FOUND,))))
     broken = messages.Event(CANARY_SEEN, {"nonce": 7})

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 from lab.browser import Browser
 
-from contentfilter import ops
+from contentfilter import monitor
 from contentfilter.bus.messages import BackendStatus, CanaryResult, InFlight, Status, WorkerStatus
 from contentfilter.model import Scanner
 from contentfilter.monitor.history import History
@@ -22,7 +22,7 @@ from contentfilter.monitor.page import PATHS, make_pages
 from contentfilter.policy.bypass import Bypass
 from contentfilter.tables.keeper import TableState
 
-HTML = resources.files(ops).joinpath("page.html").read_text()
+HTML = resources.files(monitor).joinpath("page.html").read_text()
 MAIL: dict[str, Any] = {
     "id": "a" * 16, "origin": "stranger", "uid": 1, "remote": "192.0.2.7", "user": "", "sender": "s@x.example",
     "recipients": ("r@y.example", "q@y.example"), "recipient_count": 2, "size": 12_345, "scans": (),

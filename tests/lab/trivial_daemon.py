@@ -2,25 +2,17 @@
 
 import socket
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 from lab.daemon import WAIT, Daemon
 
 HERE = Path(__file__).resolve().parent
 
 
-@pytest.fixture
-def daemon() -> Callable[..., Daemon]:
-    """Makes a Daemon (not started) that runs trivial.py."""
-
-    def make(settings: Any = None, **more: Any) -> Daemon:
-        environ = {"PYTHONPATH": str(HERE), **more.pop("environ", {})}
-        return Daemon(settings, command=[sys.executable, "-P", str(HERE / "trivial.py")], environ=environ, **more)
-
-    return make
+def trivial_daemon(settings: Any = None, **more: Any) -> Daemon:
+    """A daemon (not started) that runs trivial.py."""
+    return Daemon(settings, command=[sys.executable, "-P", str(HERE / "trivial.py")], **more)
 
 
 class Gate:
@@ -50,10 +42,3 @@ class Gate:
     def close(self) -> None:
         for each in (*self._held, self._socket):
             each.close()
-
-
-@pytest.fixture
-def gate(tmp_path: Path) -> Iterator[Gate]:
-    made = Gate(tmp_path)
-    yield made
-    made.close()

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -27,7 +28,8 @@ from types import ModuleType
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
-import growth  # noqa: E402  (tests/ is on the path only now)
+import against  # noqa: E402  (tests/ is on the path only now)
+import growth  # noqa: E402
 import hook_cost  # noqa: E402
 import parts  # noqa: E402
 import rates  # noqa: E402
@@ -57,7 +59,9 @@ class Report:
         for figure in figures:
             self.figures.append(figure)
             self.console.print("  ".join(cell for cell in figure.cells() if cell), markup=False, highlight=False)
-        self.plots += plots
+        for plot in plots:
+            self.plots.append(plot)
+            self.console.print(text(plot), markup=False, highlight=False)
 
     def table(self, title: str, headings: Sequence[str], rows: Iterable[tuple[str, ...]]) -> None:
         shown = Table(title=title, title_justify="left")
@@ -75,14 +79,13 @@ class Report:
         self.out.mkdir(parents=True, exist_ok=True)
         for plot in self.plots:
             save(plot, self.out)
-            self.console.print(text(plot), markup=False, highlight=False)
         machine = f"{os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}"
         blocks = [f"```\n{one.rstrip()}\n```\n" for one in (*self.details, *map(text, self.plots))]
         sections = (f"# Measured on {machine}\n", markdown(self.figures), rates.NOTE + "\n", *blocks)
         (self.out / "report.md").write_text("\n".join(sections))
         found = {"figures": [asdict(figure) for figure in self.figures], "runs": self.runs}
         (self.out / "runs.json").write_text(json.dumps(found, default=str))
-        self.console.print(f"written: {self.out}/report.md, runs.json, and the plots", highlight=False)
+        self.console.print(f"written so far: {self.out}/report.md, runs.json, and the plots", highlight=False)
 
 
 def compared(part: ModuleType, directory: Path, corpus: Path, options: argparse.Namespace, report: Report) -> None:
@@ -120,6 +123,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--spam-scans", type=int, default=48, help="per run with spamd (48)")
     parser.add_argument("--messages", type=int, default=200_000, help="for the growth of memory (200000)")
     parser.add_argument("--qmail-queue", metavar="PROGRAM", help="measure before this real qmail-queue, too")
+    parser.add_argument("--against", metavar="REV", help="measure this version beside that of another commit, only")
     parser.add_argument("--out", type=Path, default=HERE / "out")
     options = parser.parse_args(arguments)
     if options.quick:
@@ -140,6 +144,7 @@ def main(arguments: Sequence[str]) -> int:
         report.add(*growth.crowd(directory, corpus))
 
     run: dict[str, Callable[[Path, Path], None]] = {
+        "against": lambda directory, corpus: compared(against, directory, corpus, options, report),
         "rates": lambda directory, corpus: compared(rates, directory, corpus, options, report),
         "hook": lambda directory, corpus: (
             compared(hook_cost, directory, corpus, options, report),
@@ -150,7 +155,8 @@ def main(arguments: Sequence[str]) -> int:
         "memory": lambda directory, corpus: report.add(growth.memory(directory, corpus, options)),
         "stages": lambda directory, corpus: report.add((), (stages.shares(directory, corpus, options),)),
     }
-    for part in options.only or PARTS:
+    failed: list[str] = []
+    for part in ("against",) if options.against else options.only or PARTS:
         directory = Path(tempfile.mkdtemp(prefix="cf-bench-"))
         directory.chmod(0o711)  # clamd and spamd run as their own users
         try:
@@ -158,10 +164,15 @@ def main(arguments: Sequence[str]) -> int:
             subprocess.run([sys.executable, HERE / "make_corpus.py", corpus], check=True, stdout=subprocess.DEVNULL)
             report.console.rule(part)
             run[part](directory, corpus)
+        except Exception:  # what the other parts measure is worth having all the same
+            traceback.print_exc()
+            failed.append(part)
         finally:
             shutil.rmtree(directory, ignore_errors=True)
-    report.write()
-    return 0
+        report.write()
+    if failed:
+        report.console.print(f"FAILED: {', '.join(failed)}; see the traceback of each above", style="red")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

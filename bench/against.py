@@ -29,7 +29,7 @@ SMALL = 16_384
 
 
 def install(revision: str, directory: Path) -> Path:
-    """Install ``revision`` in ``directory``; returns its ``bin``. Raises CalledProcessError with git's or make's text."""
+    """Install ``revision`` in ``directory``; returns its ``bin`` directory. Raises CalledProcessError."""
     tree = directory / "tree"
     subprocess.run(["git", "-C", str(ROOT), "worktree", "add", "--detach", str(tree), revision], check=True)
     subprocess.run(["make", "--silent", "-C", str(tree), ".venv/installed"], check=True)

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from contentfilter.model import Origin, OriginKind
 from contentfilter.settings import OriginSettings
 
+PEER = b"CONTENTFILTER_PEER"
+"""Set by the receiver process, ``uid pid``: who it offers a message for. Believed from the daemon's own uid only."""
+
 
 @dataclass(frozen=True, slots=True)
 class ResolvedOrigin:

@@ -21,6 +21,7 @@ ROOMS: dict[str, str] = {
     "config": "ground policy scanners store",
     "pipeline": "ground wire policy scanners verdict store",
     "doors": "ground wire policy verdict",
+    "receiver": "ground wire doors",
     "bus": "ground policy tables scanners verdict config",
     "worker": "ground wire policy tables scanners verdict store config pipeline doors bus",
     "monitor": "ground wire policy tables scanners verdict store doors bus",

@@ -1,0 +1,59 @@
+"""How much one user, and all users together, may have under way in the receiver. Pure bookkeeping, no I/O."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiverLimits:
+    """The limits, for one uid and for all of them."""
+
+    connections: int = 32  # of one uid
+    all_connections: int = 256
+    bytes: int = 256 * 1024 * 1024  # of messages and envelopes that one uid has under way
+    all_bytes: int = 1024 * 1024 * 1024
+
+
+class Usage:
+    """Connections and bytes that are under way, by uid."""
+
+    def __init__(self, limits: ReceiverLimits) -> None:
+        self._limits = limits
+        self._connections: Counter[int] = Counter()
+        self._bytes: Counter[int] = Counter()
+        self.refused: Counter[int] = Counter()
+        """Connections that were refused since the last :meth:`take_refused`."""
+
+    def connect(self, uid: int) -> bool:
+        """Count a connection of ``uid``. False: it has too many, or there are too many."""
+        limits = self._limits
+        if self._connections[uid] >= limits.connections or self._connections.total() >= limits.all_connections:
+            self.refuse(uid)
+            return False
+        self._connections[uid] += 1
+        return True
+
+    def reserve(self, uid: int, size: int) -> bool:
+        """Count ``size`` bytes for ``uid``. False: it would have too many, or there would be too many."""
+        limits = self._limits
+        if self._bytes[uid] + size > limits.bytes or self._bytes.total() + size > limits.all_bytes:
+            self.refuse(uid)
+            return False
+        self._bytes[uid] += size
+        return True
+
+    def disconnect(self, uid: int, size: int) -> None:
+        """A connection of ``uid`` that had reserved ``size`` bytes has ended."""
+        self._connections[uid] -= 1
+        self._bytes[uid] -= size
+        self._connections += Counter()  # drops what is zero: uids that are gone leave nothing behind
+        self._bytes += Counter()
+
+    def refuse(self, uid: int) -> None:
+        """Count a refusal. Bounded: what exceeds 1,000 different uids is counted as uid -1."""
+        self.refused[uid if uid in self.refused or len(self.refused) < 1000 else -1] += 1
+
+    def take_refused(self) -> dict[int, int]:
+        """Refused connections by uid since the last call."""
+        taken, self.refused = dict(self.refused), Counter()
+        return taken

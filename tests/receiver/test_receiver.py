@@ -1,0 +1,214 @@
+"""The receiver process beside a worker that the test plays: what gets through, and what hurts only its sender."""
+
+import os
+import select
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from lab.offer import sealed
+
+from contentfilter.doors.origin import PEER
+from contentfilter.model import Action
+from contentfilter.wire import hook
+
+MAIL, ENVELOPE = b"Subject: x\n\nhello\n", b"Fa@b.example\0Tc@d.example\0\0"
+WAIT = 20.0
+
+
+def rights(*fds: int) -> list[tuple[int, int, bytes]]:
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"={len(fds)}i", *fds))]
+
+
+def lingering() -> tuple[socket.socket, socket.socket]:
+    """A TCP socket whose close() blocks for an hour, and its other end, which must stay open for that."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(1)
+    here = socket.socket()
+    here.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    here.connect(listener.getsockname())
+    there, _ = listener.accept()
+    listener.close()
+    here.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 3600))
+    here.setblocking(False)
+    try:
+        while True:
+            here.send(b"x" * 65536)
+    except BlockingIOError:
+        return here, there
+
+
+class Bench:
+    """A receiver process, the workers' socket, and hooks."""
+
+    def __init__(self, directory: Path) -> None:
+        self.queue = str(directory / "queue.sock")
+        self.worker = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.worker.bind(self.queue)
+        self.worker.listen(64)
+        self.worker.settimeout(WAIT)
+        self._handover, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        reader, self._lifeline = os.pipe()
+        words = ["--queue", self.queue, "--spool", str(directory), f"--handover={theirs.fileno()}"]
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "contentfilter.receiver", *words, f"--lifeline={reader}"],
+            pass_fds=(theirs.fileno(), reader),
+        )
+        theirs.close()
+        os.close(reader)
+
+    def connect(self) -> socket.socket:
+        """A hook's connection that a worker has handed over."""
+        ours, accepted = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        socket.send_fds(self._handover, [b"c"], [accepted.fileno()])
+        accepted.close()
+        ours.settimeout(WAIT)
+        return ours
+
+    def offer(self, message: bytes = MAIL, envelope: bytes = ENVELOPE) -> socket.socket:
+        ours = self.connect()
+        packet = hook.encode_request(hook.Request(0, 60.0, len(message), len(envelope), {b"PROTO": b"TCP"}))
+        first, second = sealed(message), sealed(envelope)
+        ours.sendmsg([packet], rights(first, second))
+        os.close(first)
+        os.close(second)
+        return ours
+
+    def accept(self) -> tuple[socket.socket, hook.Request, bytes, bytes]:
+        """What a worker gets: the connection, the request, message and envelope."""
+        connection, _ = self.worker.accept()
+        connection.settimeout(WAIT)
+        packet, fds, _, _ = socket.recv_fds(connection, hook.REQUEST_MAX, 4)
+        request = hook.decode_request(packet)
+        message, envelope = (os.pread(fd, size, 0) for fd, size in zip(fds, (10_000_000, 10_000_000), strict=True))
+        for fd in fds:
+            os.close(fd)
+        return connection, request, message, envelope
+
+    def honest(self) -> float:
+        """Seconds that an honest message takes to its answer."""
+        began = time.monotonic()
+        ours = self.offer()
+        connection, *_ = self.accept()
+        connection.send(hook.encode_answer(hook.Answer(Action.DROP)).packet)
+        connection.close()
+        assert hook.decode_answer(ours.recv(hook.PACKET_MAX)).action is Action.DROP
+        ours.close()
+        return time.monotonic() - began
+
+    def close(self) -> None:
+        os.close(self._lifeline)
+        assert self.process.wait(WAIT) == 0
+        self._handover.close()
+        self.worker.close()
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    made = Bench(tmp_path)
+    yield made
+    made.close()
+
+
+def test_a_message_gets_through_as_a_copy_with_its_senders_uid(bench: Bench) -> None:
+    ours = bench.offer()
+    connection, request, message, envelope = bench.accept()
+    assert (message, envelope) == (MAIL, ENVELOPE)
+    assert request.environ == {b"PROTO": b"TCP", PEER: b"%d %d" % (os.getuid(), os.getpid())}
+    assert 0 < request.budget <= 60.0
+    connection.send(hook.encode_answer(hook.Answer(Action.REJECT, text="no")).packet)
+    assert hook.decode_answer(ours.recv(hook.PACKET_MAX)).text == "no"
+
+
+def test_a_long_answer_and_the_report_are_passed_on(bench: Bench) -> None:
+    ours = bench.offer()
+    connection, *_ = bench.accept()
+    body = sealed(b"a body")
+    connection.sendmsg([b"packet"], rights(body))
+    packet, fds, _, _ = socket.recv_fds(ours, hook.PACKET_MAX, 1)
+    assert (packet, os.pread(fds[0], 100, 0)) == (b"packet", b"a body")
+    ours.send(b"report")
+    assert connection.recv(100) == b"report"
+    ours.close()
+    assert connection.recv(100) == b""
+
+
+def test_a_worker_that_ends_closes_the_hooks_connection(bench: Bench) -> None:
+    ours = bench.offer()
+    bench.accept()[0].close()
+    assert ours.recv(100) == b""
+
+
+@pytest.mark.parametrize("packet", [b"garbage", b"", b"CFQ1" + b"\0" * 28, b"x" * 70_000])
+def test_what_is_no_request_is_closed_and_reaches_no_worker(bench: Bench, packet: bytes) -> None:
+    ours = bench.connect()
+    if packet:
+        ours.send(packet)
+    else:
+        ours.shutdown(socket.SHUT_WR)
+    assert ours.recv(100) == b""
+    assert not select.select([bench.worker], [], [], 0.2)[0]
+
+
+@pytest.mark.parametrize(
+    "arrange",
+    [lambda bad, env: (bad, env), lambda bad, env: (env, bad), lambda bad, env: (env, env, bad)],
+    ids=["message", "envelope", "surplus"],
+)
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("request_", [True, False], ids=["request", "garbage"])
+def test_descriptors_whose_close_blocks_hold_up_nobody_else(
+    bench: Bench, arrange: Callable[[int, int], tuple[int, ...]], nested: bool, request_: bool
+) -> None:
+    bench.honest()  # it is up
+    open_ends = []
+    for _ in range(8):
+        here, there = lingering()
+        open_ends.append(there)
+        if nested:
+            outer, inner = socket.socketpair()
+            outer.sendmsg([b"."], rights(here.fileno()))
+            outer.close()
+            here.close()
+            here = inner
+        envelope = sealed(ENVELOPE)
+        ours = bench.connect()
+        packet = hook.encode_request(hook.Request(0, 60.0, 100, len(ENVELOPE), {})) if request_ else b"garbage"
+        ours.sendmsg([packet], rights(*arrange(here.fileno(), envelope)))
+        here.close()
+        os.close(envelope)
+        open_ends.append(ours)
+    assert max(bench.honest() for _ in range(5)) < 2.0
+
+
+def test_one_user_gets_no_more_than_its_connections_and_the_rest_is_closed(bench: Bench) -> None:
+    idle = [bench.connect() for _ in range(60)]
+    end, closed = time.monotonic() + WAIT, 0
+    while closed < 28 and time.monotonic() < end:
+        ready, _, _ = select.select(idle, [], [], 0.2)
+        closed = len(ready)
+    assert closed == 28  # 32 are kept
+
+
+def test_the_bytes_of_one_user_are_bounded(bench: Bench) -> None:
+    size = 200 * 1024 * 1024
+    fds = [os.memfd_create("large") for _ in range(2)]
+    envelope = sealed(ENVELOPE)
+    answers = []
+    for fd in fds:
+        os.ftruncate(fd, size)
+        ours = bench.connect()
+        ours.sendmsg([hook.encode_request(hook.Request(0, 60.0, size, len(ENVELOPE), {}))], rights(fd, envelope))
+        answers.append(ours)
+    held, _ = bench.worker.accept()  # the first one is with the worker
+    ready, _, _ = select.select(answers, [], [], WAIT)
+    assert len(ready) == 1
+    assert ready[0].recv(10) == b""  # the other has no room
+    held.close()

@@ -1,4 +1,4 @@
-"""How cost grows: with the size of a message, recipients, rows, hooks at once, and the number of messages."""
+"""Growth of cost with the size of a message, recipients, rows, concurrent hooks, and the number of messages."""
 
 import argparse
 import time
@@ -37,7 +37,7 @@ def median_seconds(work: Callable[[], object], rounds: int) -> float:
 
 
 def deliveries(system: System, given: Iterator[tuple[int, bytes, tuple[bytes, ...]]]) -> Points:
-    """(x, milliseconds from the start of the hook to its end)."""
+    """Points (x, milliseconds from the start of the hook to its end)."""
     points = []
     for x, data, recipients in given:
 
@@ -51,7 +51,7 @@ def deliveries(system: System, given: Iterator[tuple[int, bytes, tuple[bytes, ..
 
 
 def curves(directory: Path) -> tuple[list[Figure], list[Plot]]:
-    """Size and recipients through hook and daemon, rows in the look-up alone."""
+    """Latency of hook and daemon by size and by recipients, and of the look-up alone by rows."""
     switches = {"options": "chksignature 1\nchkloadertype 1\n", "clamavclients": "@bench.example\n"}
     sizes, figures = {}, []
     for label, controls in (("nobody protected", {}), ("both signature scanners", switches)):
@@ -79,7 +79,7 @@ def one(value: float) -> dict[str, Spread]:
 
 
 def crowd(directory: Path, corpus: Path) -> tuple[list[Figure], list[Plot]]:
-    """Very many hooks at once, nobody protected: the time for each beside that of few."""
+    """Thousands of concurrent hooks, nobody protected: the time per hook compared with that of a few."""
     qqbench, _ = compile_drivers(directory)
     points: Points = []
     with System(directory / "crowd", program=installed_hook()) as system:
@@ -92,12 +92,12 @@ def crowd(directory: Path, corpus: Path) -> tuple[list[Figure], list[Plot]]:
             points.append((hooks, Spread.of(run["wall"] for run in runs).median))
     few, all_of_them = dict(points)[200], points[-1][1]
     share = all_of_them / (few * HOOKS[-1] / 200)
-    figure = Figure("2,000 hooks at once / ten times the time of 200", 1.25, one(share))
-    return [figure], [Plot("crowd", "Hooks at once", "hooks", "seconds until the last", {"all": points})]
+    figure = Figure("2,000 concurrent hooks / ten times the time of 200", 1.25, one(share))
+    return [figure], [Plot("crowd", "Concurrent hooks", "hooks", "seconds until the last", {"all": points})]
 
 
 def memory(directory: Path, corpus: Path, options: argparse.Namespace) -> Iterator[Figure]:
-    """A worker's resident memory: idle, after a message of 200 MB, and over very many messages."""
+    """Resident memory of a worker: idle, after a message of 200 MB, and over many thousands of messages."""
     qqbench, _ = compile_drivers(directory)
     settings = {"service": {"workers": 1}}
     with System(directory / "memory", program=installed_hook(), settings=settings) as system:

@@ -1,4 +1,4 @@
-"""What single parts cost: the signature scan, the tables, starting. Each a median of several rounds."""
+"""Cost of single parts: signature scan, tables, startup. Each is the median of several rounds."""
 
 import asyncio
 import base64
@@ -83,7 +83,7 @@ def opened(count: int, directory: Path) -> Snapshot:
 
 
 def private(pid: int | str = "self") -> int:
-    """KiB of a process that are its own: not those of a file that others map too."""
+    """Private memory of this process in KiB, without file mappings that it shares."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty:"))
 
@@ -112,7 +112,7 @@ def tables(directory: Path) -> Iterator[Figure]:
 
 
 def load(settings: Settings, path: Path) -> float:
-    """Seconds from the source to a snapshot on the disk."""
+    """Seconds from reading the source to a snapshot on disk."""
     began = time.monotonic()
     found = asyncio.run(read_source(settings))
     assert found is not None
@@ -174,6 +174,6 @@ def starts(directory: Path) -> Iterator[Figure]:
 
 
 def resident(pid: int) -> float:
-    """MiB that a process has in memory."""
+    """Resident memory of a process in MiB."""
     with open(f"/proc/{pid}/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1048576

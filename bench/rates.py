@@ -1,15 +1,15 @@
-"""Messages per second and latency through hook, daemon and the program behind it, beside what stands alone.
+"""Throughput and latency of the filter, compared with the programs it uses alone.
 
-    stand-in     the program behind the hook, run directly: the floor
+    stand-in     the stand-in for qmail-queue, run directly: the baseline
     no scan      hook + daemon, nobody is protected
-    signatures   + chksignature and chkloadertype for everybody
-    clamd        + clamd for everybody, no signature scanners
-    both         + clamd and spamd for everybody (messages up to 250,000 bytes)
-    clamd alone, both alone   what they give to a resident client that passes descriptors
-    queue        a real qmail-queue, run directly and behind the filter, where one is named
+    signatures   + chksignature and chkloadertype for all recipients
+    clamd        + clamd for all recipients, no signature scanners
+    both         + clamd and spamd for all recipients (messages up to 250,000 bytes)
+    clamd alone, both alone   with a resident client that passes descriptors
+    queue        a real qmail-queue, run directly and behind the filter, if one is given
 
 The messages are those of make_corpus.py, each once in a run, so no scan is shared. clamd has the database of
-make_signatures.py and does not remember files that it has seen.
+make_signatures.py, and its cache of clean files is off.
 """
 
 import argparse
@@ -32,11 +32,11 @@ QUEUE, BEHIND = "queue", "queue, filtered"
 DEFAULT = {"service": {"heartbeat": 1.0}}  # the tests' daemons have a faster one
 SPAMD_LARGEST = 250_000
 EVERYBODY = "@bench.example\n"
-SIMSCAN_SHARE = 50.9 / 112  # of clamd alone, at 8 at a time: measured once, with a simscan built for it
+SIMSCAN_SHARE = 50.9 / 112  # of clamd alone, at a concurrency of 8: measured once, with a simscan built for it
 
 
 def alternatives(directory: Path, corpus: Path, options: argparse.Namespace, stack: ExitStack) -> list[Alternative]:
-    """Start everything that is measured."""
+    """Start all programs to be measured, and return the alternatives."""
     qqbench, scanbench = compile_drivers(directory)
     database = SIGNATURE_FILE | make_database()
     clamd = stack.enter_context(Clamd(directory / "clamd", "DisableCache yes", "SelfCheck 0", database=database))
@@ -103,13 +103,13 @@ def figures(levels: dict[str, Runs]) -> Iterator[Figure]:
 
 HEADINGS = ("msg/s [min-max]", "of stand-in", "of the same alone", "p50 ms", "p99 ms", "hook ms", "daemon ms", "rc")
 NOTE = (
-    "hook ms: CPU of the hook and what it becomes, less the stand-in's own; daemon ms: CPU of supervisor and workers, "
-    "for the rows 'alone' of the backends."
+    "hook ms: CPU of the hook and the program it execs, minus the stand-in's own; daemon ms: CPU of supervisor and "
+    "workers, in the rows 'alone' that of the backends."
 )
 
 
 def rows(runs: Runs) -> Iterator[tuple[str, ...]]:
-    """A line for each alternative, below its name and HEADINGS."""
+    """One table row per alternative, for HEADINGS."""
     floor = Spread.of(of(runs[FLOOR], "hook")).median
     for label, mine in runs.items():
         alone, rate = label.endswith("alone"), Spread.of(of(mine, "rate"))

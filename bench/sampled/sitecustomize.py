@@ -1,7 +1,7 @@
-"""In a worker that ``bench/stages.py`` started: where its CPU goes, by samples. Python imports this by its name.
+"""CPU profiler for a worker started by ``bench/stages.py``. Python imports this module by its name.
 
-Each time the process has used a little CPU, the innermost stage on the stack gets a point. Written to the file
-``$SAMPLES.PID`` when the process ends.
+Each time the process has used a little CPU, the innermost stage on the stack gets a point. The points are written to
+the file ``$SAMPLES.PID`` when the process ends.
 """
 
 import atexit

@@ -60,7 +60,9 @@ CASES = (
     Case("EICAR", mails.VIRUS, (ANNA,), "rejected: message contains a virus"),
     Case("EICAR from an authenticated client", mails.VIRUS, (CARL,), "queued", (("SMTPAUTHUSER", "carl"),)),
     Case("EICAR to an exempt recipient", mails.VIRUS, (LAB,), "queued: virus=skipped"),
-    Case("a Windows executable named invoice.pdf", mails.with_program(), (CARL,), "rejected: message carries a Windows"),
+    Case(
+        "a Windows executable named invoice.pdf", mails.with_program(), (CARL,), "rejected: message carries a Windows"
+    ),
     Case("GTUBE", mails.SPAM, (ANNA,), "queued: virus=clean; spam=found"),
     Case("GTUBE to one recipient with a spam check and one without", mails.SPAM, (ANNA, CARL), "2 submissions"),
     Case("EICAR to one protected and one unprotected recipient", mails.VIRUS, (ANNA, OUT), "queued: virus=skipped"),

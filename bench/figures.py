@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
+class Summary:
     """Median, minimum and maximum of several rounds."""
 
     median: float
@@ -15,7 +15,7 @@ class Spread:
     high: float
 
     @classmethod
-    def of(cls, values: Iterable[float]) -> "Spread":
+    def of(cls, values: Iterable[float]) -> "Summary":
         found = sorted(values)
         return cls(statistics.median(found), found[0], found[-1])
 
@@ -24,9 +24,9 @@ class Spread:
         return short(self.median) if single else f"{short(self.median)} [{short(self.low)}-{short(self.high)}]"
 
 
-def ratio(above: Sequence[float], below: Sequence[float]) -> Spread:
-    """Spread of the ratios within each round; times of different rounds are not compared."""
-    return Spread.of(a / b for a, b in zip(above, below, strict=True))
+def ratio(above: Sequence[float], below: Sequence[float]) -> Summary:
+    """Summary of the ratios within each round; times of different rounds are not compared."""
+    return Summary.of(a / b for a, b in zip(above, below, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +35,11 @@ class Figure:
 
     what: str
     target: float | None  # None: no target, shown as an explanation
-    values: Mapping[str, Spread]
+    values: Mapping[str, Summary]
     at_least: bool = False  # the target is a minimum, not a maximum
     unit: str = ""
 
-    def meets(self, value: Spread) -> bool:
+    def meets(self, value: Summary) -> bool:
         if self.target is None:
             return True
         return value.median >= self.target if self.at_least else value.median <= self.target

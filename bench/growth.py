@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from figures import Figure, Spread, exponent
+from figures import Figure, Summary, exponent
 from lab.system import System, installed_hook
 from measure import Alternative, compile_drivers, measure
 from parts import look_up, resident
@@ -33,7 +33,7 @@ def median_seconds(work: Callable[[], object], rounds: int) -> float:
         began = time.monotonic()
         work()
         times.append(time.monotonic() - began)
-    return Spread.of(times).median
+    return Summary.of(times).median
 
 
 def deliveries(system: System, given: Iterator[tuple[int, bytes, tuple[bytes, ...]]]) -> Points:
@@ -54,7 +54,7 @@ def curves(directory: Path) -> tuple[list[Figure], list[Plot]]:
     """Latency of hook and daemon by size and by recipients, and of the look-up alone by rows."""
     switches = {"options": "chksignature 1\nchkloadertype 1\n", "clamavclients": "@bench.example\n"}
     sizes, figures = {}, []
-    for label, controls in (("nobody protected", {}), ("both signature scanners", switches)):
+    for label, controls in (("no checks", {}), ("both signature scanners", switches)):
         with System(directory / label.split()[0], program=installed_hook(), controls=controls) as system:
             user = (b"user@bench.example",)
             sizes[label] = deliveries(system, ((size, message(size), user) for size in SIZES))
@@ -65,7 +65,7 @@ def curves(directory: Path) -> tuple[list[Figure], list[Plot]]:
         figures.append(Figure(f"growth with size from 512 KB to 200 MB, {label} (1: linear)", 1.1, one(steep)))
     steep = exponent([point for point in recipients if point[0] >= 1_000])
     figures.append(Figure("growth with recipients from 1,000 to 100,000 (1: linear)", 1.1, one(steep)))
-    rows = [(float(count), Spread.of(look_up(count, directory) for _ in range(5)).median) for count in TABLES]
+    rows = [(float(count), Summary.of(look_up(count, directory) for _ in range(5)).median) for count in TABLES]
     figures.append(Figure("growth of a look-up with rows, 1,000 to a million (0: flat)", 0.1, one(exponent(rows))))
     return figures, [
         Plot("latency-size", "Latency against size", "bytes", "milliseconds", sizes),
@@ -74,12 +74,12 @@ def curves(directory: Path) -> tuple[list[Figure], list[Plot]]:
     ]
 
 
-def one(value: float) -> dict[str, Spread]:
-    return {"": Spread.of([value])}
+def one(value: float) -> dict[str, Summary]:
+    return {"": Summary.of([value])}
 
 
 def crowd(directory: Path, corpus: Path) -> tuple[list[Figure], list[Plot]]:
-    """Thousands of concurrent hooks, nobody protected: the time per hook compared with that of a few."""
+    """Thousands of concurrent hooks, no checks: the time per hook compared with that of a few."""
     qqbench, _ = compile_drivers(directory)
     points: Points = []
     with System(directory / "crowd", program=installed_hook()) as system:
@@ -89,7 +89,7 @@ def crowd(directory: Path, corpus: Path) -> tuple[list[Figure], list[Plot]]:
             many = Alternative("hooks", command, (str(system.program), str(corpus)), hooks)
             runs = [measure(many, hooks, directory) for _ in range(5)]
             assert all(code.endswith(":0") or code == "0" for run in runs for code in run["rc"]), runs[0]["rc"]
-            points.append((hooks, Spread.of(run["wall"] for run in runs).median))
+            points.append((hooks, Summary.of(run["wall"] for run in runs).median))
     few, all_of_them = dict(points)[200], points[-1][1]
     share = all_of_them / (few * HOOKS[-1] / 200)
     figure = Figure("2,000 concurrent hooks / ten times the time of 200", 1.25, one(share))

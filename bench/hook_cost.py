@@ -7,7 +7,7 @@ In every round each of these runs once:
     bare + memfd   also stores the message in a memfd: the minimum for a program that passes a message on
     bare + wait    reads, sleeps for 0.3 ms, execs "nothing": the effect of the pause alone on caches and clocks
     hook, echo     the real hook with a C program that answers immediately (echo.c); it execs "nothing"
-    hook, daemon   the same with the real daemon, nobody protected; "signatures": with both signature scanners
+    hook, daemon   the same with the real daemon, no checks; "signatures": with both signature scanners
 
 Each for messages up to 16 KB and for the whole corpus. "own": CPU of the process, minus that of the program it execs.
 """
@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from figures import Figure, Spread, ratio
+from figures import Figure, Summary, ratio
 from lab import hook as hook_lab
 from lab.hook import SILENT, FakeDaemon, HookProcess
 from lab.system import System, installed_hook
@@ -104,10 +104,10 @@ def own(runs: Runs, label: str) -> list[float]:
 def figures(levels: dict[str, Runs]) -> Iterator[Figure]:
     """The rows of the report."""
 
-    def hook(label: str, base: str) -> dict[str, Spread]:
+    def hook(label: str, base: str) -> dict[str, Summary]:
         return {level: ratio(own(runs, label), of(runs[base], "hook")) for level, runs in levels.items()}
 
-    def daemon(label: str, base: str) -> dict[str, Spread]:
+    def daemon(label: str, base: str) -> dict[str, Summary]:
         return {level: ratio(of(runs[label], "daemon"), of(runs[base], "hook")) for level, runs in levels.items()}
 
     for prefix, sizes in (("", "messages up to 16 KB"), (WHOLE, "whole corpus")):
@@ -116,7 +116,7 @@ def figures(levels: dict[str, Runs]) -> Iterator[Figure]:
             yield Figure(f"hook's own CPU / bare musl program, {sizes}, {how}", 1.6, hook(label, prefix + MUSL))
             yield Figure(f"hook's own CPU / bare glibc program, {sizes}, {how}", 0.6, hook(label, prefix + GLIBC))
     for prefix, sizes in (("", "up to 16 KB"), (WHOLE, "whole corpus")):
-        what = f"daemon's CPU / bare glibc program, nobody protected, {sizes}"
+        what = f"daemon's CPU / bare glibc program, no checks, {sizes}"
         yield Figure(what, 0.5, daemon(f"{prefix}hook, musl, daemon", prefix + GLIBC))
     what = "daemon's CPU / bare glibc program, both signature scanners, whole corpus"
     yield Figure(what, 1.0, daemon(f"{WHOLE}hook, musl, signatures", WHOLE + GLIBC))
@@ -133,13 +133,13 @@ def rows(runs: Runs) -> Iterator[tuple[str, ...]]:
         alone, musl, glibc = own(runs, label), of(runs[prefix + MUSL], "hook"), of(runs[prefix + GLIBC], "hook")
         yield (
             label,
-            f"{Spread.of(of(mine, 'hook')).median * 1000:.0f}",
-            f"{Spread.of(alone).median * 1000:.0f}",
+            f"{Summary.of(of(mine, 'hook')).median * 1000:.0f}",
+            f"{Summary.of(alone).median * 1000:.0f}",
             str(ratio(alone, musl)),
             str(ratio(alone, glibc)),
-            f"{Spread.of(of(mine, 'daemon')).median * 1000:.0f}" if watched else "",
+            f"{Summary.of(of(mine, 'daemon')).median * 1000:.0f}" if watched else "",
             str(ratio(of(mine, "daemon"), glibc)) if watched else "",
-            f"{Spread.of(of(mine, 'rate')).median:.0f}",
+            f"{Summary.of(of(mine, 'rate')).median:.0f}",
         )
 
 
@@ -162,5 +162,5 @@ def private_memory(directory: Path, size: int) -> int:
 
 def memory(directory: Path) -> Figure:
     held = {"8 KB": private_memory(directory, 8_192), "4 MB": private_memory(directory, 4_000_000)}
-    values = {name: Spread.of([kib]) for name, kib in held.items()}
+    values = {name: Summary.of([kib]) for name, kib in held.items()}
     return Figure(f"private memory of a waiting hook, message of {' / '.join(held)}", 1024, values, unit="KiB")

@@ -32,7 +32,7 @@ import hook_cost  # noqa: E402
 import parts  # noqa: E402
 import rates  # noqa: E402
 import stages  # noqa: E402
-from figures import Figure, Spread, markdown  # noqa: E402
+from figures import Figure, Summary, markdown  # noqa: E402
 from measure import Runs, interleaved, of  # noqa: E402
 from plots import Plot, save, text  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -103,7 +103,7 @@ def compared(part: ModuleType, directory: Path, corpus: Path, options: argparse.
     if part is rates:
         shown = (rates.FLOOR, rates.NO_SCAN, rates.SIGNATURES, rates.CLAMD, rates.BOTH)
         curves = {
-            label: [(float(level), Spread.of(of(some[label], "rate")).median) for level, some in runs.items()]
+            label: [(float(level), Summary.of(of(some[label], "rate")).median) for level, some in runs.items()]
             for label in shown
         }
         report.add((), (Plot("throughput", "Throughput", "concurrent messages", "messages/s", curves),))

@@ -15,18 +15,18 @@ from plots import Plot
 
 SAMPLED = Path(__file__).resolve().parent / "sampled"
 DEFAULT = {"service": {"heartbeat": 1.0}}  # the tests' daemons have a faster one
-EVERYBODY = "@bench.example\n"
+ALL_RECIPIENTS = "@bench.example\n"
 
 
 def shares(directory: Path, corpus: Path, options: argparse.Namespace) -> Plot:
     """Measure each kind of protection, and return the plot."""
     qqbench, _ = compile_drivers(directory)
-    switches = {"options": "chksignature 1\nchkloadertype 1\n", "clamavclients": EVERYBODY}
+    switches = {"options": "chksignature 1\nchkloadertype 1\n", "clamavclients": ALL_RECIPIENTS}
     with Clamd(directory / "stages-clamd") as clamd:
         kinds: dict[str, dict[str, Any]] = {
-            "nobody protected": {},
+            "no checks": {},
             "signatures": {"controls": switches},
-            "clamd": {"controls": {"clamavclients": EVERYBODY}, "clamd": clamd},
+            "clamd": {"controls": {"clamavclients": ALL_RECIPIENTS}, "clamd": clamd},
         }
         found = {
             kind: stages(directory / kind.split()[0], corpus, qqbench, options, more) for kind, more in kinds.items()

@@ -1,21 +1,21 @@
-# The daemon and the hook as an image. docs/container.md says how to run it.
+# Image with the daemon and the hook. See docs/container.md.
 #
 #   docker build -t contentfilter .                 the daemon, without compilers and without root
 #   docker build --target test .                    the same sources through `make test`
 #   docker build --build-arg BASE=IMAGE ...         on another base: Debian 12 or later
 #
-# podman and buildah want --format docker: an OCI image has no health check. Only Debian's archive and PyPI are
-# asked; another mirror or index comes from outside, in the base or in a mounted configuration of apt or pip.
+# podman and buildah need --format docker: an OCI image has no health check. Only Debian's archive and PyPI are used;
+# configure another mirror or index in the base image or in a mounted configuration of apt or pip.
 
 ARG BASE=docker.io/library/debian:bookworm-slim
 
-# Debian's python3, so that one source has the security updates. ca-certificates: for [mariadb] tls = "verify".
+# Debian's python3, so that all security updates come from one source. ca-certificates: for [mariadb] tls = "verify".
 FROM ${BASE} AS base
 RUN apt-get update \
  && apt-get install -y --no-install-recommends ca-certificates python3 \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt /var/cache/debconf/*-old /var/log/apt /var/log/dpkg.log
 
-# The wheel with the static hook in it, and an environment that needs neither pip nor a compiler any more.
+# The wheel with the static hook, and an environment without pip and compilers.
 FROM base AS build
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev musl-tools python3-venv
 COPY . /src
@@ -24,16 +24,16 @@ RUN python3 -m venv /pip \
  && python3 -m venv --without-pip /opt/contentfilter \
  && /pip/bin/pip --python /opt/contentfilter/bin/python install --no-index --find-links /wheels contentfilter
 
-# All that `make test` does on a clone, with this Debian's clamd, spamd, MariaDB and Prometheus; as root, for the tests
-# change users. Minutes; nothing of it is in the image. What a build may not do (mount a disk that is full, look into
-# another user's process) is skipped, and pytest's last lines say so.
+# Runs `make test` with Debian's clamd, spamd, MariaDB and Prometheus; as root, because the tests change users. Takes
+# minutes and adds nothing to the image. Tests that need privileges a build does not have (mounting a full disk, tracing
+# another user's process) are skipped, as pytest's last lines show.
 FROM base AS test
 RUN apt-get update && apt-get install -y --no-install-recommends make
 COPY . /src
 WORKDIR /src
 RUN make test
 
-# What runs. The uid is fixed: directories on the host belong to it.
+# The final image. The uid is fixed, because directories on the host belong to it.
 FROM base
 LABEL org.opencontainers.image.title="contentfilter" \
       org.opencontainers.image.version="0.1.0" \

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from figures import Figure, Spread, ratio
+from figures import Figure, Summary, ratio
 from lab import standin
 from lab.clamd import SIGNATURE_FILE, Clamd
 from lab.system import System, installed_hook
@@ -102,9 +102,9 @@ HEADINGS = ("msg/s [min-max]", "p50 ms", "p99 ms", "hook ms", "daemon ms")
 def rows(runs: Runs) -> Iterator[tuple[str, ...]]:
     """A line for each alternative, below its name and HEADINGS."""
     for label, mine in runs.items():
-        rate = Spread.of(of(mine, "rate"))
+        rate = Summary.of(of(mine, "rate"))
         yield (
             label,
             f"{rate.median:.0f} [{rate.low:.0f}-{rate.high:.0f}]",
-            *(f"{Spread.of(of(mine, key)).median:.3f}" for key in ("p50", "p99", "hook", "daemon")),
+            *(f"{Summary.of(of(mine, key)).median:.3f}" for key in ("p50", "p99", "hook", "daemon")),
         )

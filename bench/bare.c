@@ -1,9 +1,9 @@
-/* What the hook is measured against: a program that reads message and envelope, and nothing more.
+/* Baseline for the hook: a program that reads message and envelope, and nothing more.
  *
  *   cc -O2 -static bare.c              reads both descriptors to their ends
- *   cc -O2 -static -DSTORE bare.c      also keeps the message in a memfd, as whoever passes it on must
- *   cc -O2 -static -DNOTHING bare.c    only starts and ends
- *   cc -O2 -static -DWAIT bare.c       reads, sleeps for 0.3 ms, and becomes the program that $NEXT names
+ *   cc -O2 -static -DSTORE bare.c      also stores the message in a memfd, as any program that passes it on must
+ *   cc -O2 -static -DNOTHING bare.c    only starts and exits
+ *   cc -O2 -static -DWAIT bare.c       reads, sleeps for 0.3 ms, and execs the program in $NEXT
  */
 #define _GNU_SOURCE
 #include <stdlib.h>

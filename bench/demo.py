@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """``make demo``: real messages through the compiled hook, the worker pool, the signature scanners, a real clamd and
-a real spamd, into a stand-in for qmail-queue; the verdicts as a table.
+a real spamd, into a stand-in for qmail-queue; the results as a table.
 
 Everything runs on private sockets in a temporary directory that is removed at the end. Exit status 0 only if every
-message came to what it should.
+message had the expected result.
 """
 
 import shutil
@@ -33,12 +33,12 @@ SETTINGS = {"spamd": {"subject_tag": "[SPAM] "}}
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One message, to whom, from where, and what must come of it."""
+    """One message: recipients, environment and expected result."""
 
     what: str
     message: bytes
     to: tuple[bytes, ...]
-    expected: str  # part of the verdict
+    expected: str  # part of the result
     env: tuple[tuple[str, str], ...] = ()
 
 
@@ -54,23 +54,25 @@ ANNA, BELA, CARL, LAB, OUT = (
 )
 
 CASES = (
-    Case("a letter to somebody unprotected", mails.PLAIN, (OUT,), "queued: virus=skipped; spam=skipped"),
+    Case("a letter to an unprotected recipient", mails.PLAIN, (OUT,), "queued: virus=skipped; spam=skipped"),
     Case("a letter", mails.PLAIN, (ANNA,), "queued: virus=clean; spam=clean"),
-    Case("NUL bytes, bare CR, no last newline", mails.ODD, (CARL,), "queued: virus=clean; spam=skipped"),
-    Case("EICAR", mails.VIRUS, (ANNA,), "refused: message contains a virus"),
+    Case("NUL bytes, bare CR, no final newline", mails.ODD, (CARL,), "queued: virus=clean; spam=skipped"),
+    Case("EICAR", mails.VIRUS, (ANNA,), "rejected: message contains a virus"),
     Case("EICAR from an authenticated client", mails.VIRUS, (CARL,), "queued", (("SMTPAUTHUSER", "carl"),)),
-    Case("EICAR to somebody exempt", mails.VIRUS, (LAB,), "queued: virus=skipped"),
-    Case("a Windows program named invoice.pdf", mails.with_program(), (CARL,), "refused: message carries a Windows"),
+    Case("EICAR to an exempt recipient", mails.VIRUS, (LAB,), "queued: virus=skipped"),
+    Case(
+        "a Windows executable named invoice.pdf", mails.with_program(), (CARL,), "rejected: message carries a Windows"
+    ),
     Case("GTUBE", mails.SPAM, (ANNA,), "queued: virus=clean; spam=found"),
-    Case("GTUBE to one who wants a spam check and one who does not", mails.SPAM, (ANNA, CARL), "2 submissions"),
-    Case("EICAR to one protected and one not", mails.VIRUS, (ANNA, OUT), "queued: virus=skipped"),
+    Case("GTUBE to one recipient with a spam check and one without", mails.SPAM, (ANNA, CARL), "2 submissions"),
+    Case("EICAR to one protected and one unprotected recipient", mails.VIRUS, (ANNA, OUT), "queued: virus=skipped"),
 )
 
 
-def verdict(d: Delivered) -> str:
-    """What the client of qmail would have seen, and how the message was queued."""
+def outcome(d: Delivered) -> str:
+    """The reply that qmail's client would have seen, and how the message was queued."""
     if d.text:
-        return {"D": "refused: ", "Z": "deferred: "}[d.text[0]] + d.text[1:]
+        return {"D": "rejected: ", "Z": "deferred: "}[d.text[0]] + d.text[1:]
     if d.status or not d.queued:
         return f"status {d.status}, {len(d.queued)} queued {d.stderr.strip()}"
     ours = [q.message.split(b"\n", 1)[0].decode("ascii", "replace").partition("; ")[2] for q in d.queued]
@@ -81,32 +83,32 @@ def verdict(d: Delivered) -> str:
 
 
 def run(console: Console, system: System) -> int:
-    table = Table(title="what came of each message", title_justify="left", show_lines=False)
-    for heading in ("message", "to", "verdict", "ms", "decided by"):
+    table = Table(title="results", title_justify="left", show_lines=False)
+    for heading in ("message", "to", "result", "ms", "decided by"):
         table.add_column(heading, justify="right" if heading == "ms" else "left", overflow="fold")
     wrong = 0
     for number, case in enumerate(CASES, 1):
         sender = b"demo%d@example.net" % number
         d = system.deliver(case.message, *case.to, sender=sender, env=dict(case.env))
         record = system.daemon.wait_for("mail.done", where=lambda r, s=sender: r["sender"] == s.decode())[0]
-        said = verdict(d)
-        right = case.expected in said
+        result = outcome(d)
+        right = case.expected in result
         wrong += not right
         names = ", ".join(to.decode().partition("@")[0] for to in case.to)
-        said = escape(said)
-        shown = said if right else f"[red]{said}[/red] (expected: {case.expected})"
+        result = escape(result)
+        shown = result if right else f"[red]{result}[/red] (expected: {case.expected})"
         table.add_row(case.what, names, shown, f"{record['ms']:.1f}", record["rule"])
     console.print(table)
     return wrong
 
 
 def show_explain(console: Console, system: System) -> None:
-    """The same machinery, asked in advance."""
+    """Run ``contentfilter explain`` on one of the messages."""
     path = system.directory / "eicar.eml"
     path.write_bytes(mails.VIRUS)
     words = ["explain", "--recipient", "anna@example.com", "--recipient", "joe@elsewhere.example"]
     command = [sys.executable, "-P", "-m", "contentfilter", "--config", str(system.daemon.config), *words, str(path)]
-    console.print(f"\nwhy? [bold]contentfilter {' '.join(words)} eicar.eml[/bold]\n")
+    console.print(f"\n[bold]contentfilter {' '.join(words)} eicar.eml[/bold]\n")
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     console.print(result.stdout + result.stderr, markup=False, highlight=False)
 
@@ -136,9 +138,9 @@ def main(arguments: Sequence[str]) -> int:
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     if wrong:
-        console.print(f"[red]{wrong} of {len(CASES)} messages did not come to what they should[/red]")
+        console.print(f"[red]{wrong} of {len(CASES)} messages did not have the expected result[/red]")
         return 1
-    console.print(f"all {len(CASES)} messages came to what they should")
+    console.print(f"all {len(CASES)} messages had the expected result")
     return 0
 
 

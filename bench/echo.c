@@ -1,6 +1,6 @@
-/* Answers every hook at once: queue it, with one line in front. What the hook costs with it is the hook's own.
+/* Answers every hook immediately: queue the message with one header line added. Shows the cost of the hook itself.
  *
- *   cc -O2 echo.c; ./a.out SOCKET       prints one line when it listens; protocol: docs/hook-protocol.md
+ *   cc -O2 echo.c; ./a.out SOCKET       prints one line when it is listening; protocol: docs/hook-protocol.md
  */
 #include <stdio.h>
 #include <string.h>

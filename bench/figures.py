@@ -1,4 +1,4 @@
-"""What was measured, beside its target: a median with its range for each number of messages at a time."""
+"""Measured figures and their targets: a median with its range for each concurrency."""
 
 import math
 import statistics
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
-    """The median of several rounds, the lowest and the highest."""
+class Summary:
+    """Median, minimum and maximum of several rounds."""
 
     median: float
     low: float
     high: float
 
     @classmethod
-    def of(cls, values: Iterable[float]) -> "Spread":
+    def of(cls, values: Iterable[float]) -> "Summary":
         found = sorted(values)
         return cls(statistics.median(found), found[0], found[-1])
 
@@ -24,29 +24,29 @@ class Spread:
         return short(self.median) if single else f"{short(self.median)} [{short(self.low)}-{short(self.high)}]"
 
 
-def ratio(above: Sequence[float], below: Sequence[float]) -> Spread:
-    """Of the ratios inside each round; times of different rounds are not compared."""
-    return Spread.of(a / b for a, b in zip(above, below, strict=True))
+def ratio(above: Sequence[float], below: Sequence[float]) -> Summary:
+    """Summary of the ratios within each round; times of different rounds are not compared."""
+    return Summary.of(a / b for a, b in zip(above, below, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One row of the report. ``values``: by messages at a time, or one without a name."""
+    """One row of the report. ``values``: by concurrency, or a single one with an empty key."""
 
     what: str
-    target: float | None  # None: there is none, the figure is told for what it explains
-    values: Mapping[str, Spread]
-    at_least: bool = False  # the target is a floor, not a ceiling
+    target: float | None  # None: no target, shown as an explanation
+    values: Mapping[str, Summary]
+    at_least: bool = False  # the target is a minimum, not a maximum
     unit: str = ""
 
-    def meets(self, value: Spread) -> bool:
+    def meets(self, value: Summary) -> bool:
         if self.target is None:
             return True
         return value.median >= self.target if self.at_least else value.median <= self.target
 
     @property
     def verdict(self) -> str:
-        """``met``, ``missed``, or at how many messages a time it is met."""
+        """``met``, ``missed``, or the concurrencies at which it is met."""
         met = [name for name, value in self.values.items() if self.meets(value)]
         if self.target is None:
             return ""
@@ -62,7 +62,7 @@ class Figure:
 
 
 def short(value: float) -> str:
-    """Three digits that count."""
+    """Three significant digits."""
     if value == 0 or abs(value) >= 100:
         return f"{value:.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.3f}"
@@ -75,7 +75,7 @@ def markdown(figures: Iterable[Figure]) -> str:
 
 
 def exponent(points: Sequence[tuple[float, float]]) -> float:
-    """Of the power law that fits best through (x, y): 1 is linear, 0 is flat."""
+    """Exponent of the power law that fits the points (x, y) best: 1 is linear, 0 is flat."""
     logs = [(math.log(x), math.log(y)) for x, y in points]
     slope, _ = statistics.linear_regression(*zip(*logs, strict=True))
     return slope

@@ -1,11 +1,11 @@
-"""How cost grows: with the size of a message, recipients, rows, hooks at once, and the number of messages."""
+"""Growth of cost with the size of a message, recipients, rows, concurrent hooks, and the number of messages."""
 
 import argparse
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from figures import Figure, Spread, exponent
+from figures import Figure, Summary, exponent
 from lab.system import System, installed_hook
 from measure import Alternative, compile_drivers, measure
 from parts import look_up, resident
@@ -33,11 +33,11 @@ def median_seconds(work: Callable[[], object], rounds: int) -> float:
         began = time.monotonic()
         work()
         times.append(time.monotonic() - began)
-    return Spread.of(times).median
+    return Summary.of(times).median
 
 
 def deliveries(system: System, given: Iterator[tuple[int, bytes, tuple[bytes, ...]]]) -> Points:
-    """(x, milliseconds from the start of the hook to its end)."""
+    """Points (x, milliseconds from the start of the hook to its end)."""
     points = []
     for x, data, recipients in given:
 
@@ -51,10 +51,10 @@ def deliveries(system: System, given: Iterator[tuple[int, bytes, tuple[bytes, ..
 
 
 def curves(directory: Path) -> tuple[list[Figure], list[Plot]]:
-    """Size and recipients through hook and daemon, rows in the look-up alone."""
+    """Latency of hook and daemon by size and by recipients, and of the look-up alone by rows."""
     switches = {"options": "chksignature 1\nchkloadertype 1\n", "clamavclients": "@bench.example\n"}
     sizes, figures = {}, []
-    for label, controls in (("nobody protected", {}), ("both signature scanners", switches)):
+    for label, controls in (("no checks", {}), ("both signature scanners", switches)):
         with System(directory / label.split()[0], program=installed_hook(), controls=controls) as system:
             user = (b"user@bench.example",)
             sizes[label] = deliveries(system, ((size, message(size), user) for size in SIZES))
@@ -65,7 +65,7 @@ def curves(directory: Path) -> tuple[list[Figure], list[Plot]]:
         figures.append(Figure(f"growth with size from 512 KB to 200 MB, {label} (1: linear)", 1.1, one(steep)))
     steep = exponent([point for point in recipients if point[0] >= 1_000])
     figures.append(Figure("growth with recipients from 1,000 to 100,000 (1: linear)", 1.1, one(steep)))
-    rows = [(float(count), Spread.of(look_up(count, directory) for _ in range(5)).median) for count in TABLES]
+    rows = [(float(count), Summary.of(look_up(count, directory) for _ in range(5)).median) for count in TABLES]
     figures.append(Figure("growth of a look-up with rows, 1,000 to a million (0: flat)", 0.1, one(exponent(rows))))
     return figures, [
         Plot("latency-size", "Latency against size", "bytes", "milliseconds", sizes),
@@ -74,12 +74,12 @@ def curves(directory: Path) -> tuple[list[Figure], list[Plot]]:
     ]
 
 
-def one(value: float) -> dict[str, Spread]:
-    return {"": Spread.of([value])}
+def one(value: float) -> dict[str, Summary]:
+    return {"": Summary.of([value])}
 
 
 def crowd(directory: Path, corpus: Path) -> tuple[list[Figure], list[Plot]]:
-    """Very many hooks at once, nobody protected: the time for each beside that of few."""
+    """Thousands of concurrent hooks, no checks: the time per hook compared with that of a few."""
     qqbench, _ = compile_drivers(directory)
     points: Points = []
     with System(directory / "crowd", program=installed_hook()) as system:
@@ -89,15 +89,15 @@ def crowd(directory: Path, corpus: Path) -> tuple[list[Figure], list[Plot]]:
             many = Alternative("hooks", command, (str(system.program), str(corpus)), hooks)
             runs = [measure(many, hooks, directory) for _ in range(5)]
             assert all(code.endswith(":0") or code == "0" for run in runs for code in run["rc"]), runs[0]["rc"]
-            points.append((hooks, Spread.of(run["wall"] for run in runs).median))
+            points.append((hooks, Summary.of(run["wall"] for run in runs).median))
     few, all_of_them = dict(points)[200], points[-1][1]
     share = all_of_them / (few * HOOKS[-1] / 200)
-    figure = Figure("2,000 hooks at once / ten times the time of 200", 1.25, one(share))
-    return [figure], [Plot("crowd", "Hooks at once", "hooks", "seconds until the last", {"all": points})]
+    figure = Figure("2,000 concurrent hooks / ten times the time of 200", 1.25, one(share))
+    return [figure], [Plot("crowd", "Concurrent hooks", "hooks", "seconds until the last", {"all": points})]
 
 
 def memory(directory: Path, corpus: Path, options: argparse.Namespace) -> Iterator[Figure]:
-    """A worker's resident memory: idle, after a message of 200 MB, and over very many messages."""
+    """Resident memory of a worker: idle, after a message of 200 MB, and over many thousands of messages."""
     qqbench, _ = compile_drivers(directory)
     settings = {"service": {"workers": 1}}
     with System(directory / "memory", program=installed_hook(), settings=settings) as system:

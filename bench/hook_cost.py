@@ -1,15 +1,15 @@
-"""What the hook itself costs, beside programs that do next to nothing, and the daemon beside the same.
+"""CPU cost of the hook and of the daemon, compared with minimal programs.
 
 In every round each of these runs once:
 
-    nothing        a program that starts and ends: what the hook becomes here, so that its cost can be taken off
-    bare           reads both descriptors and ends, linked with musl and with glibc (bare.c)
-    bare + memfd   also keeps the message in a memfd: nobody who passes a message on can do less
-    bare + wait    reads, sleeps for 0.3 ms, becomes "nothing": what the pause alone does to caches and clocks
-    hook, echo     the real thing and a C program that answers at once (echo.c); it becomes "nothing"
-    hook, daemon   the same with the real daemon, nobody protected; "signatures": with both signature scanners
+    nothing        a program that starts and exits; the hook execs it here, so that its cost can be subtracted
+    bare           reads both descriptors and exits, linked with musl and with glibc (bare.c)
+    bare + memfd   also stores the message in a memfd: the minimum for a program that passes a message on
+    bare + wait    reads, sleeps for 0.3 ms, execs "nothing": the effect of the pause alone on caches and clocks
+    hook, echo     the real hook with a C program that answers immediately (echo.c); it execs "nothing"
+    hook, daemon   the same with the real daemon, no checks; "signatures": with both signature scanners
 
-Each for messages up to 16 KB and for the whole corpus. "own": CPU of the process, less that of what it became.
+Each for messages up to 16 KB and for the whole corpus. "own": CPU of the process, minus that of the program it execs.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from figures import Figure, Spread, ratio
+from figures import Figure, Summary, ratio
 from lab import hook as hook_lab
 from lab.hook import SILENT, FakeDaemon, HookProcess
 from lab.system import System, installed_hook
@@ -30,12 +30,12 @@ DEFAULT = {"service": {"heartbeat": 1.0}}  # the tests' daemons have a faster on
 SMALL = 16_384
 NOTHING, MUSL, GLIBC = "nothing", "bare, musl", "bare, glibc"
 STORING, WAITING = "bare + memfd", "bare + wait"
-BECOME = (WAITING, "hook")  # these are "nothing" at the end
+BECOME = (WAITING, "hook")  # these exec "nothing" at the end
 WHOLE = "whole corpus: "
 
 
 def compile_bare(directory: Path) -> dict[str, str]:
-    """The bare programs by label. Without musl-gcc all are linked with glibc."""
+    """Build the bare programs, and return them by label. Without musl-gcc all are linked with glibc."""
     source = Path(__file__).with_name("bare.c")
     musl = "musl-gcc" if shutil.which("musl-gcc") else "cc"
     programs = {}
@@ -54,7 +54,7 @@ def compile_bare(directory: Path) -> dict[str, str]:
 
 
 def start_echo(directory: Path, stack: ExitStack) -> Path:
-    """A program that answers hooks at once; its socket."""
+    """Start a program that answers hooks immediately, and return its socket."""
     program, path = directory / "echo", directory / "echo.sock"
     subprocess.run(["cc", "-O2", "-o", program, Path(__file__).with_name("echo.c")], check=True)
     echo = stack.enter_context(subprocess.Popen([program, path], stdout=subprocess.PIPE))
@@ -65,7 +65,7 @@ def start_echo(directory: Path, stack: ExitStack) -> Path:
 
 
 def alternatives(directory: Path, corpus: Path, options: argparse.Namespace, stack: ExitStack) -> list[Alternative]:
-    """Start what answers; everything for small messages, then everything for all."""
+    """Start the programs that answer; return all alternatives for small messages, then all for the whole corpus."""
     qqbench, _ = compile_drivers(directory)
     bare = compile_bare(directory)
     switches = {"options": "chksignature 1\nchkloadertype 1\n", "clamavclients": "@bench.example\n"}
@@ -94,7 +94,7 @@ def alternatives(directory: Path, corpus: Path, options: argparse.Namespace, sta
 
 
 def own(runs: Runs, label: str) -> list[float]:
-    """CPU of each round in milliseconds, without what the program became."""
+    """CPU of each round in milliseconds, without that of the program it execs."""
     prefix = WHOLE if label.startswith(WHOLE) else ""
     became = label.removeprefix(prefix).startswith(BECOME)
     nothing = of(runs[prefix + NOTHING], "hook")
@@ -104,19 +104,19 @@ def own(runs: Runs, label: str) -> list[float]:
 def figures(levels: dict[str, Runs]) -> Iterator[Figure]:
     """The rows of the report."""
 
-    def hook(label: str, base: str) -> dict[str, Spread]:
+    def hook(label: str, base: str) -> dict[str, Summary]:
         return {level: ratio(own(runs, label), of(runs[base], "hook")) for level, runs in levels.items()}
 
-    def daemon(label: str, base: str) -> dict[str, Spread]:
+    def daemon(label: str, base: str) -> dict[str, Summary]:
         return {level: ratio(of(runs[label], "daemon"), of(runs[base], "hook")) for level, runs in levels.items()}
 
     for prefix, sizes in (("", "messages up to 16 KB"), (WHOLE, "whole corpus")):
-        for who, how in (("echo", "answered at once"), ("daemon", "waiting for the daemon")):
+        for who, how in (("echo", "answered immediately"), ("daemon", "waiting for the daemon")):
             label = f"{prefix}hook, musl, {who}"
             yield Figure(f"hook's own CPU / bare musl program, {sizes}, {how}", 1.6, hook(label, prefix + MUSL))
             yield Figure(f"hook's own CPU / bare glibc program, {sizes}, {how}", 0.6, hook(label, prefix + GLIBC))
     for prefix, sizes in (("", "up to 16 KB"), (WHOLE, "whole corpus")):
-        what = f"daemon's CPU / bare glibc program, nobody protected, {sizes}"
+        what = f"daemon's CPU / bare glibc program, no checks, {sizes}"
         yield Figure(what, 0.5, daemon(f"{prefix}hook, musl, daemon", prefix + GLIBC))
     what = "daemon's CPU / bare glibc program, both signature scanners, whole corpus"
     yield Figure(what, 1.0, daemon(f"{WHOLE}hook, musl, signatures", WHOLE + GLIBC))
@@ -126,25 +126,25 @@ HEADINGS = ("CPU us", "own us", "own / bare, musl", "own / bare, glibc", "daemon
 
 
 def rows(runs: Runs) -> Iterator[tuple[str, ...]]:
-    """A line for each alternative, below its name and HEADINGS."""
+    """One table row per alternative, for HEADINGS."""
     for label, mine in runs.items():
         prefix = WHOLE if label.startswith(WHOLE) else ""
         watched = label.endswith(("daemon", "signatures"))
         alone, musl, glibc = own(runs, label), of(runs[prefix + MUSL], "hook"), of(runs[prefix + GLIBC], "hook")
         yield (
             label,
-            f"{Spread.of(of(mine, 'hook')).median * 1000:.0f}",
-            f"{Spread.of(alone).median * 1000:.0f}",
+            f"{Summary.of(of(mine, 'hook')).median * 1000:.0f}",
+            f"{Summary.of(alone).median * 1000:.0f}",
             str(ratio(alone, musl)),
             str(ratio(alone, glibc)),
-            f"{Spread.of(of(mine, 'daemon')).median * 1000:.0f}" if watched else "",
+            f"{Summary.of(of(mine, 'daemon')).median * 1000:.0f}" if watched else "",
             str(ratio(of(mine, "daemon"), glibc)) if watched else "",
-            f"{Spread.of(of(mine, 'rate')).median:.0f}",
+            f"{Summary.of(of(mine, 'rate')).median:.0f}",
         )
 
 
 def private_memory(directory: Path, size: int) -> int:
-    """KiB that only the hook has, while it waits for an answer about ``size`` bytes."""
+    """Private memory in KiB of a hook that waits for the answer about a message of ``size`` bytes."""
     program = hook_lab.build(directory)
     path = directory / "silent.sock"
     conf = directory / "silent.conf"
@@ -162,5 +162,5 @@ def private_memory(directory: Path, size: int) -> int:
 
 def memory(directory: Path) -> Figure:
     held = {"8 KB": private_memory(directory, 8_192), "4 MB": private_memory(directory, 4_000_000)}
-    values = {name: Spread.of([kib]) for name, kib in held.items()}
+    values = {name: Summary.of([kib]) for name, kib in held.items()}
     return Figure(f"private memory of a waiting hook, message of {' / '.join(held)}", 1024, values, unit="KiB")

@@ -1,8 +1,8 @@
-"""What hostile messages cost the signature scan: CPU per 100 MB, the longest wait of another thread, peak memory.
+"""Cost of hostile messages for the signature scan: CPU per 100 MB, the longest delay of another thread, peak memory.
 
 ``hostile.py [MEGABYTES] [WORD]``: each shape of tests/lab/hostile.py in that size (100), or those with WORD in
-their name. The scan runs in a thread, as in a worker; meanwhile the main thread wants to run every two milliseconds.
-Prints the table that stands in docs/limits.md.
+their name. The scan runs in a thread, as in a worker; meanwhile the main thread tries to run every two milliseconds.
+Prints the table of docs/limits.md.
 """
 
 import mmap
@@ -27,7 +27,7 @@ TICK = 0.002
 
 
 def private_memory() -> int:
-    """Kilobytes that are this process's own, without the mapped message."""
+    """Private memory of this process in kilobytes, without the mapped message."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1])
@@ -43,7 +43,7 @@ def mapped(data: bytes) -> mmap.mmap:
 
 
 def measure(name: str, size: int) -> str:
-    """One row."""
+    """Measure one shape, and return its table row."""
     message = mapped(SHAPES[name](size))
     engine = Engine(default_signatures(), default_loadertypes())
     done = threading.Event()
@@ -74,12 +74,12 @@ def measure(name: str, size: int) -> str:
 
 def main() -> None:
     size = int(float(sys.argv[1]) * 1_000_000) if len(sys.argv) > 1 else 100_000_000
-    print("| message | CPU s per 100 MB | longest wait, s | memory, MiB | result |\n|---|--:|--:|--:|---|")
+    print("| message | CPU s per 100 MB | longest delay, s | memory, MiB | result |\n|---|--:|--:|--:|---|")
     for name in SHAPES:
         if len(sys.argv) > 2 and sys.argv[2] not in name:
             continue
         sys.stdout.flush()
-        if not (child := os.fork()):  # each with fresh memory
+        if not (child := os.fork()):  # fresh memory for each
             print(measure(name, size), flush=True)
             os._exit(0)
         os.waitpid(child, 0)

@@ -7,8 +7,8 @@ Every message is one file OUTDIR/NNNN-KIND.eml with LF line ends, the form in
 which qmail-smtpd hands a message to qmail-queue (descriptor 0).  The same seed
 gives the same bytes.  OUTDIR/manifest.tsv lists: file, size, kind, expected.
 
-Sizes follow a log-normal law (median about 8 KB) with a forced tail up to
---max-size.  Kinds and their shares:
+Sizes follow a log-normal distribution (median about 8 KB) with a forced tail up
+to --max-size.  Kinds and their shares:
 
   text   33 %  text/plain, 7bit or quoted-printable or 8bit
   html   33 %  multipart/alternative, text + HTML
@@ -16,12 +16,12 @@ Sizes follow a log-normal law (median about 8 KB) with a forced tail up to
                PDF, PNG, JPEG-like, CSV
   image   3 %  multipart/related, HTML with inline PNGs
   nested  2 %  message/rfc822 forwarded inside multipart/mixed
-  exe     3 %  an MZ/PE-like program in base64 (some named .pdf, some in a ZIP)
+  exe     3 %  an MZ/PE-like executable in base64 (some named .pdf, some in a ZIP)
   eicar   2 %  the EICAR test pattern (plain, base64, in a ZIP, in a forward)
   gtube   2 %  the GTUBE test pattern (text, HTML)
 
 expected is one of: clean, exe, eicar, gtube.
-The two test patterns stand here in pieces so that no scanner stops at this file.
+The two test patterns are split in this file so that no scanner detects it.
 """
 
 import argparse
@@ -226,7 +226,7 @@ class Maker:
         return ("\n".join(out) + "\n").encode()
 
     def exe(self, size):
-        """Bytes that begin like a Windows program (MZ, DOS stub, PE header); nothing that runs."""
+        """Bytes that begin like a Windows executable (MZ, DOS stub, PE header) but cannot run."""
         dos = (
             b"MZ\x90\x00\x03\x00\x00\x00\x04\x00\x00\x00\xff\xff\x00\x00\xb8\x00\x00\x00\x00\x00\x00\x00@\x00".ljust(
                 60, b"\0"

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Write a seeded database for clamd that is as large as such a thing gets without the official one.
+"""Write a seeded clamd database of realistic size.
 
-With three signatures clamd needs a third of the time that it needs in earnest, and what stands in front of it looks
-dear. usage: make_signatures.py OUTDIR [--seed 4649]
+With a handful of signatures clamd needs a third of its usual time, which exaggerates the cost of everything else.
+usage: make_signatures.py OUTDIR [--seed 4649]
 
-60,000 patterns in the body (four in ten with wildcards, over eight kinds of files), 5,000 logical signatures and
-400,000 hashes of files. Nothing in them matches the corpus. The same seed gives the same bytes.
+60,000 body patterns (four in ten with wildcards, for eight kinds of files), 5,000 logical signatures and 400,000 file
+hashes. None of them matches the corpus. The same seed gives the same bytes.
 """
 
 import argparse
@@ -19,7 +19,7 @@ TARGETS = 8  # kinds of files: any, programs, OLE2, HTML, mail, graphics, ELF, t
 
 
 def pattern(source: random.Random) -> str:
-    """Hexadecimal, 12 to 48 bytes; some with a gap."""
+    """A hexadecimal pattern of 12 to 48 bytes, some with a gap."""
     text = source.randbytes(source.randint(12, 48)).hex()
     if source.random() < 0.4:
         middle = len(text) // 4 * 2
@@ -43,7 +43,7 @@ def hashes(source: random.Random) -> Iterator[str]:
 
 
 def make_database(seed: int = SEED) -> dict[str, str]:
-    """Names of files and their text."""
+    """File names and their content."""
     source = random.Random(seed)
     kinds = {"bench.ndb": patterns, "bench.ldb": logical, "bench.hdb": hashes}
     return {name: "\n".join(lines(source)) + "\n" for name, lines in kinds.items()}

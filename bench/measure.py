@@ -1,4 +1,4 @@
-"""One measured run: what is run, the driver that runs it, and its result. Then rounds of them, interleaved."""
+"""Measured runs of alternatives by a driver, in interleaved rounds."""
 
 import json
 import os
@@ -13,21 +13,21 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """One thing that is measured."""
+    """One of the programs that are compared."""
 
     label: str
-    command: tuple[str, ...]  # the driver with its options; count and concurrency are put in between
-    target: tuple[str, ...]  # what stands behind the options
+    command: tuple[str, ...]  # the driver with its options; count and concurrency are added
+    target: tuple[str, ...]  # the arguments after the options
     count: int
 
 
 Run = dict[str, Any]
 Runs = dict[str, list[Run]]
-"""By alternative, one for each round."""
+"""By alternative, one run for each round."""
 
 
 def compile_drivers(directory: Path) -> tuple[str, str]:
-    """qqbench and scanbench."""
+    """Compile qqbench and scanbench, and return their paths."""
     paths = []
     for name in ("qqbench", "scanbench"):
         path = directory / name
@@ -37,7 +37,7 @@ def compile_drivers(directory: Path) -> tuple[str, str]:
 
 
 def measure(one: Alternative, concurrency: int, directory: Path) -> Run:
-    """One run; the driver's JSON line."""
+    """Run once, and return the driver's JSON line."""
     result = directory / "result.json"
     result.unlink(missing_ok=True)
     middle = ["-c", str(concurrency), "-n", str(one.count), "-l", one.label, "-j", str(result)]
@@ -50,7 +50,7 @@ def measure(one: Alternative, concurrency: int, directory: Path) -> Run:
 def interleaved(
     found: Sequence[Alternative], concurrency: int, rounds: int, directory: Path, done: Callable[[], None]
 ) -> Runs:
-    """In every round each alternative once, in a rotated order: shared machines drift."""
+    """Run each alternative once per round, in rotated order, because shared machines drift."""
     runs: Runs = {one.label: [] for one in found}
     for number in range(rounds):
         turn = number % len(found)

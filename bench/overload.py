@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Very many hooks at once against a slow clamd: what became of each, how large workers grew, how soon it is over.
+"""Overload: thousands of concurrent hooks and a slow clamd; results, memory of the workers, and time to recover.
 
     PYTHONPATH=. bench/overload.py --hooks 2000 --scan 0.1
 
-Exit status 0 only if nothing was lost, doubled or refused for good. tests/e2e/test_overload.py is the short form.
+Exit status 0 only if nothing was lost, duplicated or rejected. tests/e2e/test_overload.py is the short form.
 """
 
 import argparse
@@ -41,8 +41,8 @@ def main() -> None:
                 recovered = time.monotonic() - began
                 peaks = [most_memory(pid) for pid in system.daemon.workers()]
                 rate, deferred = given.hooks / outcome.seconds, given.hooks - len(outcome.accepted)
-                print(f"{given.hooks} hooks in {outcome.seconds:.1f} s ({rate:.0f}/s): {deferred} told busy")
-                print(f"a fresh message after it: status {fresh.status} in {recovered:.2f} s")
+                print(f"{given.hooks} hooks in {outcome.seconds:.1f} s ({rate:.0f}/s): {deferred} deferred as busy")
+                print(f"a message sent afterwards: status {fresh.status} in {recovered:.2f} s")
                 print(f"largest worker: {max(peaks) / 1e6:.0f} MB")
                 nothing_bad(outcome, given.hooks)
 

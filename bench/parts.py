@@ -1,4 +1,4 @@
-"""What single parts cost: the signature scan, the tables, starting. Each a median of several rounds."""
+"""Cost of single parts: signature scan, tables, startup. Each is the median of several rounds."""
 
 import asyncio
 import base64
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
-from figures import Figure, Spread
+from figures import Figure, Summary
 from lab.mariadb import MariaDb
 from lab.system import System
 
@@ -43,17 +43,17 @@ def scans(corpus: Path) -> Iterator[Figure]:
     clean = [message for message in messages if engine.scan(message) is None]
     large = [message for message in clean if len(message) >= LARGE]
     size = sum(map(len, large))
-    rate = Spread.of(size / cpu(lambda: [engine.scan(one) for one in large]) / 1e9 for _ in range(ROUNDS))
+    rate = Summary.of(size / cpu(lambda: [engine.scan(one) for one in large]) / 1e9 for _ in range(ROUNDS))
     yield Figure("both signature scans, attachments above 1 MiB", 2.0, {"": rate}, at_least=True, unit="GB/s")
     program = base64.encodebytes(b"MZ\0\0" + random.Random(3).randbytes(8 << 20))
     decoded = PROGRAM + program
     assert engine.scan(decoded) is None
-    rate = Spread.of(len(decoded) / cpu(lambda: engine.scan(decoded)) / 1e9 for _ in range(ROUNDS))
+    rate = Summary.of(len(decoded) / cpu(lambda: engine.scan(decoded)) / 1e9 for _ in range(ROUNDS))
     yield Figure("the same, a program of 8 MiB, decoded to its end", 2.0, {"": rate}, at_least=True, unit="GB/s")
     middle = clean[len(clean) // 2 - AROUND : len(clean) // 2 + AROUND]
     again = 200
     each = [cpu(lambda: [engine.scan(one) for _ in range(again) for one in middle]) for _ in range(ROUNDS)]
-    spread = Spread.of(seconds / again / len(middle) * 1e6 for seconds in each)
+    spread = Summary.of(seconds / again / len(middle) * 1e6 for seconds in each)
     yield Figure(f"both signature scans, median message ({len(middle[AROUND])} bytes)", 60, {"": spread}, unit="us")
 
 
@@ -83,7 +83,7 @@ def opened(count: int, directory: Path) -> Snapshot:
 
 
 def private(pid: int | str = "self") -> int:
-    """KiB of a process that are its own: not those of a file that others map too."""
+    """Private memory of this process in KiB, without file mappings that it shares."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty:"))
 
@@ -102,17 +102,17 @@ print((parts.private() - before) / 1024)
 
 
 def tables(directory: Path) -> Iterator[Figure]:
-    found = Spread.of(look_up(ROWS, directory) for _ in range(ROUNDS))
+    found = Summary.of(look_up(ROWS, directory) for _ in range(ROUNDS))
     yield Figure("table look-up, a million rows", 3, {"": found}, unit="us")
     code = _GROWTH.format(path=sys.path, file=str(directory / f"rows-{ROWS}"))
     grown = [float(subprocess.check_output((sys.executable, "-c", code))) for _ in range(3)]
-    yield Figure("a worker's own memory for a million rows", 5, {"": Spread.of(grown)}, unit="MiB")
+    yield Figure("a worker's own memory for a million rows", 5, {"": Summary.of(grown)}, unit="MiB")
     yield Figure("a million rows from text to snapshot", 3, {"": load_text(directory)}, unit="s")
     yield Figure("a million rows from MariaDB to snapshot", 8, {"": load_mariadb(directory)}, unit="s")
 
 
 def load(settings: Settings, path: Path) -> float:
-    """Seconds from the source to a snapshot on the disk."""
+    """Seconds from reading the source to a snapshot on disk."""
     began = time.monotonic()
     found = asyncio.run(read_source(settings))
     assert found is not None
@@ -124,15 +124,15 @@ def with_parts(**sections: dict[str, object]) -> Settings:
     return msgspec.convert(sections, Settings)
 
 
-def load_text(directory: Path) -> Spread:
+def load_text(directory: Path) -> Summary:
     control = directory / "tables"
     control.mkdir()
     (control / "clamavclients").write_bytes(b"\n".join(addresses(ROWS)) + b"\n")
     settings = with_parts(service={"control": str(control)})
-    return Spread.of(load(settings, directory / "loaded") for _ in range(5))
+    return Summary.of(load(settings, directory / "loaded") for _ in range(5))
 
 
-def load_mariadb(directory: Path) -> Spread:
+def load_mariadb(directory: Path) -> Summary:
     with MariaDb(directory / "db") as server:
         server.run("CREATE DATABASE mail", database="")
         server.run(
@@ -152,7 +152,7 @@ def load_mariadb(directory: Path) -> Spread:
                 "clamav_columns": ["address"],
             },
         )
-        return Spread.of(load(settings, directory / "loaded") for _ in range(3))
+        return Summary.of(load(settings, directory / "loaded") for _ in range(3))
 
 
 def starts(directory: Path) -> Iterator[Figure]:
@@ -162,7 +162,7 @@ def starts(directory: Path) -> Iterator[Figure]:
         return time.monotonic() - began
 
     help_text()
-    yield Figure("contentfilter --help", 0.15, {"": Spread.of(help_text() for _ in range(9))}, unit="s")
+    yield Figure("contentfilter --help", 0.15, {"": Summary.of(help_text() for _ in range(9))}, unit="s")
 
     def serve(number: int) -> float:
         system = System(directory / f"start-{number}")
@@ -170,10 +170,10 @@ def starts(directory: Path) -> Iterator[Figure]:
         with system:
             return time.monotonic() - began
 
-    yield Figure("serve to ready", 1.0, {"": Spread.of(serve(number) for number in range(5))}, unit="s")
+    yield Figure("serve to ready", 1.0, {"": Summary.of(serve(number) for number in range(5))}, unit="s")
 
 
 def resident(pid: int) -> float:
-    """MiB that a process has in memory."""
+    """Resident memory of a process in MiB."""
     with open(f"/proc/{pid}/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1048576

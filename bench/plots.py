@@ -51,7 +51,7 @@ def save(plot: Plot, directory: Path) -> None:
 
 
 def text(plot: Plot) -> str:
-    """For a terminal and for the eyes of those who cannot see the other one."""
+    """The plot in characters, for terminals and for readers who cannot see the image."""
     return f"{plot.title}\n\n{_bars(plot) if plot.bars else _grid(plot)}"
 
 

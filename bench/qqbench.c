@@ -3,12 +3,12 @@
  *
  * usage: qqbench [options] PROGRAM CORPUS
  *
- *   PROGRAM  the program to run for each message: qmail-queue itself or anything put in its place.
+ *   PROGRAM  the program to run for each message: qmail-queue itself or a replacement.
  *            It gets the message on descriptor 0 and the envelope (F sender \0 T recipient \0 ... \0) on
- *            descriptor 1, both pipes, just as qmail-smtpd hands them over; its exit status is the verdict.
- *   CORPUS   a folder of *.eml files; with a manifest.tsv (file size kind expected) verdicts are counted by kind.
+ *            descriptor 1, both pipes, as from qmail-smtpd; its exit status is the result.
+ *   CORPUS   a folder of *.eml files; with a manifest.tsv (file size kind expected) results are counted by kind.
  *
- *   -c N      N clients at a time (1)
+ *   -c N      N concurrent clients (1)
  *   -n N      N messages in all (one pass over the corpus); passes walk the same shuffled order
  *   -w N      N messages first that are not counted (0)
  *   -m N -M N only corpus files of at least / at most N bytes
@@ -16,7 +16,7 @@
  *   -b N      bytes per write into the message pipe (1024, what qmail.c does)
  *   -U        do not put a unique Received: line before every message (default: do)
  *   -A ARG    give PROGRAM this argument (may repeat)
- *   -V N=V    set this variable in PROGRAM's environment (may repeat)
+ *   -V N=V    set this variable in PROGRAM's environment (may be repeated)
  *   -f ADDR   envelope sender (bench@sender.example)      -r ADDR  recipient (may repeat; user@bench.example)
  *   -t SEC    kill a client after SEC seconds (300); counted as rc -9
  *   -D PIDS   comma list of daemon process ids: their CPU, and that of all their descendants, is added up

@@ -1,15 +1,15 @@
-"""Messages per second and latency through hook, daemon and the program behind it, beside what stands alone.
+"""Throughput and latency of the filter, compared with the programs it uses alone.
 
-    stand-in     the program behind the hook, run directly: the floor
-    no scan      hook + daemon, nobody is protected
-    signatures   + chksignature and chkloadertype for everybody
-    clamd        + clamd for everybody, no signature scanners
-    both         + clamd and spamd for everybody (messages up to 250,000 bytes)
-    clamd alone, both alone   what they give to a resident client that passes descriptors
-    queue        a real qmail-queue, run directly and behind the filter, where one is named
+    stand-in     the stand-in for qmail-queue, run directly: the baseline
+    no scan      hook + daemon, no checks
+    signatures   + chksignature and chkloadertype for all recipients
+    clamd        + clamd for all recipients, no signature scanners
+    both         + clamd and spamd for all recipients (messages up to 250,000 bytes)
+    clamd alone, both alone   with a resident client that passes descriptors
+    queue        a real qmail-queue, run directly and behind the filter, if one is given
 
 The messages are those of make_corpus.py, each once in a run, so no scan is shared. clamd has the database of
-make_signatures.py and does not remember files that it has seen.
+make_signatures.py, and its cache of clean files is off.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from figures import Figure, Spread, ratio
+from figures import Figure, Summary, ratio
 from lab import standin
 from lab.clamd import SIGNATURE_FILE, Clamd
 from lab.spamd import Spamd
@@ -31,12 +31,12 @@ FLOOR, NO_SCAN, SIGNATURES, CLAMD, BOTH = "stand-in", "no scan", "signatures", "
 QUEUE, BEHIND = "queue", "queue, filtered"
 DEFAULT = {"service": {"heartbeat": 1.0}}  # the tests' daemons have a faster one
 SPAMD_LARGEST = 250_000
-EVERYBODY = "@bench.example\n"
-SIMSCAN_SHARE = 50.9 / 112  # of clamd alone, at 8 at a time: measured once, with a simscan built for it
+ALL_RECIPIENTS = "@bench.example\n"
+SIMSCAN_SHARE = 50.9 / 112  # of clamd alone, at a concurrency of 8: measured once, with a simscan built for it
 
 
 def alternatives(directory: Path, corpus: Path, options: argparse.Namespace, stack: ExitStack) -> list[Alternative]:
-    """Start everything that is measured."""
+    """Start all programs to be measured, and return the alternatives."""
     qqbench, scanbench = compile_drivers(directory)
     database = SIGNATURE_FILE | make_database()
     clamd = stack.enter_context(Clamd(directory / "clamd", "DisableCache yes", "SelfCheck 0", database=database))
@@ -54,10 +54,10 @@ def alternatives(directory: Path, corpus: Path, options: argparse.Namespace, sta
 
     small = ("-M", str(SPAMD_LARGEST))
     filtered(NO_SCAN, options.count)
-    switches = {"options": "chksignature 1\nchkloadertype 1\n", "clamavclients": EVERYBODY}
+    switches = {"options": "chksignature 1\nchkloadertype 1\n", "clamavclients": ALL_RECIPIENTS}
     filtered(SIGNATURES, options.count, controls=switches)
-    filtered(CLAMD, options.scans, controls={"clamavclients": EVERYBODY}, clamd=clamd)
-    protected = {"clamavclients": EVERYBODY, "spamdclients": EVERYBODY}
+    filtered(CLAMD, options.scans, controls={"clamavclients": ALL_RECIPIENTS}, clamd=clamd)
+    protected = {"clamavclients": ALL_RECIPIENTS, "spamdclients": ALL_RECIPIENTS}
     filtered(BOTH, options.spam_scans, small, controls=protected, clamd=clamd, spamd=spamd)
     if options.qmail_queue:
         found.append(Alternative(QUEUE, (qqbench,), (options.qmail_queue, str(corpus)), options.scans))
@@ -73,17 +73,17 @@ def alternatives(directory: Path, corpus: Path, options: argparse.Namespace, sta
 def figures(levels: dict[str, Runs]) -> Iterator[Figure]:
     """The rows of the report."""
 
-    def rates(above: str, below: str) -> dict[str, Spread]:
+    def rates(above: str, below: str) -> dict[str, Summary]:
         return {level: ratio(of(runs[above], "rate"), of(runs[below], "rate")) for level, runs in levels.items()}
 
-    yield Figure("messages/s, nobody protected / stand-in alone", 0.78, rates(NO_SCAN, FLOOR), at_least=True)
+    yield Figure("messages/s, no checks / stand-in alone", 0.78, rates(NO_SCAN, FLOOR), at_least=True)
     some = next(iter(levels.values()))
     if QUEUE in some:
-        yield Figure("messages/s, nobody protected / real qmail-queue alone", 0.78, rates(BEHIND, QUEUE), at_least=True)
+        yield Figure("messages/s, no checks / real qmail-queue alone", 0.78, rates(BEHIND, QUEUE), at_least=True)
     clamd = rates(CLAMD, f"{CLAMD} alone")
     yield Figure("messages/s with clamd / clamd alone", 0.97, clamd, at_least=True)
     eight = {
-        level: Spread(*(part / SIMSCAN_SHARE for part in (s.median, s.low, s.high)))
+        level: Summary(*(part / SIMSCAN_SHARE for part in (s.median, s.low, s.high)))
         for level, s in clamd.items()
         if level == "8"
     }
@@ -98,32 +98,32 @@ def figures(levels: dict[str, Runs]) -> Iterator[Figure]:
         if level == "40"
     }  # fmt: skip
     if added:
-        yield Figure(f"p99 added, nobody protected / p99 of {base} alone", 0.6, added)
+        yield Figure(f"p99 added, no checks / p99 of {base} alone", 0.6, added)
 
 
 HEADINGS = ("msg/s [min-max]", "of stand-in", "of the same alone", "p50 ms", "p99 ms", "hook ms", "daemon ms", "rc")
 NOTE = (
-    "hook ms: CPU of the hook and what it becomes, less the stand-in's own; daemon ms: CPU of supervisor and workers, "
-    "for the rows 'alone' of the backends."
+    "hook ms: CPU of the hook and the program it execs, minus the stand-in's own; daemon ms: CPU of supervisor and "
+    "workers, in the rows 'alone' that of the backends."
 )
 
 
 def rows(runs: Runs) -> Iterator[tuple[str, ...]]:
-    """A line for each alternative, below its name and HEADINGS."""
-    floor = Spread.of(of(runs[FLOOR], "hook")).median
+    """One table row per alternative, for HEADINGS."""
+    floor = Summary.of(of(runs[FLOOR], "hook")).median
     for label, mine in runs.items():
-        alone, rate = label.endswith("alone"), Spread.of(of(mine, "rate"))
-        hook = Spread.of(of(mine, "hook")).median - (0 if label in (FLOOR, QUEUE) else floor)
+        alone, rate = label.endswith("alone"), Summary.of(of(mine, "rate"))
+        hook = Summary.of(of(mine, "hook")).median - (0 if label in (FLOOR, QUEUE) else floor)
         same = f"{label} alone"
         yield (
             label,
             f"{rate.median:.0f} [{rate.low:.0f}-{rate.high:.0f}]",
             "" if alone else str(ratio(of(mine, "rate"), of(runs[FLOOR], "rate"))),
             str(ratio(of(mine, "rate"), of(runs[same], "rate"))) if same in runs else "",
-            f"{Spread.of(of(mine, 'p50')).median:.2f}",
-            f"{Spread.of(of(mine, 'p99')).median:.1f}",
+            f"{Summary.of(of(mine, 'p50')).median:.2f}",
+            f"{Summary.of(of(mine, 'p99')).median:.1f}",
             "" if alone else f"{hook:.2f}",
-            f"{Spread.of(of(mine, 'daemon')).median:.2f}",
+            f"{Summary.of(of(mine, 'daemon')).median:.2f}",
             _codes(mine[0]),
         )
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""``make bench``: what the filter costs, as ratios inside interleaved runs, beside its targets.
+"""``make bench``: the cost of the filter as ratios within interleaved runs, compared with targets.
 
-Parts: rates (messages per second, latency), hook (CPU of hook and daemon), single (scans, tables, start),
-growth (size, recipients, rows, hooks at once), memory, stages (where a worker's CPU goes). In every round each
-alternative runs once, in a rotated order, because machines drift: only ratios within a round are worth comparing,
-and the tables show their medians [lowest-highest].
+Parts: rates (throughput, latency), hook (CPU of hook and daemon), single (scans, tables, startup), growth (size,
+recipients, rows, concurrent hooks), memory, stages (CPU of a worker by stage). In every round each alternative runs
+once, in rotated order, because machines drift: only ratios within a round are comparable, and the tables show
+their medians [lowest-highest].
 
 Writes to bench/out: report.md (the table of docs/performance.md and all details), runs.json (every single run),
 and each plot as PNG and as text.
@@ -34,7 +34,7 @@ import hook_cost  # noqa: E402
 import parts  # noqa: E402
 import rates  # noqa: E402
 import stages  # noqa: E402
-from figures import Figure, Spread, markdown  # noqa: E402
+from figures import Figure, Summary, markdown  # noqa: E402
 from measure import Runs, interleaved, of  # noqa: E402
 from plots import Plot, save, text  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -46,7 +46,7 @@ QUICK = {"rounds": 1, "count": 200, "scans": 100, "spam_scans": 12, "messages": 
 
 
 class Report:
-    """What was found so far."""
+    """Results so far: figures, plots, tables and raw runs."""
 
     def __init__(self, console: Console, out: Path) -> None:
         self.console, self.out = console, out
@@ -89,7 +89,7 @@ class Report:
 
 
 def compared(part: ModuleType, directory: Path, corpus: Path, options: argparse.Namespace, report: Report) -> None:
-    """A part that is rounds of alternatives."""
+    """Run a part that consists of rounds of alternatives."""
     levels = [int(level) for level in options.concurrency.split(",")]
     runs: dict[str, Runs] = {}
     with ExitStack() as stack:
@@ -100,30 +100,30 @@ def compared(part: ModuleType, directory: Path, corpus: Path, options: argparse.
         task = progress.add_task("measuring", total=len(levels) * options.rounds * len(found))
         for level in levels:
             runs[str(level)] = interleaved(found, level, options.rounds, directory, lambda: progress.advance(task))
-            report.table(f"{level} at a time", part.HEADINGS, part.rows(runs[str(level)]))
+            report.table(f"{level} concurrent messages", part.HEADINGS, part.rows(runs[str(level)]))
     report.runs[part.__name__] = runs
     report.add(part.figures(runs))
     if part is rates:
         shown = (rates.FLOOR, rates.NO_SCAN, rates.SIGNATURES, rates.CLAMD, rates.BOTH)
         curves = {
-            label: [(float(level), Spread.of(of(some[label], "rate")).median) for level, some in runs.items()]
+            label: [(float(level), Summary.of(of(some[label], "rate")).median) for level, some in runs.items()]
             for label in shown
         }
-        report.add((), (Plot("throughput", "Throughput", "messages at a time", "messages/s", curves),))
+        report.add((), (Plot("throughput", "Throughput", "concurrent messages", "messages/s", curves),))
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="PART", action="append", choices=PARTS, help=", ".join(PARTS))
-    parser.add_argument("--quick", action="store_true", help="one round of few messages: does it work?")
+    parser.add_argument("--quick", action="store_true", help="a short trial: one round with few messages")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--concurrency", default="1,8,40", help="messages at a time, a list (1,8,40)")
+    parser.add_argument("--concurrency", default="1,8,40", help="list of concurrencies (1,8,40)")
     parser.add_argument("--count", type=int, default=800, help="messages per run (800)")
     parser.add_argument("--scans", type=int, default=400, help="per run with clamd (400)")
     parser.add_argument("--spam-scans", type=int, default=48, help="per run with spamd (48)")
     parser.add_argument("--messages", type=int, default=200_000, help="for the growth of memory (200000)")
-    parser.add_argument("--qmail-queue", metavar="PROGRAM", help="measure before this real qmail-queue, too")
-    parser.add_argument("--against", metavar="REV", help="measure this version beside that of another commit, only")
+    parser.add_argument("--qmail-queue", metavar="PROGRAM", help="also measure with this real qmail-queue")
+    parser.add_argument("--against", metavar="REV", help="only compare this version with that of another commit")
     parser.add_argument("--out", type=Path, default=HERE / "out")
     options = parser.parse_args(arguments)
     if options.quick:

@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""``make soak``: mail at full load while everything that may end the daemon happens to it, one thing each second.
+"""``make soak``: mail at full load while the daemon is reloaded, killed, stopped, stuck and upgraded, once per second.
 
-Clients hand messages of known outcome to the compiled hook and look at what the stand-in for qmail-queue got: each
-message that was accepted must be there once for each recipient, each that was not must not be there at all. Counted:
+Clients submit messages with known outcomes to the compiled hook and check what the stand-in for qmail-queue received:
+an accepted message exactly once for each recipient, any other message not at all. Counted:
 
     lost        accepted, but missing for a recipient
     doubled     twice for a recipient, or queued and not accepted: the client sends it again
     refused     a clean message with a permanent status
-    let in      a virus accepted for somebody who is protected
-    deferred    a temporary status: nothing is lost, but nothing may be in the way for longer than the hook's budget
-    unchecked   accepted without the check that it needed
-    wrong       bytes or recipients that are not those handed over
+    let in      a virus accepted for a protected recipient
+    deferred    a temporary status: nothing is lost, but no disturbance may last longer than the hook's budget
+    unchecked   accepted without a required check
+    wrong       bytes or recipients that differ from those submitted
 
-Exit status 0 only if all of these are zero. What happens is chosen with --only; see --help.
+Exit status 0 only if all of these are zero. --only selects the disturbances; see --help.
 """
 
 import argparse
@@ -62,13 +62,13 @@ SETTINGS = {
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """Messages of one sort: what is in them, to whom, and how many recipients get one."""
+    """One kind of message: content, recipients, and whether it is delivered."""
 
     name: str
     weight: int
     body: bytes
     to: tuple[bytes, ...]
-    delivered: bool  # else it is refused for good
+    delivered: bool  # otherwise it is rejected
 
 
 LINES = b"".join(b"line %06d of a long and innocent text, nothing to see in it\n" % n for n in range(6000))
@@ -83,7 +83,7 @@ KINDS = (
 
 @dataclass(slots=True)
 class Tally:
-    """What all clients saw, behind one lock."""
+    """Results of all clients, protected by a lock."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     counts: Counter[str] = field(default_factory=Counter)
@@ -102,7 +102,7 @@ class Tally:
 
 
 class Client:
-    """Hands over one message after the other, with a stand-in's directory of its own."""
+    """A client that submits one message after the other, with a separate directory of its stand-in."""
 
     def __init__(self, system: System, number: int, tally: Tally, stop: threading.Event) -> None:
         self._program, self._number, self._tally, self._stop = str(system.program), number, tally, stop
@@ -134,7 +134,7 @@ class Client:
                 (self._standin.directory / f"{entry.pid}{ending}").unlink(missing_ok=True)
 
     def _hand_over(self, message: bytes, block: bytes) -> tuple[int, bytes]:
-        """As qmail-smtpd does. Returns the hook's exit status and the text for the client."""
+        """Submit as qmail-smtpd does. Returns the hook's exit status and the text for the client."""
         (m_out, m_in), (e_out, e_in), (t_out, t_in) = os.pipe(), os.pipe(), os.pipe()
         actions = [(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in ((m_out, 0), (e_out, 1), (t_in, TEXT_FD))]
         pid = os.posix_spawn(self._program, [self._program], self._environ, file_actions=actions)
@@ -151,7 +151,7 @@ class Client:
 
 
 def judge(kind: Kind, message: bytes, status: int, text: bytes, queued: list[Queued]) -> Counter[str]:
-    """What was wrong with one message's fate."""
+    """Compare the outcome of one message with the expected one; returns the faults."""
     faults: Counter[str] = Counter()
     got = Counter(recipient for entry in queued for recipient in entry.envelope.recipients)
     wanted = Counter(kind.to if kind.delivered and status == 0 else ())
@@ -169,17 +169,17 @@ def judge(kind: Kind, message: bytes, status: int, text: bytes, queued: list[Que
     return +faults
 
 
-# What happens to the daemon
+# Disturbances of the daemon
 
 
 class Disturber:
-    """Does one thing after the other to a running system. Each returns when the daemon accepts mail again."""
+    """The disturbances of a running system. Each returns when the daemon accepts mail again."""
 
     def __init__(self, system: System, versions: tuple[Path, Path]) -> None:
         self._system, self._versions = system, versions
         self._chance = random.Random(0)
 
-    def things(self) -> dict[str, Callable[[], object]]:
+    def actions(self) -> dict[str, Callable[[], object]]:
         return {
             "reload": self._system.daemon.reload,
             "worker killed": self._worker_killed,
@@ -197,11 +197,11 @@ class Disturber:
         _signal(self._worker(), signal.SIGKILL)
 
     def _worker_stuck(self) -> None:
-        _signal(self._worker(), signal.SIGSTOP)  # to the supervisor the same as an endless loop: silence
+        _signal(self._worker(), signal.SIGSTOP)  # to the supervisor this looks like an endless loop: no heartbeat
 
     def _supervisor_killed(self) -> None:
         self._system.daemon.kill()
-        self._system.daemon.wait_exit()  # its workers finish what they hold
+        self._system.daemon.wait_exit()  # its workers finish their messages
         self._system.daemon.start()
 
     def _all_killed(self) -> None:
@@ -227,7 +227,7 @@ def _signal(pid: int, number: int) -> None:
 
 
 def other_version(directory: Path) -> Path:
-    """A copy of the package that calls itself a newer version. Returns what belongs on PYTHONPATH."""
+    """Make a copy of the package with a newer version number. Returns the directory for PYTHONPATH."""
     package = Path(contentfilter.__file__).parent
     copy = directory / "newer" / "contentfilter"
     shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
@@ -251,7 +251,7 @@ class Outcome:
     p99: float
     longest: float  # seconds that a client waited
     memory: int  # MiB, resident, the largest process of the daemon at the end
-    descriptors: int  # of the largest worker at the end
+    descriptors: int  # open descriptors of the largest worker at the end
     notes: list[str]
 
     @property
@@ -270,9 +270,9 @@ def soak(
     activated: bool = False,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
-    """Run it below ``directory``, which must be short, empty and open to other users' daemons.
+    """Run in ``directory``, whose path must be short, and which must be empty and accessible to daemons of other users.
 
-    For so many ``seconds``, or until each thing has happened ``rounds`` times.
+    Lasts ``seconds``, or until each disturbance has happened ``rounds`` times.
     """
     tally, stop, happened = Tally(), threading.Event(), Counter[str]()
     with ExitStack() as stack, _low_descriptors_taken():
@@ -287,23 +287,23 @@ def soak(
         )
         stack.enter_context(system)
         disturber = Disturber(system, (Path(contentfilter.__file__).parents[1], other_version(directory)))
-        things = {name: do for name, do in disturber.things().items() if not only or name in only}
+        actions = {name: do for name, do in disturber.actions().items() if not only or name in only}
         crowd = [Client(system, number, tally, stop) for number in range(clients)]
         threads = [threading.Thread(target=client.run) for client in crowd]
         began = time.monotonic()
         for thread in threads:
             thread.start()
         try:
-            told = began
-            for name in _names(list(things), rounds):
+            reported = began
+            for name in _names(list(actions), rounds):
                 if (seconds and time.monotonic() > began + seconds) or stop.wait(every):
                     break
-                things[name]()
+                actions[name]()
                 happened[name] += 1
-                if time.monotonic() > told + 10:
-                    told = time.monotonic()
+                if time.monotonic() > reported + 10:
+                    reported = time.monotonic()
                     faults = {fault: tally.counts[fault] for fault in FAULTS if tally.counts[fault]}
-                    progress(f"{told - began:5.0f} s  {tally.counts['messages']} messages  {faults or 'all zero'}")
+                    progress(f"{reported - began:5.0f} s  {tally.counts['messages']} messages  {faults or 'no faults'}")
         finally:
             stop.wait(every)
             stop.set()
@@ -334,14 +334,14 @@ def soak(
 
 
 def _names(names: list[str], rounds: int) -> Iterator[str]:
-    """Every thing once in a round, in an order that differs from round to round. 0 rounds: without end."""
+    """Each name once per round, in an order that differs between rounds. 0 rounds: endless."""
     chance = random.Random(1)
     for _ in range(rounds) if rounds else itertools.count():
         yield from chance.sample(names, len(names))
 
 
 def _resident(pid: int) -> int:
-    """KiB."""
+    """Resident memory of a process in KiB."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmRSS"):
             return int(line.split()[1])
@@ -350,7 +350,7 @@ def _resident(pid: int) -> int:
 
 @contextlib.contextmanager
 def _low_descriptors_taken() -> Iterator[None]:
-    """No pipe gets a number that a hook's descriptor is moved to."""
+    """Occupy the descriptors that the hook's are moved to, so that no pipe gets one of them."""
     null = os.open(os.devnull, os.O_RDONLY)
     held = []
     while not held or held[-1] < TEXT_FD + 1:
@@ -365,16 +365,16 @@ def _low_descriptors_taken() -> Iterator[None]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=600.0, help="how long (600)")
-    parser.add_argument("--every", type=float, default=1.0, metavar="SECONDS", help="one thing so often (1)")
-    parser.add_argument("--clients", type=int, default=16, help="messages under way at once (16)")
-    parser.add_argument("--only", action="append", default=[], metavar="THING", help="reload, worker killed, ...")
-    parser.add_argument("--activated", action="store_true", help="the socket is systemd's and outlives the daemon")
+    parser.add_argument("--every", type=float, default=1.0, metavar="SECONDS", help="interval of the disturbances (1)")
+    parser.add_argument("--clients", type=int, default=16, help="concurrent clients (16)")
+    parser.add_argument("--only", action="append", default=[], metavar="DISTURBANCE", help="reload, worker killed, ...")
+    parser.add_argument("--activated", action="store_true", help="use a socket of systemd, which outlives the daemon")
     parser.add_argument("--json", action="store_true", help="the result as one JSON object")
     options = parser.parse_args()
     directory = Path(tempfile.mkdtemp(prefix="cf-soak-", dir="/tmp"))
     directory.chmod(0o755)
 
-    def told(line: str) -> None:
+    def show(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
     try:
@@ -385,7 +385,7 @@ def main() -> int:
             clients=options.clients,
             only=tuple(options.only),
             activated=options.activated,
-            progress=told,
+            progress=show,
         )
     finally:
         shutil.rmtree(directory, ignore_errors=True)
@@ -397,8 +397,8 @@ def main() -> int:
 
 
 def report(outcome: Outcome) -> None:
-    print(f"{outcome.seconds:.0f} s, {outcome.counts['messages']} messages, {outcome.rate:.0f} a second")
-    for title, counts in (("handed over", outcome.kinds), ("happened", outcome.happened)):
+    print(f"{outcome.seconds:.0f} s, {outcome.counts['messages']} messages, {outcome.rate:.0f} per second")
+    for title, counts in (("submitted", outcome.kinds), ("happened", outcome.happened)):
         print(f"{title}: " + ", ".join(f"{name} {count}" for name, count in sorted(counts.items())))
     print(f"versions: {', '.join(outcome.versions)}")
     print(f"a client waited {outcome.p50:.3f} s (p50), {outcome.p99:.3f} s (p99), at most {outcome.longest:.3f} s")

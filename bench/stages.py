@@ -1,4 +1,4 @@
-"""Where a worker's CPU goes, in microseconds for a message, from samples that it takes of itself."""
+"""CPU of a worker by stage, in microseconds per message, from samples that it takes of itself."""
 
 import argparse
 import json
@@ -15,31 +15,31 @@ from plots import Plot
 
 SAMPLED = Path(__file__).resolve().parent / "sampled"
 DEFAULT = {"service": {"heartbeat": 1.0}}  # the tests' daemons have a faster one
-EVERYBODY = "@bench.example\n"
+ALL_RECIPIENTS = "@bench.example\n"
 
 
 def shares(directory: Path, corpus: Path, options: argparse.Namespace) -> Plot:
-    """For each kind of protection."""
+    """Measure each kind of protection, and return the plot."""
     qqbench, _ = compile_drivers(directory)
-    switches = {"options": "chksignature 1\nchkloadertype 1\n", "clamavclients": EVERYBODY}
+    switches = {"options": "chksignature 1\nchkloadertype 1\n", "clamavclients": ALL_RECIPIENTS}
     with Clamd(directory / "stages-clamd") as clamd:
         kinds: dict[str, dict[str, Any]] = {
-            "nobody protected": {},
+            "no checks": {},
             "signatures": {"controls": switches},
-            "clamd": {"controls": {"clamavclients": EVERYBODY}, "clamd": clamd},
+            "clamd": {"controls": {"clamavclients": ALL_RECIPIENTS}, "clamd": clamd},
         }
         found = {
             kind: stages(directory / kind.split()[0], corpus, qqbench, options, more) for kind, more in kinds.items()
         }
     names = sorted({stage for times in found.values() for stage in times}, key=lambda name: -found["signatures"][name])
     curves = {name: [(i, times[name]) for i, times in enumerate(found.values())] for name in names}
-    return Plot("stages", "CPU of a worker", "", "us a message", curves, bars=tuple(found))
+    return Plot("stages", "CPU of a worker", "", "us per message", curves, bars=tuple(found))
 
 
 def stages(
     directory: Path, corpus: Path, qqbench: str, options: argparse.Namespace, more: dict[str, Any]
 ) -> Counter[str]:
-    """Microseconds by stage."""
+    """Microseconds per message, by stage."""
     directory.mkdir()
     samples = directory / "samples"
     path = os.pathsep.join((str(SAMPLED), os.environ.get("PYTHONPATH", "")))

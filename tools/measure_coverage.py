@@ -1,10 +1,10 @@
-"""What the tests reach: lines and branches, of the Python package and of the C hook.
+"""Line and branch coverage of the Python package and of the C hook.
 
-    measure_coverage.py [TEST ...]     run these tests (all of them without a name), then print and keep the report
+    measure_coverage.py [TEST ...]     run these tests (all by default), then print and save the report
 
-Every Python process that a test starts is measured too (coverage.py), every hook that it runs counts for itself
-(gcov; see tests/lab/hook.py). What SIGKILL ends has nothing to say. A test that fails does not end the run: its name
-stands above the tables, and the exit status is pytest's. build/coverage/report.txt keeps what is printed.
+Every Python process that a test starts is measured (coverage.py), and every hook that it runs (gcov; see
+tests/lab/hook.py), except those ended by SIGKILL. A failing test does not end the run: its name is printed above the
+tables, and the exit status is pytest's. build/coverage/report.txt has the output.
 """
 
 import json
@@ -24,7 +24,7 @@ PYTHON, HOOK = PLACE / "python", PLACE / "hook"
 
 @dataclass(slots=True)
 class Count:
-    """Lines and branches: reached, of how many. ``missing``: line numbers."""
+    """Lines and branches reached, and their totals. ``missing``: line numbers."""
 
     lines: int = 0
     of_lines: int = 0
@@ -40,24 +40,24 @@ class Count:
 
 
 def run_tests(tests: Sequence[str]) -> tuple[int, list[str]]:
-    """The exit status, and pytest's last lines."""
+    """Run pytest; returns its exit status and its last lines."""
     shutil.rmtree(PLACE, ignore_errors=True)
     for directory in (PYTHON, HOOK):
         directory.mkdir(parents=True)
         directory.chmod(0o1777)  # some tests run the daemon as another user
     environ = os.environ | {
         "CONTENTFILTER_GCOV": str(HOOK),
-        "PYTHONSAFEPATH": "1",  # the installed package, not this directory's
+        "PYTHONSAFEPATH": "1",  # use the installed package, not the one in this directory
     }
     words = [sys.executable, "-m", "coverage", "run", "-m", "pytest", "-q", "-n", "auto", *tests]
     with (PLACE / "tests.txt").open("wb") as output:
         status = subprocess.run(words, cwd=ROOT, env=environ, stdout=output, stderr=subprocess.STDOUT).returncode
-    told = (PLACE / "tests.txt").read_text(errors="replace").splitlines()
-    return status, [line for line in told if line.startswith(("FAILED", "ERROR"))] + told[-1:]
+    output = (PLACE / "tests.txt").read_text(errors="replace").splitlines()
+    return status, [line for line in output if line.startswith(("FAILED", "ERROR"))] + output[-1:]
 
 
 def python_counts() -> dict[str, Count]:
-    """By file, from the root of the tree."""
+    """Counts of the Python package, by path from the root of the repository."""
     coverage = [sys.executable, "-m", "coverage"]
     subprocess.run([*coverage, "combine", "--quiet"], cwd=ROOT, check=True)
     subprocess.run([*coverage, "json", "--quiet", "-o", PLACE / "python.json"], cwd=ROOT, check=True)
@@ -77,15 +77,15 @@ def _python_count(about: dict) -> Count:
 
 
 def hook_counts() -> dict[str, Count]:
-    """By file. The hook is built several times, with other time limits: a line counts that one of them reached."""
+    """Counts of the hook, by file. It is built several times, with different time limits; the results are merged."""
     lines: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
     branches: dict[str, dict[tuple[int, int], int]] = defaultdict(lambda: defaultdict(int))
     for data in sorted(HOOK.glob("*.gcda")):
         words = ["gcov", "--json-format", "--branch-probabilities", "--stdout", data]
-        told = subprocess.run(words, cwd=HOOK, capture_output=True)
-        if told.returncode:  # the hook was killed while it wrote its counts
+        result = subprocess.run(words, cwd=HOOK, capture_output=True)
+        if result.returncode:  # the hook was killed while it wrote its counters
             continue
-        for document in filter(None, told.stdout.splitlines()):
+        for document in filter(None, result.stdout.splitlines()):
             for about in json.loads(document)["files"]:
                 name = os.path.relpath(about["file"], ROOT)
                 if not name.startswith("queue_hook"):
@@ -108,7 +108,7 @@ def hook_counts() -> dict[str, Count]:
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """``1-3, 7``."""
+    """Line numbers in the form ``1-3, 7``."""
     found: list[list[int]] = []
     for number in numbers:
         if found and number == found[-1][1] + 1:
@@ -119,7 +119,7 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def rows(counts: dict[str, Count], title: str) -> Iterator[str]:
-    """A table of groups with their sum, then each file with what it lacks."""
+    """A table of groups with their total, then each file with the lines not reached."""
     groups: dict[str, Count] = defaultdict(Count)
     for name, count in counts.items():
         groups[str(Path(name).parent)].add(count)
@@ -142,8 +142,8 @@ def rows(counts: dict[str, Count], title: str) -> Iterator[str]:
 
 
 def main() -> int:
-    status, told = run_tests(sys.argv[1:])
-    report = [*told, *rows(python_counts(), "Python"), *rows(hook_counts(), "hook")]
+    status, summary = run_tests(sys.argv[1:])
+    report = [*summary, *rows(python_counts(), "Python"), *rows(hook_counts(), "hook")]
     text = "\n".join(report) + "\n"
     (PLACE / "report.txt").write_text(text)
     print(text, end="")

@@ -1,15 +1,15 @@
 #!/bin/sh
-# What the Makefile needs from the system, in one place.
+# Prepare the system for the Makefile's targets.
 #
-#   tools/prepare.sh packages PURPOSE   see to the Debian packages for setup, demo, bench, test or fuzz:
-#                                       root installs what is missing, anybody else is told the command
-#   tools/prepare.sh python             print the interpreter to make .venv with (3.11 or later, with venv)
+#   tools/prepare.sh packages PURPOSE   check the Debian packages for setup, demo, bench, test or fuzz:
+#                                       as root install the missing ones, otherwise print the command
+#   tools/prepare.sh python             print the interpreter for .venv (3.11 or later, with venv)
 #
-# PYTHON in the environment chooses the interpreter. Nothing here starts a service.
+# PYTHON in the environment selects the interpreter. No service is started.
 set -eu
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin # an ordinary user's PATH often lacks clamd's and spamd's directory
 
-# package, what proves that it is there (a command or a file), the purposes that need it
+# package, a command or file that it provides, the purposes that need it
 needs() {
     cat <<'END'
 gcc            gcc                                  setup demo bench test fuzz
@@ -51,8 +51,8 @@ missing() { # PURPOSE -> names of packages, one line
     done
 }
 
-# Debian starts a daemon as soon as it is installed, unless this file says no. It says so only
-# while this script lives, so a copy that a kill leaves behind does no harm.
+# Debian starts a daemon on installation unless this file forbids it. It does so only while this
+# script runs, so a copy left behind by a kill is harmless.
 policy=/usr/sbin/policy-rc.d
 hold_services() {
     [ -e "$policy" ] && return
@@ -83,7 +83,7 @@ packages() { # PURPOSE
         echo "still missing after the installation: $absent" >&2
     else
         echo "missing packages: $absent" >&2
-        echo "install them as root:" >&2
+        echo "to install them, run as root:" >&2
         echo "  apt-get install --no-install-recommends $absent" >&2
     fi
     case $absent in

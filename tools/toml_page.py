@@ -1,8 +1,8 @@
-"""contentfilter.toml(5) from the commented sample: each comment becomes the text of the keys below it.
+"""Generator of contentfilter.toml(5) from the commented sample: each comment becomes the text of the keys below it.
 
     toml_page.py etc/contentfilter.toml >contentfilter.toml.5
 
-The sample is held to the settings by a test, so this page cannot say anything else. Run by the build.
+A test compares the sample with the settings, so the page is consistent with them. Run by the build.
 """
 
 import re
@@ -11,7 +11,7 @@ import textwrap
 from pathlib import Path
 
 HEAD = """\
-.\\" Made from etc/contentfilter.toml by tools/toml_page.py.
+.\\" Generated from etc/contentfilter.toml by tools/toml_page.py.
 .Dd November 20, 2026
 .Dt CONTENTFILTER.TOML 5
 .Os
@@ -41,7 +41,7 @@ _TABLES = re.compile(r"# (\[\[[a-z.]+\]\])")
 
 
 def escaped(text: str) -> str:
-    r"""For a text line of mdoc: no escapes by accident, no line that looks like a macro."""
+    r"""Escape a text line for mdoc: no accidental escapes, no line that looks like a macro."""
     text = text.replace("\\", "\\e").replace('"', "\\(dq").replace("'", "\\(aq")
     text = re.sub("`([^`]*)`", r"\\(oq\1\\(cq", text)
     return "\\&" + text if text.startswith(".") else text
@@ -89,7 +89,7 @@ def page(sample: str) -> str:
         elif line.startswith("#"):
             comment.append(line.removeprefix("#").strip())
         elif not line and comment and not open_list:
-            out += paragraphs(comment)  # stands for the whole section
+            out += paragraphs(comment)  # describes the whole section
             comment = []
     out += [".El"] if open_list else []
     return HEAD + "\n".join(out) + "\n" + FOOT

@@ -1,7 +1,7 @@
-"""In a worker that ``bench/stages.py`` started: where its CPU goes, by samples. Python imports this by its name.
+"""CPU profiler for a worker started by ``bench/stages.py``. Python imports this module by its name.
 
-Each time the process has used a little CPU, the innermost stage on the stack gets a point. Written to the file
-``$SAMPLES.PID`` when the process ends.
+Each time the process has used a little CPU, the innermost stage on the stack gets a point. The points are written to
+the file ``$SAMPLES.PID`` when the process ends.
 """
 
 import atexit
@@ -17,17 +17,16 @@ STAGES = {
     "contentfilter/wire/": "intake",
     "contentfilter/policy/plan.py": "plan",
     "contentfilter/tables/": "plan",
-    "contentfilter/scanners/signatures.py": "signatures",
-    "contentfilter/scanners/signatures/mime.py": "signatures",
+    "contentfilter/scanners/signatures/": "signatures",
     "contentfilter/scanners/": "clamd and spamd",
     "contentfilter/policy/": "decide",
     "contentfilter/verdict/reply.py": "answer",
     "contentfilter/verdict/headers.py": "answer",
-    "contentfilter/verdict/": "record and account",
+    "contentfilter/verdict/": "record and detail",
     "contentfilter/log": "log",
     "contentfilter/bus/sockets.py": "events",
     "contentfilter/bus/messages.py": "events",
-    "contentfilter/worker/crashes.py": "poison marks",
+    "contentfilter/worker/crashes.py": "crash marks",
     "contentfilter/": "glue",
     "structlog/": "log",
     "zmq/": "events",

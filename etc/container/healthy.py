@@ -1,8 +1,8 @@
-"""The image's HEALTHCHECK: asks /ready at the place that the settings name, and exits 0 only when the daemon is ready.
+"""Health check of the image: requests /ready at the address in the settings, and exits 0 only if the daemon is ready.
 
     python healthy.py [SETTINGS]
 
-What keeps the daemon from being ready is printed; `docker inspect` shows it.
+Prints what prevents the daemon from being ready; `docker inspect` shows it.
 """
 
 import http.client
@@ -17,10 +17,10 @@ ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - looked up, not liste
 
 
 def main(path: str = DEFAULT_PATH) -> int:
-    """The exit status."""
-    where = parse_listen(read_settings(path)[0].http.listen)  # of a file with faults, what is right in it
+    """Check once, and return the exit status."""
+    where = parse_listen(read_settings(path)[0].http.listen)  # of a file with errors, its valid part
     if where is None:
-        print('[http] listen is "off": without it nobody can see whether the daemon is ready')
+        print('[http] listen is "off": readiness cannot be checked without it')
         return 1
     host, port = where
     try:

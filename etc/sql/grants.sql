@@ -1,9 +1,9 @@
--- A user that can read the recipient tables and nothing else. Run as root, in the tables' database, with a password
--- of your own; the same password goes into the first line of [mariadb] password_file (owner: the daemon's user, mode 0600).
+-- A user that can only read the recipient tables. Run as root, in the tables' database, after setting your own password;
+-- the same password goes into the first line of [mariadb] password_file (owner: the daemon's user, mode 0600).
 --
 --   mariadb contentfilter < grants.sql
 --
--- For a daemon on another machine replace localhost by its address, and add REQUIRE SSL.
+-- For a daemon on another machine replace localhost with its address, and add REQUIRE SSL.
 
 CREATE USER IF NOT EXISTS 'contentfilter'@'localhost' IDENTIFIED BY 'change me' WITH MAX_USER_CONNECTIONS 4;
 

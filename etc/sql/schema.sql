@@ -2,11 +2,11 @@
 --
 --   mariadb contentfilter < schema.sql
 --
--- address: user@domain, @domain or domain, .domain (all its sub-domains), * (everybody); the most specific one decides.
+-- address: user@domain, @domain or domain, .domain (all its subdomains), * (everyone); the most specific one decides.
 -- exempt:  1 = not checked, whatever a less specific row says.
--- The other columns may be NULL: then the configuration decides. docs/tables.md says what they do.
+-- The other columns may be NULL: then the configuration decides. docs/tables.md describes them.
 --
--- updated_at, to the microsecond, and its index let the daemon see a change for the price of one short query.
+-- updated_at, with microseconds, and its index let the daemon detect a change with one short query.
 
 CREATE TABLE IF NOT EXISTS clamavclients (
     address    VARCHAR(320) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin NOT NULL PRIMARY KEY,

@@ -1,9 +1,9 @@
--- SpamAssassin's user preferences, and who may read them. Run as root in the database of your choice (etc/spamassassin/sql.cf
--- names spamassassin), after grants.sql, with a password of your own.
+-- SpamAssassin's user preferences, and access to them. Run as root in the database of your choice (spamassassin in
+-- etc/spamassassin/sql.cf), after grants.sql, and after setting your own password.
 --
 --   mariadb spamassassin < userpref.sql
 --
--- username: user@domain, lower-case; @domain for its other mailboxes; @GLOBAL for everybody.
+-- username: user@domain, in lower case; @domain for its other mailboxes; @GLOBAL for everyone.
 -- preference, value: as in user_prefs, e.g. required_score 4.0, whitelist_from *@example.org, report_safe 0.
 
 CREATE TABLE IF NOT EXISTS userpref (
@@ -17,5 +17,5 @@ CREATE TABLE IF NOT EXISTS userpref (
 CREATE USER IF NOT EXISTS 'spamd'@'localhost' IDENTIFIED BY 'change me';
 GRANT SELECT ON userpref TO 'spamd'@'localhost';
 
--- contentfilter reads only who has preferences.
+-- contentfilter reads the user names only.
 GRANT SELECT (username) ON userpref TO 'contentfilter'@'localhost';

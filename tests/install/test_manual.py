@@ -79,7 +79,7 @@ def test_every_setting_is_in_its_page_with_its_default() -> None:
             shown = f".It Ic {key.name} No = " in parts[struct.name] or tables in parts[struct.name]
             assert shown, f"[{struct.name}] {key.name}"
     assert set(parts) == {field.name for field in msgspec.structs.fields(Settings)}
-    assert ".It Ic budget No = 240.0\nFor one message, all steps together." in page
+    assert ".It Ic budget No = 240.0\nTime limit for one message, all steps together." in page
 
 
 def test_every_line_of_queue_conf_is_in_the_page_of_the_hook_with_its_value() -> None:

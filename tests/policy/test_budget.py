@@ -111,7 +111,7 @@ def test_only_scanners_that_come_later_and_are_in_the_plan_are_kept_for():
 
 
 def test_the_example_of_the_documents():
-    """docs/flow.md, "How the time is shared out"."""
+    """docs/flow.md, "Time budget"."""
     everybody = plan(*Scanner)
     assert 239 - reserve_for_later(239.0, Scanner.CLAMD, everybody, 2_000_000, TWO_CLAMDS) == 164
     assert 99 - reserve_for_later(99.0, Scanner.SPAMD, everybody, 2_000_000, TWO_CLAMDS) == 94

@@ -21,12 +21,12 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 
 def test_ratios_are_taken_inside_a_round(figures: ModuleType) -> None:
-    assert figures.ratio([2.0, 30.0, 1.0], [1.0, 10.0, 4.0]) == figures.Spread(2.0, 0.25, 3.0)
+    assert figures.ratio([2.0, 30.0, 1.0], [1.0, 10.0, 4.0]) == figures.Summary(2.0, 0.25, 3.0)
 
 
 def test_a_target_is_met_everywhere_somewhere_or_missed(figures: ModuleType) -> None:
     def verdict(target: float | None, *medians: float, at_least: bool = False) -> str:
-        values = {str(i): figures.Spread.of([value]) for i, value in enumerate(medians)}
+        values = {str(i): figures.Summary.of([value]) for i, value in enumerate(medians)}
         return figures.Figure("x", target, values, at_least=at_least).verdict
 
     assert verdict(1.6, 1.6, 0.2) == "met"
@@ -38,7 +38,7 @@ def test_a_target_is_met_everywhere_somewhere_or_missed(figures: ModuleType) -> 
 
 
 def test_the_table_is_one_row_for_each_figure(figures: ModuleType) -> None:
-    figure = figures.Figure("rate", 2.0, {"": figures.Spread(2.5, 1.25, 123.4)}, at_least=True, unit="GB/s")
+    figure = figures.Figure("rate", 2.0, {"": figures.Summary(2.5, 1.25, 123.4)}, at_least=True, unit="GB/s")
     assert figures.markdown([figure]).splitlines()[2] == "| rate | >= 2.00 GB/s | 2.50 [1.25-123] GB/s | met |"
 
 

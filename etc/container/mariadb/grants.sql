@@ -1,5 +1,5 @@
--- Who may do what in the MariaDB of compose.yaml. The image has made both users and gives the first one everything in
--- the database; the filter needs to read two tables, as in etc/sql/grants.sql.
+-- Privileges in the MariaDB of compose.yaml. The image has created both users and given the first one all privileges on the
+-- database; the filter only needs to read two tables, as in etc/sql/grants.sql.
 
 REVOKE ALL PRIVILEGES ON contentfilter.* FROM 'contentfilter'@'%';
 GRANT SELECT ON clamavclients TO 'contentfilter'@'%';

@@ -213,8 +213,8 @@ class Worker:
         if short:
             self._log.error("load.short", why=short)
         else:
-            self._log.warning("load.enough", why=self._listener.short)
-        self._listener.shut(short)
+            self._log.warning("load.enough", why=self._listener.exhausted)
+        self._listener.set_exhausted(short)
         self._bus.send(self._heartbeat(0.0))
 
     def _emit(self, event: Event) -> None:
@@ -272,14 +272,14 @@ class Worker:
             generation=self._serving.generation,
             refused=self._refused,
             lag=max(0.0, lag),
-            in_flight=tuple(InFlight(c.incident, c.stage, now - c.began) for c in oldest),
+            in_flight=tuple(InFlight(c.incident, c.stage.value, now - c.began) for c in oldest),
             open=len(connections),
             counters=asdict(self._listener.counters) | self._load.counters() | {"events_lost": self._bus.lost},
             bytes=sum(c.size for c in connections),
             backends=self._serving.application.backends(),
             orders=self._orders.number,
             waiting=self._listener.waiting,
-            short=self._listener.short,
+            short=self._listener.exhausted,
         )
 
     async def _obey(self, group: asyncio.TaskGroup) -> None:
@@ -312,7 +312,7 @@ class Worker:
             self._log.exception("worker.reload-failed", generation=generation)
         else:
             old, self._serving = self._serving, serving
-            self._listener.change(terms)
+            self._listener.apply(terms)
             group.create_task(old.retire())
             self._log.info("worker.reload", generation=generation)
         self._bus.send(self._heartbeat(0.0))

@@ -70,7 +70,7 @@ async def test_the_line_decides_who_is_handled_next(listening: Listening) -> Non
         ):
             offers.append(Offer(bench.path).send(message, environ=environ))
             await until(lambda: bench.listener.waiting == len(offers) - 1)
-        assert {c.stage for c in bench.listener.connections} == {"handling", "waiting"}
+        assert {c.stage.value for c in bench.listener.connections} == {"handling", "waiting"}
         handling.go.set()
         assert await answers(offers) == [QUEUE] * 6
     # Our own user, the two networks in turn, the oldest one for its age although it is large, the rest.
@@ -99,7 +99,7 @@ async def test_who_waits_for_nothing_is_told_busy_and_noted(listening: Listening
 async def test_a_note_that_fails_defers_all_the_same(listening: Listening) -> None:
     async with listening(Handling(), max_in_flight=1, admission_wait=0.05) as bench:
         bench.handler.rejected_busy = None  # not even callable
-        bench.listener.shut("memory")
+        bench.listener.set_exhausted("memory")
         assert (await asyncio.to_thread(offer, bench.path)).action is Action.DEFER
         assert bench.log("intake.internal-error")
 
@@ -138,15 +138,15 @@ async def test_too_little_memory_makes_mail_wait_and_then_defers_it_with_the_rea
         return QUEUE
 
     async with listening(accept, admission_wait=0.1) as bench:
-        bench.listener.shut("memory")
+        bench.listener.set_exhausted("memory")
         said = await asyncio.to_thread(offer, bench.path)
         assert "short of memory" in said.text
         assert said.text.endswith("(#4.3.1)")
     async with listening(accept) as bench:
-        bench.listener.shut("disk")
+        bench.listener.set_exhausted("disk")
         waiting = Offer(bench.path).send()
         await until(lambda: bench.listener.waiting == 1)
-        bench.listener.shut("")
+        bench.listener.set_exhausted("")
         assert await answers([waiting]) == [QUEUE]
 
 
@@ -274,7 +274,7 @@ async def test_idle_connections_of_a_local_user_do_not_keep_mail_out(
             assert bench.log("intake.garbage")[0]["uid"] == 65534
             flood.communicate()
         await bench.idle()
-        assert bench.listener._state._seats == {}, "every seat is given back"
+        assert bench.listener._state._idle == {}, "every seat is given back"
 
 
 @as_root
@@ -285,12 +285,12 @@ async def test_half_requests_give_their_seats_back(listening: Listening) -> None
     async with listening(accept) as bench:
         uid = 65534
         for _ in range(3 * admission.MAX_IDLE):
-            assert bench.listener._state.sit(uid)
-            bench.listener._state.rise(uid)
+            assert bench.listener._state.track_idle(uid)
+            bench.listener._state.untrack_idle(uid)
         for each in range(admission.MAX_IDLE_TOTAL):
-            assert bench.listener._state.sit(100_000 + each)
-        assert not bench.listener._state.sit(uid), "all local users together have a bound, too"
-        assert bench.listener._state.sit(0), "but the system's users are not in it"
+            assert bench.listener._state.track_idle(100_000 + each)
+        assert not bench.listener._state.track_idle(uid), "all local users together have a bound, too"
+        assert bench.listener._state.track_idle(0), "but the system's users are not in it"
         half = hook.encode_request(hook.Request(0, 60.0, len(MESSAGE), len(ENVELOPE), {}))[:-9]
         with Offer(bench.path) as once:
             assert await asyncio.to_thread(once.send_raw(half, []).answer) is None

@@ -13,6 +13,8 @@ from lab.offer import ENVELOPE, MESSAGE, Offer, offer, sealed, unnamed
 
 from contentfilter.doors import queue
 from contentfilter.doors.admission import AcceptedMessage, new_incident
+from contentfilter.doors.queue import TRANSITIONS, Connection, Stage
+from contentfilter.errors import LocalProtocolError
 from contentfilter.log import RateLimiter
 from contentfilter.model import Action, OriginKind
 from contentfilter.wire import hook
@@ -402,3 +404,33 @@ async def test_a_client_that_goes_in_the_moment_of_its_answer_leaves_nothing(lis
         await bench.idle()
         assert bench.listener.counters.answered == 0
         assert bench.log("intake.answer-failed")[0]["why"] == os.strerror(errno.EPIPE)
+
+
+async def test_every_stage_can_be_reached_and_only_by_the_table() -> None:
+    assert set(TRANSITIONS) == set(Stage)
+    reached = [Stage.REQUEST]
+    for stage in reached:
+        reached += [after for after in TRANSITIONS[stage] if after not in reached]
+    assert set(reached) == set(Stage)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        for stage, allowed in TRANSITIONS.items():
+            for after in Stage:
+                connection = Connection(None, ours)
+                connection.stage = stage
+                if after in allowed:
+                    connection._enter(after)
+                    assert connection.stage is after
+                else:
+                    with pytest.raises(LocalProtocolError, match=f"from {stage.value} to {after.value}"):
+                        connection._enter(after)
+
+
+async def test_a_connection_that_waits_for_its_report_does_not_keep_others_out(listening: Listening) -> None:
+    """Its slot is free. The accept loop was suspended when that slot was taken."""
+    async with listening(split, max_in_flight=1, max_waiting=0) as bench:
+        with Offer(bench.path) as first:
+            assert await asyncio.to_thread(first.send().answer) == SPLIT
+            with Offer(bench.path) as second:
+                assert await asyncio.to_thread(second.send().answer) == SPLIT
+                assert {c.stage for c in bench.listener.connections} == {Stage.REPORT}

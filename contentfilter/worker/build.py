@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Executor
 from contextlib import suppress
 
 from contentfilter.config.controls import read_controls
@@ -19,9 +20,7 @@ from contentfilter.scanners.cache import ScanCache
 from contentfilter.scanners.clamd import ClamdScanner
 from contentfilter.scanners.limiter import ScannerLimiter
 from contentfilter.scanners.pool import BackendHealth
-from contentfilter.scanners.signatures.engine import (
-    Engine,
-)
+from contentfilter.scanners.signatures.engine import Engine
 from contentfilter.scanners.spamd import SpamdScanner
 from contentfilter.store.bypass import read_bypasses
 from contentfilter.store.quarantine import Quarantine
@@ -40,8 +39,9 @@ class PipelineBundle:
         bypasses: Callable[[], tuple[Bypass, ...]] = tuple,
         recall: ScanCache | None = None,
         shed: Counter[str] | None = None,
+        disk: Executor | None = None,
     ) -> None:
-        """``secret``, ``bypasses``, ``recall``: see Pipeline; ``shed``: see Turns.
+        """``secret``, ``bypasses``, ``recall``: see Pipeline; ``shed``: see ScannerLimiter; ``disk``: see Quarantine.
 
         Raises ConfigError for a snapshot that cannot be used.
         """
@@ -67,7 +67,7 @@ class PipelineBundle:
             runtime.switches,
             lookup,
             scanners,
-            Quarantine.of(settings),
+            Quarantine.of(settings, disk),
             secret,
             runtime.allowed,
             owners,

@@ -22,7 +22,7 @@ from contentfilter.settings import Settings
 from contentfilter.supervisor.source import Loaded
 from contentfilter.supervisor.supervisor import Supervisor
 from contentfilter.wire import hook
-from contentfilter.worker.main import WorkerContext
+from contentfilter.worker.lease import WorkerContext
 from contentfilter.worker.main import main as worker_main
 
 QUEUE = hook.Answer(Action.QUEUE, submissions=(hook.Submission(),))

@@ -30,7 +30,8 @@ from contentfilter.policy.admission import QueueEntry, priority_of
 from contentfilter.wire import hook
 
 REQUEST_WAIT = 5.0  # seconds from connecting to the request packet; hooks send it immediately
-REPORT_WAIT = 300.0  # at most, for several real qmail-queues to finish
+HOOK_BUDGET_MAX = 3600.0  # seconds, in queue.conf
+HOOK_GRACE, HOOK_ABORT = 30.0, 10.0  # seconds that a hook may take to commit, and to give up (queue_hook/commit.c)
 RESERVE = 1.0  # seconds between the handler's deadline and the end of the budget; half of it to decide about a timeout
 FAST = 0.05  # seconds; only a handling that takes longer is watched for a client that goes away
 INLINE = 1024 * 1024  # bytes; larger messages are read and copied off the event loop
@@ -68,6 +69,7 @@ class Connection:
         "_budget_end",
         "_cancel_reason",
         "_entry",
+        "_hook_end",
         "_idle_uid",
         "_pending",
         "_socket",
@@ -92,7 +94,7 @@ class Connection:
         self._pending: PendingMessage | None = None  # owns the descriptors until the message is opened
         self._entry: QueueEntry[Waiter] | None = None  # while in the admission queue
         self.began = time.monotonic()
-        self._budget_end = self.began  # end of the budget, once there is a request
+        self._budget_end = self._hook_end = self.began  # once there is a request: of the message, of the hook
         self.incident = ""
         self.size = 0  # bytes of the message
         self.stage = Stage.REQUEST
@@ -157,7 +159,8 @@ class Connection:
     def _admit(self, pending: PendingMessage) -> None:
         """Begin if there is a free slot; otherwise wait for one, which may shed a connection."""
         state, limits = self._state, self._state.limits
-        self._budget_end = self.began + min(limits.budget, pending.request.budget)
+        self._hook_end = hook_end(pending.request, self.began, time.monotonic())
+        self._budget_end = min(self.began + limits.budget, self._hook_end)
         if self.size > limits.max_message:
             state.counters.bad_messages += 1
             state.log.warning("intake.bad-message", id=self.incident, why=f"{self.size} bytes", uid=pending.origin.uid)
@@ -231,7 +234,7 @@ class Connection:
             state.release(pending.priority)
         self._task = None
         if answered is not None and len(answered.submissions) >= 2:
-            self._await_report(request)
+            self._await_report(origin.uid)
         else:
             self._close()
 
@@ -301,10 +304,16 @@ class Connection:
         self._state.counters.answered += 1
         return answer
 
-    def _await_report(self, request: hook.Request) -> None:
+    def _await_report(self, uid: int) -> None:
+        """For as long as the hook may take: it has its grace from the answer on, even when the budget is over."""
+        if not self._state.track_idle(uid):
+            self._report(None)
+            return
+        self._idle_uid = uid
         self._enter(Stage.REPORT)
         self._watch(self._take_report)
-        self._set_timer(self.began + min(request.budget, REPORT_WAIT), self._report, None)
+        until = max(self._hook_end, self._state.loop.time() + HOOK_GRACE) + HOOK_ABORT
+        self._set_timer(until, self._report, None)
 
     def _take_report(self) -> None:
         try:
@@ -360,6 +369,16 @@ class Connection:
             self._state.fill_slots()  # a large message may have kept others waiting
             self._entry = None
         self._state.callbacks.closed(self)
+
+
+def hook_end(request: hook.Request, accepted: float, now: float) -> float:
+    """When the hook's budget ends, which it counts from ``request.sent``: the time in the socket's queue is part of it.
+
+    An older hook does not say when, and another clock makes no sense here: then it counts from ``accepted``.
+    """
+    budget = min(request.budget, HOOK_BUDGET_MAX)
+    sent = request.sent
+    return (accepted if sent is None or not now - budget <= sent <= now else sent) + budget
 
 
 def _discard(opening: "asyncio.Future[tuple[Message, bytes]]") -> None:

@@ -109,10 +109,13 @@ class Listener:
         await self.drained(deadline)
 
     def _accept(self) -> None:
+        """Accept one connection, even when full, and more while there is room.
+
+        With EPOLLEXCLUSIVE the first one woke this worker and no other; left in the socket's queue it would wait for
+        this worker although another may be idle. If there is no room for its message, the queue sheds one, and that
+        hook's retry wakes another worker, because this one is not listening any longer.
+        """
         for _ in range(PER_WAKEUP):
-            if self._full():
-                self._suspend()
-                return
             try:
                 accepted, _ = self._socket.accept()
             except (BlockingIOError, ConnectionAbortedError, InterruptedError):
@@ -125,6 +128,9 @@ class Listener:
             self._open.add(connection)
             self._empty.clear()
             connection.start()
+            if self._full():
+                self._suspend()
+                return
 
     def _full(self) -> bool:
         queue = self._state.queue

@@ -127,6 +127,36 @@ async def test_no_more_than_may_be_in_flight_are_accepted_and_the_others_wait(li
 
 
 @pytest.mark.asyncio
+async def test_a_worker_that_is_woken_while_full_hands_the_connection_on(listening: Listening) -> None:
+    """It was woken alone. The hook that is shed comes again, and finds a worker that listens."""
+    go = asyncio.Event()
+
+    async def wait(job: AcceptedMessage) -> hook.Answer:
+        await go.wait()
+        return QUEUE
+
+    async with listening(wait, max_in_flight=1, max_waiting=0) as bench:
+        with Offer(bench.path) as first:
+            async with asyncio.timeout(10):
+                while bench.listener.counters.accepted < 1:
+                    await asyncio.sleep(0)
+                first.send()  # on a connection that is open already: the worker becomes full, and still listens
+                while {c.stage.value for c in bench.listener.connections} != {"handling"}:
+                    await asyncio.sleep(0)
+                assert bench.listener._accepting
+                with Offer(bench.path) as late:
+                    late.send()
+                    assert await asyncio.to_thread(late.answer) is None
+            assert bench.listener.counters.crowded == 1
+            assert not bench.listener._accepting, "further connections wake other workers"
+            with Offer(bench.path) as other:
+                other.send()
+                go.set()
+                assert await asyncio.to_thread(first.answer) == QUEUE
+                assert await asyncio.to_thread(other.answer) == QUEUE
+
+
+@pytest.mark.asyncio
 async def test_without_free_descriptors_accepting_pauses_and_recovers(listening: Listening) -> None:
     async def accept(job: AcceptedMessage) -> hook.Answer:
         return QUEUE

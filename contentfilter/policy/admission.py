@@ -1,14 +1,14 @@
-"""Who goes first where more messages come than there are places, and who has to come again.
+"""Admission queue: priorities and fairness per source when the concurrency limit is reached.
 
-Theory. A place that gets free goes to the best rank that waits: small before large, and within each our own
-users and bounces before the rest. Within a rank it goes to the source that holds the fewest places,
-and among equals to the one that was served longest ago. So a source with a thousand messages delays another source
-by one message, not by a thousand. But every OLDEST_EVERY-th place goes to whoever waits longest, whatever its rank
-or source: somebody with n messages before it is served after at most OLDEST_EVERY * (n + 1) places, and nobody starves.
+Theory. A free slot goes to the best rank that waits: small messages before large ones, and within each our own users
+and bounces before the rest. Within a rank it goes to the source that holds the fewest slots, and among equals to the
+one that was served longest ago. So a source with a thousand messages delays another source by one message, not by a
+thousand. Every OLDEST_EVERY-th slot, however, goes to the message that has waited longest, whatever its rank or source:
+with n messages before it, a message is served within OLDEST_EVERY * (n + 1) slots, so none starves.
 
-Large messages have a bound on their bytes besides. One that has its turn, but does not fit, keeps its turn: small ones
-pass it by, other large ones do not. Where the waiting room is full, the source with the most messages in it loses
-its last one, which comes again. Sizes are bytes.
+Large messages also share a limit on their bytes. One that has its turn but does not fit keeps its turn: small messages
+pass it, other large ones do not. When the queue is full, the source with the most messages in it loses the last of
+them, whose client retries. Sizes are bytes.
 """
 
 import ipaddress
@@ -20,7 +20,7 @@ import msgspec
 
 from contentfilter.model import Origin, OriginKind
 
-LARGE = 262_144  # bytes; above it a message comes after the small ones
+LARGE = 262_144  # bytes; a message above it ranks behind the small ones
 OLDEST_EVERY = 4
 RANKS = 4
 UNLIMITED = 1 << 62
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class Priority(msgspec.Struct, frozen=True):
-    """What a message may expect: whose it is, its rank (0 goes first), and the bytes that count (0: small)."""
+    """Priority of a message: its source, its rank (0 goes first), and the bytes charged to the limit (0: small)."""
 
     source: SourceKey
     rank: int
@@ -43,13 +43,13 @@ class Priority(msgspec.Struct, frozen=True):
 
 
 def priority_of(origin: Origin, size: int) -> Priority:
-    """The claim of a message of ``size`` bytes."""
+    """The priority of a message of ``size`` bytes."""
     large = size > LARGE
     return Priority(source_of(origin), 2 * large + (origin.kind not in _OURS), size if large else 0)
 
 
 def source_of(origin: Origin) -> SourceKey:
-    """Who counts as one: the authenticated user, the network over SMTP (/24, IPv6 /64), else the local user."""
+    """The unit of fairness: the authenticated user, the network over SMTP (/24, IPv6 /64), else the local user."""
     if origin.user:
         return "user", origin.user
     if not origin.remote_ip:
@@ -64,19 +64,19 @@ def source_of(origin: Origin) -> SourceKey:
 
 @dataclass(slots=True, eq=False)
 class QueueEntry(Generic[T]):
-    """A place in the line, and who waits there."""
+    """An entry of the queue, and the waiter that it belongs to."""
 
     claim: Priority
     waiter: T
 
 
 class AdmissionQueue(Generic[T]):
-    """Places, and those who wait for one. Who takes a place gives it back with :meth:`leave`."""
+    """Slots, and the queue for them. Whoever gets a slot gives it back with :meth:`leave`."""
 
     def __init__(self, places: int, room: int = UNLIMITED, volume: int = UNLIMITED) -> None:
-        """``room``: how many may wait. ``volume``: bytes of large messages in places; one always fits."""
+        """``room``: maximum number of entries. ``volume``: bytes of large messages in slots; one always fits."""
         self.places, self.room, self.volume = places, room, volume
-        self.closed = False  # nobody gets a place
+        self.closed = False  # while set, no slot is given
         self.held = 0
         self._volume_held = 0
         self._served = 0
@@ -86,31 +86,31 @@ class AdmissionQueue(Generic[T]):
         self._ranks: tuple[OrderedDict[SourceKey, deque[QueueEntry[T]]], ...] = tuple(
             OrderedDict() for _ in range(RANKS)
         )
-        self._stuck: QueueEntry[T] | None = None  # a large one that has its turn, but does not fit yet
+        self._stuck: QueueEntry[T] | None = None  # a large message that has its turn, but does not fit yet
 
     def __len__(self) -> int:
-        """How many wait."""
+        """Number of entries."""
         return len(self._by_age)
 
     def ahead(self, rank: int) -> int:
-        """How many wait whom ``rank`` does not pass."""
+        """Number of entries that a newcomer of ``rank`` would not pass."""
         return sum(len(queue) for queues in self._ranks[: rank + 1] for queue in queues.values())
 
     def full(self) -> bool:
-        """One more could only be turned away."""
+        """True if a newcomer could only be shed."""
         if self._free():
             return False
         return len(self._by_age) >= self.room and max(self._waiting_by.values(), default=0) < 2
 
     def take(self, claim: Priority) -> bool:
-        """A place at once, if one is free. Then nobody waits but large ones, because :meth:`next` was called."""
+        """Take a slot if one is free. Then only large messages can be waiting, because :meth:`next` was called."""
         if not self._free() or (claim.large and self._by_age) or not self._fits(claim):
             return False
         self._book(claim)
         return True
 
     def join(self, ticket: QueueEntry[T]) -> QueueEntry[T] | None:
-        """Wait. Returns who has to go for it, perhaps the newcomer itself."""
+        """Add an entry. Returns the entry that is shed for it, perhaps the new one; None if there is room."""
         source = ticket.claim.source
         self._by_age[ticket] = None
         self._ranks[ticket.claim.rank].setdefault(source, deque()).append(ticket)
@@ -124,7 +124,7 @@ class AdmissionQueue(Generic[T]):
         return leaving
 
     def quit(self, ticket: QueueEntry[T]) -> None:
-        """Wait no longer. For a ticket that does not wait this does nothing."""
+        """Remove an entry; does nothing if it is not in the queue."""
         if ticket not in self._by_age:
             return
         claim = ticket.claim
@@ -140,7 +140,7 @@ class AdmissionQueue(Generic[T]):
             self._stuck = None
 
     def next(self) -> QueueEntry[T] | None:
-        """Who gets a free place now. Call it until it is None, after each change."""
+        """Remove and return the entry that gets a free slot. Call it after each change until it returns None."""
         if not self._by_age or not self._free():
             return None
         ticket = self._choose()
@@ -155,7 +155,7 @@ class AdmissionQueue(Generic[T]):
         return ticket
 
     def leave(self, claim: Priority) -> None:
-        """Give a place back."""
+        """Give back a slot."""
         self.held -= 1
         self._volume_held -= claim.volume
         self._held_by[claim.source] -= 1
@@ -193,7 +193,7 @@ class AdmissionQueue(Generic[T]):
         return self._stuck is None
 
     def _fewest(self, queues: OrderedDict[SourceKey, deque[QueueEntry[T]]]) -> SourceKey:
-        """Of those in their order of turns, the first that holds the fewest places."""
+        """The source that holds the fewest slots, the first of them in their order of turns."""
         best, fewest = next(iter(queues)), UNLIMITED
         for source in queues:
             held = self._held_by.get(source, 0)

@@ -1,4 +1,4 @@
-"""More messages than places: who waits, who is told busy, and that no local user keeps mail out."""
+"""More messages than slots: the queue, the deferral as busy, and that no local user keeps mail out."""
 
 import asyncio
 import os
@@ -27,7 +27,7 @@ LARGE_MESSAGE = b"Subject: large\n\n" + b"x" * LARGE
 
 
 class Handling:
-    """Handles nothing until it is told to; remembers the order."""
+    """Handles nothing until ``go`` is set; records the order."""
 
     def __init__(self) -> None:
         self.go = asyncio.Event()
@@ -56,7 +56,7 @@ async def answers(offers: list[Offer]) -> list[hook.Answer | None]:
     return found
 
 
-async def test_the_line_decides_who_is_handled_next(listening: Listening) -> None:
+async def test_the_queue_decides_which_message_is_handled_next(listening: Listening) -> None:
     handling = Handling()
     async with listening(handling, max_in_flight=1) as bench:
         offers = [Offer(bench.path).send(environ=stranger("192.0.2.1"))]
@@ -77,7 +77,7 @@ async def test_the_line_decides_who_is_handled_next(listening: Listening) -> Non
     assert handling.order[1:] == [b"joe", b"192.0.2.2", b"198.51.100.1", b"192.0.2.1", b"192.0.2.3"]
 
 
-async def test_who_waits_for_nothing_is_told_busy_and_noted(listening: Listening) -> None:
+async def test_a_message_without_a_slot_in_time_is_deferred_as_busy_and_recorded(listening: Listening) -> None:
     handling = Handling()
     async with listening(handling, max_in_flight=1, admission_wait=0.1) as bench:
         first = Offer(bench.path).send()
@@ -86,7 +86,7 @@ async def test_who_waits_for_nothing_is_told_busy_and_noted(listening: Listening
         assert late.action is Action.DEFER
         assert late.text.startswith("content filter busy, please try again [")
         assert late.text.endswith("] (#4.3.2)")
-        ((offered, why, seconds),) = bench.handler.away
+        ((offered, why, seconds),) = bench.handler.rejected
         assert offered.incident in late.text
         assert (why, offered.origin.remote_ip) == ("content filter busy", b"192.0.2.9")
         assert 0.1 <= seconds < 5
@@ -96,7 +96,7 @@ async def test_who_waits_for_nothing_is_told_busy_and_noted(listening: Listening
         assert await asyncio.to_thread(offer, bench.path) == QUEUE
 
 
-async def test_a_note_that_fails_defers_all_the_same(listening: Listening) -> None:
+async def test_a_record_that_fails_defers_all_the_same(listening: Listening) -> None:
     async with listening(Handling(), max_in_flight=1, admission_wait=0.05) as bench:
         bench.handler.rejected_busy = None  # not even callable
         bench.listener.set_exhausted("memory")
@@ -104,7 +104,7 @@ async def test_a_note_that_fails_defers_all_the_same(listening: Listening) -> No
         assert bench.log("intake.internal-error")
 
 
-async def test_a_hook_that_goes_away_leaves_the_line(listening: Listening) -> None:
+async def test_a_hook_that_goes_away_leaves_the_queue(listening: Listening) -> None:
     handling = Handling()
     async with listening(handling, max_in_flight=1) as bench:
         first = Offer(bench.path).send()
@@ -117,7 +117,7 @@ async def test_a_hook_that_goes_away_leaves_the_line(listening: Listening) -> No
         assert await answers([first]) == [QUEUE]
 
 
-async def test_where_there_is_no_room_the_greedy_one_comes_again(listening: Listening) -> None:
+async def test_when_the_queue_is_full_the_greediest_source_is_shed(listening: Listening) -> None:
     handling = Handling()
     async with listening(handling, max_in_flight=1, max_waiting=3) as bench:
         offers = [Offer(bench.path).send(environ=stranger("192.0.2.1"))]
@@ -150,7 +150,7 @@ async def test_too_little_memory_makes_mail_wait_and_then_defers_it_with_the_rea
         assert await answers([waiting]) == [QUEUE]
 
 
-async def test_large_messages_at_once_are_bounded_by_their_bytes(listening: Listening) -> None:
+async def test_large_messages_in_flight_are_bounded_by_their_bytes(listening: Listening) -> None:
     handling = Handling()
     async with listening(handling, max_in_flight=10, max_volume=len(LARGE_MESSAGE)) as bench:
         offers = [Offer(bench.path).send(LARGE_MESSAGE) for _ in range(3)]
@@ -182,7 +182,7 @@ async def test_a_sparse_giant_is_deferred_before_a_byte_of_it_is_read(listening:
 
 
 async def test_a_message_that_is_cut_while_it_waits_is_deferred(listening: Listening) -> None:
-    """Unopened, nothing was believed yet; what is opened later is compared with what was announced."""
+    """It is not opened before it has a slot, and then compared with what was announced."""
     handling = Handling()
     async with listening(handling, max_in_flight=1) as bench:
         first = Offer(bench.path).send()
@@ -268,17 +268,17 @@ async def test_idle_connections_of_a_local_user_do_not_keep_mail_out(
             said = await asyncio.gather(*(asyncio.to_thread(offer, bench.path) for _ in range(4)))
             assert said == [QUEUE] * 4
             assert int(await asyncio.to_thread(flood.stdout.readline)) == 300 - admission.MAX_IDLE, (
-                "closed at once, the rest"
+                "the rest were closed immediately"
             )
             assert len(bench.listener.connections) == admission.MAX_IDLE
             assert bench.log("intake.garbage")[0]["uid"] == 65534
             flood.communicate()
         await bench.idle()
-        assert bench.listener._state._idle == {}, "every seat is given back"
+        assert bench.listener._state._idle == {}, "no connection is counted any more"
 
 
 @as_root
-async def test_half_requests_give_their_seats_back(listening: Listening) -> None:
+async def test_connections_with_half_a_request_are_not_counted_after_their_end(listening: Listening) -> None:
     async def accept(job: AcceptedMessage) -> hook.Answer:
         return QUEUE
 
@@ -289,15 +289,15 @@ async def test_half_requests_give_their_seats_back(listening: Listening) -> None
             bench.listener._state.untrack_idle(uid)
         for each in range(admission.MAX_IDLE_TOTAL):
             assert bench.listener._state.track_idle(100_000 + each)
-        assert not bench.listener._state.track_idle(uid), "all local users together have a bound, too"
-        assert bench.listener._state.track_idle(0), "but the system's users are not in it"
+        assert not bench.listener._state.track_idle(uid), "all local users together are limited, too"
+        assert bench.listener._state.track_idle(0), "but the system's users are not"
         half = hook.encode_request(hook.Request(0, 60.0, len(MESSAGE), len(ENVELOPE), {}))[:-9]
         with Offer(bench.path) as once:
             assert await asyncio.to_thread(once.send_raw(half, []).answer) is None
         assert await asyncio.to_thread(offer, bench.path) == QUEUE
 
 
-async def test_a_local_flood_of_whole_requests_gets_no_more_than_its_turns(listening: Listening) -> None:
+async def test_a_local_flood_of_whole_requests_gets_no_more_than_its_share(listening: Listening) -> None:
     handling = Handling()
     async with listening(handling, max_in_flight=1, max_waiting=8) as bench:
         flood = [Offer(bench.path).send(environ=stranger("192.0.2.1"))]
@@ -313,7 +313,7 @@ async def test_a_local_flood_of_whole_requests_gets_no_more_than_its_turns(liste
 
 
 async def test_credentials_are_the_kernels_whatever_a_peer_sends(listening: Listening) -> None:
-    """SCM_CREDENTIALS in the packet are not asked for, and an environment of a local user proves nothing."""
+    """SCM_CREDENTIALS in the packet are ignored, and the environment of a local user proves nothing."""
     jobs: list[AcceptedMessage] = []
 
     async def look(job: AcceptedMessage) -> hook.Answer:

@@ -1,4 +1,4 @@
-"""The listening socket and the accept loop: never stolen, never spinning, never more than it may."""
+"""The listening socket and the accept loop: the socket is never stolen, and the loop neither spins nor overfills."""
 
 import asyncio
 import errno
@@ -189,7 +189,7 @@ async def test_without_free_descriptors_accepting_pauses_and_recovers(listening:
 
 
 class Refusing:
-    """A listening socket whose accept fails some times, as when the whole machine has no descriptors left."""
+    """A listening socket whose accept fails a number of times, as when the machine has no descriptors left."""
 
     def __init__(self, true: Any, error: int, times: int) -> None:
         self._true, self._error, self.times = true, error, times

@@ -1,4 +1,4 @@
-"""One hook's connection: every request that may come, and what becomes of it."""
+"""The hook's door: every request that may come, and its answer."""
 
 import asyncio
 import errno
@@ -107,7 +107,7 @@ async def test_more_descriptors_than_two_are_refused(listening: Listening) -> No
 
 
 @pytest.mark.parametrize("count", [0, 1])
-async def test_missing_descriptors_defer_at_once(count: int, listening: Listening) -> None:
+async def test_missing_descriptors_defer_immediately(count: int, listening: Listening) -> None:
     async with listening(accept) as bench:
         answer = await asyncio.to_thread(send_raw, bench.path, request(), [sealed(MESSAGE) for _ in range(count)])
         assert answer.action is Action.DEFER
@@ -351,7 +351,7 @@ async def test_a_split_message_is_reported(listening: Listening) -> None:
 
 
 @pytest.mark.parametrize("last_words", [b"", b"CFR1 nonsense"])
-async def test_a_split_message_whose_hook_dies_is_noted(last_words: bytes, listening: Listening) -> None:
+async def test_a_split_message_whose_hook_dies_is_logged(last_words: bytes, listening: Listening) -> None:
     async with listening(split) as bench:
         with Offer(bench.path) as once:
             await asyncio.to_thread(once.send().answer)
@@ -397,7 +397,7 @@ async def test_a_local_user_cannot_fill_the_worker_with_reports_that_never_come(
             each.close()
 
 
-async def test_two_connections_are_handled_at_once(listening: Listening) -> None:
+async def test_two_connections_are_handled_simultaneously(listening: Listening) -> None:
     both = asyncio.Barrier(2)
 
     async def meet(job: AcceptedMessage) -> hook.Answer:
@@ -471,7 +471,7 @@ async def test_an_answer_that_finds_no_descriptor_closes_the_connection_and_the_
 
 
 async def test_a_client_that_goes_in_the_moment_of_its_answer_leaves_nothing(listening: Listening) -> None:
-    """Nobody has queued it: only the hook does that, and it is gone."""
+    """It is not queued: only the hook does that, and it is gone."""
 
     async def handle(job: AcceptedMessage) -> hook.Answer:
         client.close()

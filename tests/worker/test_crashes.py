@@ -61,7 +61,7 @@ def mark(slot: WorkerSlot, key: bytes = KEY) -> None:
     slot.put(module.InProgressMark(key, "incident", slot.place.life, int(module.time.time())).packed())
 
 
-def test_the_fingerprint_leaves_out_what_changes_between_tries() -> None:
+def test_the_fingerprint_omits_what_changes_between_tries() -> None:
     message = b"Subject: a\n\nbody\n"
     again = b"Received: from a\n\tby b; now\nreceived: (qmail 1)\n" + message
     assert fingerprint(message) == fingerprint(again)
@@ -78,20 +78,20 @@ def test_the_fingerprint_of_a_long_message_covers_both_ends_and_the_length() -> 
     assert base != fingerprint(b"a" * HALF + middle + b"m" + b"z" * HALF)
 
 
-def test_a_death_counts_before_it_is_buried_and_only_once_after(table: CrashTable) -> None:
+def test_a_death_counts_before_it_is_recorded_and_only_once_after(table: CrashTable) -> None:
     first, mine = table.enlist(), table.enlist()
     slot = WorkerSlot(table.fd, mine)
     with worker(table, first) as pid:
         assert slot.deaths(KEY) == 0, "it is alive"
         os.kill(pid, signal.SIGKILL)
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # dead, but not reaped: as when the hook comes again at once
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # dead, but not reaped: as when the hook retries immediately
         assert slot.deaths(KEY) == 1
         table.record_death(first, expected=False, child=pid)
     assert (slot.deaths(KEY), slot.deaths(OTHER)) == (1, 0)
     assert table.isolated() == ()
 
 
-def test_two_deaths_are_fatal_until_somebody_forgets_or_a_day_is_over(
+def test_two_deaths_isolate_until_they_are_cleared_or_a_day_is_over(
     table: CrashTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for _ in range(DEATH_LIMIT):
@@ -117,7 +117,7 @@ def test_a_worker_that_ends_as_requested_leaves_no_suspects(table: CrashTable) -
     assert WorkerSlot(table.fd, table.enlist()).deaths(KEY) == 0
 
 
-def test_only_the_newest_deaths_are_remembered(table: CrashTable) -> None:
+def test_only_the_newest_deaths_are_kept(table: CrashTable) -> None:
     for number in range(DEATHS + 1):
         place = table.enlist()
         mark(WorkerSlot(table.fd, place), b"%016d" % number)

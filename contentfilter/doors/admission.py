@@ -109,7 +109,7 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class Callbacks:
-    """What the owner of an IntakeState is notified of."""
+    """Notifications for the owner of an IntakeState."""
 
     closed: Callable[[Any], None]  # a connection has closed
     slot_freed: Callable[[], None]

@@ -50,7 +50,7 @@ def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
 
 
 def unexpected_event(connection: socket.socket) -> str:
-    """What the peer of a connection that waits for us has done: ``gone`` or ``out of turn``; empty: nothing."""
+    """``gone`` or ``out of turn`` if the peer did something while it should wait for the answer; else empty."""
     try:
         packet = connection.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK)
     except BlockingIOError:

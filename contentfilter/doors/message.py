@@ -25,7 +25,7 @@ _O_PATH = getattr(os, "O_PATH", 0)
 
 @dataclass(frozen=True, slots=True)
 class Spool:
-    """Where untrusted messages are copied to: memory up to ``memory`` bytes, else unnamed files in ``directory``."""
+    """Place for copies of untrusted messages: memory up to ``memory`` bytes, else unnamed files in ``directory``."""
 
     directory: str
     memory: int = 16 * 1024 * 1024

@@ -38,7 +38,7 @@ INLINE = 1024 * 1024  # bytes; larger messages are read and copied off the event
 
 
 class Stage(Enum):
-    """Where a connection is. The values appear in ``status`` and in the log."""
+    """Stage of a connection. The values appear in ``status`` and in the log."""
 
     REQUEST = "request"  # connected; no request yet
     WAITING = "waiting"  # in the admission queue

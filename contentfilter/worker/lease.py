@@ -46,7 +46,7 @@ class Application(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class WorkerContext:
-    """What an application may use of its worker."""
+    """Shared dependencies that a worker gives to its applications."""
 
     log: Logger
     emit: Callable[[Event], None]  # to the supervisor and the event feed; never waits

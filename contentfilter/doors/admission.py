@@ -68,11 +68,11 @@ class Waiter(Protocol):
 class Handler(Protocol):
     """Decides about messages."""
 
-    async def handle(self, job: AcceptedMessage) -> hook.Answer:
+    async def handle(self, accepted: AcceptedMessage, /) -> hook.Answer:
         """May raise anything: that defers the message."""
         ...
 
-    def rejected_busy(self, offered: PendingMessage, why: str, answer: hook.Answer, seconds: float) -> None:
+    def rejected_busy(self, pending: PendingMessage, why: str, answer: hook.Answer, seconds: float, /) -> None:
         """Record that a message got no slot within ``seconds`` and was deferred. May raise anything, too."""
         ...
 

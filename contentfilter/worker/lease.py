@@ -26,13 +26,13 @@ class Application(Protocol):
 
     settings: Settings
 
-    async def handle(self, job: AcceptedMessage) -> hook.Answer: ...
+    async def handle(self, accepted: AcceptedMessage, /) -> hook.Answer: ...
 
-    async def isolate(self, job: AcceptedMessage, fingerprint: str) -> hook.Answer:
+    async def isolate(self, accepted: AcceptedMessage, fingerprint: str, /) -> hook.Answer:
         """In place of :meth:`handle`, for a message that killed workers: decide without looking into it."""
         ...
 
-    def rejected_busy(self, offered: PendingMessage, why: str, answer: hook.Answer, seconds: float) -> None:
+    def rejected_busy(self, pending: PendingMessage, why: str, answer: hook.Answer, seconds: float, /) -> None:
         """See doors.admission.Handler."""
         ...
 
@@ -77,21 +77,21 @@ class ApplicationLease:
         self._unused = asyncio.Event()
         self._unused.set()
 
-    async def handle(self, job: AcceptedMessage) -> hook.Answer:
+    async def handle(self, accepted: AcceptedMessage) -> hook.Answer:
         self._in_use += 1
         self._unused.clear()
         try:
-            key = fingerprint(job.message.data)
+            key = fingerprint(accepted.message.data)
             if self._slot.deaths(key) >= DEATH_LIMIT:
-                return await self.application.isolate(job, key.hex())
-            return await self._attribution.attribute(self.application.handle(job), key, job.incident)
+                return await self.application.isolate(accepted, key.hex())
+            return await self._attribution.attribute(self.application.handle(accepted), key, accepted.incident)
         finally:
             self._in_use -= 1
             if not self._in_use:
                 self._unused.set()
 
-    def rejected_busy(self, offered: PendingMessage, why: str, answer: hook.Answer, seconds: float) -> None:
-        self.application.rejected_busy(offered, why, answer, seconds)
+    def rejected_busy(self, pending: PendingMessage, why: str, answer: hook.Answer, seconds: float) -> None:
+        self.application.rejected_busy(pending, why, answer, seconds)
 
     async def release(self) -> None:
         """Close the application when its last message is answered. The doors must have another handler by now."""

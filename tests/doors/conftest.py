@@ -48,8 +48,8 @@ class Function:
         self.handle = handle
         self.rejected: list[tuple[PendingMessage, str, float]] = []
 
-    def rejected_busy(self, offered: PendingMessage, why: str, answer: hook.Answer, seconds: float) -> None:
-        self.rejected.append((offered, why, seconds))
+    def rejected_busy(self, pending: PendingMessage, why: str, answer: hook.Answer, seconds: float) -> None:
+        self.rejected.append((pending, why, seconds))
 
 
 @pytest.fixture

@@ -33,8 +33,8 @@ class Handling:
         self.go = asyncio.Event()
         self.order: list[bytes] = []
 
-    async def __call__(self, job: AcceptedMessage) -> hook.Answer:
-        self.order.append(job.origin.user or job.origin.remote_ip)
+    async def __call__(self, accepted: AcceptedMessage) -> hook.Answer:
+        self.order.append(accepted.origin.user or accepted.origin.remote_ip)
         await self.go.wait()
         return QUEUE
 
@@ -86,9 +86,9 @@ async def test_a_message_without_a_slot_in_time_is_deferred_as_busy_and_recorded
         assert late.action is Action.DEFER
         assert late.text.startswith("content filter busy, please try again [")
         assert late.text.endswith("] (#4.3.2)")
-        ((offered, why, seconds),) = bench.handler.rejected
-        assert offered.incident in late.text
-        assert (why, offered.origin.remote_ip) == ("content filter busy", b"192.0.2.9")
+        ((pending, why, seconds),) = bench.handler.rejected
+        assert pending.incident in late.text
+        assert (why, pending.origin.remote_ip) == ("content filter busy", b"192.0.2.9")
         assert 0.1 <= seconds < 5
         assert bench.listener.counters.busy == 1
         handling.go.set()
@@ -134,7 +134,7 @@ async def test_when_the_queue_is_full_the_greediest_source_is_shed(listening: Li
 
 
 async def test_too_little_memory_makes_mail_wait_and_then_defers_it_with_the_reason(listening: Listening) -> None:
-    async def accept(job: AcceptedMessage) -> hook.Answer:
+    async def accept(accepted: AcceptedMessage) -> hook.Answer:
         return QUEUE
 
     async with listening(accept, admission_wait=0.1) as bench:
@@ -162,7 +162,7 @@ async def test_large_messages_in_flight_are_bounded_by_their_bytes(listening: Li
 
 
 async def test_a_sparse_giant_is_deferred_before_a_byte_of_it_is_read(listening: Listening, tmp_path: Path) -> None:
-    async def accept(job: AcceptedMessage) -> hook.Answer:
+    async def accept(accepted: AcceptedMessage) -> hook.Answer:
         return QUEUE
 
     size = 100 << 30
@@ -255,7 +255,7 @@ def open_to_all(path: str) -> None:
 async def test_idle_connections_of_a_local_user_do_not_keep_mail_out(
     listening: Listening, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def accept(job: AcceptedMessage) -> hook.Answer:
+    async def accept(accepted: AcceptedMessage) -> hook.Answer:
         return QUEUE
 
     monkeypatch.setattr(queue, "REQUEST_WAIT", 60.0)
@@ -279,7 +279,7 @@ async def test_idle_connections_of_a_local_user_do_not_keep_mail_out(
 
 @as_root
 async def test_connections_with_half_a_request_are_not_counted_after_their_end(listening: Listening) -> None:
-    async def accept(job: AcceptedMessage) -> hook.Answer:
+    async def accept(accepted: AcceptedMessage) -> hook.Answer:
         return QUEUE
 
     async with listening(accept) as bench:
@@ -314,10 +314,10 @@ async def test_a_local_flood_of_whole_requests_gets_no_more_than_its_share(liste
 
 async def test_credentials_are_the_kernels_whatever_a_peer_sends(listening: Listening) -> None:
     """SCM_CREDENTIALS in the packet are ignored, and the environment of a local user proves nothing."""
-    jobs: list[AcceptedMessage] = []
+    seen: list[AcceptedMessage] = []
 
-    async def look(job: AcceptedMessage) -> hook.Answer:
-        jobs.append(job)
+    async def look(accepted: AcceptedMessage) -> hook.Answer:
+        seen.append(accepted)
         return QUEUE
 
     async with listening(look) as bench:
@@ -331,4 +331,4 @@ async def test_credentials_are_the_kernels_whatever_a_peer_sends(listening: List
                 os.close(fd)
             said = await asyncio.to_thread(once.answer)
         assert said == QUEUE
-        assert (jobs[0].origin.uid, jobs[0].origin.pid) == (os.getuid(), os.getpid())
+        assert (seen[0].origin.uid, seen[0].origin.pid) == (os.getuid(), os.getpid())

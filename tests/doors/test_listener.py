@@ -106,7 +106,7 @@ async def test_no_more_than_may_be_in_flight_are_accepted_and_the_others_wait(li
     go = asyncio.Event()
     most = 0
 
-    async def wait(job: AcceptedMessage) -> hook.Answer:
+    async def wait(accepted: AcceptedMessage) -> hook.Answer:
         nonlocal most
         most = max(most, len(bench.listener.connections))
         await go.wait()
@@ -131,7 +131,7 @@ async def test_a_worker_that_is_woken_while_full_hands_the_connection_on(listeni
     """It was woken alone. The hook that is shed comes again, and finds a worker that listens."""
     go = asyncio.Event()
 
-    async def wait(job: AcceptedMessage) -> hook.Answer:
+    async def wait(accepted: AcceptedMessage) -> hook.Answer:
         await go.wait()
         return QUEUE
 
@@ -158,7 +158,7 @@ async def test_a_worker_that_is_woken_while_full_hands_the_connection_on(listeni
 
 @pytest.mark.asyncio
 async def test_without_free_descriptors_accepting_pauses_and_recovers(listening: Listening) -> None:
-    async def accept(job: AcceptedMessage) -> hook.Answer:
+    async def accept(accepted: AcceptedMessage) -> hook.Answer:
         return QUEUE
 
     async with listening(accept) as bench:
@@ -209,7 +209,7 @@ class Refusing:
 async def test_where_the_machine_has_no_descriptors_accepting_pauses_and_recovers(
     listening: Listening, error: int
 ) -> None:
-    async def accept(job: AcceptedMessage) -> hook.Answer:
+    async def accept(accepted: AcceptedMessage) -> hook.Answer:
         return QUEUE
 
     async with listening(accept) as bench:
@@ -225,7 +225,7 @@ async def test_where_the_machine_has_no_descriptors_accepting_pauses_and_recover
 async def test_a_stopped_listener_finishes_what_it_has_and_takes_no_more(listening: Listening) -> None:
     go = asyncio.Event()
 
-    async def wait(job: AcceptedMessage) -> hook.Answer:
+    async def wait(accepted: AcceptedMessage) -> hook.Answer:
         await go.wait()
         return QUEUE
 
@@ -248,7 +248,7 @@ async def test_a_stopped_listener_finishes_what_it_has_and_takes_no_more(listeni
 
 @pytest.mark.asyncio
 async def test_aborted_connections_close_without_an_answer(listening: Listening) -> None:
-    async def wait(job: AcceptedMessage) -> hook.Answer:
+    async def wait(accepted: AcceptedMessage) -> hook.Answer:
         await asyncio.Event().wait()
         return QUEUE
 

@@ -26,7 +26,7 @@ QUEUE = hook.Answer(Action.QUEUE, submissions=(hook.Submission(),))
 Listening = Callable[..., Any]
 
 
-async def accept(job: AcceptedMessage) -> hook.Answer:
+async def accept(accepted: AcceptedMessage) -> hook.Answer:
     return QUEUE
 
 
@@ -45,22 +45,22 @@ def send_raw(path: str, packet: bytes, fds: list[int]) -> hook.Answer | None:
 
 
 async def test_the_handler_gets_what_the_hook_sent(listening: Listening) -> None:
-    jobs: list[tuple[AcceptedMessage, bytes]] = []
+    seen: list[tuple[AcceptedMessage, bytes]] = []
 
-    async def look(job: AcceptedMessage) -> hook.Answer:
-        jobs.append((job, bytes(job.message.data)))
+    async def look(accepted: AcceptedMessage) -> hook.Answer:
+        seen.append((accepted, bytes(accepted.message.data)))
         return QUEUE
 
     async with listening(look) as bench:
         environ = {b"TCPREMOTEIP": b"192.0.2.7", b"RELAYCLIENT": b""}
         answer = await asyncio.to_thread(offer, bench.path, MESSAGE, ENVELOPE, environ=environ, attempt=3)
     assert answer == QUEUE
-    job, content = jobs[0]
-    assert (content, job.envelope) == (MESSAGE, ENVELOPE)
-    assert (job.origin.kind, job.origin.remote_ip) == (OriginKind.RELAY, b"192.0.2.7")
-    assert (job.origin.uid, job.origin.pid) == (os.getuid(), os.getpid())
-    assert job.request.attempt == 3
-    assert job.message.fd == -1, "the message is closed when the answer is out"
+    accepted, content = seen[0]
+    assert (content, accepted.envelope) == (MESSAGE, ENVELOPE)
+    assert (accepted.origin.kind, accepted.origin.remote_ip) == (OriginKind.RELAY, b"192.0.2.7")
+    assert (accepted.origin.uid, accepted.origin.pid) == (os.getuid(), os.getpid())
+    assert accepted.request.attempt == 3
+    assert accepted.message.fd == -1, "the message is closed when the answer is out"
 
 
 @pytest.mark.parametrize(("ours", "theirs", "expected"), [(30.0, 60.0, 29.0), (30.0, 5.0, 4.5), (2.0, 60.0, 1.8)])
@@ -69,8 +69,8 @@ async def test_the_deadline_is_the_smaller_budget_less_a_margin(
 ) -> None:
     left: list[float] = []
 
-    async def look(job: AcceptedMessage) -> hook.Answer:
-        left.append(job.deadline.left())
+    async def look(accepted: AcceptedMessage) -> hook.Answer:
+        left.append(accepted.deadline.left())
         return QUEUE
 
     async with listening(look, budget=ours) as bench:
@@ -167,7 +167,7 @@ async def test_a_wrong_descriptor_defers_with_the_incident(
 
 
 async def test_a_defect_in_the_handler_defers_and_leaves_a_traceback(listening: Listening) -> None:
-    async def fail(job: AcceptedMessage) -> hook.Answer:
+    async def fail(accepted: AcceptedMessage) -> hook.Answer:
         raise ZeroDivisionError("a defect")
 
     async with listening(fail) as bench:
@@ -179,7 +179,7 @@ async def test_a_defect_in_the_handler_defers_and_leaves_a_traceback(listening: 
 
 
 async def test_an_answer_that_cannot_be_encoded_defers(listening: Listening) -> None:
-    async def nonsense(job: AcceptedMessage) -> hook.Answer:
+    async def nonsense(accepted: AcceptedMessage) -> hook.Answer:
         return hook.Answer(Action.REJECT, text="two\nlines")
 
     async with listening(nonsense) as bench:
@@ -187,7 +187,7 @@ async def test_an_answer_that_cannot_be_encoded_defers(listening: Listening) -> 
 
 
 async def test_a_handler_that_overruns_its_deadline_is_cut_off_with_a_deferral(listening: Listening) -> None:
-    async def dream(job: AcceptedMessage) -> hook.Answer:
+    async def dream(accepted: AcceptedMessage) -> hook.Answer:
         await asyncio.Event().wait()
         return QUEUE
 
@@ -200,7 +200,7 @@ async def test_a_handler_that_overruns_its_deadline_is_cut_off_with_a_deferral(l
 async def test_a_long_answer_travels_in_a_sealed_descriptor(listening: Listening) -> None:
     long = hook.Answer(Action.QUEUE, submissions=(hook.Submission(prepend=b"X: y\n" * 40_000),))
 
-    async def answer_long(job: AcceptedMessage) -> hook.Answer:
+    async def answer_long(accepted: AcceptedMessage) -> hook.Answer:
         return long
 
     async with listening(answer_long) as bench:
@@ -211,8 +211,8 @@ async def test_a_large_message_is_taken_over_off_the_loop(listening: Listening) 
     large = b"x" * (queue.INLINE + 1)
     sizes = []
 
-    async def look(job: AcceptedMessage) -> hook.Answer:
-        sizes.append((job.message.size, job.message.data[-1:]))
+    async def look(accepted: AcceptedMessage) -> hook.Answer:
+        sizes.append((accepted.message.size, accepted.message.data[-1:]))
         return QUEUE
 
     async with listening(look) as bench:
@@ -223,7 +223,7 @@ async def test_a_large_message_is_taken_over_off_the_loop(listening: Listening) 
 async def test_a_hook_that_goes_away_cancels_the_handling(listening: Listening) -> None:
     began, cancelled = asyncio.Event(), asyncio.Event()
 
-    async def wait(job: AcceptedMessage) -> hook.Answer:
+    async def wait(accepted: AcceptedMessage) -> hook.Answer:
         began.set()
         try:
             await asyncio.Event().wait()
@@ -247,7 +247,7 @@ async def test_a_hook_that_goes_away_cancels_the_handling(listening: Listening) 
 async def test_a_hook_that_speaks_out_of_turn_is_cut_off(listening: Listening) -> None:
     began = asyncio.Event()
 
-    async def wait(job: AcceptedMessage) -> hook.Answer:
+    async def wait(accepted: AcceptedMessage) -> hook.Answer:
         began.set()
         await asyncio.Event().wait()
         return QUEUE
@@ -310,8 +310,8 @@ async def test_time_in_the_sockets_queue_counts_once(age: str, listening: Listen
     """The daemon answers before the hook gives up; the hook counts from the moment that it sends."""
     left: list[tuple[float, float]] = []
 
-    async def look(job: AcceptedMessage) -> hook.Answer:
-        left.append((end - time.monotonic(), job.deadline.left()))
+    async def look(accepted: AcceptedMessage) -> hook.Answer:
+        left.append((end - time.monotonic(), accepted.deadline.left()))
         return QUEUE
 
     async with listening(look) as bench:
@@ -335,7 +335,7 @@ async def test_time_in_the_sockets_queue_counts_once(age: str, listening: Listen
 SPLIT = hook.Answer(Action.QUEUE, submissions=(hook.Submission(), hook.Submission(envelope=b"F\0Ta@b\0\0")))
 
 
-async def split(job: AcceptedMessage) -> hook.Answer:
+async def split(accepted: AcceptedMessage) -> hook.Answer:
     return SPLIT
 
 
@@ -400,7 +400,7 @@ async def test_a_local_user_cannot_fill_the_worker_with_reports_that_never_come(
 async def test_two_connections_are_handled_simultaneously(listening: Listening) -> None:
     both = asyncio.Barrier(2)
 
-    async def meet(job: AcceptedMessage) -> hook.Answer:
+    async def meet(accepted: AcceptedMessage) -> hook.Answer:
         await both.wait()
         return QUEUE
 
@@ -450,7 +450,7 @@ async def test_an_answer_that_finds_no_descriptor_closes_the_connection_and_the_
     """The hook offers its message again."""
     long = hook.Answer(Action.QUEUE, submissions=(hook.Submission(prepend=b"X-Long: " + b"x" * 200_000 + b"\n"),))
 
-    async def handle(job: AcceptedMessage) -> hook.Answer:
+    async def handle(accepted: AcceptedMessage) -> hook.Answer:
         return long
 
     true = os.memfd_create
@@ -473,7 +473,7 @@ async def test_an_answer_that_finds_no_descriptor_closes_the_connection_and_the_
 async def test_a_client_that_goes_in_the_moment_of_its_answer_leaves_nothing(listening: Listening) -> None:
     """It is not queued: only the hook does that, and it is gone."""
 
-    async def handle(job: AcceptedMessage) -> hook.Answer:
+    async def handle(accepted: AcceptedMessage) -> hook.Answer:
         client.close()
         return hook.Answer(Action.QUEUE, submissions=(hook.Submission(), hook.Submission()))
 

@@ -35,9 +35,9 @@ class Trivial:
         self.settings = settings
         self._context = context
 
-    async def handle(self, job: AcceptedMessage) -> hook.Answer:
-        self._context.emit(Event("mail.done", {"id": job.incident, "attempt": job.request.attempt}))
-        words = bytes(job.message.data[:4096]).split(b"\n", 1)[0].decode("latin-1").split(" ")
+    async def handle(self, accepted: AcceptedMessage) -> hook.Answer:
+        self._context.emit(Event("mail.done", {"id": accepted.incident, "attempt": accepted.request.attempt}))
+        words = bytes(accepted.message.data[:4096]).split(b"\n", 1)[0].decode("latin-1").split(" ")
         if words[0] == "WAIT":  # report to the test, and continue when it answers
             reader, writer = await asyncio.open_unix_connection(words[1])
             writer.write(str(os.getpid()).encode())
@@ -52,13 +52,13 @@ class Trivial:
             return hook.Answer(Action.DEFER, text=f"{os.getpid()} {self.settings.service.budget}")
         return QUEUE
 
-    async def isolate(self, job: AcceptedMessage, fingerprint: str) -> hook.Answer:
+    async def isolate(self, accepted: AcceptedMessage, fingerprint: str) -> hook.Answer:
         return hook.Answer(Action.DEFER, text=f"isolated {fingerprint}")
 
     def backends(self) -> tuple[BackendHealth, ...]:
         return ()
 
-    def rejected_busy(self, offered: PendingMessage, why: str, answer: hook.Answer, seconds: float) -> None:
+    def rejected_busy(self, pending: PendingMessage, why: str, answer: hook.Answer, seconds: float) -> None:
         pass
 
     async def close(self) -> None:

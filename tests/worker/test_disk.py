@@ -48,7 +48,7 @@ def hung(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Semaphore]:
 
 
 class Dropping:
-    async def handle(self, job: AcceptedMessage) -> hook.Answer:
+    async def handle(self, accepted: AcceptedMessage) -> hook.Answer:
         return DROP
 
 

@@ -30,16 +30,16 @@ class Closable:
         self.settings = settings
         self.closed = False
 
-    async def handle(self, job: AcceptedMessage) -> hook.Answer:
+    async def handle(self, accepted: AcceptedMessage) -> hook.Answer:
         for _ in range(3):
             assert not self.closed
             await asyncio.sleep(0)
         return hook.Answer(Action.DROP)
 
-    async def isolate(self, job: AcceptedMessage, fingerprint: str) -> hook.Answer:
+    async def isolate(self, accepted: AcceptedMessage, fingerprint: str) -> hook.Answer:
         raise NotImplementedError
 
-    def rejected_busy(self, offered: PendingMessage, why: str, answer: hook.Answer, seconds: float) -> None:
+    def rejected_busy(self, pending: PendingMessage, why: str, answer: hook.Answer, seconds: float) -> None:
         assert not self.closed
 
     def backends(self) -> tuple[()]:

@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from enum import Enum
 
 from contentfilter.deadline import Deadline
@@ -249,13 +250,14 @@ class Connection:
         trusted, spool = state.is_trusted(pending.origin.uid), state.limits.spool
         if trusted and max(sizes) <= INLINE:
             return open_pair(fds, sizes, trusted=trusted, spool=spool)
-        opening = state.loop.run_in_executor(
-            state.opening_threads(trusted=trusted), lambda: open_pair(fds, sizes, trusted=trusted, spool=spool)
-        )
+        opening = state.opening_threads(trusted=trusted).submit(open_pair, fds, sizes, trusted=trusted, spool=spool)
         try:
-            return await asyncio.shield(opening)  # so that its descriptors are closed even if it ends later
+            return await asyncio.shield(asyncio.wrap_future(opening))
         except asyncio.CancelledError:
-            opening.add_done_callback(_discard)
+            if opening.cancel():  # no thread has begun
+                _close_all(fds)
+            else:
+                opening.add_done_callback(_discard)
             raise
 
     def _handling_is_slow(self) -> None:
@@ -361,8 +363,7 @@ class Connection:
         self._untrack_idle()
         self._socket.close()
         if self._pending is not None:
-            for fd in self._pending.fds:
-                os.close(fd)
+            _close_all(self._pending.fds)
             self._pending = None
         if self._entry is not None:
             self._state.queue.quit(self._entry)
@@ -381,6 +382,11 @@ def hook_end(request: hook.Request, accepted: float, now: float) -> float:
     return (accepted if sent is None or not now - budget <= sent <= now else sent) + budget
 
 
-def _discard(opening: "asyncio.Future[tuple[Message, bytes]]") -> None:
-    if not opening.cancelled() and opening.exception() is None:
+def _discard(opening: "Future[tuple[Message, bytes]]") -> None:
+    if opening.exception() is None:
         opening.result()[0].close()
+
+
+def _close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)

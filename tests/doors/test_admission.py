@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -332,3 +333,34 @@ async def test_credentials_are_the_kernels_whatever_a_peer_sends(listening: List
             said = await asyncio.to_thread(once.answer)
         assert said == QUEUE
         assert (seen[0].origin.uid, seen[0].origin.pid) == (os.getuid(), os.getpid())
+
+
+async def test_messages_of_local_users_that_hang_while_being_opened_leave_nothing_and_hold_up_no_others(
+    listening: Listening, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really, hang, local = queue.open_pair, threading.Event(), True
+    threads = admission.OPENING_THREADS
+
+    def open_pair(*arguments: Any, trusted: bool, **named: Any) -> Any:
+        if not trusted:
+            hang.wait(30)
+        return really(*arguments, trusted=trusted, **named)
+
+    monkeypatch.setattr(queue, "open_pair", open_pair)
+    monkeypatch.setattr(queue.IntakeState, "is_trusted", lambda state, uid: not local)
+
+    async def accept(accepted: AcceptedMessage) -> hook.Answer:
+        return QUEUE
+
+    async with listening(accept) as bench:
+        offers = [Offer(bench.path).send(budget=0.3) for _ in range(threads + 4)]
+        said = await asyncio.gather(*(asyncio.to_thread(each.answer) for each in offers))
+        assert {answer.action for answer in said if answer} == {Action.DEFER}
+        for each in offers:
+            each.close()
+        local = False
+        assert await asyncio.to_thread(offer, bench.path, b"x" * (queue.INLINE + 1)) == QUEUE
+        hang.set()
+        async with asyncio.timeout(10):  # the fixture counts descriptors
+            while bench.listener._state._untrusted_files._idle._value < threads:
+                await asyncio.sleep(0.001)

@@ -87,7 +87,7 @@ class IntakeLimits:
     budget: float  # seconds for one message
     max_in_flight: int
     max_waiting: int = 1024
-    max_volume: int = UNLIMITED  # bytes of large messages in flight
+    max_bytes: int = UNLIMITED  # bytes of large messages in flight
     max_message: int = UNLIMITED  # bytes
     admission_wait: float = 30.0  # seconds
 
@@ -126,7 +126,7 @@ class IntakeState:
         self.own_uid = os.geteuid()
         self.counters = Counters()
         self.garbage_log = RateLimiter(1.0)
-        self.queue: AdmissionQueue[Waiter] = AdmissionQueue(limits.max_in_flight, limits.max_waiting, limits.max_volume)
+        self.queue: AdmissionQueue[Waiter] = AdmissionQueue(limits.max_in_flight, limits.max_waiting, limits.max_bytes)
         self.exhausted = ""  # the resource that is below its watermark: no message gets a slot meanwhile
         self._idle: Counter[int] = Counter()
         self._trusted_files: Executor = DaemonExecutor("open", OPENING_THREADS)
@@ -135,24 +135,24 @@ class IntakeState:
     def apply(self, limits: IntakeLimits) -> None:
         self.limits = limits
         queue = self.queue
-        queue.places, queue.room, queue.volume = limits.max_in_flight, limits.max_waiting, limits.max_volume
+        queue.slots, queue.max_waiting, queue.byte_limit = limits.max_in_flight, limits.max_waiting, limits.max_bytes
         self.fill_slots()
 
     def set_exhausted(self, resource: str) -> None:
         """Give no slots while ``resource`` is below its watermark; empty: continue."""
         self.exhausted = resource
-        self.queue.closed = bool(resource)
+        self.queue.suspended = bool(resource)
         self.fill_slots()
 
     def release(self, priority: Priority) -> None:
         """Give back a slot."""
-        self.queue.leave(priority)
+        self.queue.release(priority)
         self.fill_slots()
         self.callbacks.slot_freed()
 
     def fill_slots(self) -> None:
         """Give free slots to connections that wait."""
-        while (entry := self.queue.next()) is not None:
+        while (entry := self.queue.next_ready()) is not None:
             entry.waiter.begin()
 
     def reject_busy(self, pending: PendingMessage, seconds: float) -> hook.Answer:

@@ -134,7 +134,7 @@ class Listener:
 
     def _full(self) -> bool:
         queue = self._state.queue
-        return queue.full() or len(self._open) >= queue.places + queue.room + SPARE
+        return queue.full() or len(self._open) >= queue.slots + queue.max_waiting + SPARE
 
     def _accept_failed(self, error: OSError) -> None:
         """Pause: the socket stays readable, and the loop would spin."""

@@ -167,7 +167,7 @@ class Connection:
             state.log.warning("intake.bad-message", id=self.incident, why=f"{self.size} bytes", uid=pending.origin.uid)
             self._answer(deferral("message is larger than the content filter takes", self.incident))
             self._close()
-        elif state.queue.take(pending.priority):
+        elif state.queue.try_acquire(pending.priority):
             self.begin()
         else:
             self._enter(Stage.WAITING)
@@ -176,7 +176,7 @@ class Connection:
                 min(self.began + limits.admission_wait, self._deadline().at), self._waited_too_long, pending
             )
             self._entry = QueueEntry(pending.priority, self)
-            if (shed := state.queue.join(self._entry)) is not None:
+            if (shed := state.queue.enqueue(self._entry)) is not None:
                 shed.waiter.shed_connection()
 
     def _reject_garbage(self, why: str) -> None:
@@ -366,7 +366,7 @@ class Connection:
             _close_all(self._pending.fds)
             self._pending = None
         if self._entry is not None:
-            self._state.queue.quit(self._entry)
+            self._state.queue.withdraw(self._entry)
             self._state.fill_slots()  # a large message may have kept others waiting
             self._entry = None
         self._state.callbacks.closed(self)

@@ -153,7 +153,7 @@ async def test_too_little_memory_makes_mail_wait_and_then_defers_it_with_the_rea
 
 async def test_large_messages_in_flight_are_bounded_by_their_bytes(listening: Listening) -> None:
     handling = Handling()
-    async with listening(handling, max_in_flight=10, max_volume=len(LARGE_MESSAGE)) as bench:
+    async with listening(handling, max_in_flight=10, max_bytes=len(LARGE_MESSAGE)) as bench:
         offers = [Offer(bench.path).send(LARGE_MESSAGE) for _ in range(3)]
         await until(lambda: len(handling.order) == 1 and bench.listener.waiting == 2)
         offers.append(Offer(bench.path).send())

@@ -1,8 +1,8 @@
-"""What neither supervisor nor workers need is given up at their start, under systemd or not.
+"""Hardening of supervisor and workers at their start, with or without systemd.
 
-No program that they start gains rights (no_new_privs; the canary's hook needs none). No core file, and no other process
-of the same user, gets at the mail in their memory. What they create is theirs alone. What only root can give up is for
-the unit (etc/systemd), or for whoever switches to the user. Linux only; see prctl(2), setrlimit(2).
+Programs that they start gain no privileges (no_new_privs; the canary's hook needs none). Neither a core file nor
+another process of the same user can expose the mail in their memory. Files they create are private. What only root can
+drop is left to the unit (etc/systemd), or to whatever switches to the user. Linux only; see prctl(2), setrlimit(2).
 """
 
 import ctypes
@@ -13,7 +13,10 @@ PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 4, 38
 
 
 def give_up_privileges() -> None:
-    """For this process and those that it starts, but not-dumpable ends with exec: each calls this. Raises OSError."""
+    """Drop what this process and its children do not need. Raises OSError.
+
+    Each program calls it for itself, because exec makes a process dumpable again.
+    """
     os.umask(0o077)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     libc = ctypes.CDLL(None, use_errno=True)

@@ -1,11 +1,12 @@
-/* Asking the daemon: one packet with two descriptors there, one packet back (docs/hook-protocol.md). The
- * daemon is believed only as far as its answer makes sense. Everything else counts as no answer, and the same
- * descriptors are offered again until the budget ends: that is how a restart of the daemon goes unnoticed. */
+/* Client of the daemon: one packet with two descriptors out, one packet back (docs/hook-protocol.md). An answer is
+ * validated completely. Anything else counts as no answer, and the same descriptors are offered again until the budget
+ * ends, so a restart of the daemon goes unnoticed. */
 #include "hook.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
@@ -40,7 +41,7 @@ static bool same(const char *variable, size_t name, const char *as)
   return !strncmp(variable, as, name) && !as[name];
 }
 
-/* What tells where a message comes from, and nothing that could be a secret. */
+/* Variables that tell where a message comes from, and none that could be a secret. */
 static bool wanted(const char *variable, size_t name, const struct conf *conf)
 {
   static const char exact[][20] = {"PROTO",  "RELAYCLIENT", "HELOHOST",  "MAILFROM",          "RCPTTO",
@@ -53,11 +54,16 @@ static bool wanted(const char *variable, size_t name, const struct conf *conf)
          !memmem(variable, name, "PASS", 4);
 }
 
-static size_t write_request(char *packet, const struct conf *conf, unsigned attempt, int left, uint64_t message,
+/* The budget runs while the connection waits in the socket's queue, hence the time of sending, on the clock that hook
+ * and daemon share. It travels as a variable, because a daemon that does not know it ignores it. The canary's own mark
+ * counts for such a daemon only without another variable. */
+static size_t write_request(char *packet, const struct conf *conf, unsigned attempt, int64_t end, uint64_t message,
                             uint64_t envelope)
 {
   extern char **environ;
   char *start = packet + REQUEST_HEAD, *to = start;
+  int left = left_ms(end);
+  if (!getenv("CONTENTFILTER_CANARY")) to = put_number(stpcpy(to, "CONTENTFILTER_SENT="), (uint64_t)(end - left)) + 1;
   for (char **variable = environ; *variable; variable++) {
     size_t name = strcspn(*variable, "=");
     if (!name || !(*variable)[name] || !wanted(*variable, name, conf)) continue;
@@ -92,7 +98,7 @@ static bool send_request(int connection, char *packet, size_t size, int message,
   return sendmsg(connection, &out, MSG_NOSIGNAL) == (ssize_t)size;
 }
 
-/* The size of the answer, 0 when there is none. Of the descriptors only a single one is kept. */
+/* The size of the answer, 0 if there is none. At most one descriptor is accepted; all others are closed. */
 static size_t receive(int connection, char *packet, int64_t end, int *body)
 {
   union {
@@ -111,7 +117,7 @@ static size_t receive(int connection, char *packet, int64_t end, int *body)
   ssize_t size = recvmsg(connection, &in, MSG_CMSG_CLOEXEC);
   if (size <= 0) return 0;
   bool usable = !(in.msg_flags & (MSG_TRUNC | MSG_CTRUNC));
-  struct cmsghdr *head = CMSG_FIRSTHDR(&in); /* the kernel puts all descriptors into one */
+  struct cmsghdr *head = CMSG_FIRSTHDR(&in); /* the kernel puts all descriptors into one header */
   size_t count = head && head->cmsg_type == SCM_RIGHTS ? (head->cmsg_len - CMSG_LEN(0)) / sizeof(int) : 0;
   for (size_t i = 0; i < count; i++) {
     if (*body >= 0) close(*body);
@@ -122,7 +128,7 @@ static size_t receive(int connection, char *packet, int64_t end, int *body)
   return usable ? (size_t)size : 0;
 }
 
-/* Only what can neither shrink nor change under us is mapped. */
+/* Map a body only if it can neither shrink nor change. */
 static const char *map_body(int fd, uint64_t size)
 {
   const int needed = F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW;
@@ -179,11 +185,11 @@ static bool answer_parse(const char *from, size_t size, int body, uint64_t messa
   answer->submissions = flags ? map_body(body, length) : answer->text + text;
   if (!answer->submissions) return false;
   bool sound = check_submissions(answer->submissions, length, message_size, answer->count);
-  if (!sound && flags) munmap((void *)(uintptr_t)answer->submissions, (size_t)length); /* the next answer maps another */
+  if (!sound && flags) munmap((void *)(uintptr_t)answer->submissions, (size_t)length); /* the next one maps its own */
   return sound;
 }
 
-/* One try. A socket that does not block says EAGAIN at once when the listen queue is full: busy, not gone. */
+/* One attempt. With a non-blocking socket a full listen queue is EAGAIN immediately: the daemon is busy, not gone. */
 static bool offer(const struct conf *conf, unsigned attempt, const struct store *message, const struct store *envelope,
                   int64_t end, char *packet, struct answer *answer)
 {
@@ -193,10 +199,11 @@ static bool offer(const struct conf *conf, unsigned attempt, const struct store 
   if (connection < 0) return false;
   memcpy(to.sun_path, conf->socket, strlen(conf->socket));
   if (!connect(connection, (struct sockaddr *)&to, sizeof to)) {
-    size_t size = write_request(packet, conf, attempt, left_ms(end), message->size, envelope->size);
-    if (send_request(connection, packet, size, message->fd, envelope->fd) && (size = receive(connection, packet, end, &body)) &&
+    size_t size = write_request(packet, conf, attempt, end, message->size, envelope->size);
+    if (send_request(connection, packet, size, message->fd, envelope->fd) &&
+        (size = receive(connection, packet, end, &body)) &&
         answer_parse(packet, size, body, message->size, answer)) {
-      if (body >= 0) close(body); /* the mapping stays */
+      if (body >= 0) close(body); /* the mapping remains */
       answer->connection = connection;
       return true;
     }
@@ -220,7 +227,7 @@ bool ask(const struct conf *conf, const struct store *message, const struct stor
       say("no answer from ", conf->socket, ": ", strerror(error), "; is `contentfilter serve` running?", NULL);
       return false;
     }
-    /* Not all who wait come back in the same moment. */
+    /* Jitter, so that waiting hooks do not all retry at the same moment. */
     int jitter = (int)((unsigned)getpid() * 7919u + (unsigned)now_ms()) % (pause / 2);
     jitter = jitter < 0 ? -jitter : jitter;
     poll(NULL, 0, pause + jitter < left ? pause + jitter : left);

@@ -1,6 +1,6 @@
-/* Several submissions, all or nothing. One real qmail-queue each; all are fed, but every envelope's final NUL
- * is held back until each of them has consumed the rest. Up to that moment closing the pipes undoes
- * everything: qmail-queue takes an envelope without its end as the sign to clean up and leave (54).
+/* Several submissions, all or nothing: one real qmail-queue for each. All are fed, but the final NUL of every envelope
+ * is held back until each of them has consumed the rest. Until then closing the pipes undoes everything: a qmail-queue
+ * whose envelope is incomplete cleans up and exits with 54.
  *
  * The envelope pipes are one page long, so "writable" means "empty": the child has read all it was given. */
 #include "hook.h"
@@ -16,7 +16,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#ifndef GRACE_MS /* the tests are less patient */
+#ifndef GRACE_MS /* shorter in the tests */
 #define GRACE_MS 30000
 #define ABORT_MS 5000
 #endif
@@ -27,7 +27,7 @@ struct part {
   struct submission submission;
   pid_t pid;             /* 0: not running */
   int message, envelope; /* ends to write to, -1 when closed */
-  uint64_t given;        /* bytes of what is being given: message, then envelope */
+  uint64_t given;        /* bytes written so far, of the message, then of the envelope */
   int result;            /* exit status, or minus the signal */
   bool ready, committed;
 };
@@ -37,7 +37,7 @@ struct all {
   const struct store *message, *envelope;
   struct part parts[SUBMISSIONS_MAX];
   unsigned count;
-  void (*pipe_signal)(int); /* as the caller left it: the children get it back */
+  void (*pipe_signal)(int); /* the caller's; restored in the children */
 };
 
 static void shut(int *fd)
@@ -49,7 +49,7 @@ static void shut(int *fd)
 static _Noreturn void child(const struct all *all, int message, int envelope, const sigset_t *mask)
 {
   if (dup2(message, 0) != 0 || dup2(envelope, 1) != 1) leave(ST_MEMORY);
-  /* The caller reads its error pipe to the end before it waits, so that end must not live on here. */
+  /* The caller reads its error pipe to end of file before it waits, so no copy of the other end may remain here. */
   if (syscall(SYS_close_range, 3U, ~0U, 0U))
     for (int fd = 3; fd < 1024; fd++) close(fd);
   signal(SIGPIPE, all->pipe_signal);
@@ -103,7 +103,7 @@ static bool give_message(const struct all *all, struct part *part)
   return again(done);
 }
 
-/* The pipe is empty when this is called. */
+/* Called when the pipe is empty. */
 static bool give_envelope(const struct all *all, struct part *part)
 {
   char page[PAGE];
@@ -125,7 +125,7 @@ static bool give_envelope(const struct all *all, struct part *part)
   return again(done);
 }
 
-/* ST_OK when every part has consumed its input. `gone` gets the part that failed, where one did. */
+/* ST_OK when every part has consumed its input. `gone` is set to the part that failed, if one did. */
 static enum status feed(struct all *all, int64_t end, const struct part **gone)
 {
   struct pollfd waits[SUBMISSIONS_MAX];
@@ -137,7 +137,7 @@ static enum status feed(struct all *all, int64_t end, const struct part **gone)
       waits[i].events = part->ready ? 0 : POLLOUT;
       ready += part->ready;
     }
-    /* Even when all are ready: one last look whether they are still there. */
+    /* Even when all are ready: check once more that they are still running. */
     int woken = poll(waits, all->count, ready == all->count ? 0 : left_ms(end));
     if (!woken) return ready == all->count ? ST_OK : ST_TIMEOUT;
     for (unsigned i = 0; woken > 0 && i < all->count; i++) {
@@ -151,7 +151,7 @@ static enum status feed(struct all *all, int64_t end, const struct part **gone)
   }
 }
 
-/* True when all have ended, false when the time is over. */
+/* True if all have ended, false if the time is up. */
 static bool reap(struct all *all, int64_t end)
 {
   sigset_t child_signal;
@@ -171,12 +171,12 @@ static bool reap(struct all *all, int64_t end)
     int left = left_ms(end);
     if (!running || !left) return !running;
     struct timespec wait = {left / 1000, left % 1000 * 1000000L};
-    sigtimedwait(&child_signal, NULL, &wait); /* blocked since before the first fork: none is missed */
+    sigtimedwait(&child_signal, NULL, &wait); /* blocked since before the first fork, so none is missed */
   }
 }
 
-/* What a part that failed means for the whole message. Only a status that qmail-queue is known for may refuse
- * for good; and 0 before the commit is no success: it cannot have seen the end of its envelope. */
+/* Exit status for the whole message after a part has failed. Only a documented status of qmail-queue may reject
+ * permanently. 0 before the commit is no success: the part cannot have seen the end of its envelope. */
 static enum status meaning(int result)
 {
   if (result == ST_ADDRESS || (result >= ST_REJECT && result <= ST_SQ_BANNED)) return (enum status)result;
@@ -197,8 +197,8 @@ static void abort_all(struct all *all)
   reap(all, now_ms() + ABORT_MS);
 }
 
-/* Where one NUL cannot be written (no page for the pipe, say) the rest are not tried: the whole comes again anyway,
- * and what is not queued now will not be there twice. */
+/* If one NUL cannot be written (no page for the pipe, say), the rest are not tried: the caller retries the whole
+ * message anyway, and a part that is not queued now will not be delivered twice. */
 static void commit(struct all *all)
 {
   bool going = true;
@@ -219,10 +219,10 @@ static void report(const struct all *all, int connection)
     to = put_bytes(to, (uint64_t)all->parts[i].result, 4);
     to = put_bytes(to, all->parts[i].committed, 4);
   }
-  if (send(connection, packet, (size_t)(to - packet), MSG_NOSIGNAL | MSG_DONTWAIT) < 0) return; /* its loss */
+  if (send(connection, packet, (size_t)(to - packet), MSG_NOSIGNAL | MSG_DONTWAIT) < 0) return; /* best effort */
 }
 
-/* After the commit a failure cannot be undone. The caller is told to try again: twice is better than never. */
+/* A failure after the commit cannot be undone. The status is temporary: delivered twice is better than never. */
 static enum status after_commit(const struct all *all)
 {
   char text[400], done[24], of[24], *to = text;
@@ -240,7 +240,8 @@ static enum status after_commit(const struct all *all)
   }
   put_number(done, queued);
   put_number(of, all->count);
-  if (status) say(done, " of ", of, " parts are queued, not queued: ", text, "; the whole will come again", NULL);
+  if (status)
+    say(done, " of ", of, " parts are queued, not queued: ", text, "; the client will retry the whole message", NULL);
   return status;
 }
 
@@ -255,7 +256,7 @@ enum status submit_all(const struct conf *conf, const struct store *message, con
   sigemptyset(&blocked);
   sigaddset(&blocked, SIGCHLD);
   sigprocmask(SIG_BLOCK, &blocked, &mask);
-  signal(SIGCHLD, SIG_DFL); /* a caller that ignores it would leave us no statuses */
+  signal(SIGCHLD, SIG_DFL); /* if the caller ignored it, there would be no exit statuses */
 
   all = (struct all){.conf = conf, .message = message, .envelope = envelope, .count = answer->count};
   all.pipe_signal = signal(SIGPIPE, SIG_IGN);
@@ -265,7 +266,7 @@ enum status submit_all(const struct conf *conf, const struct store *message, con
   }
   for (unsigned i = 0; i < all.count && !status; i++)
     if (!start(&all, &all.parts[i], &mask)) status = ST_MEMORY;
-  /* An answer in the last second still gets the time that a disk needs. */
+  /* Even an answer in the last second leaves enough time for the disk. */
   int64_t grace = now_ms() + GRACE_MS;
   if (!status) status = feed(&all, end > grace ? end : grace, &gone);
   if (status) {
@@ -275,7 +276,7 @@ enum status submit_all(const struct conf *conf, const struct store *message, con
     commit(&all);
     reap(&all, end > grace ? end : grace);
     for (unsigned i = 0; i < all.count; i++)
-      if (all.parts[i].pid) all.parts[i].result = ST_TIMEOUT; /* it may still do it */
+      if (all.parts[i].pid) all.parts[i].result = ST_TIMEOUT; /* it may still finish */
     status = after_commit(&all);
   }
   report(&all, answer->connection);

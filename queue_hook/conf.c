@@ -1,5 +1,5 @@
-/* queue.conf: lines of `name value`; `#` starts a comment line. A file that is not right is a temporary failure
- * with its line on stderr: mail waits, and nobody guesses what was meant. */
+/* queue.conf: lines of `name value`; `#` starts a comment line. Any error in it is a temporary failure, with the line
+ * number on stderr: mail waits until it is corrected. */
 #include "hook.h"
 
 #include <errno.h>
@@ -39,7 +39,7 @@ static int choice(const char *text, const char *const *list)
   return -1;
 }
 
-/* NULL, or what would be right. */
+/* NULL, or a description of a valid value. */
 static const char *set(struct conf *conf, const char *name, const char *value)
 {
   uint64_t count = 0;
@@ -99,7 +99,7 @@ char *conf_load(struct conf *conf, char *room)
   int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (fd < 0 && errno == ENOENT) return room;
   ssize_t size = 0, got = fd < 0 ? -1 : 1;
-  while (got > 0 && size <= CONF_MAX) { /* to the end: half a file would mean something else */
+  while (got > 0 && size <= CONF_MAX) { /* to the end: half a file could have another meaning */
     got = read(fd, room + size, (size_t)(CONF_MAX + 1 - size));
     size += got > 0 ? got : 0;
     if (got < 0 && errno == EINTR) got = 1;
@@ -112,13 +112,13 @@ char *conf_load(struct conf *conf, char *room)
   close(fd);
   if (size > CONF_MAX) wrong(path, 0, "the file", "at most 16384 bytes");
   room[size] = 0;
-  if (strlen(room) != (size_t)size) wrong(path, 0, "the file", "take the NUL bytes out");
+  if (strlen(room) != (size_t)size) wrong(path, 0, "the file", "remove the NUL bytes");
   parse(conf, path, room);
-  if (conf->dialect == INDIMAIL) say_nothing(); /* there stderr carries the reply */
+  if (conf->dialect == INDIMAIL) say_nothing(); /* its stderr carries the reply */
   return room + size + 1;
 }
 
-/* For `--check`: what is in force, in the file's own form. */
+/* For `--check`: the settings in force, in the format of the file. */
 static void line(const char *name, const char *value)
 {
   const char *parts[] = {name, " ", value, "\n"};

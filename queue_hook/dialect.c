@@ -1,7 +1,7 @@
-/* Telling the caller that the message is refused. Every qmail knows the statuses 31 and 71; some also read a
- * text, each from its own descriptor and for its own status. In other builds the same descriptor may be
- * a TLS control pipe, a socket, or closed; so the text is written only into a pipe, only if it cannot block,
- * and else the plain status has to do. */
+/* Rejections, in the dialect of the caller. Every qmail knows the statuses 31 and 71; some also read a text, each from
+ * a different descriptor and for a different status. In other builds the same descriptor may be a TLS control pipe, a
+ * socket, or closed; so the text is written only into a pipe, and only if that cannot block. Otherwise the plain status
+ * is used. */
 #include "hook.h"
 
 #include <fcntl.h>
@@ -19,7 +19,7 @@ static bool writable_pipe(int fd)
   return flags != -1 && (flags & O_ACCMODE) != O_RDONLY && !fstat(fd, &about) && S_ISFIFO(about.st_mode);
 }
 
-/* -1 unless the text is a small number. */
+/* The value of a small decimal number, otherwise -1. */
 static int small_number(const char *text)
 {
   int value = -1;
@@ -30,7 +30,7 @@ static int small_number(const char *text)
   return value;
 }
 
-/* ucspi-ssl names the descriptors by which a server asks for TLS. */
+/* Variables of ucspi-ssl: the descriptors by which a server requests TLS. */
 static bool tls_control(int fd)
 {
   static const char *const names[] = {"SSLCTLFD", "SSLREADFD", "SSLWRITEFD"};
@@ -45,7 +45,7 @@ static int error_fd(int usual)
   return text && *text ? small_number(text) : usual;
 }
 
-static bool tell(int fd, bool permanent, const char *text, size_t size)
+static bool send_text(int fd, bool permanent, const char *text, size_t size)
 {
   char line[TEXT_MAX + 1];
   struct pollfd ready = {.fd = fd, .events = POLLOUT};
@@ -60,7 +60,7 @@ static bool tell(int fd, bool permanent, const char *text, size_t size)
 enum status refuse(const struct conf *conf, bool permanent, enum reason reason, const char *text, size_t size)
 {
   enum status plain = permanent ? ST_REJECT : ST_DEFER;
-  enum status told = ST_TEXT;
+  enum status with_text = ST_TEXT;
   int fd = -1;
   switch (conf->dialect) {
     case AUTO:
@@ -82,11 +82,11 @@ enum status refuse(const struct conf *conf, bool permanent, enum reason reason, 
       break;
     case INDIMAIL:
       fd = error_fd(2);
-      told = ST_TEXT_IM;
+      with_text = ST_TEXT_IM;
       break;
     case SQMAIL:
       if (!permanent) break;
       return reason == VIRUS ? ST_SQ_VIRUS : reason == SPAM ? ST_SQ_SPAM : reason == BANNED ? ST_SQ_BANNED : plain;
   }
-  return tell(fd, permanent, text, size) ? told : plain;
+  return send_text(fd, permanent, text, size) ? with_text : plain;
 }

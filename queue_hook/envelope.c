@@ -1,8 +1,8 @@
-/* qmail-queue's envelope: F sender NUL, T recipient NUL for each recipient, one NUL more. Fed in pieces, in
- * one pass, and of any length. What follows the final NUL is not looked at.
+/* Parser of qmail-queue's envelope: F sender NUL, T recipient NUL for each recipient, and a final NUL. Incremental, in
+ * one pass, for any length. Bytes after the final NUL are ignored.
  *
- * SPAMCONTROL and s/qmail may add a record Q ("no base64 seen"). Callers are seen to end it with its own NUL
- * or only with the final one; so after an empty Q the end of the file is as good as the final NUL. */
+ * SPAMCONTROL and s/qmail may add a record Q ("no base64 seen"). Some callers end it with its own NUL, others only with
+ * the final one; so after an empty Q end of file counts as the final NUL. */
 #include "hook.h"
 
 #include <string.h>

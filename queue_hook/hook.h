@@ -1,4 +1,4 @@
-/* What the parts of contentfilter-queue share. The order of work stands in main.c. */
+/* Declarations shared by the parts of contentfilter-queue. The order of work is in main.c. */
 #ifndef HOOK_H
 #define HOOK_H
 
@@ -18,7 +18,7 @@
 #endif
 
 enum {
-  CHUNK = 65536,         /* read at once; what is no larger is also kept in memory */
+  CHUNK = 65536,         /* bytes per read; a message that is no larger also stays in memory */
   CONF_MAX = 16384,      /* of queue.conf */
   PACKET_MAX = 65536,
   ADDRESS_MAX = 1002,    /* qmail-queue's limit */
@@ -29,11 +29,11 @@ enum {
 
 /* util.c */
 int64_t now_ms(void);     /* monotonic clock */
-int left_ms(int64_t end); /* until then, 0 when past; fit for poll() */
-size_t read_some(int fd, char *to, size_t room); /* 0 at the end of file; leaves on error */
-void say(const char *first, ...);                 /* one line on stderr; the arguments end with NULL */
-void say_nothing(void);                           /* stderr belongs to the dialect from now on */
-char *put_number(char *to, uint64_t number);           /* decimal, ended with NUL; returns its end */
+int left_ms(int64_t end); /* milliseconds until `end`, 0 if it has passed; fits poll() */
+size_t read_some(int fd, char *to, size_t room); /* 0 at end of file; exits on error */
+void say(const char *first, ...);                 /* one line on stderr; the last argument is NULL */
+void say_nothing(void);                           /* from now on stderr belongs to the dialect */
+char *put_number(char *to, uint64_t number);           /* decimal with a final NUL; returns the address of the NUL */
 char *put_bytes(char *to, uint64_t number, int bytes); /* little-endian */
 _Noreturn void leave(enum status status);
 enum status status_of(int error, enum status otherwise); /* errno -> ST_MEMORY or `otherwise` */
@@ -47,34 +47,34 @@ struct conf {
   bool accept_unavailable;
   int64_t budget_ms;
   uint64_t memory;
-  const char *names[NAMES_MAX + 1]; /* further variables that the daemon may see */
+  const char *names[NAMES_MAX + 1]; /* additional variables for the daemon */
 };
 
-char *conf_load(struct conf *conf, char *room); /* returns the end of what it needs there */
+char *conf_load(struct conf *conf, char *room); /* returns the end of what it uses of `room` */
 void conf_print(const struct conf *conf);
 
-/* store.c: a message or an envelope, in a memfd or, above conf.memory, in an unnamed file */
+/* store.c: a message or an envelope, in a memfd or, if larger than conf.memory, in an unnamed file */
 struct store {
   int fd;
   bool on_disk;
   uint64_t size; /* all bytes */
-  size_t fill;   /* bytes in `bytes` that are not in the file yet */
-  char *bytes;   /* CHUNK bytes; everything, while size <= CHUNK */
+  size_t fill;   /* bytes in `bytes` that are not yet in the file */
+  char *bytes;   /* CHUNK bytes; holds everything while size <= CHUNK */
 };
 
 void store_init(struct store *store, char *bytes);
-char *store_end(const struct store *store); /* of what it needs at `bytes`, once it has everything */
-void store_drain(struct store *store, int from, const struct conf *conf); /* to end of file */
-char *store_room(struct store *store, size_t *room, const struct conf *conf); /* where the next bytes go */
-void store_took(struct store *store, size_t size);                            /* so many were put there */
-void store_finish(struct store *store, const struct conf *conf); /* all is in the file; a memfd is sealed */
-/* A descriptor from which `head` and then the store's bytes from `skip` on can be read once. */
+char *store_end(const struct store *store); /* end of what it uses of `bytes`, when it is complete */
+void store_drain(struct store *store, int from, const struct conf *conf); /* reads to end of file */
+char *store_room(struct store *store, size_t *room, const struct conf *conf); /* for the next *room bytes */
+void store_took(struct store *store, size_t size);                            /* that many bytes were put there */
+void store_finish(struct store *store, const struct conf *conf); /* everything is in the file now; a memfd is sealed */
+/* A descriptor from which `head`, followed by the store's bytes from `skip` on, can be read once. */
 int store_source(const char *head, size_t size, const struct store *tail, uint64_t skip, const struct conf *conf);
 
 /* envelope.c */
 struct grammar {
   enum { SENDER, BETWEEN, INSIDE, QUIET, AFTER_QUIET, COMPLETE } at;
-  unsigned length; /* of the address under way */
+  unsigned length; /* of the current address */
 };
 
 enum status envelope_feed(struct grammar *grammar, const char *bytes, size_t size, size_t *used);
@@ -86,7 +86,7 @@ enum action { QUEUE = 1, REJECT, DEFER, DROP };
 enum reason { NO_REASON, VIRUS, SPAM, BANNED, TOO_BIG };
 
 struct submission {
-  const char *prepend, *envelope; /* envelope NULL: as received */
+  const char *prepend, *envelope; /* envelope NULL: the one received */
   size_t prepend_size, envelope_size;
   uint64_t skip;
 };
@@ -97,18 +97,18 @@ struct answer {
   const char *text;
   size_t text_size;
   unsigned count;          /* of submissions */
-  const char *submissions; /* all of them are sound */
+  const char *submissions; /* all have been checked */
   int connection;
 };
 
-/* False when the budget ended without a usable answer. `packet`: room for PACKET_MAX bytes, where the answer stays. */
+/* False if the budget ended without a usable answer. `packet`: PACKET_MAX bytes, which the answer refers to. */
 bool ask(const struct conf *conf, const struct store *message, const struct store *envelope, int64_t end,
          char *packet, struct answer *answer);
-const char *submission_at(const char *at, struct submission *submission); /* returns where the next one is */
+const char *submission_at(const char *at, struct submission *submission); /* returns the address of the next one */
 
 /* submit.c: the real qmail-queue */
-void check_pass(void);               /* leaves when this message has been here before */
-void check_queue(struct conf *conf); /* picks the default program; leaves when it is this one */
+void check_pass(void);               /* exits if this message has been here before */
+void check_queue(struct conf *conf); /* sets the default program; exits if it is this one */
 _Noreturn void start_queue(const struct conf *conf, int message, int envelope); /* in this process */
 _Noreturn void submit_one(const struct conf *conf, const struct store *message, const struct store *envelope,
                           const struct submission *submission);

@@ -1,8 +1,8 @@
-/* contentfilter-queue stands where qmail-queue stood. It takes a message (fd 0) and an envelope (fd 1), asks
- * the daemon what should happen, and then becomes the real qmail-queue or leaves with a status.
+/* contentfilter-queue replaces qmail-queue. It reads a message (fd 0) and an envelope (fd 1), asks the daemon for a
+ * decision, and then becomes the real qmail-queue or exits with a status.
  *
- * Nothing is acknowledged before the real qmail-queue has exited 0; a caller that goes away (an envelope
- * without its final NUL) is noticed before anyone is asked; every fault is a temporary status. */
+ * Nothing is acknowledged before the real qmail-queue has exited 0. A caller that goes away (an envelope without its
+ * final NUL) is noticed before the daemon is asked. Every fault is a temporary status. */
 #include "hook.h"
 
 #include <fcntl.h>
@@ -10,12 +10,12 @@
 #include <string.h>
 #include <unistd.h>
 
-#ifndef READING_S       /* the tests are less patient */
-#define READING_S 86400 /* as qmail-queue's alarm: below the 36 hours after which qmail cleans up */
+#ifndef READING_S       /* shorter in the tests */
+#define READING_S 86400 /* as qmail-queue's alarm: less than the 36 hours after which qmail cleans up */
 #endif
 
-/* queue.conf, message, envelope and packet come in here, one behind the other and each only as long as it is, because a
- * page touched first costs more than ten system calls. Common: laid next to what is touched anyway. */
+/* queue.conf, message, envelope and packet are read into this, one after the other and each only as long as it is,
+ * because the first access to a page costs more than ten system calls. Common: placed next to pages in use anyway. */
 char room[CONF_MAX + 1 + 2 * CHUNK + PACKET_MAX] __attribute__((common));
 
 static void too_late(int number)
@@ -24,7 +24,7 @@ static void too_late(int number)
   leave(ST_TIMEOUT);
 }
 
-/* Descriptors 0 to 2 must be taken: what we open ourselves may not land there. */
+/* Descriptors 0 to 2 must be open, so that no file opened here gets one of these numbers. */
 static void take_low_descriptors(void)
 {
   if (fcntl(0, F_GETFD) == -1 || fcntl(1, F_GETFD) == -1) leave(ST_READ);

@@ -1,6 +1,6 @@
-/* Where a message or an envelope lies while it is looked at: a memfd, or, when larger than conf.memory, an
- * unnamed file. Nothing is left behind however this program ends. Offsets are always given explicitly:
- * the daemon and clamd share the open file and move its position as they like. */
+/* Storage of a message or an envelope during the check: a memfd or, if larger than conf.memory, an unnamed file.
+ * Nothing is left behind however this program ends. All offsets are explicit: the daemon and clamd share the open file
+ * and may move its position. */
 #include "hook.h"
 
 #include <errno.h>
@@ -110,18 +110,18 @@ void store_finish(struct store *store, const struct conf *conf)
     leave(ST_BUG);
 }
 
-/* What fits goes through a pipe that is full before its reader starts, the store's pages without a copy: cheaper than
- * a second file. -1: it does not fit, because the system's limit or this user's many pipes keep it small. */
+/* A pipe that is filled before its reader starts, the store's pages without a copy: cheaper than a second file. -1: it
+ * does not fit, because of the system's limit or of the number of pipes that this user has. */
 static int filled_pipe(const char *head, size_t size, const struct store *tail, uint64_t skip)
 {
-  enum { PAGE = 4096, PAGES_MAX = 256 }; /* what users may have in one pipe */
+  enum { PAGE = 4096, PAGES_MAX = 256 }; /* the most that a user may have in one pipe */
   uint64_t rest = tail ? tail->size - skip : 0;
   uint64_t pages = (size + PAGE - 1) / PAGE + (skip % PAGE + rest + PAGE - 1) / PAGE;
   off_t at = (off_t)skip;
   int ends[2];
   if (pages > PAGES_MAX) return -1;
   if (pipe2(ends, O_CLOEXEC)) leave(status_of(errno, ST_WRITE));
-  bool fits = pages < 2 || /* the least that there is */
+  bool fits = pages < 2 || /* the minimum */
               fcntl(ends[1], F_GETPIPE_SZ) >= (int)pages * PAGE ||
               fcntl(ends[1], F_SETPIPE_SZ, (int)pages * PAGE) >= (int)pages * PAGE;
   if (fits && size && write(ends[1], head, size) != (ssize_t)size) leave(ST_WRITE);

@@ -1,5 +1,5 @@
-/* Becoming the real qmail-queue: the same process, so that "qp PID" in the caller's reply is right, and the
- * same user, so that its Received line is. */
+/* Becoming the real qmail-queue: in the same process, so that "qp PID" in the caller's reply is right, and as the same
+ * user, so that its Received line is right. */
 #include "hook.h"
 
 #include <errno.h>
@@ -8,9 +8,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-/* PID.COUNT of the last pass. The real qmail-queue starts nothing, so mail never inherits this; a wrapper in
- * its place that leads back here does, as the same process or as its child. A wrapper that sends other
- * mail on the way is no loop, hence the count. */
+/* PID.COUNT of the last pass. The real qmail-queue starts no program, so mail never inherits this; a wrapper in its
+ * place that leads back here does, as the same process or as its child. A wrapper that sends other mail on the way is
+ * not a loop, hence the count. */
 #define MARK "CONTENTFILTER_QUEUE_PASS="
 enum { PASSES_MAX = 8 };
 
@@ -24,7 +24,7 @@ void check_pass(void)
   unsigned long pid = strtoul(mark, &end, 10);
   passes = *end == '.' ? strtoul(end + 1, NULL, 10) : 0;
   if (pid == (unsigned long)getpid() || pid == (unsigned long)getppid() || passes >= PASSES_MAX) {
-    say("a loop: what `queue` in queue.conf names leads back to this program; name the real qmail-queue", NULL);
+    say("a loop: the program that `queue` in queue.conf names leads back to this one; name the real qmail-queue", NULL);
     leave(ST_BUG);
   }
 }
@@ -49,7 +49,7 @@ _Noreturn void start_queue(const struct conf *conf, int message, int envelope)
   char mark[64];
   size_t count = 0, kept = 0;
   while (environ[count]) count++;
-  char *environment[count + 2]; /* the kernel took care that it is a quarter of the stack at most */
+  char *environment[count + 2]; /* the kernel limits it to a quarter of the stack */
   for (size_t i = 0; i < count; i++)
     if (strncmp(environ[i], MARK, sizeof MARK - 1)) environment[kept++] = environ[i];
   put_number(stpcpy(put_number(stpcpy(mark, MARK), (uint64_t)getpid()), "."), passes + 1);
@@ -57,7 +57,7 @@ _Noreturn void start_queue(const struct conf *conf, int message, int envelope)
   environment[kept] = NULL;
 
   if (dup2(message, 0) == 0 && dup2(envelope, 1) == 1) {
-    char *arguments[] = {(char *)(uintptr_t)conf->queue, NULL}; /* nobody writes there */
+    char *arguments[] = {(char *)(uintptr_t)conf->queue, NULL}; /* execve does not write to it */
     execve(conf->queue, arguments, environment);
   }
   say(conf->queue, ": ", strerror(errno), NULL);

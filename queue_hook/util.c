@@ -1,4 +1,4 @@
-/* Clock, reading, and the one line on stderr. */
+/* Clock, reading, and diagnostics on stderr. */
 #include "hook.h"
 
 #include <errno.h>
@@ -15,12 +15,12 @@ static bool quiet;
 int64_t now_ms(void)
 {
   struct timespec now;
-#ifdef __LP64__ /* to find and touch the vDSO costs more than a few calls save */
+#ifdef __LP64__ /* finding and mapping the vDSO costs more than a few calls save */
   int failed = (int)syscall(SYS_clock_gettime, CLOCK_MONOTONIC, &now);
 #else
   int failed = clock_gettime(CLOCK_MONOTONIC, &now);
 #endif
-  if (failed) leave(ST_BUG); /* only where something forbids it; no wait would end */
+  if (failed) leave(ST_BUG); /* only if a sandbox forbids it; no wait would end */
   return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
 }
 
@@ -36,7 +36,7 @@ size_t read_some(int fd, char *to, size_t room)
     struct pollfd wait = {.fd = fd, .events = POLLIN};
     ssize_t got = read(fd, to, room);
     if (got >= 0) return (size_t)got;
-    if (errno == EAGAIN) poll(&wait, 1, -1); /* somebody made it non-blocking */
+    if (errno == EAGAIN) poll(&wait, 1, -1); /* another process made it non-blocking */
     if (errno != EAGAIN && errno != EINTR) leave(status_of(errno, ST_READ));
   }
 }
@@ -46,7 +46,7 @@ void say_nothing(void)
   quiet = true;
 }
 
-/* Never blocks, and a reader that is gone does no harm. */
+/* Never blocks, and is safe when the reader has gone. */
 void say(const char *first, ...)
 {
   char line[512] = "contentfilter-queue: ";
@@ -62,7 +62,7 @@ void say(const char *first, ...)
   struct pollfd ready = {.fd = 2, .events = POLLOUT};
   if (poll(&ready, 1, 0) != 1 || !(ready.revents & POLLOUT)) return;
   void (*before)(int) = signal(SIGPIPE, SIG_IGN);
-  if (write(2, line, size) < 0) { /* nobody is left to be told */
+  if (write(2, line, size) < 0) { /* no reader is left */
   }
   signal(SIGPIPE, before);
 }

@@ -1,1 +1,1 @@
-"""How work comes in: the hook's connection, its message, its origin, and admission."""
+"""Intake: the doors through which messages arrive, and what they share (admission, origin, opening messages)."""

@@ -1,7 +1,8 @@
-"""What all connections of one worker share: terms, counters, and the places that they wait for.
+"""Intake state of one worker, shared by all doors: limits, counters, the admission queue, and idle connections.
 
-A connection that brought a message has a place or waits for one (policy/admission.py). One that brought nothing yet
-has a seat; a local user gets only a few of them, so that idle connections cannot keep mail out.
+A connection with a message holds a slot or waits for one (policy/admission.py). A connection without a message in hand
+(no request yet, or answered and waiting for the hook's report) is idle; a local user may have only a few of those, so
+that they cannot keep mail out.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ import time
 from base64 import b32hexencode
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from random import getrandbits
 from typing import Any, Protocol
@@ -22,60 +24,62 @@ from contentfilter.doors.origin import ResolvedOrigin
 from contentfilter.log import Logger, RateLimiter
 from contentfilter.model import Action, Message, Origin
 from contentfilter.policy.admission import UNLIMITED, AdmissionQueue, Priority
+from contentfilter.threads import DaemonExecutor
 from contentfilter.wire import hook
 
-MAX_IDLE = 16  # connections of one local user that have not sent a request
+MAX_IDLE = 16  # idle connections of one local user
 MAX_IDLE_TOTAL = 256  # of all local users together
+OPENING_THREADS = 8
 
 
 class AcceptedMessage(msgspec.Struct, frozen=True):
-    """One offered message, ready to be handled. Its owner closes ``message`` after the answer."""
+    """An opened message that has a slot. Its owner closes ``message`` after the answer."""
 
     request: hook.Request
     origin: Origin
-    envelope: bytes  # the block as received; the grammar is not checked yet
+    envelope: bytes  # the block as received; its grammar is not checked yet
     message: Message
     deadline: Deadline  # the answer must be ready by then
     incident: str
 
 
 class PendingMessage(msgspec.Struct, frozen=True):
-    """A message that waits for its place, unopened. Who closes the connection closes ``fds``, too."""
+    """A message that waits for a slot, unopened. Whoever closes the connection also closes ``fds``."""
 
     request: hook.Request
     fds: list[int]
     origin: Origin
-    claim: Priority
+    priority: Priority
     incident: str
 
 
 class Waiter(Protocol):
-    """A connection that waits for a place."""
+    """A connection that waits for a slot."""
 
     def begin(self) -> None:
-        """It has one."""
+        """It has a slot now."""
         ...
 
     def shed_connection(self) -> None:
-        """There is no room to wait in."""
+        """The queue is full: close without an answer, so that the client retries."""
         ...
 
 
 class Handler(Protocol):
     """Decides about messages."""
 
-    async def handle(self, job: AcceptedMessage) -> hook.Answer:
+    async def handle(self, accepted: AcceptedMessage, /) -> hook.Answer:
         """May raise anything: that defers the message."""
         ...
 
-    def rejected_busy(self, offered: PendingMessage, why: str, answer: hook.Answer, seconds: float) -> None:
-        """Note that a message got no place in ``seconds`` and was deferred. May raise anything, too."""
+    def rejected_busy(self, pending: PendingMessage, why: str, answer: hook.Answer, seconds: float, /) -> None:
+        """Record that a message got no slot within ``seconds`` and was deferred. May raise anything, too."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class IntakeLimits:
-    """What holds for messages that come in from now on; replaced as a whole by a reload."""
+    """Limits and handler for new messages; a reload replaces the whole value."""
 
     handler: Handler
     origin: ResolvedOrigin
@@ -83,14 +87,14 @@ class IntakeLimits:
     budget: float  # seconds for one message
     max_in_flight: int
     max_waiting: int = 1024
-    max_volume: int = UNLIMITED  # bytes of large messages in flight
-    max_message: int = UNLIMITED
-    admission_wait: float = 30.0
+    max_bytes: int = UNLIMITED  # bytes of large messages in flight
+    max_message: int = UNLIMITED  # bytes
+    admission_wait: float = 30.0  # seconds
 
 
 @dataclass(slots=True)
 class Counters:
-    """What came in since the start."""
+    """Intake counters since the worker's start."""
 
     accepted: int = 0
     answered: int = 0
@@ -99,80 +103,96 @@ class Counters:
     gone: int = 0
     errors: int = 0
     retries: int = 0  # offers with attempt > 0
-    crowded: int = 0  # offers that found no room to wait in
-    busy: int = 0  # messages deferred because no place was free in time
+    crowded: int = 0  # offers closed because the queue was full
+    busy: int = 0  # messages deferred because no slot was free in time
+
+
+@dataclass(frozen=True, slots=True)
+class Callbacks:
+    """Notifications for the owner of an IntakeState."""
+
+    closed: Callable[[Any], None]  # a connection has closed
+    slot_freed: Callable[[], None]
+    emit: Callable[[str, dict[str, Any]], None]  # an event with its fields
 
 
 class IntakeState:
-    """Made once for each worker."""
+    """Shared by all connections of one worker."""
 
     def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        log: Logger,
-        terms: IntakeLimits,
-        closed: Callable[[Any], None],
-        emit: Callable[[str, dict[str, Any]], None],
+        self, loop: asyncio.AbstractEventLoop, log: Logger, limits: IntakeLimits, callbacks: Callbacks
     ) -> None:
-        """``emit``: takes an event with its fields, for whoever keeps them."""
-        self.loop, self.log, self.terms, self.closed, self.emit = loop, log, terms, closed, emit
+        self.loop, self.log, self.limits, self.callbacks = loop, log, limits, callbacks
         self.own_uid = os.geteuid()
         self.counters = Counters()
         self.garbage_log = RateLimiter(1.0)
-        self.line: AdmissionQueue[Waiter] = AdmissionQueue(terms.max_in_flight, terms.max_waiting, terms.max_volume)
-        self.short = ""  # what there is too little of: nobody gets a place meanwhile
-        self._seats: Counter[int] = Counter()
+        self.queue: AdmissionQueue[Waiter] = AdmissionQueue(limits.max_in_flight, limits.max_waiting, limits.max_bytes)
+        self.exhausted = ""  # the resource that is below its watermark: no message gets a slot meanwhile
+        self._idle: Counter[int] = Counter()
+        self._trusted_files: Executor = DaemonExecutor("open", OPENING_THREADS)
+        self._untrusted_files: Executor = DaemonExecutor("open untrusted", OPENING_THREADS)
 
-    def change(self, terms: IntakeLimits) -> None:
-        self.terms = terms
-        self.line.places, self.line.room, self.line.volume = terms.max_in_flight, terms.max_waiting, terms.max_volume
-        self.hand_out()
+    def apply(self, limits: IntakeLimits) -> None:
+        self.limits = limits
+        queue = self.queue
+        queue.slots, queue.max_waiting, queue.byte_limit = limits.max_in_flight, limits.max_waiting, limits.max_bytes
+        self.fill_slots()
 
-    def shut(self, short: str) -> None:
-        """Give nobody a place while there is too little of something, named for people; empty: go on."""
-        self.short = short
-        self.line.closed = bool(short)
-        self.hand_out()
+    def set_exhausted(self, resource: str) -> None:
+        """Give no slots while ``resource`` is below its watermark; empty: continue."""
+        self.exhausted = resource
+        self.queue.suspended = bool(resource)
+        self.fill_slots()
 
-    def leave(self, claim: Priority) -> None:
-        self.line.leave(claim)
-        self.hand_out()
+    def release(self, priority: Priority) -> None:
+        """Give back a slot."""
+        self.queue.release(priority)
+        self.fill_slots()
+        self.callbacks.slot_freed()
 
-    def hand_out(self) -> None:
-        """Give free places to those who wait."""
-        while (ticket := self.line.next()) is not None:
-            ticket.waiter.begin()
+    def fill_slots(self) -> None:
+        """Give free slots to connections that wait."""
+        while (entry := self.queue.next_ready()) is not None:
+            entry.waiter.begin()
 
-    def reject_busy(self, offered: PendingMessage, seconds: float) -> hook.Answer:
-        """The answer for who waited ``seconds`` for nothing."""
+    def reject_busy(self, pending: PendingMessage, seconds: float) -> hook.Answer:
+        """The deferral of a message that waited ``seconds`` without getting a slot."""
         self.counters.busy += 1
-        code = "4.3.1" if self.short else "4.3.2"
-        why = f"content filter is short of {self.short}" if self.short else "content filter busy"
-        answer = deferral(why, offered.incident, code)
+        code = "4.3.1" if self.exhausted else "4.3.2"
+        why = f"content filter is short of {self.exhausted}" if self.exhausted else "content filter busy"
+        answer = deferral(why, pending.incident, code)
         try:
-            self.terms.handler.rejected_busy(offered, why, answer, seconds)
-        except Exception:  # the message is deferred anyway
+            self.limits.handler.rejected_busy(pending, why, answer, seconds)
+        except Exception:  # the message is deferred in any case
             self.counters.errors += 1
-            self.log.exception("intake.internal-error", id=offered.incident)
+            self.log.exception("intake.internal-error", id=pending.incident)
         return answer
 
-    # Connections without a request
+    def is_trusted(self, uid: int) -> bool:
+        """True for clients that run as a user of the mail system."""
+        return self.limits.origin.system(uid, self.own_uid)
 
-    def sit(self, uid: int) -> bool:
-        """A seat for a connection of ``uid`` that has sent nothing yet. Hooks of the system's users always get one."""
-        if self.terms.origin.system(uid, self.own_uid):
+    def opening_threads(self, *, trusted: bool) -> Executor:
+        """Threads that open messages. A local user's files may hang; they share no thread with the mail system's."""
+        return self._trusted_files if trusted else self._untrusted_files
+
+    # Idle connections
+
+    def track_idle(self, uid: int) -> bool:
+        """Count an idle connection of ``uid``; False if that user has too many. Trusted users have no limit."""
+        if self.is_trusted(uid):
             return True
-        if self._seats[uid] >= MAX_IDLE or self._seats.total() >= MAX_IDLE_TOTAL:
+        if self._idle[uid] >= MAX_IDLE or self._idle.total() >= MAX_IDLE_TOTAL:
             return False
-        self._seats[uid] += 1
+        self._idle[uid] += 1
         return True
 
-    def rise(self, uid: int) -> None:
-        """Give the seat back."""
-        if self._seats[uid] > 1:
-            self._seats[uid] -= 1
+    def untrack_idle(self, uid: int) -> None:
+        """The reverse of a successful :meth:`track_idle`."""
+        if self._idle[uid] > 1:
+            self._idle[uid] -= 1
         else:
-            del self._seats[uid]  # uids that are gone, and those that need no seats, leave nothing behind
+            del self._idle[uid]  # keep no entries of 0, nor of users that are not counted
 
 
 def new_incident() -> str:

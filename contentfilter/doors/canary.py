@@ -1,4 +1,4 @@
-"""The canary's mark: how a worker tells a sample from mail, and what it answers."""
+"""Canary marks: recognise a signed sample among the mail, and answer it."""
 
 import hashlib
 import hmac
@@ -13,7 +13,7 @@ VARIABLE = "CONTENTFILTER_CANARY"
 
 
 LIFETIME = 120
-"""Seconds for which a mark holds."""
+"""Seconds for which a mark is valid."""
 
 
 CLEAN, EICAR, GTUBE, SIGNATURE = "clean", "eicar", "gtube", "signature"
@@ -25,7 +25,7 @@ ASKED: Mapping[str, tuple[Scanner, ...]] = {
     GTUBE: (Scanner.SPAMD,),
     SIGNATURE: (Scanner.SIGNATURES, Scanner.LOADERTYPES),
 }
-"""Which scanners look at a sample, as far as they are configured, whatever tables and switches say of recipients."""
+"""Scanners for each sample, as far as they are configured; tables and switches of recipients do not count."""
 
 
 _TOKEN = re.compile(rb"(1:([a-z]{1,16}):([0-9a-f]{32}):([0-9]{1,12}):([0-9a-f]{64})):([0-9a-f]{64})")
@@ -33,7 +33,7 @@ _TOKEN = re.compile(rb"(1:([a-z]{1,16}):([0-9a-f]{32}):([0-9]{1,12}):([0-9a-f]{6
 
 @dataclass(frozen=True, slots=True)
 class CanaryMark:
-    """A canary that proved to be one."""
+    """The verified mark of a sample."""
 
     sample: str
     nonce: str
@@ -41,17 +41,17 @@ class CanaryMark:
 
 def sign(secret: bytes, sample: str, nonce: str, expires: int, message: bytes) -> str:
     """The value of VARIABLE for one message. ``nonce``: 32 hexadecimal digits; ``expires``: seconds since 1970."""
-    told = f"1:{sample}:{nonce}:{expires}:{hashlib.sha256(message).hexdigest()}".encode("ascii")
-    return (told + b":" + _mac(secret, told)).decode("ascii")
+    signed = f"1:{sample}:{nonce}:{expires}:{hashlib.sha256(message).hexdigest()}".encode("ascii")
+    return (signed + b":" + _mac(secret, signed)).decode("ascii")
 
 
 def recognise(environ: Mapping[bytes, bytes], secret: bytes, message: BytesLike, now: float) -> CanaryMark | None:
-    """What the hook's environment proves; None: this is mail. The caller has made sure whose hook it is.
+    """The mark in the hook's environment; None: this is mail. The caller has checked the hook's uid.
 
-    Mail costs one look-up. Without a secret nothing is proved.
+    Mail costs one look-up. Without a secret there are no valid marks.
     """
     value = environ.get(VARIABLE.encode())
-    if value is None or len(environ) != 1 or not secret:  # a variable of an SMTP server beside it: not ours
+    if value is None or len(environ) != 1 or not secret:  # an SMTP server's variables beside it: no canary
         return None
     token = _TOKEN.fullmatch(value)
     if token is None or not hmac.compare_digest(_mac(secret, token[1]), token[6]):
@@ -65,12 +65,12 @@ def recognise(environ: Mapping[bytes, bytes], secret: bytes, message: BytesLike,
     return CanaryMark(sample, token[3].decode("ascii"))
 
 
-def _mac(secret: bytes, told: bytes) -> bytes:
-    return hmac.new(secret, b"contentfilter canary 1\0" + told, "sha256").hexdigest().encode("ascii")
+def _mac(secret: bytes, signed: bytes) -> bytes:
+    return hmac.new(secret, b"contentfilter canary 1\0" + signed, "sha256").hexdigest().encode("ascii")
 
 
 def answer_for(scans: Iterable[ScanRecord]) -> Action:
-    """What a worker answers. Never QUEUE."""
+    """The worker's answer to a sample; never QUEUE."""
     statuses = {scan.status for scan in scans}
     if ScanStatus.FOUND.value in statuses:
         return Action.REJECT

@@ -1,9 +1,7 @@
-"""The listening socket, and the accept loop that a worker runs on it.
+"""Accept loop of a worker, on the listening socket that all workers share.
 
-All workers accept on one SOCK_SEQPACKET socket that the supervisor opened under its lock: a second
-daemon is refused, a dead one's path is taken over, and a live socket is never stolen. A worker
-accepts while it has room for messages to wait in (room.py); the rest wait in the kernel's queue for the next
-free worker.
+The supervisor opened the SOCK_SEQPACKET socket under its lock (doors/listening_socket.py). A worker accepts while its
+admission queue has room; further connections wait in the kernel's queue for the next free worker.
 """
 
 import asyncio
@@ -13,30 +11,31 @@ from collections.abc import Callable
 from typing import Any
 
 from contentfilter.deadline import Deadline
-from contentfilter.doors.admission import Counters, IntakeLimits, IntakeState
+from contentfilter.doors.admission import Callbacks, Counters, IntakeLimits, IntakeState
 from contentfilter.doors.queue import Connection
 from contentfilter.log import Logger, RateLimiter
 
-PER_WAKEUP = 4  # accepts in a row; the other workers shall get their share
+PER_WAKEUP = 4  # accepts in a row; the rest are for the other workers
 NO_DESCRIPTORS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
-PAUSE = 0.1  # seconds without accepting when descriptors ran out
+PAUSE = 0.1  # seconds without accepting after descriptors ran out
 SPARE = 512  # connections above those with a message: without a request yet, or waiting for a report
 
 
 class Listener:
-    """Accepts hooks while it may, and knows every connection until it is closed."""
+    """Accepts connections while there is room, and keeps each one until it is closed."""
 
     def __init__(
         self,
         listener: socket.socket,
-        terms: IntakeLimits,
+        limits: IntakeLimits,
         log: Logger,
         emit: Callable[[str, dict[str, Any]], None] = lambda name, fields: None,
     ) -> None:
         self._socket = listener
         self._log = log
         self._loop = asyncio.get_running_loop()
-        self._state = IntakeState(self._loop, log, terms, self._closed, emit)
+        callbacks = Callbacks(self._closed, self._resume_if_room, emit)
+        self._state = IntakeState(self._loop, log, limits, callbacks)
         self._open: set[Connection] = set()
         self._accepting = False
         self._stopped = False
@@ -58,26 +57,26 @@ class Listener:
     def start(self) -> None:
         self._resume()
 
-    def change(self, terms: IntakeLimits) -> None:
-        """New terms for messages from now on; those under way end under the old ones."""
-        self._state.change(terms)
+    def apply(self, limits: IntakeLimits) -> None:
+        """New limits for new messages; those in progress end under the old ones."""
+        self._state.apply(limits)
         self._resume()
 
-    def shut(self, short: str) -> None:
-        """There is too little of something, named for people: messages wait; empty: they go on."""
-        self._state.shut(short)
+    def set_exhausted(self, resource: str) -> None:
+        """Messages wait while ``resource`` is below its watermark; empty: continue."""
+        self._state.set_exhausted(resource)
 
     @property
-    def short(self) -> str:
-        return self._state.short
+    def exhausted(self) -> str:
+        return self._state.exhausted
 
     @property
     def waiting(self) -> int:
-        """How many messages wait for a place."""
-        return len(self._state.line)
+        """Number of messages that wait for a slot."""
+        return len(self._state.queue)
 
     def hold(self, held: bool) -> None:
-        """Accept nothing while this is so: hooks wait in the socket's queue. Connections go on."""
+        """While ``held``, accept nothing: hooks wait in the socket's queue. Open connections go on."""
         self._held = held
         if held:
             self._suspend()
@@ -85,9 +84,9 @@ class Listener:
             self._resume()
 
     def stop(self) -> None:
-        """Accept no more and let go of the listening socket. Connections go on."""
+        """Stop accepting and close the listening socket. Open connections go on."""
         if self._accepting:
-            self._accept()  # one may have woken us and, with EPOLLEXCLUSIVE, nobody else
+            self._accept()  # a connection may have woken this worker and, with EPOLLEXCLUSIVE, no other
         self._stopped = True
         self._suspend()
         if self._pause is not None:
@@ -95,7 +94,7 @@ class Listener:
         self._socket.close()
 
     async def drained(self, deadline: Deadline) -> bool:
-        """Wait until no connection is open; False when some still are at the end."""
+        """Wait until no connection is open; False if some still are at ``deadline``."""
         try:
             async with deadline.timeout():
                 await self._empty.wait()
@@ -104,16 +103,19 @@ class Listener:
         return True
 
     async def abort(self, why: str, deadline: Deadline) -> None:
-        """Drop all connections; the hooks offer their messages again."""
+        """Close all connections; the hooks offer their messages again."""
         for connection in self.connections:
             connection.cancel(why)
         await self.drained(deadline)
 
     def _accept(self) -> None:
+        """Accept one connection, even when full, and more while there is room.
+
+        With EPOLLEXCLUSIVE the first one woke this worker and no other; left in the socket's queue it would wait for
+        this worker although another may be idle. If there is no room for its message, the queue sheds one, and that
+        hook's retry wakes another worker, because this one is not listening any longer.
+        """
         for _ in range(PER_WAKEUP):
-            if self._full():
-                self._suspend()
-                return
             try:
                 accepted, _ = self._socket.accept()
             except (BlockingIOError, ConnectionAbortedError, InterruptedError):
@@ -126,13 +128,16 @@ class Listener:
             self._open.add(connection)
             self._empty.clear()
             connection.start()
+            if self._full():
+                self._suspend()
+                return
 
     def _full(self) -> bool:
-        line = self._state.line
-        return line.full() or len(self._open) >= line.places + line.room + SPARE
+        queue = self._state.queue
+        return queue.full() or len(self._open) >= queue.slots + queue.max_waiting + SPARE
 
     def _accept_failed(self, error: OSError) -> None:
-        """The queue stays readable, so only a pause keeps us from spinning."""
+        """Pause: the socket stays readable, and the loop would spin."""
         if (held := self._failure_log.allow()) is not None:
             self._log.error("intake.accept-failed", why=error.strerror, open=len(self._open), not_logged=held)
         self._suspend()
@@ -156,5 +161,8 @@ class Listener:
         self._open.discard(connection)
         if not self._open:
             self._empty.set()
+        self._resume_if_room()
+
+    def _resume_if_room(self) -> None:
         if not self._accepting and not self._full():
             self._resume()

@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from contentfilter.deadline import Deadline
 from contentfilter.errors import ContentFilterError
 
-ORPHANS = 2.0  # seconds that workers of a killed supervisor get to let go of the socket
+ORPHANS = 2.0  # seconds that workers of a killed supervisor get to close the socket
 
 
 class SocketError(ContentFilterError):
-    """The listening socket cannot be had; the text says why and what to do."""
+    """The listening socket is not available; the text says why and what to do."""
 
 
 @dataclass(slots=True)
 class OwnSocket:
-    """A listening socket on a path of ours."""
+    """A listening socket that this process bound to ``path``."""
 
     socket: socket.socket
     path: str
@@ -36,7 +36,7 @@ class OwnSocket:
 
 
 def hold_lock(path: str) -> int:
-    """A descriptor that holds ``path`` locked until it is closed. Raises SocketError when another process does."""
+    """A descriptor that keeps ``path`` locked until it is closed. Raises SocketError if another process has it."""
     try:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as e:
@@ -51,7 +51,7 @@ def hold_lock(path: str) -> int:
 
 
 def open_socket(path: str, mode: int, backlog: int) -> OwnSocket:
-    """Listen on ``path``, for the holder of the lock only. Blocks for at most ORPHANS seconds. Raises SocketError."""
+    """Listen on ``path``; the caller holds the lock. Blocks for at most ORPHANS seconds. Raises SocketError."""
     _clear(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
     before = os.umask(0o777 & ~mode)
@@ -67,7 +67,7 @@ def open_socket(path: str, mode: int, backlog: int) -> OwnSocket:
 
 
 def _clear(path: str) -> None:
-    """Remove a dead socket. One that still answers is left alone, after a while for orphaned workers to go."""
+    """Remove a dead socket. Raises SocketError if it still answers after orphaned workers had time to end."""
     end = Deadline.after(ORPHANS)
     while True:
         try:
@@ -81,7 +81,7 @@ def _clear(path: str) -> None:
             os.unlink(path)
             return
         except BlockingIOError:
-            pass  # its queue is full: somebody has it open
+            pass  # its queue is full: a process has it open
         except OSError as e:
             raise SocketError(f"{path}: {e.strerror or e}") from e
         if end.expired():
@@ -98,6 +98,6 @@ def inherited_socket(fd: int) -> socket.socket:
     accepting = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     if listener.family != socket.AF_UNIX or listener.type != socket.SOCK_SEQPACKET or not accepting:
         listener.detach()
-        raise SocketError(f"descriptor {fd} is no listening sequential-packet socket (ListenSequentialPacket=)")
+        raise SocketError(f"descriptor {fd} is not a listening sequential-packet socket (ListenSequentialPacket=)")
     listener.setblocking(False)
     return listener

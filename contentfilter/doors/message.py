@@ -1,10 +1,9 @@
-"""From the two descriptors that a hook passes to the message, mapped unless it is small, and the envelope's bytes.
+"""Open the two descriptors that a client passes: the message (read if small, else mapped) and the envelope.
 
-A message is mapped without a copy when nobody can change it any more (a sealed memfd) or when its owner
-is a system user. Otherwise it is copied into a file of our own first: a local user could truncate
-the file under our mapping, and reading there would kill the worker with SIGBUS. Descriptors that are
-no readable regular files of the announced size raise :class:`MessageError`. Whatever
-happens, both descriptors are owned by the result or closed.
+A message is mapped without a copy if it can no longer change (a sealed memfd) or if the client is a system user.
+Otherwise it is first copied into a private file: a local user could truncate the file under the mapping, and reading
+it would then kill the worker with SIGBUS. A descriptor that is not a readable regular file of the announced size
+raises :class:`MessageError`. In every case both descriptors end up owned by the result or closed.
 """
 
 import fcntl
@@ -19,28 +18,28 @@ from contentfilter.model import Message
 
 ENVELOPE_LIMIT = 128 * 1024 * 1024  # 100,000 recipients of the longest legal address fit
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
-SMALL = 64 * 1024  # bytes; up to here one read costs less than to map, touch and unmap
+SMALL = 64 * 1024  # bytes; up to this size one read is cheaper than mapping, page faults and unmapping
 _CHUNK = 4 * 1024 * 1024
 _O_PATH = getattr(os, "O_PATH", 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Spool:
-    """Where copies of doubtful messages go: memory up to ``memory`` bytes, then unnamed files in ``directory``."""
+    """Place for copies of untrusted messages: memory up to ``memory`` bytes, else unnamed files in ``directory``."""
 
     directory: str
     memory: int = 16 * 1024 * 1024
 
 
 def open_pair(fds: Sequence[int], sizes: tuple[int, int], *, trusted: bool, spool: Spool) -> tuple[Message, bytes]:
-    """The message and the envelope block behind ``fds`` (message first), with their announced ``sizes``.
+    """The message and the envelope block of ``fds`` (message first), whose announced ``sizes`` are in bytes.
 
-    Takes ownership of all ``fds``: on any error every one is closed.
+    Takes ownership of all ``fds``: on any error all are closed. Raises MessageError.
     """
     if len(fds) != 2:
         for fd in fds:
             os.close(fd)
-        raise MessageError(f"{len(fds)} descriptors where 2 belong")
+        raise MessageError(f"{len(fds)} descriptors instead of 2")
     try:
         envelope = read_envelope(fds[1], sizes[1])
     except BaseException:
@@ -54,11 +53,11 @@ def open_pair(fds: Sequence[int], sizes: tuple[int, int], *, trusted: bool, spoo
 def open_message(fd: int, size: int, *, trusted: bool, spool: Spool) -> Message:
     """Map or read ``size`` bytes of ``fd``; takes ownership of ``fd``. Raises MessageError."""
     try:
-        _check(fd, size, "message")
-        sealed = _sealed(fd)
+        _check_file(fd, size, "message")
+        sealed = _is_sealed(fd)
         if size and not (trusted or sealed):
-            fd, doubtful = _copy(fd, size, spool), fd
-            os.close(doubtful)
+            fd, untrusted = _copy(fd, size, spool), fd
+            os.close(untrusted)
         if size <= SMALL:
             return Message(fd, size, _read(fd, size, "message"))
         # MAP_PRIVATE: older kernels refuse a shared mapping of a write-sealed memfd.
@@ -76,14 +75,14 @@ def read_envelope(fd: int, size: int) -> bytes:
     if size > ENVELOPE_LIMIT:
         raise MessageError(f"envelope of {size} bytes")
     try:
-        _check(fd, size, "envelope")
+        _check_file(fd, size, "envelope")
         return _read(fd, size, "envelope")
     except OSError as e:
         raise MessageError(f"envelope: {e.strerror}") from e
 
 
-def _check(fd: int, size: int, what: str) -> None:
-    """Raises MessageError or OSError unless it is a regular file of ``size`` bytes: nothing else is read."""
+def _check_file(fd: int, size: int, what: str) -> None:
+    """Raise MessageError or OSError unless ``fd`` is a regular file of ``size`` bytes: nothing else is read."""
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         raise MessageError(f"{what}: not a regular file")
@@ -92,16 +91,16 @@ def _check(fd: int, size: int, what: str) -> None:
 
 
 def _read(fd: int, size: int, what: str) -> bytes:
-    """Raises MessageError, or OSError where ``fd`` is not open for reading."""
+    """Raises MessageError, or OSError if ``fd`` is not open for reading."""
     data = os.pread(fd, size, 0)
     if len(data) != size:
         raise MessageError(f"{what} changed while it was read")
     return data
 
 
-def _sealed(fd: int) -> bool:
-    """True when nobody can change the message any more. Raises MessageError or OSError."""
-    flags = fcntl.fcntl(fd, fcntl.F_GETFL)  # clamd calls what it cannot read clean
+def _is_sealed(fd: int) -> bool:
+    """True if the message can no longer change. Raises MessageError or OSError."""
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)  # checked here, because clamd reports what it cannot read as clean
     if flags & os.O_ACCMODE == os.O_WRONLY or flags & _O_PATH:
         raise MessageError("message: descriptor is not open for reading")
     try:
@@ -111,7 +110,7 @@ def _sealed(fd: int) -> bool:
 
 
 def _copy(source: int, size: int, spool: Spool) -> int:
-    """A new descriptor of our own with the first ``size`` bytes of ``source``."""
+    """A new private file with the first ``size`` bytes of ``source``. Raises MessageError or OSError."""
     in_memory = size <= spool.memory
     if in_memory:
         target = os.memfd_create("message", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -132,9 +131,9 @@ def _copy(source: int, size: int, spool: Spool) -> int:
     return target
 
 
-def message_of(data: bytes) -> Message:
-    """A message of our own, sealed in memory: for bytes that no hook passed."""
-    fd = os.memfd_create("message", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+def sealed_memfd(name: str, data: bytes) -> int:
+    """A new memfd that holds ``data`` and can no longer change. Raises OSError."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         view = memoryview(data)
         while view:
@@ -143,4 +142,9 @@ def message_of(data: bytes) -> Message:
     except BaseException:
         os.close(fd)
         raise
-    return open_message(fd, len(data), trusted=True, spool=Spool(""))
+    return fd
+
+
+def message_of(data: bytes) -> Message:
+    """A message from bytes that no client passed. Raises OSError."""
+    return open_message(sealed_memfd("message", data), len(data), trusted=True, spool=Spool(""))

@@ -1,8 +1,8 @@
-"""Who hands us a message, and how far their environment is believed.
+"""Origin of a message: its kind, and the facts about the SMTP client that can be trusted.
 
-Marks in the environment count only when the peer's uid is one of the SMTP users: anybody may call the
-hook with variables of their own. TCPREMOTEINFO never proves a login, because ident servers and clients
-can set it. Source: domain-spec 1.6 and 2.3. Apart from :func:`resolve` nothing here looks outside.
+The environment counts only if the peer's uid is one of the SMTP users: anyone may call the hook with variables of
+their choice. TCPREMOTEINFO never proves a login, because ident servers and clients can set it. Source: domain-spec 1.6
+and 2.3. Only :func:`resolve` does I/O (the user database).
 """
 
 import pwd
@@ -22,20 +22,20 @@ class ResolvedOrigin:
 
     smtp_uids: frozenset[int]
     bounce_uids: frozenset[int]
-    auth: tuple[tuple[bytes, bytes | None], ...]  # variable, and the one value that counts (None: any but empty)
+    auth: tuple[tuple[bytes, bytes | None], ...]  # variable, and the only value that counts (None: any but empty)
 
     def system(self, uid: int, own: int) -> bool:
-        """True for uids that would not change a message under our eyes: root, qmail's users, ourselves."""
+        """True for uids that would not change a message while it is read: root, qmail's users, and ``own``."""
         return uid == 0 or uid == own or uid in self.smtp_uids or uid in self.bounce_uids
 
 
 def uid_of(name: str) -> int:
-    """The uid for a user name or a number. Raises KeyError when there is no such user."""
+    """The uid of a user name or a number. Raises KeyError if there is no such user."""
     return int(name) if name.isdecimal() else pwd.getpwnam(name).pw_uid
 
 
 def resolve(rules: OriginSettings, look_up: Callable[[str], int] = uid_of) -> tuple[ResolvedOrigin, tuple[str, ...]]:
-    """The rules with uids, and the names that do not exist (a warning each; the rest holds)."""
+    """The rules with uids, and the names that do not exist (a warning each; the other names hold)."""
     unknown: list[str] = []
 
     def uids(names: tuple[str, ...]) -> frozenset[int]:
@@ -55,7 +55,7 @@ def resolve(rules: OriginSettings, look_up: Callable[[str], int] = uid_of) -> tu
 
 
 def classify(uid: int, pid: int, environ: Mapping[bytes, bytes], rules: ResolvedOrigin) -> Origin:
-    """The origin of a message from process ``pid`` of user ``uid`` with ``environ`` (may be forged)."""
+    """The origin of a message from process ``pid`` of user ``uid`` with ``environ``, which may be forged."""
     if uid in rules.bounce_uids:  # first, so that a bounce is never refused
         return Origin(OriginKind.BOUNCE, uid, pid)
     if uid not in rules.smtp_uids:
@@ -81,6 +81,6 @@ def classify(uid: int, pid: int, environ: Mapping[bytes, bytes], rules: Resolved
 
 
 def _tcp(environ: Mapping[bytes, bytes], name: bytes) -> bytes:
-    """tcpserver's variable: TCP6… when the session is IPv6 by its own words, else TCP…, else whichever is set."""
+    """tcpserver's variable: TCP6… if PROTO says that the session is IPv6, else TCP…, else whichever is set."""
     four, six = environ.get(b"TCP" + name, b""), environ.get(b"TCP6" + name, b"")
     return (six or four) if environ.get(b"PROTO") == b"TCP6" else (four or six)

@@ -1,51 +1,81 @@
-"""One hook's connection: request, perhaps a wait for a free place, handling, answer, report, closed.
+"""The hook's door: the state machine of one connection, from the request to the answer or the report.
 
-The request is one packet with two descriptors; all that arrive are owned or closed. Garbage closes the
-connection. A sound request gets an answer: whatever goes wrong while it is handled becomes a
-deferral, never a refusal. When the hook goes away the handling is cancelled. Callbacks on the
-descriptor instead of streams: this is the path that every message takes. Wire format: wire/hook.py.
+A request is one packet with two descriptors; every descriptor that arrives is owned or closed. Garbage closes the
+connection. A sound request gets an answer: whatever goes wrong while it is handled becomes a deferral, never a
+rejection. If the hook goes away, the handling is cancelled. Callbacks on the descriptor instead of streams, because
+every message passes here. Packets: doors/hook_socket.py; formats: wire/hook.py.
 """
 
 import asyncio
-import fcntl
 import os
 import socket
-import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from enum import Enum
 
 from contentfilter.deadline import Deadline
 from contentfilter.doors.admission import AcceptedMessage, IntakeState, PendingMessage, Waiter, deferral, new_incident
-from contentfilter.doors.message import SEALS, Spool, open_pair
+from contentfilter.doors.hook_socket import (
+    peer_credentials,
+    receive_report,
+    receive_request,
+    send_answer,
+    unexpected_event,
+)
+from contentfilter.doors.message import open_pair
 from contentfilter.doors.origin import classify
-from contentfilter.errors import MessageError, ProtocolError
+from contentfilter.errors import LocalProtocolError, MessageError, ProtocolError
 from contentfilter.model import Message
 from contentfilter.policy.admission import QueueEntry, priority_of
 from contentfilter.wire import hook
 
-REQUEST_WAIT = 5.0  # seconds from connecting to the request packet; hooks send it at once
-REPORT_WAIT = 300.0  # at most, for several real qmail-queues to finish
+REQUEST_WAIT = 5.0  # seconds from connecting to the request packet; hooks send it immediately
+HOOK_BUDGET_MAX = 3600.0  # seconds, in queue.conf
+HOOK_GRACE, HOOK_ABORT = 30.0, 10.0  # seconds that a hook may take to commit, and to give up (queue_hook/commit.c)
 RESERVE = 1.0  # seconds between the handler's deadline and the end of the budget; half of it to decide about a timeout
-FAST = 0.05  # seconds; only what takes longer is watched for a client that goes away
-INLINE = 1024 * 1024  # bytes; more is read and copied off the event loop
-_CREDENTIALS = struct.Struct("=iII")
-_ANCILLARY = socket.CMSG_SPACE(2 * 4)
-_RECEIVE = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
-_TRUNCATED = socket.MSG_TRUNC | socket.MSG_CTRUNC
+FAST = 0.05  # seconds; only a handling that takes longer is watched for a client that goes away
+INLINE = 1024 * 1024  # bytes; larger messages are read and copied off the event loop
+
+
+class Stage(Enum):
+    """Stage of a connection. The values appear in ``status`` and in the log."""
+
+    REQUEST = "request"  # connected; no request yet
+    WAITING = "waiting"  # in the admission queue
+    STARTING = "starting"  # has a slot; its task has not made its first step
+    OPENING = "opening"  # the message is being mapped or copied
+    HANDLING = "handling"  # the handler decides
+    ANSWERING = "answering"
+    REPORT = "report"  # the hook commits the parts of a split message
+    CLOSED = "closed"
+
+
+TRANSITIONS: Mapping[Stage, frozenset[Stage]] = {
+    Stage.REQUEST: frozenset((Stage.WAITING, Stage.STARTING, Stage.ANSWERING, Stage.CLOSED)),
+    Stage.WAITING: frozenset((Stage.STARTING, Stage.ANSWERING, Stage.CLOSED)),
+    Stage.STARTING: frozenset((Stage.OPENING,)),  # not even a cancellation goes another way, see cancel()
+    Stage.OPENING: frozenset((Stage.HANDLING, Stage.ANSWERING, Stage.CLOSED)),
+    Stage.HANDLING: frozenset((Stage.ANSWERING, Stage.CLOSED)),
+    Stage.ANSWERING: frozenset((Stage.REPORT, Stage.CLOSED)),
+    Stage.REPORT: frozenset((Stage.CLOSED,)),
+    Stage.CLOSED: frozenset(),
+}
 
 
 class Connection:
-    """Owns the accepted socket from :meth:`start` on, and ends by calling ``room.closed``."""
+    """Owns the accepted socket, and ends by calling the ``closed`` callback of its :class:`IntakeState`."""
 
     __slots__ = (
-        "_fd",
-        "_gone",
+        "_budget_end",
+        "_cancel_reason",
+        "_entry",
+        "_hook_end",
         "_idle_uid",
-        "_offered",
+        "_pending",
         "_socket",
         "_state",
         "_task",
-        "_ticket",
         "_timer",
         "_watching",
         "began",
@@ -54,321 +84,309 @@ class Connection:
         "stage",
     )
 
-    def __init__(self, room: IntakeState, accepted: socket.socket) -> None:
-        self._state = room
+    def __init__(self, state: IntakeState, accepted: socket.socket) -> None:
+        self._state = state
         self._socket = accepted
-        self._fd = accepted.fileno()
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._watching = False
-        self._gone = ""  # why the handling is being cancelled
-        self._idle_uid: int | None = None  # set while it counts as one without a request
-        self._offered: PendingMessage | None = None  # owns the descriptors until the handling begins
-        self._ticket: QueueEntry[Waiter] | None = None  # while it waits for a place
+        self._cancel_reason = ""
+        self._idle_uid: int | None = None  # set while the connection counts as idle
+        self._pending: PendingMessage | None = None  # owns the descriptors until the message is opened
+        self._entry: QueueEntry[Waiter] | None = None  # while in the admission queue
         self.began = time.monotonic()
+        self._budget_end = self._hook_end = self.began  # once there is a request: of the message, of the hook
         self.incident = ""
         self.size = 0  # bytes of the message
-        self.stage = "request"
+        self.stage = Stage.REQUEST
+
+    def _enter(self, stage: Stage) -> None:
+        """Raises LocalProtocolError for a transition that is not in the table: a defect."""
+        if stage not in TRANSITIONS[self.stage]:
+            raise LocalProtocolError(f"connection cannot go from {self.stage.value} to {stage.value}")
+        self.stage = stage
 
     def start(self) -> None:
-        """Mostly the request is here already; otherwise wait a short while for it."""
+        """Take the request, which is usually here already, or wait a short time for it."""
         if self._take_request():
             return
-        _, uid = self._peer()
-        if not self._state.sit(uid):
-            self._garbage("too many connections of this user without a request")
+        _, uid = peer_credentials(self._socket)
+        if not self._state.track_idle(uid):
+            self._reject_garbage("too many connections of this user without a request")
             return
         self._idle_uid = uid
         self._watch(self._take_request)
-        self._timer = self._state.loop.call_later(REQUEST_WAIT, self._garbage, "no request in time")
+        self._set_timer(self._state.loop.time() + REQUEST_WAIT, self._reject_garbage, "no request in time")
 
-    def cancel(self, why: str) -> None:
-        """Give up at once; the hook sees a closed connection and offers the message again."""
-        self._gone = self._gone or why
-        if self._task is None:
-            if self._ticket is not None:
-                self._cancelled()
-            self._close()
-        elif self.stage != "starting":
+    def cancel(self, reason: str) -> None:
+        """Stop immediately; the hook sees a closed connection and offers the message again."""
+        self._cancel_reason = self._cancel_reason or reason
+        if self.stage is Stage.STARTING:
+            return  # a task that is cancelled before its first step never runs: that step finds the reason instead
+        if self._task is not None:
             self._task.cancel()
-        # else: cancelling a task before its first step would lose the descriptors; it looks at _gone by itself
+            return
+        if self.stage is Stage.WAITING:
+            self._cancelled()
+        self._close()
 
-    # The request
+    # Stage REQUEST
 
     def _take_request(self) -> bool:
-        """False when nothing has arrived yet."""
+        """False if nothing has arrived yet."""
         try:
-            packet, ancillary, flags, _ = self._socket.recvmsg(hook.REQUEST_MAX + 1, _ANCILLARY, _RECEIVE)
+            received = receive_request(self._socket)
         except BlockingIOError:
             return False
         except OSError as error:
-            self._garbage(error.strerror or "cannot receive")
+            self._reject_garbage(error.strerror or "cannot receive")
+            return True
+        except ProtocolError as error:
+            self._reject_garbage(str(error))
             return True
         self._unwatch()
-        fds = descriptors(ancillary)
-        try:
-            if flags & _TRUNCATED:
-                raise ProtocolError("oversized packet, or descriptors that did not fit")
-            if not packet and not fds:  # connected and left: a probe
-                self._close()
-                return True
-            request = hook.decode_request(packet)
-        except ProtocolError as error:
-            for fd in fds:
-                os.close(fd)
-            self._garbage(str(error))
+        if received is None:  # a probe: it connected and closed
+            self._close()
             return True
-        self._stand_up()
+        request, fds = received
+        self._untrack_idle()
         self.incident, self.size = new_incident(), request.message_size
-        pid, uid = self._peer()
-        origin = classify(uid, pid, request.environ, self._state.terms.origin)
-        self._offered = PendingMessage(request, fds, origin, priority_of(origin, self.size), self.incident)
-        self._line_up(self._offered)
+        pid, uid = peer_credentials(self._socket)
+        origin = classify(uid, pid, request.environ, self._state.limits.origin)
+        self._pending = PendingMessage(request, fds, origin, priority_of(origin, self.size), self.incident)
+        self._admit(self._pending)
         return True
 
-    def _stand_up(self) -> None:
-        if self._idle_uid is not None:
-            self._state.rise(self._idle_uid)
-            self._idle_uid = None
-
-    # The line
-
-    def _line_up(self, offered: PendingMessage) -> None:
-        """Begin at once where there is room; otherwise wait for a place, or make somebody come again."""
-        room = self._state
-        if self.size > room.terms.max_message:
-            room.counters.bad_messages += 1
-            room.log.warning("intake.bad-message", id=self.incident, why=f"{self.size} bytes", uid=offered.origin.uid)
+    def _admit(self, pending: PendingMessage) -> None:
+        """Begin if there is a free slot; otherwise wait for one, which may shed a connection."""
+        state, limits = self._state, self._state.limits
+        self._hook_end = hook_end(pending.request, self.began, time.monotonic())
+        self._budget_end = min(self.began + limits.budget, self._hook_end)
+        if self.size > limits.max_message:
+            state.counters.bad_messages += 1
+            state.log.warning("intake.bad-message", id=self.incident, why=f"{self.size} bytes", uid=pending.origin.uid)
             self._answer(deferral("message is larger than the content filter takes", self.incident))
             self._close()
-        elif room.line.take(offered.claim):
+        elif state.queue.try_acquire(pending.priority):
             self.begin()
         else:
-            self.stage = "waiting"
-            end = min(self.began + room.terms.admission_wait, self._deadline(offered.request).at)
+            self._enter(Stage.WAITING)
             self._watch(self._peer_moved)
-            self._timer = room.loop.call_at(end, self._wait_over, offered)
-            self._ticket = QueueEntry(offered.claim, self)
-            if (leaving := room.line.join(self._ticket)) is not None:
-                leaving.waiter.shed_connection()
+            self._set_timer(
+                min(self.began + limits.admission_wait, self._deadline().at), self._waited_too_long, pending
+            )
+            self._entry = QueueEntry(pending.priority, self)
+            if (shed := state.queue.enqueue(self._entry)) is not None:
+                shed.waiter.shed_connection()
 
-    def begin(self) -> None:
-        """The place is ours."""
-        assert self._offered is not None, "only what was offered waits"  # noqa: S101
-        self._unwatch()
-        self._ticket, self.stage = None, "starting"
-        self._task = self._state.loop.create_task(self._serve(self._offered))
-        self._timer = self._state.loop.call_later(FAST, self._slow, self._offered.request)
-
-    def shed_connection(self) -> None:
-        """There is no room to wait in. The hook offers the message again, as long as its budget lasts."""
-        self._state.counters.crowded += 1
-        self._close()
-
-    def _wait_over(self, offered: PendingMessage) -> None:
-        self._timer = None
-        self._answer(self._state.reject_busy(offered, time.monotonic() - self.began))
-        self._close()
-
-    def _garbage(self, why: str) -> None:
+    def _reject_garbage(self, why: str) -> None:
         self._state.counters.garbage += 1
         if (held := self._state.garbage_log.allow()) is not None:
-            pid, uid = self._peer()
+            pid, uid = peer_credentials(self._socket)
             self._state.log.warning("intake.garbage", why=why, uid=uid, pid=pid, not_logged=held)
         self._close()
 
-    def _peer(self) -> tuple[int, int]:
-        """pid and uid of the process that connected (SO_PEERCRED, unix(7))."""
-        raw = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        pid, uid, _ = _CREDENTIALS.unpack(raw)
-        return pid, uid
+    # Stage WAITING
 
-    # The handling
+    def begin(self) -> None:
+        """Waiter: the connection has a slot."""
+        assert self._pending is not None, "only a pending message waits"  # noqa: S101
+        self._unwatch()
+        self._entry = None
+        self._enter(Stage.STARTING)
+        self._task = self._state.loop.create_task(self._serve(self._pending))
+        self._set_timer(self._state.loop.time() + FAST, self._handling_is_slow)
 
-    async def _serve(self, offered: PendingMessage) -> None:
-        room, terms = self._state, self._state.terms
-        request, origin = offered.request, offered.origin
+    def shed_connection(self) -> None:
+        """Waiter: the queue is full. The hook offers the message again, as long as its budget lasts."""
+        self._state.counters.crowded += 1
+        self._close()
+
+    def _waited_too_long(self, pending: PendingMessage) -> None:
+        self._answer(self._state.reject_busy(pending, time.monotonic() - self.began))
+        self._close()
+
+    # Stages STARTING, OPENING and HANDLING
+
+    async def _serve(self, pending: PendingMessage) -> None:
+        state, request, origin = self._state, pending.request, pending.origin
         message: Message | None = None
-        self.stage = "opening"
+        self._enter(Stage.OPENING)
         try:
-            if self._gone:
+            if self._cancel_reason:
                 raise asyncio.CancelledError
-            room.counters.retries += request.attempt > 0
-            fds, self._offered = offered.fds, None
-            trusted = terms.origin.system(origin.uid, room.own_uid)
-            message, envelope = await self._open(request, fds, trusted, terms.spool)
-            self.stage = "handling"
-            answer = await terms.handler.handle(
-                AcceptedMessage(request, origin, envelope, message, self._deadline(request), self.incident)
-            )
-            sent = self._answer(answer)
+            state.counters.retries += request.attempt > 0
+            message, envelope = await self._open(pending)
+            self._enter(Stage.HANDLING)
+            accepted = AcceptedMessage(request, origin, envelope, message, self._deadline(), self.incident)
+            # The handler of this moment: a reload while the message was opened has closed the earlier one.
+            answered = self._answer(await state.limits.handler.handle(accepted))
         except asyncio.CancelledError:
-            sent = self._cancelled()
+            answered = self._cancelled()
         except MessageError as error:
-            room.counters.bad_messages += 1
-            room.log.warning("intake.bad-message", id=self.incident, why=str(error), uid=origin.uid, pid=origin.pid)
-            sent = self._answer(deferral("message could not be taken over", self.incident))
+            state.counters.bad_messages += 1
+            state.log.warning("intake.bad-message", id=self.incident, why=str(error), uid=origin.uid, pid=origin.pid)
+            answered = self._answer(deferral("message could not be taken over", self.incident))
         except Exception:  # the one boundary: a defect defers
-            room.counters.errors += 1
-            room.log.exception("intake.internal-error", id=self.incident)
-            sent = self._answer(deferral("internal error in the content filter", self.incident))
+            answered = self._answer(self._internal_error())
         finally:
             if message is not None:
                 message.close()
-            room.leave(offered.claim)
-        if sent is not None and len(sent.submissions) >= 2:
-            self._await_report(request)
+            state.release(pending.priority)
+        self._task = None
+        if answered is not None and len(answered.submissions) >= 2:
+            self._await_report(origin.uid)
         else:
             self._close()
 
-    def _deadline(self, request: hook.Request, reserve: float = RESERVE) -> Deadline:
-        """When the answer must be ready: the smaller budget, less a reserve for what follows."""
-        budget = min(self._state.terms.budget, request.budget)
-        return Deadline(self.began + budget - min(reserve, reserve * budget / 10))
+    def _deadline(self, reserve: float = RESERVE) -> Deadline:
+        """When the answer must be ready: the end of the budget, less a reserve for what follows."""
+        return Deadline(self._budget_end - min(reserve, reserve * (self._budget_end - self.began) / 10))
 
-    async def _open(self, request: hook.Request, fds: list[int], trusted: bool, spool: Spool) -> tuple[Message, bytes]:
+    async def _open(self, pending: PendingMessage) -> tuple[Message, bytes]:
+        state, request = self._state, pending.request
+        fds, self._pending = pending.fds, None
         sizes = (request.message_size, request.envelope_size)
-        if max(sizes) <= INLINE:
+        trusted, spool = state.is_trusted(pending.origin.uid), state.limits.spool
+        if trusted and max(sizes) <= INLINE:
             return open_pair(fds, sizes, trusted=trusted, spool=spool)
-        opening = self._state.loop.run_in_executor(None, lambda: open_pair(fds, sizes, trusted=trusted, spool=spool))
+        opening = state.opening_threads(trusted=trusted).submit(open_pair, fds, sizes, trusted=trusted, spool=spool)
         try:
-            return await asyncio.shield(opening)
+            return await asyncio.shield(asyncio.wrap_future(opening))
         except asyncio.CancelledError:
-            opening.add_done_callback(_discard)
+            if opening.cancel():  # no thread has begun
+                _close_all(fds)
+            else:
+                opening.add_done_callback(_discard)
             raise
 
-    def _slow(self, request: hook.Request) -> None:
-        """The handling takes its time: notice a hook that goes away, and enforce the deadline."""
+    def _handling_is_slow(self) -> None:
+        """From now on, notice a hook that goes away, and enforce the deadline."""
         self._watch(self._peer_moved)
-        self._timer = self._state.loop.call_at(self._deadline(request, RESERVE / 2).at, self._overdue)
+        self._set_timer(self._deadline(RESERVE / 2).at, self.cancel, "overdue")
 
     def _peer_moved(self) -> None:
-        try:
-            packet = self._socket.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK)
-        except BlockingIOError:
-            return
-        except OSError:
-            packet = b""
-        self._unwatch()
-        self.cancel("out of turn" if packet else "gone")
-
-    def _overdue(self) -> None:
-        self._timer = None
-        self.cancel("overdue")
+        if reason := unexpected_event(self._socket):
+            self._unwatch()
+            self.cancel(reason)
 
     def _cancelled(self) -> hook.Answer | None:
         log, counters = self._state.log, self._state.counters
-        if self._gone == "overdue":
+        if self._cancel_reason == "overdue":
             counters.errors += 1
             log.error("intake.internal-error", id=self.incident, why="the handling overran its deadline")
             return self._answer(deferral("out of time", self.incident))
-        counters.gone += self._gone == "gone"
-        log.info("intake.client-gone", id=self.incident, why=self._gone or "cancelled", stage=self.stage)
+        counters.gone += self._cancel_reason == "gone"
+        reason = self._cancel_reason or "cancelled"
+        log.info("intake.client-gone", id=self.incident, why=reason, stage=self.stage.value)
         return None
 
-    # The answer
+    def _internal_error(self) -> hook.Answer:
+        """The deferral for the exception that is being handled, which is logged."""
+        self._state.counters.errors += 1
+        self._state.log.exception("intake.internal-error", id=self.incident)
+        return deferral("internal error in the content filter", self.incident)
+
+    # Stages ANSWERING and REPORT
 
     def _answer(self, answer: hook.Answer) -> hook.Answer | None:
-        """Send ``answer``; returns what was sent, or None when nothing was."""
-        self.stage = "answering"
-        self._unwatch()
+        """Send ``answer``; returns what was sent, or None if nothing was."""
         try:
             encoded = hook.encode_answer(answer)
         except ProtocolError:
-            self._state.counters.errors += 1
-            self._state.log.exception("intake.internal-error", id=self.incident)
-            answer = deferral("internal error in the content filter", self.incident)
+            answer = self._internal_error()
             encoded = hook.encode_answer(answer)
+        self._enter(Stage.ANSWERING)
+        self._unwatch()
         try:
-            if encoded.body is None:
-                self._socket.send(encoded.packet, socket.MSG_DONTWAIT)
-            else:
-                self._send_with_body(encoded.packet, encoded.body)
+            send_answer(self._socket, encoded)
         except OSError as error:
             self._state.log.info("intake.answer-failed", id=self.incident, why=error.strerror)
             return None
         self._state.counters.answered += 1
         return answer
 
-    def _send_with_body(self, packet: bytes, body: bytes) -> None:
-        fd = os.memfd_create("answer", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            view = memoryview(body)
-            while view:
-                view = view[os.write(fd, view) :]
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS | fcntl.F_SEAL_SEAL)
-            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("=i", fd))
-            self._socket.sendmsg([packet], [rights], socket.MSG_DONTWAIT)
-        finally:
-            os.close(fd)
-
-    # The report
-
-    def _await_report(self, request: hook.Request) -> None:
-        self.stage = "report"
-        self._task = None
+    def _await_report(self, uid: int) -> None:
+        """For as long as the hook may take: it has its grace from the answer on, even when the budget is over."""
+        if not self._state.track_idle(uid):
+            self._report(None)
+            return
+        self._idle_uid = uid
+        self._enter(Stage.REPORT)
         self._watch(self._take_report)
-        self._timer = self._state.loop.call_at(self.began + min(request.budget, REPORT_WAIT), self._no_report)
+        until = max(self._hook_end, self._state.loop.time() + HOOK_GRACE) + HOOK_ABORT
+        self._set_timer(until, self._report, None)
 
     def _take_report(self) -> None:
         try:
-            packet = self._socket.recv(hook.PACKET_MAX, socket.MSG_DONTWAIT)
-            report = hook.decode_report(packet)
+            report = receive_report(self._socket)
         except BlockingIOError:
             return
         except (OSError, ProtocolError):
-            self._no_report()
+            self._report(None)
             return
-        results = [f"{r.status}{'+' if r.committed else ''}" for r in report.results]
-        self._state.log.info("mail.report", id=self.incident, results=results)
-        self._state.emit("mail.report", {"id": self.incident, "results": results})
-        self._close()
+        self._report([f"{result.status}{'+' if result.committed else ''}" for result in report.results])
 
-    def _no_report(self) -> None:
-        self._state.log.warning("mail.report", id=self.incident, results=None)
-        self._state.emit("mail.report", {"id": self.incident, "results": None})
+    def _report(self, results: list[str] | None) -> None:
+        """Log what became of a split message; None: the hook did not say."""
+        log = self._state.log.warning if results is None else self._state.log.info
+        log("mail.report", id=self.incident, results=results)
+        self._state.callbacks.emit("mail.report", {"id": self.incident, "results": results})
         self._close()
 
     # Bookkeeping
 
     def _watch(self, callback: Callable[[], object]) -> None:
-        self._state.loop.add_reader(self._fd, callback)
+        self._state.loop.add_reader(self._socket.fileno(), callback)
         self._watching = True
 
+    def _set_timer(self, at: float, callback: Callable[..., object], *arguments: object) -> None:
+        self._timer = self._state.loop.call_at(at, callback, *arguments)
+
     def _unwatch(self) -> None:
+        """Stop watching the socket, and stop the timer."""
         if self._watching:
-            self._state.loop.remove_reader(self._fd)
+            self._state.loop.remove_reader(self._socket.fileno())
             self._watching = False
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
+    def _untrack_idle(self) -> None:
+        if self._idle_uid is not None:
+            self._state.untrack_idle(self._idle_uid)
+            self._idle_uid = None
+
     def _close(self) -> None:
+        self._enter(Stage.CLOSED)
         self._unwatch()
-        self._stand_up()
+        self._untrack_idle()
         self._socket.close()
-        if self._offered is not None:
-            for fd in self._offered.fds:
-                os.close(fd)
-            self._offered = None
-        if self._ticket is not None:
-            self._state.line.quit(self._ticket)
-            self._state.hand_out()  # where it was a large one that kept others waiting
-            self._ticket = None
-        self._task = None
-        self.stage = "closed"
-        self._state.closed(self)
+        if self._pending is not None:
+            _close_all(self._pending.fds)
+            self._pending = None
+        if self._entry is not None:
+            self._state.queue.withdraw(self._entry)
+            self._state.fill_slots()  # a large message may have kept others waiting
+            self._entry = None
+        self._state.callbacks.closed(self)
 
 
-def descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
-    """Every descriptor that a recvmsg brought."""
-    fds: list[int] = []
-    for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.extend(fd for (fd,) in struct.iter_unpack("=i", data[: len(data) // 4 * 4]))
-    return fds
+def hook_end(request: hook.Request, accepted: float, now: float) -> float:
+    """When the hook's budget ends, which it counts from ``request.sent``: the time in the socket's queue is part of it.
+
+    An older hook does not say when, and another clock makes no sense here: then it counts from ``accepted``.
+    """
+    budget = min(request.budget, HOOK_BUDGET_MAX)
+    sent = request.sent
+    return (accepted if sent is None or not now - budget <= sent <= now else sent) + budget
 
 
-def _discard(opening: "asyncio.Future[tuple[Message, bytes]]") -> None:
-    if not opening.cancelled() and opening.exception() is None:
+def _discard(opening: "Future[tuple[Message, bytes]]") -> None:
+    if opening.exception() is None:
         opening.result()[0].close()
+
+
+def _close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)

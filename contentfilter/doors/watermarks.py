@@ -1,9 +1,8 @@
-"""Is there enough memory and disk to take mail? Looked at once a second, beside the event loop.
+"""Low-water marks of memory and disk, checked once a second beside the event loop: below them no mail is taken.
 
-Memory is what the kernel calls available (proc(5), MemAvailable), or less where a cgroup of ours allows less; page
-cache that can be given back counts as free. Disk is what the daemon's user may still use where the state directory
-lies. What cannot be looked up is no reason to keep mail out. A disk may hang: the look is made in a thread of
-its own that nobody waits for.
+Memory is what the kernel calls available (proc(5), MemAvailable), or less if a cgroup of this process allows less; page
+cache that can be reclaimed counts as free. Disk is what the daemon's user may still use on the file system of the state
+directory. A value that cannot be read never keeps mail out. A disk may hang, so the check runs in a daemon thread.
 """
 
 import os
@@ -13,34 +12,34 @@ from dataclasses import dataclass
 from pathlib import Path
 
 EVERY = 1.0  # seconds
-RECOVERED = 1.25  # so many times the floor has to be there before it is enough again
+RECOVERED = 1.25  # times the mark must be free before an exhausted resource counts as sufficient again
 MEMORY, DISK = RESOURCES = "memory", "disk"
 
 
 @dataclass(frozen=True, slots=True)
 class Watermarks:
-    """Bytes that must be free; 0: whatever is there is enough."""
+    """Bytes that must be free; 0: not checked."""
 
     memory: int
     disk: int
     state: str  # directory
 
 
-def exhausted_resource(floors: Watermarks, short: str = "") -> str:
-    """MEMORY, DISK, or nothing. ``short``: what was short at the last look, which now needs some more."""
-    looks: tuple[tuple[str, int, Callable[[], int | None]], ...] = (
-        (MEMORY, floors.memory, available_memory),
-        (DISK, floors.disk, lambda: _disk(floors.state)),
+def exhausted_resource(marks: Watermarks, exhausted: str = "") -> str:
+    """MEMORY, DISK, or empty. ``exhausted``: the last result; that resource must recover to above its mark."""
+    checks: tuple[tuple[str, int, Callable[[], int | None]], ...] = (
+        (MEMORY, marks.memory, available_memory),
+        (DISK, marks.disk, lambda: _available_disk(marks.state)),
     )
-    for name, floor, free in looks:
-        found = free() if floor else None
-        if found is not None and found < floor * (RECOVERED if name == short else 1.0):
+    for name, mark, available in checks:
+        free = available() if mark else None
+        if free is not None and free < mark * (RECOVERED if name == exhausted else 1.0):
             return name
     return ""
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
-    """Bytes, by the machine and by each cgroup (version 2) above this process."""
+    """Bytes: the least of the machine's and of each cgroup's (version 2) above this process; None if unknown."""
     return min((*_machine(root), *_cgroups(root)), default=None)
 
 
@@ -65,7 +64,7 @@ def _cgroups(root: Path) -> Iterator[int]:
             cache = _words(group / "memory.stat")
             yield int(limit) - current + cache["active_file"] + cache["inactive_file"]
         except (OSError, ValueError, KeyError):
-            pass  # "max": no limit; the root has no such files
+            pass  # "max": no limit; the root group has no such files
         if group == mount:
             return
 
@@ -75,7 +74,7 @@ def _words(path: Path) -> dict[str, int]:
     return {words[0]: int(words[1]) for words in lines if len(words) >= 2}
 
 
-def _disk(state: str) -> int | None:
+def _available_disk(state: str) -> int | None:
     try:
         found = os.statvfs(state)
     except OSError:
@@ -84,13 +83,13 @@ def _disk(state: str) -> int | None:
 
 
 class ResourceMonitor:
-    """Calls ``changed`` from its thread whenever the answer is another one."""
+    """Calls ``changed`` from its thread with the exhausted resource, or empty, whenever that has changed."""
 
-    def __init__(self, floors: Callable[[], Watermarks], changed: Callable[[str], object]) -> None:
-        self._floors = floors
+    def __init__(self, marks: Callable[[], Watermarks], changed: Callable[[str], object]) -> None:
+        self._marks = marks
         self._changed = changed
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="floors", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="watermarks", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
@@ -99,11 +98,11 @@ class ResourceMonitor:
         self._end.set()
 
     def _run(self) -> None:
-        short = ""
+        exhausted = ""
         while not self._end.wait(EVERY):
-            now = exhausted_resource(self._floors(), short)
-            if now != short and not self._end.is_set():
-                short = now
+            now = exhausted_resource(self._marks(), exhausted)
+            if now != exhausted and not self._end.is_set():
+                exhausted = now
                 try:
                     self._changed(now)
                 except RuntimeError:

@@ -1,14 +1,14 @@
-"""Who goes first where more messages come than there are places, and who has to come again.
+"""Admission queue: priorities and fairness per source when the concurrency limit is reached.
 
-Theory. A place that gets free goes to the best rank that waits: small before large, and within each our own
-users and bounces before the rest. Within a rank it goes to the source that holds the fewest places,
-and among equals to the one that was served longest ago. So a source with a thousand messages delays another source
-by one message, not by a thousand. But every OLDEST_EVERY-th place goes to whoever waits longest, whatever its rank
-or source: somebody with n messages before it is served after at most OLDEST_EVERY * (n + 1) places, and nobody starves.
+Theory. A free slot goes to the best rank that waits: small messages before large ones, and within each our own users
+and bounces before the rest. Within a rank it goes to the source that holds the fewest slots, and among equals to the
+one that was served longest ago. So a source with a thousand messages delays another source by one message, not by a
+thousand. Every OLDEST_EVERY-th slot, however, goes to the message that has waited longest, whatever its rank or source:
+with n messages before it, a message is served within OLDEST_EVERY * (n + 1) slots, so none starves.
 
-Large messages have a bound on their bytes besides. One that has its turn, but does not fit, keeps its turn: small ones
-pass it by, other large ones do not. Where the waiting room is full, the source with the most messages in it loses
-its last one, which comes again. Sizes are bytes.
+Large messages also share a limit on their bytes. One that has its turn but does not fit keeps its turn: small messages
+pass it, other large ones do not. When the queue is full, the source with the most messages in it loses the last of
+them, whose client retries. Sizes are bytes.
 """
 
 import ipaddress
@@ -20,7 +20,7 @@ import msgspec
 
 from contentfilter.model import Origin, OriginKind
 
-LARGE = 262_144  # bytes; above it a message comes after the small ones
+LARGE = 262_144  # bytes; a message above it ranks behind the small ones
 OLDEST_EVERY = 4
 RANKS = 4
 UNLIMITED = 1 << 62
@@ -31,25 +31,25 @@ T = TypeVar("T")
 
 
 class Priority(msgspec.Struct, frozen=True):
-    """What a message may expect: whose it is, its rank (0 goes first), and the bytes that count (0: small)."""
+    """Priority of a message: its source, its rank (0 goes first), and the bytes charged to the limit (0: small)."""
 
     source: SourceKey
     rank: int
-    volume: int
+    bytes_charged: int
 
     @property
     def large(self) -> bool:
-        return self.volume > 0
+        return self.bytes_charged > 0
 
 
 def priority_of(origin: Origin, size: int) -> Priority:
-    """The claim of a message of ``size`` bytes."""
+    """The priority of a message of ``size`` bytes."""
     large = size > LARGE
     return Priority(source_of(origin), 2 * large + (origin.kind not in _OURS), size if large else 0)
 
 
 def source_of(origin: Origin) -> SourceKey:
-    """Who counts as one: the authenticated user, the network over SMTP (/24, IPv6 /64), else the local user."""
+    """The unit of fairness: the authenticated user, the network over SMTP (/24, IPv6 /64), else the local user."""
     if origin.user:
         return "user", origin.user
     if not origin.remote_ip:
@@ -64,141 +64,142 @@ def source_of(origin: Origin) -> SourceKey:
 
 @dataclass(slots=True, eq=False)
 class QueueEntry(Generic[T]):
-    """A place in the line, and who waits there."""
+    """An entry of the queue, and the waiter that it belongs to."""
 
-    claim: Priority
+    priority: Priority
     waiter: T
 
 
 class AdmissionQueue(Generic[T]):
-    """Places, and those who wait for one. Who takes a place gives it back with :meth:`leave`."""
+    """Slots, and the queue for them. Whoever gets a slot gives it back with :meth:`release`."""
 
-    def __init__(self, places: int, room: int = UNLIMITED, volume: int = UNLIMITED) -> None:
-        """``room``: how many may wait. ``volume``: bytes of large messages in places; one always fits."""
-        self.places, self.room, self.volume = places, room, volume
-        self.closed = False  # nobody gets a place
-        self.held = 0
-        self._volume_held = 0
+    def __init__(self, slots: int, max_waiting: int = UNLIMITED, byte_limit: int = UNLIMITED) -> None:
+        """``max_waiting``: number of entries. ``byte_limit``: bytes of large messages in slots; one always fits."""
+        self.slots, self.max_waiting, self.byte_limit = slots, max_waiting, byte_limit
+        self.suspended = False  # while set, no slot is given
+        self.in_use = 0
+        self._bytes_in_use = 0
         self._served = 0
-        self._held_by: dict[SourceKey, int] = {}
+        self._in_use_by: dict[SourceKey, int] = {}
         self._waiting_by: dict[SourceKey, int] = {}
         self._by_age: OrderedDict[QueueEntry[T], None] = OrderedDict()
         self._ranks: tuple[OrderedDict[SourceKey, deque[QueueEntry[T]]], ...] = tuple(
             OrderedDict() for _ in range(RANKS)
         )
-        self._stuck: QueueEntry[T] | None = None  # a large one that has its turn, but does not fit yet
+        self._blocked: QueueEntry[T] | None = None  # a large message that has its turn, but does not fit yet
 
     def __len__(self) -> int:
-        """How many wait."""
+        """Number of entries."""
         return len(self._by_age)
 
     def ahead(self, rank: int) -> int:
-        """How many wait whom ``rank`` does not pass."""
+        """Number of entries that a newcomer of ``rank`` would not pass."""
         return sum(len(queue) for queues in self._ranks[: rank + 1] for queue in queues.values())
 
     def full(self) -> bool:
-        """One more could only be turned away."""
+        """True if a newcomer could only be shed."""
         if self._free():
             return False
-        return len(self._by_age) >= self.room and max(self._waiting_by.values(), default=0) < 2
+        return len(self._by_age) >= self.max_waiting and max(self._waiting_by.values(), default=0) < 2
 
-    def take(self, claim: Priority) -> bool:
-        """A place at once, if one is free. Then nobody waits but large ones, because :meth:`next` was called."""
-        if not self._free() or (claim.large and self._by_age) or not self._fits(claim):
+    def try_acquire(self, priority: Priority) -> bool:
+        """Take a slot if one is free. Then only large messages can wait, because :meth:`next_ready` was called."""
+        if not self._free() or (priority.large and self._by_age) or not self._fits(priority):
             return False
-        self._book(claim)
+        self._acquire(priority)
         return True
 
-    def join(self, ticket: QueueEntry[T]) -> QueueEntry[T] | None:
-        """Wait. Returns who has to go for it, perhaps the newcomer itself."""
-        source = ticket.claim.source
-        self._by_age[ticket] = None
-        self._ranks[ticket.claim.rank].setdefault(source, deque()).append(ticket)
+    def enqueue(self, entry: QueueEntry[T]) -> QueueEntry[T] | None:
+        """Add an entry. Returns the entry that is shed for it, perhaps the new one; None if there is room."""
+        source = entry.priority.source
+        self._by_age[entry] = None
+        self._ranks[entry.priority.rank].setdefault(source, deque()).append(entry)
         self._waiting_by[source] = self._waiting_by.get(source, 0) + 1
-        if len(self._by_age) <= self.room:
+        if len(self._by_age) <= self.max_waiting:
             return None
         most = max(self._waiting_by.values())
         greedy = source if most == 1 else max(self._waiting_by, key=self._waiting_by.__getitem__)
-        leaving = next(queues[greedy][-1] for queues in reversed(self._ranks) if greedy in queues)
-        self.quit(leaving)
-        return leaving
+        shed = next(queues[greedy][-1] for queues in reversed(self._ranks) if greedy in queues)
+        self.withdraw(shed)
+        return shed
 
-    def quit(self, ticket: QueueEntry[T]) -> None:
-        """Wait no longer. For a ticket that does not wait this does nothing."""
-        if ticket not in self._by_age:
+    def withdraw(self, entry: QueueEntry[T]) -> None:
+        """Remove an entry; does nothing if it is not in the queue."""
+        if entry not in self._by_age:
             return
-        claim = ticket.claim
-        del self._by_age[ticket]
-        queues = self._ranks[claim.rank]
-        queues[claim.source].remove(ticket)
-        if not queues[claim.source]:
-            del queues[claim.source]
-        self._waiting_by[claim.source] -= 1
-        if not self._waiting_by[claim.source]:
-            del self._waiting_by[claim.source]
-        if self._stuck is ticket:
-            self._stuck = None
+        priority = entry.priority
+        del self._by_age[entry]
+        queues = self._ranks[priority.rank]
+        queues[priority.source].remove(entry)
+        if not queues[priority.source]:
+            del queues[priority.source]
+        self._waiting_by[priority.source] -= 1
+        if not self._waiting_by[priority.source]:
+            del self._waiting_by[priority.source]
+        if self._blocked is entry:
+            self._blocked = None
 
-    def next(self) -> QueueEntry[T] | None:
-        """Who gets a free place now. Call it until it is None, after each change."""
+    def next_ready(self) -> QueueEntry[T] | None:
+        """Remove and return the entry that gets a free slot. Call it after each change until it returns None."""
         if not self._by_age or not self._free():
             return None
-        ticket = self._choose()
-        if ticket is None:
+        entry = self._choose()
+        if entry is None:
             return None
-        claim = ticket.claim
-        self.quit(ticket)
-        if claim.source in (queues := self._ranks[claim.rank]):
-            queues.move_to_end(claim.source)
-        self._book(claim)
+        priority = entry.priority
+        self.withdraw(entry)
+        if priority.source in (queues := self._ranks[priority.rank]):
+            queues.move_to_end(priority.source)
+        self._acquire(priority)
         self._served += 1
-        return ticket
+        return entry
 
-    def leave(self, claim: Priority) -> None:
-        """Give a place back."""
-        self.held -= 1
-        self._volume_held -= claim.volume
-        self._held_by[claim.source] -= 1
-        if not self._held_by[claim.source]:
-            del self._held_by[claim.source]
+    def release(self, priority: Priority) -> None:
+        """Give back a slot."""
+        self.in_use -= 1
+        self._bytes_in_use -= priority.bytes_charged
+        self._in_use_by[priority.source] -= 1
+        if not self._in_use_by[priority.source]:
+            del self._in_use_by[priority.source]
 
     def _free(self) -> bool:
-        return self.held < self.places and not self.closed
+        return self.in_use < self.slots and not self.suspended
 
-    def _fits(self, claim: Priority) -> bool:
-        return not claim.large or not self._volume_held or self._volume_held + claim.volume <= self.volume
+    def _fits(self, priority: Priority) -> bool:
+        total = self._bytes_in_use + priority.bytes_charged
+        return not priority.large or not self._bytes_in_use or total <= self.byte_limit
 
-    def _book(self, claim: Priority) -> None:
-        self.held += 1
-        self._volume_held += claim.volume
-        self._held_by[claim.source] = self._held_by.get(claim.source, 0) + 1
+    def _acquire(self, priority: Priority) -> None:
+        self.in_use += 1
+        self._bytes_in_use += priority.bytes_charged
+        self._in_use_by[priority.source] = self._in_use_by.get(priority.source, 0) + 1
 
     def _choose(self) -> QueueEntry[T] | None:
-        if self._stuck is not None and self._fits(self._stuck.claim):
-            return self._stuck
-        if self._served % OLDEST_EVERY == OLDEST_EVERY - 1 and self._may_go(oldest := next(iter(self._by_age))):
+        if self._blocked is not None and self._fits(self._blocked.priority):
+            return self._blocked
+        if self._served % OLDEST_EVERY == OLDEST_EVERY - 1 and self._may_start(oldest := next(iter(self._by_age))):
             return oldest
         for queues in self._ranks:
             if queues:
                 first = queues[self._fewest(queues)][0]
-                if self._may_go(first):
+                if self._may_start(first):
                     return first
         return None
 
-    def _may_go(self, ticket: QueueEntry[T]) -> bool:
-        if not ticket.claim.large:
+    def _may_start(self, entry: QueueEntry[T]) -> bool:
+        if not entry.priority.large:
             return True
-        if self._stuck is None and not self._fits(ticket.claim):
-            self._stuck = ticket
-        return self._stuck is None
+        if self._blocked is None and not self._fits(entry.priority):
+            self._blocked = entry
+        return self._blocked is None
 
     def _fewest(self, queues: OrderedDict[SourceKey, deque[QueueEntry[T]]]) -> SourceKey:
-        """Of those in their order of turns, the first that holds the fewest places."""
+        """The source that holds the fewest slots, the first of them in their order of turns."""
         best, fewest = next(iter(queues)), UNLIMITED
         for source in queues:
-            held = self._held_by.get(source, 0)
-            if held < fewest:
-                best, fewest = source, held
-            if not held:
+            in_use = self._in_use_by.get(source, 0)
+            if in_use < fewest:
+                best, fewest = source, in_use
+            if not in_use:
                 break
         return best

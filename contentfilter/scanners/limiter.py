@@ -40,24 +40,24 @@ class ScannerLimiter:
 
     async def run(self, claim: Priority, scan: Callable[[], Awaitable[T]], deadline: Deadline) -> T:
         """What ``scan`` returns, once it is its turn. Raises BackendError."""
-        if not self._line.take(claim):
+        if not self._line.try_acquire(claim):
             await self._wait(claim, deadline)
         began = self._clock()
         try:
             return await scan()
         finally:
             self._mean = mean_with(self._mean, self._clock() - began)
-            self._line.leave(claim)
+            self._line.release(claim)
             self._hand_out()
 
     async def _wait(self, claim: Priority, deadline: Deadline) -> None:
         line = self._line
         allowed = patience(self._scanner, large=claim.large, max_wait=self._max_wait)
-        wait = expected_wait(line.ahead(claim.rank), line.places, self._mean or 0.0)
+        wait = expected_wait(line.ahead(claim.rank), line.slots, self._mean or 0.0)
         if wait > min(allowed, deadline.left()):
             raise self._busy(claim, f"a place would be free in {wait:.0f} s only")
         ticket = QueueEntry(claim, asyncio.get_running_loop().create_future())
-        line.join(ticket)
+        line.enqueue(ticket)
         try:
             async with deadline.within(allowed).timeout():
                 await ticket.waiter
@@ -71,15 +71,15 @@ class ScannerLimiter:
     def _give_up(self, ticket: QueueEntry[asyncio.Future[None]]) -> None:
         """A place that was given in this very moment goes back."""
         if ticket.waiter.done() and not ticket.waiter.cancelled():
-            self._line.leave(ticket.claim)
+            self._line.release(ticket.priority)
         else:
-            self._line.quit(ticket)
+            self._line.withdraw(ticket)
         self._hand_out()
 
     def _hand_out(self) -> None:
-        while (ticket := self._line.next()) is not None:
+        while (ticket := self._line.next_ready()) is not None:
             if ticket.waiter.done():  # cancelled, and about to give up
-                self._line.leave(ticket.claim)
+                self._line.release(ticket.priority)
             else:
                 ticket.waiter.set_result(None)
 

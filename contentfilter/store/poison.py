@@ -8,6 +8,7 @@ what that does. The copies are limited, the oldest go first, and nobody else can
 import asyncio
 import os
 import time
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,14 +53,19 @@ async def isolate(
     fingerprint: str,
     settings: Settings,
     switches: Switches,
+    disk: Executor | None = None,
 ) -> Isolated:
-    """Decide, and keep a copy. Mail does not wait for the copy's sake: a full disk is only told."""
+    """Decide, and keep a copy. Mail does not wait for the copy's sake: a full disk is only told.
+
+    ``disk``: threads for calls that a hung disk may block; None: the event loop's.
+    """
     began = time.monotonic()
     case = poison_case(incident, envelope, message.size, origin, settings, switches)
     reply, record = answer(case), make_record(case, attempt, time.monotonic() - began)
     account = make_detail(case, reply.text)
     try:
-        kept = await asyncio.to_thread(keep_poison, settings.service.state, fingerprint, message, fields(record))
+        facts = (settings.service.state, fingerprint, message, fields(record))
+        kept = await asyncio.get_running_loop().run_in_executor(disk, keep_poison, *facts)
     except OSError as error:
         return Isolated(reply, record, account, "", str(error))
     return Isolated(reply, record, account, kept)

@@ -18,11 +18,12 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import aiofiles
 import msgspec
@@ -35,6 +36,7 @@ from contentfilter.settings import Settings
 from contentfilter.store.retention import NEW, RetentionLimits, outdated, scan, survey, unreferenced
 from contentfilter.store.sidecar import Release, Search, Sidecar, described, parse, valid_incident
 
+T = TypeVar("T")
 DAY = 86_400.0
 RECOUNT = 60.0
 """Seconds for which the bytes in use are remembered rather than counted."""
@@ -62,8 +64,13 @@ class Quarantine:
         retention: float = 30.0,
         protect: float = 0.0,
         clock: Callable[[], float] = time.time,
+        disk: Executor | None = None,
     ) -> None:
-        """``quota`` in bytes (0: none), ``retention`` and ``protect`` in days."""
+        """``quota`` in bytes (0: none), ``retention`` and ``protect`` in days.
+
+        ``disk``: threads for calls that a hung disk may block; None: the event loop's.
+        """
+        self._disk = disk
         self.directory = directory
         self._entries = directory / "entries"
         self._messages = directory / "messages"
@@ -74,10 +81,10 @@ class Quarantine:
         self._used, self._counted, self._full = 0, float("-inf"), float("-inf")
 
     @classmethod
-    def of(cls, settings: Settings) -> "Quarantine":
+    def of(cls, settings: Settings, disk: Executor | None = None) -> "Quarantine":
         """The one below the state directory."""
         rules = settings.quarantine
-        return cls(Path(settings.service.state) / "quarantine", rules.quota, rules.retention, rules.protect)
+        return cls(Path(settings.service.state) / "quarantine", rules.quota, rules.retention, rules.protect, disk=disk)
 
     # Keeping
 
@@ -93,8 +100,8 @@ class Quarantine:
             kept = self._clock()
             sidecar = {"incident": incident, "size": message.size, "time": kept}
             sidecar |= await asyncio.to_thread(described, message.data) | facts
-            await asyncio.to_thread(self._make_room, message.size + len(msgspec.json.encode(sidecar)))
-            name = await asyncio.to_thread(self._keep_message, incident, message)
+            await self._on_disk(self._make_room, message.size + len(msgspec.json.encode(sidecar)))
+            name = await self._on_disk(self._keep_message, incident, message)
             try:
                 await self._put_sidecar(incident, sidecar | {"sha256": name}, kept)
             except BaseException:
@@ -141,16 +148,19 @@ class Quarantine:
         """Write or replace a sidecar in one step; the entry is there for good when this returns."""
         temporary = self._entries / (NEW + secrets.token_hex(8))
         try:
-            async with aiofiles.open(temporary, "xb", opener=_private) as file:
+            async with aiofiles.open(temporary, "xb", opener=_private, executor=self._disk) as file:
                 await file.write(msgspec.json.encode(sidecar) + b"\n")
                 await file.flush()
                 os.utime(file.fileno(), (kept, kept))
-                await asyncio.to_thread(os.fsync, file.fileno())
+                await self._on_disk(os.fsync, file.fileno())
             os.rename(temporary, self._entries / f"{incident}.json")
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        await asyncio.to_thread(sync_directory, self._entries)
+        await self._on_disk(sync_directory, self._entries)
+
+    async def _on_disk(self, call: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._disk, call, *arguments)
 
     def _below(self, *names: str) -> Path:
         """The folder of that name; each level is ours alone, whatever the umask, and no symbolic link."""

@@ -20,6 +20,7 @@ REQUEST_MAX = 32 + 32768  # a request; read with at least this much room, plus o
 ENVIRON_MAX = 32768
 TEXT_MAX = 250
 SUBMISSIONS_MAX = 128  # each is a process of the hook and its pipes
+SENT = b"CONTENTFILTER_SENT"  # in the environment block, where daemons that do not know it ignore it
 NEVER_STARTED = -1000  # a report's status for a submission that was not started
 
 _REQUEST = struct.Struct("<4sHHIQQI")
@@ -46,6 +47,7 @@ class Request(msgspec.Struct, frozen=True):
     message_size: int
     envelope_size: int
     environ: dict[bytes, bytes]  # of the hook's caller; who may be believed is for the peer's uid to say
+    sent: float | None = None  # on the monotonic clock, seconds; None: an older hook, or no number
 
 
 class Submission(msgspec.Struct, frozen=True):
@@ -107,12 +109,16 @@ def decode_request(packet: bytes) -> Request:
             environ[name] = value
     elif len(packet) != _REQUEST.size:
         raise RemoteProtocolError("request with something behind it")
-    return Request(attempt, budget / 1000, message, envelope, environ)
+    clock = environ.pop(SENT, b"")
+    sent = int(clock) / 1000 if len(clock) < 16 and clock.isdigit() else None
+    return Request(attempt, budget / 1000, message, envelope, environ, sent)
 
 
 def encode_request(request: Request) -> bytes:
     """The hook's packet; for tests and tools, the hook builds its own."""
     block = b"".join(b"%b=%b\0" % item for item in request.environ.items())
+    if request.sent is not None:
+        block = b"%b=%d\0" % (SENT, round(request.sent * 1000)) + block
     if len(block) > ENVIRON_MAX:
         raise LocalProtocolError("environment over 32 KiB")
     milliseconds = round(request.budget * 1000)

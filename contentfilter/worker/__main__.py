@@ -1,4 +1,4 @@
-"""``python -m contentfilter.worker``: started by the supervisor only."""
+"""``python -m contentfilter.worker``: started only by the supervisor."""
 
 from contentfilter.worker.application import build
 from contentfilter.worker.main import main

@@ -32,7 +32,7 @@ from contentfilter.verdict.record import (
 from contentfilter.wire import envelope as envelope_format
 from contentfilter.wire import hook
 from contentfilter.worker.build import PipelineBundle
-from contentfilter.worker.main import WorkerContext
+from contentfilter.worker.lease import WorkerContext
 
 NOTED_ENVELOPE = 65_536  # bytes; a larger one is not read for a message that is turned away
 
@@ -46,7 +46,7 @@ class Application:
         self._context = surroundings
         self._secret, self._uid = self._load_secret(), os.geteuid()
         around = surroundings
-        self._bundle = PipelineBundle(runtime, self._secret, around.bypasses, around.recall, around.shed)
+        self._bundle = PipelineBundle(runtime, self._secret, around.bypasses, around.recall, around.shed, around.disk)
         surroundings.recall.change(self.settings.reuse)
         self._watching = asyncio.create_task(self._watch())
 
@@ -77,7 +77,7 @@ class Application:
         except EnvelopeError:
             return deferral("the envelope is malformed", job.incident)
         facts = (job.incident, envelope, job.message, job.origin, job.request.attempt, fingerprint)
-        done = await isolate(*facts, self.settings, self._bundle.pipeline.switches)
+        done = await isolate(*facts, self.settings, self._bundle.pipeline.switches, self._context.disk)
         log, record = self._context.log, done.record
         if done.trouble:
             log.error("poison.not-kept", id=record.id, why=done.trouble)

@@ -1,4 +1,4 @@
-"""Builds the pipeline of a configuration, with everything that it holds open."""
+"""Composition root: builds the pipeline of a configuration, with everything that it holds open."""
 
 import asyncio
 import dataclasses
@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Executor
 from contextlib import suppress
 
 from contentfilter.config.controls import read_controls
@@ -19,9 +20,7 @@ from contentfilter.scanners.cache import ScanCache
 from contentfilter.scanners.clamd import ClamdScanner
 from contentfilter.scanners.limiter import ScannerLimiter
 from contentfilter.scanners.pool import BackendHealth
-from contentfilter.scanners.signatures.engine import (
-    Engine,
-)
+from contentfilter.scanners.signatures.engine import Engine
 from contentfilter.scanners.spamd import SpamdScanner
 from contentfilter.store.bypass import read_bypasses
 from contentfilter.store.quarantine import Quarantine
@@ -40,8 +39,9 @@ class PipelineBundle:
         bypasses: Callable[[], tuple[Bypass, ...]] = tuple,
         recall: ScanCache | None = None,
         shed: Counter[str] | None = None,
+        disk: Executor | None = None,
     ) -> None:
-        """``secret``, ``bypasses``, ``recall``: see Pipeline; ``shed``: see Turns.
+        """``secret``, ``bypasses``, ``recall``: see Pipeline; ``shed``: see ScannerLimiter; ``disk``: see Quarantine.
 
         Raises ConfigError for a snapshot that cannot be used.
         """
@@ -51,7 +51,7 @@ class PipelineBundle:
             Snapshot.open(runtime.snapshot, settings.tables.extension.encode()) if runtime.snapshot else None
         )
         lists = (runtime.signatures, runtime.loadertypes)
-        # spamdchildren is for the machine; each worker keeps to its share
+        # spamdchildren counts for the whole machine; each worker keeps to its share
         children = max(1, runtime.spamdchildren // worker_count(settings))
         clamd, spamd = settings.clamd, settings.spamd
         scanners = Scanners(
@@ -67,7 +67,7 @@ class PipelineBundle:
             runtime.switches,
             lookup,
             scanners,
-            Quarantine.of(settings),
+            Quarantine.of(settings, disk),
             secret,
             runtime.allowed,
             owners,
@@ -77,30 +77,30 @@ class PipelineBundle:
 
     @classmethod
     async def open(cls, config_path: str) -> "PipelineBundle":
-        """Straight from the sources, for a single look: with a temporary snapshot.
+        """Directly from the sources, with a temporary snapshot, for commands that examine one message.
 
-        Tables that cannot be read are those that the daemon goes on with, if there are any.
+        If the tables cannot be read, the snapshot that the daemon uses is taken, if there is one. Raises ConfigError.
         """
         settings = load_settings(config_path)
         bypasses: tuple[Bypass, ...] = ()
-        with suppress(ConfigError):  # a damaged file bypasses nothing; the daemon tells about it
+        with suppress(ConfigError):  # a damaged file bypasses nothing; the daemon reports it
             bypasses = read_bypasses(settings.service.state)
         controls, _ = await read_controls(settings.service.control)
         try:
             found = await read_source(settings)
         except ConfigError:
-            kept = os.path.join(settings.service.state, SNAPSHOT)
-            if not os.path.exists(kept):  # noqa: ASYNC240 - one look, and nobody else is on this loop
+            snapshot = os.path.join(settings.service.state, SNAPSHOT)
+            if not os.path.exists(snapshot):  # noqa: ASYNC240 - a single call, and the loop has no other task
                 raise
-            return cls(make_runtime(settings, controls, kept)[0], bypasses=lambda: bypasses)
-        assert found is not None, "nothing was known"  # noqa: S101
+            return cls(make_runtime(settings, controls, snapshot)[0], bypasses=lambda: bypasses)
+        assert found is not None, "there was no earlier state that could be unchanged"  # noqa: S101
         with tempfile.TemporaryDirectory(prefix="contentfilter-") as directory:
             runtime, _ = make_runtime(settings, controls, os.path.join(directory, SNAPSHOT))
             compile_snapshot(found[0], runtime.snapshot)
             return cls(runtime, bypasses=lambda: bypasses)
 
     def backends(self) -> tuple[BackendHealth, ...]:
-        """How clamd and spamd stand, and whether there is mail that needs them."""
+        """State of clamd's and spamd's backends, and whether any mail needs them."""
         switches, header = self.pipeline.switches, self.snapshot.header if self.snapshot else None
         clamd = switches.clamglobal or header is None or header.clamav_rows > 0
         spamd = switches.spamglobal or header is None or header.spamd_rows > 0
@@ -112,7 +112,7 @@ class PipelineBundle:
         )
 
     async def watch(self) -> None:
-        """Until it is cancelled: keep what is known about the backends fresh."""
+        """Keep the state of the backends fresh, until cancelled."""
         scanners = self.pipeline.scanners
         await asyncio.gather(scanners.clamd.watch(), scanners.spamd.watch())
 

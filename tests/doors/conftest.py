@@ -1,4 +1,4 @@
-"""A listener in the test's own event loop, around a handler that the test writes."""
+"""A listener in the test's event loop, around a handler that the test provides."""
 
 import asyncio
 import json
@@ -27,7 +27,7 @@ QUEUE = hook.Answer(Action.QUEUE, submissions=(hook.Submission(),))
 
 
 class Bench:
-    """The listener, its path, its log, and a way to run the blocking client besides."""
+    """The listener, its path, its log and its handler."""
 
     def __init__(self, listener: Listener, path: str, log: Path, handler: "Function") -> None:
         self.listener = listener
@@ -46,15 +46,15 @@ class Bench:
 class Function:
     def __init__(self, handle: Handle) -> None:
         self.handle = handle
-        self.away: list[tuple[PendingMessage, str, float]] = []
+        self.rejected: list[tuple[PendingMessage, str, float]] = []
 
-    def rejected_busy(self, offered: PendingMessage, why: str, answer: hook.Answer, seconds: float) -> None:
-        self.away.append((offered, why, seconds))
+    def rejected_busy(self, pending: PendingMessage, why: str, answer: hook.Answer, seconds: float) -> None:
+        self.rejected.append((pending, why, seconds))
 
 
 @pytest.fixture
 def listening(tmp_path: Path) -> Callable[..., Any]:
-    """``async with listening(handle, budget=…) as bench``. No descriptor may be left at the end."""
+    """``async with listening(handle, budget=…) as bench``. No descriptor may leak."""
 
     @asynccontextmanager
     async def run(
@@ -66,10 +66,10 @@ def listening(tmp_path: Path) -> Callable[..., Any]:
         log_fd = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC)
         rules, _ = resolve(OriginSettings(smtp_users=(str(os.getuid()),), bounce_users=()))
         handler = Function(handle)
-        terms = IntakeLimits(handler, rules, Spool(str(tmp_path)), budget, max_in_flight, **more)
+        limits = IntakeLimits(handler, rules, Spool(str(tmp_path)), budget, max_in_flight, **more)
         own = open_socket(path, 0o600, 64)
         listener = Listener(
-            socket.socket(fileno=os.dup(own.socket.fileno())), terms, make_logger("json", "debug", log_fd)
+            socket.socket(fileno=os.dup(own.socket.fileno())), limits, make_logger("json", "debug", log_fd)
         )
         listener.start()
         try:

@@ -1,10 +1,11 @@
-"""More messages than places: who waits, who is told busy, and that no local user keeps mail out."""
+"""More messages than slots: the queue, the deferral as busy, and that no local user keeps mail out."""
 
 import asyncio
 import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,14 @@ LARGE_MESSAGE = b"Subject: large\n\n" + b"x" * LARGE
 
 
 class Handling:
-    """Handles nothing until it is told to; remembers the order."""
+    """Handles nothing until ``go`` is set; records the order."""
 
     def __init__(self) -> None:
         self.go = asyncio.Event()
         self.order: list[bytes] = []
 
-    async def __call__(self, job: AcceptedMessage) -> hook.Answer:
-        self.order.append(job.origin.user or job.origin.remote_ip)
+    async def __call__(self, accepted: AcceptedMessage) -> hook.Answer:
+        self.order.append(accepted.origin.user or accepted.origin.remote_ip)
         await self.go.wait()
         return QUEUE
 
@@ -56,7 +57,7 @@ async def answers(offers: list[Offer]) -> list[hook.Answer | None]:
     return found
 
 
-async def test_the_line_decides_who_is_handled_next(listening: Listening) -> None:
+async def test_the_queue_decides_which_message_is_handled_next(listening: Listening) -> None:
     handling = Handling()
     async with listening(handling, max_in_flight=1) as bench:
         offers = [Offer(bench.path).send(environ=stranger("192.0.2.1"))]
@@ -70,14 +71,14 @@ async def test_the_line_decides_who_is_handled_next(listening: Listening) -> Non
         ):
             offers.append(Offer(bench.path).send(message, environ=environ))
             await until(lambda: bench.listener.waiting == len(offers) - 1)
-        assert {c.stage for c in bench.listener.connections} == {"handling", "waiting"}
+        assert {c.stage.value for c in bench.listener.connections} == {"handling", "waiting"}
         handling.go.set()
         assert await answers(offers) == [QUEUE] * 6
     # Our own user, the two networks in turn, the oldest one for its age although it is large, the rest.
     assert handling.order[1:] == [b"joe", b"192.0.2.2", b"198.51.100.1", b"192.0.2.1", b"192.0.2.3"]
 
 
-async def test_who_waits_for_nothing_is_told_busy_and_noted(listening: Listening) -> None:
+async def test_a_message_without_a_slot_in_time_is_deferred_as_busy_and_recorded(listening: Listening) -> None:
     handling = Handling()
     async with listening(handling, max_in_flight=1, admission_wait=0.1) as bench:
         first = Offer(bench.path).send()
@@ -86,9 +87,9 @@ async def test_who_waits_for_nothing_is_told_busy_and_noted(listening: Listening
         assert late.action is Action.DEFER
         assert late.text.startswith("content filter busy, please try again [")
         assert late.text.endswith("] (#4.3.2)")
-        ((offered, why, seconds),) = bench.handler.away
-        assert offered.incident in late.text
-        assert (why, offered.origin.remote_ip) == ("content filter busy", b"192.0.2.9")
+        ((pending, why, seconds),) = bench.handler.rejected
+        assert pending.incident in late.text
+        assert (why, pending.origin.remote_ip) == ("content filter busy", b"192.0.2.9")
         assert 0.1 <= seconds < 5
         assert bench.listener.counters.busy == 1
         handling.go.set()
@@ -96,15 +97,15 @@ async def test_who_waits_for_nothing_is_told_busy_and_noted(listening: Listening
         assert await asyncio.to_thread(offer, bench.path) == QUEUE
 
 
-async def test_a_note_that_fails_defers_all_the_same(listening: Listening) -> None:
+async def test_a_record_that_fails_defers_all_the_same(listening: Listening) -> None:
     async with listening(Handling(), max_in_flight=1, admission_wait=0.05) as bench:
         bench.handler.rejected_busy = None  # not even callable
-        bench.listener.shut("memory")
+        bench.listener.set_exhausted("memory")
         assert (await asyncio.to_thread(offer, bench.path)).action is Action.DEFER
         assert bench.log("intake.internal-error")
 
 
-async def test_a_hook_that_goes_away_leaves_the_line(listening: Listening) -> None:
+async def test_a_hook_that_goes_away_leaves_the_queue(listening: Listening) -> None:
     handling = Handling()
     async with listening(handling, max_in_flight=1) as bench:
         first = Offer(bench.path).send()
@@ -117,7 +118,7 @@ async def test_a_hook_that_goes_away_leaves_the_line(listening: Listening) -> No
         assert await answers([first]) == [QUEUE]
 
 
-async def test_where_there_is_no_room_the_greedy_one_comes_again(listening: Listening) -> None:
+async def test_when_the_queue_is_full_the_greediest_source_is_shed(listening: Listening) -> None:
     handling = Handling()
     async with listening(handling, max_in_flight=1, max_waiting=3) as bench:
         offers = [Offer(bench.path).send(environ=stranger("192.0.2.1"))]
@@ -134,25 +135,25 @@ async def test_where_there_is_no_room_the_greedy_one_comes_again(listening: List
 
 
 async def test_too_little_memory_makes_mail_wait_and_then_defers_it_with_the_reason(listening: Listening) -> None:
-    async def accept(job: AcceptedMessage) -> hook.Answer:
+    async def accept(accepted: AcceptedMessage) -> hook.Answer:
         return QUEUE
 
     async with listening(accept, admission_wait=0.1) as bench:
-        bench.listener.shut("memory")
+        bench.listener.set_exhausted("memory")
         said = await asyncio.to_thread(offer, bench.path)
         assert "short of memory" in said.text
         assert said.text.endswith("(#4.3.1)")
     async with listening(accept) as bench:
-        bench.listener.shut("disk")
+        bench.listener.set_exhausted("disk")
         waiting = Offer(bench.path).send()
         await until(lambda: bench.listener.waiting == 1)
-        bench.listener.shut("")
+        bench.listener.set_exhausted("")
         assert await answers([waiting]) == [QUEUE]
 
 
-async def test_large_messages_at_once_are_bounded_by_their_bytes(listening: Listening) -> None:
+async def test_large_messages_in_flight_are_bounded_by_their_bytes(listening: Listening) -> None:
     handling = Handling()
-    async with listening(handling, max_in_flight=10, max_volume=len(LARGE_MESSAGE)) as bench:
+    async with listening(handling, max_in_flight=10, max_bytes=len(LARGE_MESSAGE)) as bench:
         offers = [Offer(bench.path).send(LARGE_MESSAGE) for _ in range(3)]
         await until(lambda: len(handling.order) == 1 and bench.listener.waiting == 2)
         offers.append(Offer(bench.path).send())
@@ -162,7 +163,7 @@ async def test_large_messages_at_once_are_bounded_by_their_bytes(listening: List
 
 
 async def test_a_sparse_giant_is_deferred_before_a_byte_of_it_is_read(listening: Listening, tmp_path: Path) -> None:
-    async def accept(job: AcceptedMessage) -> hook.Answer:
+    async def accept(accepted: AcceptedMessage) -> hook.Answer:
         return QUEUE
 
     size = 100 << 30
@@ -182,7 +183,7 @@ async def test_a_sparse_giant_is_deferred_before_a_byte_of_it_is_read(listening:
 
 
 async def test_a_message_that_is_cut_while_it_waits_is_deferred(listening: Listening) -> None:
-    """Unopened, nothing was believed yet; what is opened later is compared with what was announced."""
+    """It is not opened before it has a slot, and then compared with what was announced."""
     handling = Handling()
     async with listening(handling, max_in_flight=1) as bench:
         first = Offer(bench.path).send()
@@ -255,7 +256,7 @@ def open_to_all(path: str) -> None:
 async def test_idle_connections_of_a_local_user_do_not_keep_mail_out(
     listening: Listening, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def accept(job: AcceptedMessage) -> hook.Answer:
+    async def accept(accepted: AcceptedMessage) -> hook.Answer:
         return QUEUE
 
     monkeypatch.setattr(queue, "REQUEST_WAIT", 60.0)
@@ -268,36 +269,36 @@ async def test_idle_connections_of_a_local_user_do_not_keep_mail_out(
             said = await asyncio.gather(*(asyncio.to_thread(offer, bench.path) for _ in range(4)))
             assert said == [QUEUE] * 4
             assert int(await asyncio.to_thread(flood.stdout.readline)) == 300 - admission.MAX_IDLE, (
-                "closed at once, the rest"
+                "the rest were closed immediately"
             )
             assert len(bench.listener.connections) == admission.MAX_IDLE
             assert bench.log("intake.garbage")[0]["uid"] == 65534
             flood.communicate()
         await bench.idle()
-        assert bench.listener._state._seats == {}, "every seat is given back"
+        assert bench.listener._state._idle == {}, "no connection is counted any more"
 
 
 @as_root
-async def test_half_requests_give_their_seats_back(listening: Listening) -> None:
-    async def accept(job: AcceptedMessage) -> hook.Answer:
+async def test_connections_with_half_a_request_are_not_counted_after_their_end(listening: Listening) -> None:
+    async def accept(accepted: AcceptedMessage) -> hook.Answer:
         return QUEUE
 
     async with listening(accept) as bench:
         uid = 65534
         for _ in range(3 * admission.MAX_IDLE):
-            assert bench.listener._state.sit(uid)
-            bench.listener._state.rise(uid)
+            assert bench.listener._state.track_idle(uid)
+            bench.listener._state.untrack_idle(uid)
         for each in range(admission.MAX_IDLE_TOTAL):
-            assert bench.listener._state.sit(100_000 + each)
-        assert not bench.listener._state.sit(uid), "all local users together have a bound, too"
-        assert bench.listener._state.sit(0), "but the system's users are not in it"
+            assert bench.listener._state.track_idle(100_000 + each)
+        assert not bench.listener._state.track_idle(uid), "all local users together are limited, too"
+        assert bench.listener._state.track_idle(0), "but the system's users are not"
         half = hook.encode_request(hook.Request(0, 60.0, len(MESSAGE), len(ENVELOPE), {}))[:-9]
         with Offer(bench.path) as once:
             assert await asyncio.to_thread(once.send_raw(half, []).answer) is None
         assert await asyncio.to_thread(offer, bench.path) == QUEUE
 
 
-async def test_a_local_flood_of_whole_requests_gets_no_more_than_its_turns(listening: Listening) -> None:
+async def test_a_local_flood_of_whole_requests_gets_no_more_than_its_share(listening: Listening) -> None:
     handling = Handling()
     async with listening(handling, max_in_flight=1, max_waiting=8) as bench:
         flood = [Offer(bench.path).send(environ=stranger("192.0.2.1"))]
@@ -313,11 +314,11 @@ async def test_a_local_flood_of_whole_requests_gets_no_more_than_its_turns(liste
 
 
 async def test_credentials_are_the_kernels_whatever_a_peer_sends(listening: Listening) -> None:
-    """SCM_CREDENTIALS in the packet are not asked for, and an environment of a local user proves nothing."""
-    jobs: list[AcceptedMessage] = []
+    """SCM_CREDENTIALS in the packet are ignored, and the environment of a local user proves nothing."""
+    seen: list[AcceptedMessage] = []
 
-    async def look(job: AcceptedMessage) -> hook.Answer:
-        jobs.append(job)
+    async def look(accepted: AcceptedMessage) -> hook.Answer:
+        seen.append(accepted)
         return QUEUE
 
     async with listening(look) as bench:
@@ -331,4 +332,35 @@ async def test_credentials_are_the_kernels_whatever_a_peer_sends(listening: List
                 os.close(fd)
             said = await asyncio.to_thread(once.answer)
         assert said == QUEUE
-        assert (jobs[0].origin.uid, jobs[0].origin.pid) == (os.getuid(), os.getpid())
+        assert (seen[0].origin.uid, seen[0].origin.pid) == (os.getuid(), os.getpid())
+
+
+async def test_messages_of_local_users_that_hang_while_being_opened_leave_nothing_and_hold_up_no_others(
+    listening: Listening, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really, hang, local = queue.open_pair, threading.Event(), True
+    threads = admission.OPENING_THREADS
+
+    def open_pair(*arguments: Any, trusted: bool, **named: Any) -> Any:
+        if not trusted:
+            hang.wait(30)
+        return really(*arguments, trusted=trusted, **named)
+
+    monkeypatch.setattr(queue, "open_pair", open_pair)
+    monkeypatch.setattr(queue.IntakeState, "is_trusted", lambda state, uid: not local)
+
+    async def accept(accepted: AcceptedMessage) -> hook.Answer:
+        return QUEUE
+
+    async with listening(accept) as bench:
+        offers = [Offer(bench.path).send(budget=0.3) for _ in range(threads + 4)]
+        said = await asyncio.gather(*(asyncio.to_thread(each.answer) for each in offers))
+        assert {answer.action for answer in said if answer} == {Action.DEFER}
+        for each in offers:
+            each.close()
+        local = False
+        assert await asyncio.to_thread(offer, bench.path, b"x" * (queue.INLINE + 1)) == QUEUE
+        hang.set()
+        async with asyncio.timeout(10):  # the fixture counts descriptors
+            while bench.listener._state._untrusted_files._idle._value < threads:
+                await asyncio.sleep(0.001)

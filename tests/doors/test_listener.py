@@ -1,4 +1,4 @@
-"""The listening socket and the accept loop: never stolen, never spinning, never more than it may."""
+"""The listening socket and the accept loop: the socket is never stolen, and the loop neither spins nor overfills."""
 
 import asyncio
 import errno
@@ -106,7 +106,7 @@ async def test_no_more_than_may_be_in_flight_are_accepted_and_the_others_wait(li
     go = asyncio.Event()
     most = 0
 
-    async def wait(job: AcceptedMessage) -> hook.Answer:
+    async def wait(accepted: AcceptedMessage) -> hook.Answer:
         nonlocal most
         most = max(most, len(bench.listener.connections))
         await go.wait()
@@ -127,8 +127,38 @@ async def test_no_more_than_may_be_in_flight_are_accepted_and_the_others_wait(li
 
 
 @pytest.mark.asyncio
+async def test_a_worker_that_is_woken_while_full_hands_the_connection_on(listening: Listening) -> None:
+    """It was woken alone. The hook that is shed comes again, and finds a worker that listens."""
+    go = asyncio.Event()
+
+    async def wait(accepted: AcceptedMessage) -> hook.Answer:
+        await go.wait()
+        return QUEUE
+
+    async with listening(wait, max_in_flight=1, max_waiting=0) as bench:
+        with Offer(bench.path) as first:
+            async with asyncio.timeout(10):
+                while bench.listener.counters.accepted < 1:
+                    await asyncio.sleep(0)
+                first.send()  # on a connection that is open already: the worker becomes full, and still listens
+                while {c.stage.value for c in bench.listener.connections} != {"handling"}:
+                    await asyncio.sleep(0)
+                assert bench.listener._accepting
+                with Offer(bench.path) as late:
+                    late.send()
+                    assert await asyncio.to_thread(late.answer) is None
+            assert bench.listener.counters.crowded == 1
+            assert not bench.listener._accepting, "further connections wake other workers"
+            with Offer(bench.path) as other:
+                other.send()
+                go.set()
+                assert await asyncio.to_thread(first.answer) == QUEUE
+                assert await asyncio.to_thread(other.answer) == QUEUE
+
+
+@pytest.mark.asyncio
 async def test_without_free_descriptors_accepting_pauses_and_recovers(listening: Listening) -> None:
-    async def accept(job: AcceptedMessage) -> hook.Answer:
+    async def accept(accepted: AcceptedMessage) -> hook.Answer:
         return QUEUE
 
     async with listening(accept) as bench:
@@ -159,7 +189,7 @@ async def test_without_free_descriptors_accepting_pauses_and_recovers(listening:
 
 
 class Refusing:
-    """A listening socket whose accept fails some times, as when the whole machine has no descriptors left."""
+    """A listening socket whose accept fails a number of times, as when the machine has no descriptors left."""
 
     def __init__(self, true: Any, error: int, times: int) -> None:
         self._true, self._error, self.times = true, error, times
@@ -179,7 +209,7 @@ class Refusing:
 async def test_where_the_machine_has_no_descriptors_accepting_pauses_and_recovers(
     listening: Listening, error: int
 ) -> None:
-    async def accept(job: AcceptedMessage) -> hook.Answer:
+    async def accept(accepted: AcceptedMessage) -> hook.Answer:
         return QUEUE
 
     async with listening(accept) as bench:
@@ -195,7 +225,7 @@ async def test_where_the_machine_has_no_descriptors_accepting_pauses_and_recover
 async def test_a_stopped_listener_finishes_what_it_has_and_takes_no_more(listening: Listening) -> None:
     go = asyncio.Event()
 
-    async def wait(job: AcceptedMessage) -> hook.Answer:
+    async def wait(accepted: AcceptedMessage) -> hook.Answer:
         await go.wait()
         return QUEUE
 
@@ -218,7 +248,7 @@ async def test_a_stopped_listener_finishes_what_it_has_and_takes_no_more(listeni
 
 @pytest.mark.asyncio
 async def test_aborted_connections_close_without_an_answer(listening: Listening) -> None:
-    async def wait(job: AcceptedMessage) -> hook.Answer:
+    async def wait(accepted: AcceptedMessage) -> hook.Answer:
         await asyncio.Event().wait()
         return QUEUE
 

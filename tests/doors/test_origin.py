@@ -1,4 +1,4 @@
-"""Who is believed: every mark, from every kind of peer."""
+"""Trust in the environment: every mark, from every kind of peer."""
 
 import pytest
 
@@ -36,7 +36,7 @@ STRANGER, RELAY, AUTH = OriginKind.STRANGER, OriginKind.RELAY, OriginKind.AUTHEN
         ({b"authuser": b"u"}, STRANGER),
     ],
 )
-def test_marks_count_from_the_smtp_users_and_from_nobody_else(environ: dict[bytes, bytes], kind: OriginKind) -> None:
+def test_marks_count_only_from_the_smtp_users(environ: dict[bytes, bytes], kind: OriginKind) -> None:
     assert classify(SMTP, 7, environ, RULES).kind is kind
     assert classify(OTHER_SMTP, 7, environ, RULES).kind is kind
     assert classify(SEND, 7, environ, RULES).kind is OriginKind.BOUNCE
@@ -81,7 +81,7 @@ def test_unknown_names_are_reported_and_numbers_are_taken() -> None:
     assert unknown == ("nobody-here-1", "nobody-here-2")
 
 
-def test_a_daemon_with_no_known_user_believes_nobody() -> None:
+def test_without_known_users_no_environment_is_trusted() -> None:
     rules, _ = resolve(OriginSettings(smtp_users=(), bounce_users=()))
     assert classify(0, 7, {b"AUTHUSER": b"u"}, rules).kind is OriginKind.LOCAL
     assert not rules.system(1000, own=500)

@@ -1,4 +1,4 @@
-"""One hook's connection: every request that may come, and what becomes of it."""
+"""The hook's door: every request that may come, and its answer."""
 
 import asyncio
 import errno
@@ -13,6 +13,8 @@ from lab.offer import ENVELOPE, MESSAGE, Offer, offer, sealed, unnamed
 
 from contentfilter.doors import queue
 from contentfilter.doors.admission import AcceptedMessage, new_incident
+from contentfilter.doors.queue import TRANSITIONS, Connection, Stage
+from contentfilter.errors import LocalProtocolError
 from contentfilter.log import RateLimiter
 from contentfilter.model import Action, OriginKind
 from contentfilter.wire import hook
@@ -23,7 +25,7 @@ QUEUE = hook.Answer(Action.QUEUE, submissions=(hook.Submission(),))
 Listening = Callable[..., Any]
 
 
-async def accept(job: AcceptedMessage) -> hook.Answer:
+async def accept(accepted: AcceptedMessage) -> hook.Answer:
     return QUEUE
 
 
@@ -42,22 +44,22 @@ def send_raw(path: str, packet: bytes, fds: list[int]) -> hook.Answer | None:
 
 
 async def test_the_handler_gets_what_the_hook_sent(listening: Listening) -> None:
-    jobs: list[tuple[AcceptedMessage, bytes]] = []
+    seen: list[tuple[AcceptedMessage, bytes]] = []
 
-    async def look(job: AcceptedMessage) -> hook.Answer:
-        jobs.append((job, bytes(job.message.data)))
+    async def look(accepted: AcceptedMessage) -> hook.Answer:
+        seen.append((accepted, bytes(accepted.message.data)))
         return QUEUE
 
     async with listening(look) as bench:
         environ = {b"TCPREMOTEIP": b"192.0.2.7", b"RELAYCLIENT": b""}
         answer = await asyncio.to_thread(offer, bench.path, MESSAGE, ENVELOPE, environ=environ, attempt=3)
     assert answer == QUEUE
-    job, content = jobs[0]
-    assert (content, job.envelope) == (MESSAGE, ENVELOPE)
-    assert (job.origin.kind, job.origin.remote_ip) == (OriginKind.RELAY, b"192.0.2.7")
-    assert (job.origin.uid, job.origin.pid) == (os.getuid(), os.getpid())
-    assert job.request.attempt == 3
-    assert job.message.fd == -1, "the message is closed when the answer is out"
+    accepted, content = seen[0]
+    assert (content, accepted.envelope) == (MESSAGE, ENVELOPE)
+    assert (accepted.origin.kind, accepted.origin.remote_ip) == (OriginKind.RELAY, b"192.0.2.7")
+    assert (accepted.origin.uid, accepted.origin.pid) == (os.getuid(), os.getpid())
+    assert accepted.request.attempt == 3
+    assert accepted.message.fd == -1, "the message is closed when the answer is out"
 
 
 @pytest.mark.parametrize(("ours", "theirs", "expected"), [(30.0, 60.0, 29.0), (30.0, 5.0, 4.5), (2.0, 60.0, 1.8)])
@@ -66,8 +68,8 @@ async def test_the_deadline_is_the_smaller_budget_less_a_margin(
 ) -> None:
     left: list[float] = []
 
-    async def look(job: AcceptedMessage) -> hook.Answer:
-        left.append(job.deadline.left())
+    async def look(accepted: AcceptedMessage) -> hook.Answer:
+        left.append(accepted.deadline.left())
         return QUEUE
 
     async with listening(look, budget=ours) as bench:
@@ -104,7 +106,7 @@ async def test_more_descriptors_than_two_are_refused(listening: Listening) -> No
 
 
 @pytest.mark.parametrize("count", [0, 1])
-async def test_missing_descriptors_defer_at_once(count: int, listening: Listening) -> None:
+async def test_missing_descriptors_defer_immediately(count: int, listening: Listening) -> None:
     async with listening(accept) as bench:
         answer = await asyncio.to_thread(send_raw, bench.path, request(), [sealed(MESSAGE) for _ in range(count)])
         assert answer.action is Action.DEFER
@@ -164,7 +166,7 @@ async def test_a_wrong_descriptor_defers_with_the_incident(
 
 
 async def test_a_defect_in_the_handler_defers_and_leaves_a_traceback(listening: Listening) -> None:
-    async def fail(job: AcceptedMessage) -> hook.Answer:
+    async def fail(accepted: AcceptedMessage) -> hook.Answer:
         raise ZeroDivisionError("a defect")
 
     async with listening(fail) as bench:
@@ -176,7 +178,7 @@ async def test_a_defect_in_the_handler_defers_and_leaves_a_traceback(listening: 
 
 
 async def test_an_answer_that_cannot_be_encoded_defers(listening: Listening) -> None:
-    async def nonsense(job: AcceptedMessage) -> hook.Answer:
+    async def nonsense(accepted: AcceptedMessage) -> hook.Answer:
         return hook.Answer(Action.REJECT, text="two\nlines")
 
     async with listening(nonsense) as bench:
@@ -184,7 +186,7 @@ async def test_an_answer_that_cannot_be_encoded_defers(listening: Listening) -> 
 
 
 async def test_a_handler_that_overruns_its_deadline_is_cut_off_with_a_deferral(listening: Listening) -> None:
-    async def dream(job: AcceptedMessage) -> hook.Answer:
+    async def dream(accepted: AcceptedMessage) -> hook.Answer:
         await asyncio.Event().wait()
         return QUEUE
 
@@ -197,7 +199,7 @@ async def test_a_handler_that_overruns_its_deadline_is_cut_off_with_a_deferral(l
 async def test_a_long_answer_travels_in_a_sealed_descriptor(listening: Listening) -> None:
     long = hook.Answer(Action.QUEUE, submissions=(hook.Submission(prepend=b"X: y\n" * 40_000),))
 
-    async def answer_long(job: AcceptedMessage) -> hook.Answer:
+    async def answer_long(accepted: AcceptedMessage) -> hook.Answer:
         return long
 
     async with listening(answer_long) as bench:
@@ -208,8 +210,8 @@ async def test_a_large_message_is_taken_over_off_the_loop(listening: Listening) 
     large = b"x" * (queue.INLINE + 1)
     sizes = []
 
-    async def look(job: AcceptedMessage) -> hook.Answer:
-        sizes.append((job.message.size, job.message.data[-1:]))
+    async def look(accepted: AcceptedMessage) -> hook.Answer:
+        sizes.append((accepted.message.size, accepted.message.data[-1:]))
         return QUEUE
 
     async with listening(look) as bench:
@@ -220,7 +222,7 @@ async def test_a_large_message_is_taken_over_off_the_loop(listening: Listening) 
 async def test_a_hook_that_goes_away_cancels_the_handling(listening: Listening) -> None:
     began, cancelled = asyncio.Event(), asyncio.Event()
 
-    async def wait(job: AcceptedMessage) -> hook.Answer:
+    async def wait(accepted: AcceptedMessage) -> hook.Answer:
         began.set()
         try:
             await asyncio.Event().wait()
@@ -244,7 +246,7 @@ async def test_a_hook_that_goes_away_cancels_the_handling(listening: Listening) 
 async def test_a_hook_that_speaks_out_of_turn_is_cut_off(listening: Listening) -> None:
     began = asyncio.Event()
 
-    async def wait(job: AcceptedMessage) -> hook.Answer:
+    async def wait(accepted: AcceptedMessage) -> hook.Answer:
         began.set()
         await asyncio.Event().wait()
         return QUEUE
@@ -287,39 +289,10 @@ async def test_a_probe_that_connects_and_leaves_is_no_garbage(listening: Listeni
         assert bench.listener.counters.garbage == 0
 
 
-SPLIT = hook.Answer(Action.QUEUE, submissions=(hook.Submission(), hook.Submission(envelope=b"F\0Ta@b\0\0")))
-
-
-async def split(job: AcceptedMessage) -> hook.Answer:
-    return SPLIT
-
-
-async def test_a_split_message_is_reported(listening: Listening) -> None:
-    async with listening(split) as bench:
-        with Offer(bench.path) as once:
-            assert await asyncio.to_thread(once.send().answer) == SPLIT
-            assert len(bench.listener.connections) == 1
-            once.report(hook.Result(0, True), hook.Result(53, False))
-            await bench.idle()
-            assert await asyncio.to_thread(once.answer) is None  # closed by the daemon
-        assert bench.log("mail.report")[0]["results"] == ["0+", "53"]
-
-
-@pytest.mark.parametrize("last_words", [b"", b"CFR1 nonsense"])
-async def test_a_split_message_whose_hook_dies_is_noted(last_words: bytes, listening: Listening) -> None:
-    async with listening(split) as bench:
-        with Offer(bench.path) as once:
-            await asyncio.to_thread(once.send().answer)
-            if last_words:
-                once.socket.send(last_words)
-        await bench.idle()
-        assert bench.log("mail.report")[0]["results"] is None
-
-
-async def test_two_connections_are_handled_at_once(listening: Listening) -> None:
+async def test_two_connections_are_handled_simultaneously(listening: Listening) -> None:
     both = asyncio.Barrier(2)
 
-    async def meet(job: AcceptedMessage) -> hook.Answer:
+    async def meet(accepted: AcceptedMessage) -> hook.Answer:
         await both.wait()
         return QUEUE
 
@@ -369,7 +342,7 @@ async def test_an_answer_that_finds_no_descriptor_closes_the_connection_and_the_
     """The hook offers its message again."""
     long = hook.Answer(Action.QUEUE, submissions=(hook.Submission(prepend=b"X-Long: " + b"x" * 200_000 + b"\n"),))
 
-    async def handle(job: AcceptedMessage) -> hook.Answer:
+    async def handle(accepted: AcceptedMessage) -> hook.Answer:
         return long
 
     true = os.memfd_create
@@ -390,9 +363,9 @@ async def test_an_answer_that_finds_no_descriptor_closes_the_connection_and_the_
 
 
 async def test_a_client_that_goes_in_the_moment_of_its_answer_leaves_nothing(listening: Listening) -> None:
-    """Nobody has queued it: only the hook does that, and it is gone."""
+    """It is not queued: only the hook does that, and it is gone."""
 
-    async def handle(job: AcceptedMessage) -> hook.Answer:
+    async def handle(accepted: AcceptedMessage) -> hook.Answer:
         client.close()
         return hook.Answer(Action.QUEUE, submissions=(hook.Submission(), hook.Submission()))
 
@@ -402,3 +375,23 @@ async def test_a_client_that_goes_in_the_moment_of_its_answer_leaves_nothing(lis
         await bench.idle()
         assert bench.listener.counters.answered == 0
         assert bench.log("intake.answer-failed")[0]["why"] == os.strerror(errno.EPIPE)
+
+
+async def test_every_stage_can_be_reached_and_only_by_the_table() -> None:
+    assert set(TRANSITIONS) == set(Stage)
+    reached = [Stage.REQUEST]
+    for stage in reached:
+        reached += [after for after in TRANSITIONS[stage] if after not in reached]
+    assert set(reached) == set(Stage)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        for stage, allowed in TRANSITIONS.items():
+            for after in Stage:
+                connection = Connection(None, ours)
+                connection.stage = stage
+                if after in allowed:
+                    connection._enter(after)
+                    assert connection.stage is after
+                else:
+                    with pytest.raises(LocalProtocolError, match=f"from {stage.value} to {after.value}"):
+                        connection._enter(after)

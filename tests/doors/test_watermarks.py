@@ -66,20 +66,20 @@ def test_what_was_short_needs_some_more_before_it_is_enough(tmp_path: Path, monk
 def test_the_lookout_tells_each_change_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watermarks, "EVERY", 0.001)
     disk = [1 << 60]
-    told: list[str] = []
+    reported: list[str] = []
     news = threading.Condition()
 
     def changed(short: str) -> None:
         with news:
-            told.append(short)
+            reported.append(short)
             news.notify_all()
 
     lookout = ResourceMonitor(lambda: Watermarks(0, disk[0], str(tmp_path)), changed)
     lookout.start()
     with news:
-        assert news.wait_for(lambda: told == ["disk"], 10)
+        assert news.wait_for(lambda: reported == ["disk"], 10)
         disk[0] = 1
-        assert news.wait_for(lambda: told == ["disk", ""], 10)
+        assert news.wait_for(lambda: reported == ["disk", ""], 10)
     lookout.stop()
     lookout._thread.join(10)
     assert not lookout._thread.is_alive()

@@ -1,6 +1,6 @@
-"""The daemon with a defect: its signature scanner dies, or never ends, of messages that say so.
+"""The daemon with a defect: its signature scanner crashes on messages that ask for it, or never returns.
 
-As a program: ``poisoned.py SETTINGS.toml``. Everything else is the daemon as it is.
+As a program: ``poisoned.py SETTINGS.toml``. Everything else is the real daemon.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from contentfilter.worker.main import main
 
 
 def scan(engine: Engine, data: mmap.mmap | bytes) -> Detection | None:
-    """As the message says: die of a wild pointer, search for ever, holding the GIL, or take all memory."""
+    """As the message says: follow a wild pointer, search without end holding the GIL, or take all memory."""
     if b"\nPOISON segfault" in data:
         ctypes.string_at(0)
     elif b"\nPOISON loop" in data:

@@ -1,4 +1,4 @@
-"""A message that kills workers is isolated after the second, and nobody else's mail suffers for it."""
+"""A message that kills workers is isolated after the second death, and no other mail suffers for it."""
 
 import signal
 import stat
@@ -16,7 +16,7 @@ from lab.system import System
 
 from contentfilter.bus import messages, sockets
 
-TOLD = 82
+REFUSED = 82
 CLEAN = says(b"fd[10]: OK\0")
 ONE = b"virus-only@mixed.example"
 NOBODY = b"a@elsewhere.example"
@@ -54,7 +54,7 @@ def test_the_third_offer_is_deferred_and_the_workers_live_on(poisoned, how: str)
     system = poisoned()
     message = poison(how)
     d = system.deliver(message, NOBODY)
-    assert (d.status, len(d.queued)) == (TOLD, 0)
+    assert (d.status, len(d.queued)) == (REFUSED, 0)
     assert "poison" in d.text
     died = system.daemon.wait_for("worker.died", 2)
     assert {line["status"] for line in died} == {-signal.SIGSEGV if how == "segfault" else -signal.SIGKILL}
@@ -69,24 +69,24 @@ def test_the_third_offer_is_deferred_and_the_workers_live_on(poisoned, how: str)
     assert status(system).poison == (isolated["fingerprint"],)
 
     again = system.deliver(poison(how, b"from a by b; a day later, and longer"), NOBODY)  # the client's next try
-    assert again.status == TOLD
+    assert again.status == REFUSED
     system.daemon.wait_for("poison.isolated", 2)
     assert system.deliver(PLAIN, NOBODY).status == 0
     assert len(system.daemon.log("worker.died")) == 2
 
 
-def test_a_thread_that_kills_is_found_out_too(poisoned) -> None:
+def test_a_thread_that_kills_is_found_too(poisoned) -> None:
     system = poisoned(settings={"signatures": {"thread_above": 10}})
-    assert system.deliver(poison("segfault"), NOBODY).status == TOLD
+    assert system.deliver(poison("segfault"), NOBODY).status == REFUSED
     assert [line["deaths"] for line in system.daemon.wait_for("worker.suspect", 2)] == [1, 2]
 
 
-def test_those_who_only_waited_are_no_suspects_and_get_through(poisoned, tmp_path: Path) -> None:
+def test_messages_that_only_waited_are_not_suspected_and_pass(poisoned, tmp_path: Path) -> None:
     with Peer(tmp_path, in_turn(says_and_stays(b""), CLEAN), read_clamd) as peer:
         system = poisoned(clamd=peer, settings={"service": {"workers": 1}})
         process, standin = system.start_hook(PLAIN, (ONE,))
         waiting_in(system.daemon, peer)
-        assert system.deliver(poison("segfault"), NOBODY).status == TOLD
+        assert system.deliver(poison("segfault"), NOBODY).status == REFUSED
         d = system.delivered(process.wait(90), standin)
         assert (d.status, len(d.queued)) == (0, 1)
         (isolated,) = system.daemon.wait_for("poison.isolated")
@@ -94,7 +94,7 @@ def test_those_who_only_waited_are_no_suspects_and_get_through(poisoned, tmp_pat
         assert {line["fingerprint"] for line in suspects} == {isolated["fingerprint"]}
 
 
-def test_a_worker_that_is_killed_while_all_wait_leaves_no_suspect(poisoned, tmp_path: Path) -> None:
+def test_a_worker_that_is_killed_while_all_messages_wait_leaves_no_suspect(poisoned, tmp_path: Path) -> None:
     with Peer(tmp_path, in_turn(says_and_stays(b""), says_and_stays(b""), CLEAN), read_clamd) as peer:
         system = poisoned(clamd=peer, settings={"service": {"workers": 1}})
         process, standin = system.start_hook(PLAIN, (ONE,))
@@ -131,8 +131,8 @@ def test_a_bounce_that_kills_passes_unchecked_for_a_deferral_would_never_end(poi
 
 def test_new_workers_try_it_again(poisoned) -> None:
     system = poisoned()
-    assert system.deliver(poison("segfault"), NOBODY).status == TOLD
+    assert system.deliver(poison("segfault"), NOBODY).status == REFUSED
     assert isinstance(sockets.ask(str(system.directory), messages.AskReload(restart=True), 30.0), messages.Done)
     assert status(system).poison == ()
-    assert system.deliver(poison("segfault"), NOBODY).status == TOLD
+    assert system.deliver(poison("segfault"), NOBODY).status == REFUSED
     assert [line["deaths"] for line in system.daemon.wait_for("worker.suspect", 4)] == [1, 2, 1, 2]

@@ -3,12 +3,15 @@
 import hashlib
 import os
 import random
+import struct
+import time
 from pathlib import Path
 
 import pytest
-from lab.hook import HookLab, Offer, accepted, split
+from lab.hook import CLOSE, HookLab, Offer, accepted, split
 
 from contentfilter.wire import envelope
+from contentfilter.wire import hook as wire
 from contentfilter.wire.hook import Answer, Submission
 
 TRACE = b"X-ContentFilter: 1; virus=clean\n"
@@ -183,6 +186,34 @@ def test_the_request_carries_sizes_budget_and_the_listed_environment(lab: HookLa
         b"OURS": b"yes",
         b"PROTO": b"x" * 1024,
     }
+
+
+@pytest.mark.parametrize("canary", [False, True])
+def test_the_time_of_sending_goes_where_an_older_daemon_looks_over_it(
+    lab: HookLab, monkeypatch: pytest.MonkeyPatch, canary: bool
+) -> None:
+    """Version 1 as it was: a head, and variables of which unknown ones are ignored; a canary's mark is alone."""
+    packets: list[bytes] = []
+    decode = wire.decode_request
+    monkeypatch.setattr(wire, "decode_request", lambda packet: (packets.append(packet), decode(packet))[1])
+    daemon = lab.daemon(CLOSE, accepted())
+    before = time.monotonic()
+    mark = {"CONTENTFILTER_CANARY": "mark"} if canary else {"PROTO": "TCP"}
+    assert lab.run(env=mark, environ="CONTENTFILTER_CANARY", budget=9).status == 0
+    after = time.monotonic()
+    for packet, offer in zip(packets, daemon.offers, strict=True):
+        magic, version, _, budget, _, _, length = struct.unpack_from("<4sHHIQQI", packet)
+        assert (magic, version, length) == (b"CFQ1", 1, len(packet) - 32)
+        names = [variable.partition(b"=")[0] for variable in packet[32:-1].split(b"\0")]
+        sent = offer.request.sent
+        if canary:
+            assert (names, sent) == ([b"CONTENTFILTER_CANARY"], None)
+        else:
+            assert names == [b"CONTENTFILTER_SENT", b"PROTO"]
+            assert offer.request.environ == {b"PROTO": b"TCP"}
+            assert sent is not None
+            assert before - 0.001 <= sent <= after
+            assert before + 9 - 0.001 <= sent + budget / 1000 <= after + 9, "the hook's end, whichever offer it is"
 
 
 def test_an_environment_that_is_too_large_is_cut_not_sent(lab: HookLab) -> None:

@@ -1,6 +1,6 @@
-"""A daemon without scanners: the real supervisor and workers around an application that does as the message says.
+"""A daemon without scanners: the real supervisor and workers around an application that obeys the message.
 
-As a program: ``trivial.py SETTINGS.toml``. The first line of the message is a command: see COMMANDS below.
+As a program: ``trivial.py SETTINGS.toml``. The first line of the message is a command: WAIT, STUCK or WHO.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from contentfilter.settings import Settings
 from contentfilter.supervisor.source import Loaded
 from contentfilter.supervisor.supervisor import Supervisor
 from contentfilter.wire import hook
-from contentfilter.worker.main import WorkerContext
+from contentfilter.worker.lease import WorkerContext
 from contentfilter.worker.main import main as worker_main
 
 QUEUE = hook.Answer(Action.QUEUE, submissions=(hook.Submission(),))
@@ -31,14 +31,14 @@ QUEUE = hook.Answer(Action.QUEUE, submissions=(hook.Submission(),))
 class Trivial:
     """Answers with the worker's pid and generation in the text where it defers."""
 
-    def __init__(self, settings: Settings, surroundings: WorkerContext) -> None:
+    def __init__(self, settings: Settings, context: WorkerContext) -> None:
         self.settings = settings
-        self._context = surroundings
+        self._context = context
 
-    async def handle(self, job: AcceptedMessage) -> hook.Answer:
-        self._context.emit(Event("mail.done", {"id": job.incident, "attempt": job.request.attempt}))
-        words = bytes(job.message.data[:4096]).split(b"\n", 1)[0].decode("latin-1").split(" ")
-        if words[0] == "WAIT":  # tell the test that we are here, and go on when it says so
+    async def handle(self, accepted: AcceptedMessage) -> hook.Answer:
+        self._context.emit(Event("mail.done", {"id": accepted.incident, "attempt": accepted.request.attempt}))
+        words = bytes(accepted.message.data[:4096]).split(b"\n", 1)[0].decode("latin-1").split(" ")
+        if words[0] == "WAIT":  # report to the test, and continue when it answers
             reader, writer = await asyncio.open_unix_connection(words[1])
             writer.write(str(os.getpid()).encode())
             try:
@@ -52,26 +52,26 @@ class Trivial:
             return hook.Answer(Action.DEFER, text=f"{os.getpid()} {self.settings.service.budget}")
         return QUEUE
 
-    async def isolate(self, job: AcceptedMessage, fingerprint: str) -> hook.Answer:
+    async def isolate(self, accepted: AcceptedMessage, fingerprint: str) -> hook.Answer:
         return hook.Answer(Action.DEFER, text=f"isolated {fingerprint}")
 
     def backends(self) -> tuple[BackendHealth, ...]:
         return ()
 
-    def rejected_busy(self, offered: PendingMessage, why: str, answer: hook.Answer, seconds: float) -> None:
+    def rejected_busy(self, pending: PendingMessage, why: str, answer: hook.Answer, seconds: float) -> None:
         pass
 
     async def close(self) -> None:
         self._context.log.debug("worker.reload", closed=True)
 
 
-async def build(blob: bytes, surroundings: WorkerContext) -> Trivial:
+async def build(blob: bytes, context: WorkerContext) -> Trivial:
     settings = msgspec.msgpack.decode(blob, type=Settings)
     if settings.tables.extension == "!":
         raise RuntimeError("this worker cannot build that")
-    if settings.tables.extension == "?" and surroundings.log is not None:
+    if settings.tables.extension == "?" and context.log is not None:
         os._exit(3)
-    return Trivial(settings, surroundings)
+    return Trivial(settings, context)
 
 
 class TomlSource:

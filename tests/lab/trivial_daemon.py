@@ -16,7 +16,7 @@ def trivial_daemon(settings: Any = None, **more: Any) -> Daemon:
 
 
 class Gate:
-    """Where a message WAITs until the test opens."""
+    """Holds messages that WAIT until the test opens it."""
 
     def __init__(self, directory: Path) -> None:
         self._path = str(directory / "gate")

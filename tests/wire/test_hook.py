@@ -20,6 +20,11 @@ REQUESTS = [
         Request(65535, 0.0, 0, 0, {b"N": b"=\xff\n"}),
         "43465131 0100 ffff 00000000 0000000000000000 0000000000000000 06000000" + b"N==\xff\n\0".hex(),
     ),
+    (
+        Request(0, 1.0, 0, 0, {b"A": b"b"}, 12345.678),
+        "43465131 0100 0000 e8030000 0000000000000000 0000000000000000 20000000"
+        + b"CONTENTFILTER_SENT=12345678\0A=b\0".hex(),
+    ),
 ]
 ANSWERS = [
     (Answer(Action.DROP), "43464131 0100 04 00 0000 0000 00 000000 0000000000000000"),
@@ -97,6 +102,12 @@ def test_a_broken_environment_is_refused(block: bytes) -> None:
     head = wire.encode_request(Request(0, 1.0, 0, 0, {}))[:-4]
     with pytest.raises(RemoteProtocolError):
         wire.decode_request(head + struct.pack("<I", len(block)) + block)
+
+
+@pytest.mark.parametrize("value", [b"", b"-1", b"1.5", b"now", b"9" * 16, b"\xb2", b"1" * 5000])
+def test_a_time_that_is_no_number_counts_as_none(value: bytes) -> None:
+    request = wire.decode_request(wire.encode_request(Request(0, 1.0, 0, 0, {wire.SENT: value, b"A": b"b"})))
+    assert (request.sent, request.environ) == (None, {b"A": b"b"})
 
 
 def test_an_environment_over_the_limit_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""What a worker says about its load: one line when something is left out, one when it is over."""
+"""Load report of a worker: one line when scans are skipped, one when that is over."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ class Said:
         return [(line["event"], line["why"]) for line in found]
 
 
-def test_shedding_is_told_when_it_begins_and_when_it_has_been_over_for_a_while(tmp_path: Path) -> None:
+def test_shedding_is_logged_when_it_begins_and_when_it_has_been_over_for_a_while(tmp_path: Path) -> None:
     said = Said(tmp_path / "log")
     load = said.load
     load.look(0.0, busy=0)

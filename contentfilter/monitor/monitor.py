@@ -25,7 +25,8 @@ from contentfilter.model import Scanner
 from contentfilter.monitor.backends import backend_statuses
 from contentfilter.monitor.canary import measured
 from contentfilter.monitor.history import History
-from contentfilter.monitor.http import Page, Response, Server
+from contentfilter.monitor.http import Application, Page, Response
+from contentfilter.monitor.http_server import HttpServer
 from contentfilter.monitor.measure import Measurement, backlog, measure
 from contentfilter.monitor.metrics import Metrics, Registry
 from contentfilter.monitor.page import PATHS, make_pages
@@ -123,7 +124,7 @@ class Monitor:
         pages: dict[str, Page] = {"/metrics": self._page_metrics, "/live": self._page_live, "/ready": self._page_ready}
         if self._settings().http.page == "on":
             pages |= make_pages(self._look, self.history)
-        server = Server(pages, self._log, private=PATHS, names=(host,))
+        server = HttpServer(Application(pages, self._log, private=PATHS, names=(host,)))
         told = False
         try:
             while True:

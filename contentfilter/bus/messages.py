@@ -319,7 +319,7 @@ def decode(data: bytes, decoder: msgspec.msgpack.Decoder[T]) -> T:
         raise RemoteProtocolError("frame of another version")
     try:
         return decoder.decode(memoryview(data)[1:])
-    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:  # the last: nested too deeply
         raise RemoteProtocolError(str(e)) from e
 
 

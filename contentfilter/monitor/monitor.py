@@ -16,7 +16,6 @@ from typing import Any, Literal
 import msgspec
 
 from contentfilter.bus.messages import EventBatch, Heartbeat, Status
-from contentfilter.bus.remote_feed import RemoteFeed
 from contentfilter.deadline import Deadline
 from contentfilter.doors.watermarks import RESOURCES
 from contentfilter.endpoint import parse_listen
@@ -48,7 +47,7 @@ class Monitor:
         """``listener`` may be closed while this runs."""
         self._log = log
         self._settings = settings
-        self._status = status
+        self._supervisor_status = status
         self._listener = listener
         self._metrics = Metrics(Registry())
         self.history = History()
@@ -56,7 +55,6 @@ class Monitor:
         self._started = time.time()
         self._measured: tuple[Measurement, ...] = ()
         self._prober = Prober(settings)
-        self.remote = RemoteFeed(log, settings)
         self._end = threading.Event()
         self._defects = RateLimiter(60.0)
         self._adopt()
@@ -90,19 +88,18 @@ class Monitor:
         settings = self._settings()
         self._metrics.backends({Scanner.CLAMD: settings.clamd.backends, Scanner.SPAMD: settings.spamd.backends})
         self._prober.changed()
-        self.remote.changed()
 
     # In the background
 
     async def run(self) -> None:
         """Until it is cancelled. Without HTTP the disk is not looked at, and scanners are probed only with a reason."""
-        where, remote = parse_listen(self._settings().http.listen), self._alone(self.remote.run())
+        where = parse_listen(self._settings().http.listen)
         if where is None:
-            await asyncio.gather(remote, self._alone(self._prober.run(rhythm=False)))
+            await self._alone(self._prober.run(rhythm=False))
             return
         threading.Thread(target=self._measure, name="measure", daemon=True).start()
         try:
-            await asyncio.gather(remote, self._alone(self._serve(*where)), self._alone(self._prober.run(rhythm=True)))
+            await asyncio.gather(self._alone(self._serve(*where)), self._alone(self._prober.run(rhythm=True)))
         finally:
             self._end.set()
             self._renderer.shutdown(wait=False, cancel_futures=True)
@@ -148,9 +145,10 @@ class Monitor:
         """Somebody wants to know how things are: ask the scanners, unless that was just done."""
         await self._prober.fresh(deadline)
 
-    def complete(self, status: Status) -> Status:
-        """``status`` with backends, queue and the last minutes."""
+    def status(self) -> Status:
+        """The status with backends, queue and the last minutes."""
         queue, now = backlog(self._listener.fileno()), time.monotonic()
+        status = self._supervisor_status()
         return msgspec.structs.replace(
             status,
             backends=backend_statuses(status.workers, self._prober.results, self._settings()),
@@ -163,7 +161,7 @@ class Monitor:
     # What is served
 
     async def _page_metrics(self, accept: str) -> Response:
-        status = self._status()
+        status = self.status()
         unwanted = {(backend.backend,) for backend in status.backends if not backend.wanted}
         probed = (s for s in self._prober.samples if s[0] != UP[Scanner.SPAMD] or s[1] not in unwanted)
         samples = (*self._now(status), *self._measured, *probed)
@@ -178,11 +176,11 @@ class Monitor:
         return _told(accept, "live", ())
 
     async def _page_ready(self, accept: str) -> Response:
-        return _told(accept, "ready", self._unready(self._status()))
+        return _told(accept, "ready", self._unready(self.status()))
 
     def _look(self) -> tuple[Status, tuple[str, ...]]:
         """For the page in the browser."""
-        status = self._status()
+        status = self.status()
         return status, self._unready(status)
 
     def _unready(self, status: Status) -> tuple[str, ...]:

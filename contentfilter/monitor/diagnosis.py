@@ -220,13 +220,15 @@ def _deferrals(status: Status) -> Iterator[Issue]:
     rest = {rule: count for rule, count in recent.deferred.items() if rule.partition(":")[0] not in known}
     count = sum(rest.values())
     if count and count > RISING * recent.messages:
-        what = f"MAIL IS DEFERRED: {count} of {recent.messages} messages in the last two minutes, most by {next(iter(rest))}"
+        share = f"{count} of {recent.messages} messages in the last two minutes"
+        what = f"MAIL IS DEFERRED: {share}, most by {next(iter(rest))}"
         yield Issue(what, "contentfilter why --decision defer --since 15m", "Deferrals rise", "stops")
 
 
 def _slow(status: Status, oldest: Oldest | None) -> Iterator[Issue]:
     if oldest is not None and oldest.seconds > SLOW:
-        what = f"message {oldest.incident} has been in worker {oldest.worker} for {length(oldest.seconds)} ({oldest.stage})"
+        time_in = f"for {length(oldest.seconds)} ({oldest.stage})"
+        what = f"message {oldest.incident} has been in worker {oldest.worker} {time_in}"
         yield Issue(what, "see the scanners below", "clamd or spamd is slow")
     if (waiting := sum(worker.waiting for worker in status.workers)) > 0:
         what = f"{waiting} messages wait for a free slot; those that get none in time are deferred as busy"

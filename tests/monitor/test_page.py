@@ -206,9 +206,9 @@ def test_before_any_mail_it_says_so(browser: Browser, site: Site) -> None:
     text = browser.text()
     for said in (
         "Ready; no mail in the last 15 minutes",
-        "Nothing was decided since the daemon was started.",
-        "Nothing was refused, deferred or left unchecked.",
-        "No backend is configured, or none has been told of yet.",
+        "No decision since the daemon was started.",
+        "Nothing was rejected, deferred or left unchecked.",
+        "No backend is configured or known yet.",
     ):
         assert said in text
     assert browser.evaluate("document.querySelector('#flow').textContent").endswith("no message in this time")
@@ -233,7 +233,7 @@ def test_numbers_backends_workers_and_orders_are_told(browser: Browser, site: Si
         )
     )
     assert (sums["messages"], sums["queued"], sums["refused"], sums["unchecked"]) == ("9", "7", "2", "4")
-    assert "clamd tcp:10.0.0.5:3310 is failing since" in browser.text("#state")
+    assert "clamd tcp:10.0.0.5:3310 has been failing since" in browser.text("#state")
     assert "✖ Mail is deferred: no clamd answers" in browser.text("#state")
     assert "spamd is bypassed until" in browser.text("#state")
     assert "it eats all memory" in browser.text("#orders")
@@ -254,10 +254,10 @@ def test_numbers_backends_workers_and_orders_are_told(browser: Browser, site: Si
 @pytest.mark.parametrize(
     ("failing", "bypassed", "meanwhile", "said"),
     [
-        (("a",), (), "defer", "▲ Mail flows, but a backend is failing"),
-        (("a", "b"), (), "pass", "▲ Mail flows, but is not checked by clamd"),
+        (("a",), (), "defer", "▲ Mail is flowing, but a backend is failing"),
+        (("a", "b"), (), "pass", "▲ Mail is flowing, but is not checked by clamd"),
         (("a", "b"), (), "defer", "✖ Mail is deferred: no clamd answers"),
-        ((), (Scanner.SPAMD,), "pass", "▲ Mail flows, but is not checked by spamd"),
+        ((), (Scanner.SPAMD,), "pass", "▲ Mail is flowing, but is not checked by spamd"),
         ((), (), "defer", "● Ready; no mail in the last 15 minutes"),
     ],
 )
@@ -281,7 +281,7 @@ def test_a_canary_that_is_not_caught_is_told(browser: Browser, site: Site) -> No
         CanaryResult("eicar", "passed", False, "clamd did not see it", 0.01, time.time()),
     )
     visit(browser, site)
-    assert browser.text("#state strong") == "✖ A test mail was not treated as it should be"
+    assert browser.text("#state strong") == "✖ A canary sample did not get the expected result"
     assert "the canary's eicar: clamd did not see it" in browser.text("#state")
     assert "none yet" in browser.text("#canary")
 
@@ -289,7 +289,7 @@ def test_a_canary_that_is_not_caught_is_told(browser: Browser, site: Site) -> No
 def test_trouble_comes_first(browser: Browser, site: Site) -> None:
     site.unready = ("0 of 1 workers accept mail",)
     visit(browser, site)
-    assert browser.text("#state").startswith("✖ Not everything works")
+    assert browser.text("#state").startswith("✖ Not ready")
     assert "0 of 1 workers accept mail" in browser.text("#state")
     assert browser.evaluate("document.title") == "✖ contentfilter"
 
@@ -340,7 +340,7 @@ def test_a_daemon_that_is_gone_is_told_and_one_that_comes_back_too(browser: Brow
     browser.evaluate("poll()")
     browser.wait(LOST)
     assert browser.evaluate("document.title") == "✖ contentfilter: no connection"
-    assert "what you see is from then" in browser.text("#contact")
+    assert "this is the state of that time" in browser.text("#contact")
     assert "7" in browser.text("#sums")
     site.start(int(site.address.rpartition(":")[2]))
     browser.evaluate("poll()")

@@ -1,7 +1,7 @@
-"""The event feed as a reader sees it: what happens in the daemon from now on, across its restarts.
+"""Reader of the event feed: events of the daemon from now on, across its restarts.
 
-ZeroMQ connects again by itself; its monitor tells when the daemon goes and comes. A reader that is too slow
-loses events, mail never waits for one. What cannot be decoded is counted and skipped.
+ZeroMQ reconnects by itself; its monitor reports when the daemon goes and comes. A reader that is too slow
+loses events; mail never waits for one. Events that cannot be decoded are counted and skipped.
 """
 
 import enum
@@ -18,8 +18,8 @@ from contentfilter.bus.sockets import HIGH_WATER, LIMIT, addresses
 from contentfilter.deadline import Deadline
 from contentfilter.errors import RemoteProtocolError
 
-AGAIN = 100  # milliseconds between two attempts to reach the daemon
-HEARTBEAT = 10_000  # milliseconds between two signs of life over a network
+RECONNECT = 100  # milliseconds between two attempts to reach the daemon
+HEARTBEAT = 10_000  # milliseconds between two heartbeats over a network
 
 REFUSALS = (
     zmq.EVENT_HANDSHAKE_FAILED_AUTH,
@@ -32,11 +32,11 @@ _EVENTS = msgspec.msgpack.Decoder(Event)
 
 
 class Link(enum.Enum):
-    """What became of the connection."""
+    """A change of the connection."""
 
     UP = "up"
     DOWN = "down"
-    REFUSED = "refused"  # our key, or theirs, is not the right one; there is no second attempt
+    REFUSED = "refused"  # our key, or theirs, is wrong; there is no second attempt
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Remote:
 class Feed:
     """``with Feed(run, ("mail.",)) as feed: feed.next(deadline)``. ``topics``: beginnings of events' names.
 
-    ``remote``: in place of the run directory. Raises ZMQError for an address that is none.
+    ``remote``: instead of the run directory. Raises ZMQError for an invalid address.
     """
 
     def __init__(self, run: str, topics: tuple[str, ...] = ("",), remote: Remote | None = None) -> None:
@@ -62,7 +62,7 @@ class Feed:
             (zmq.LINGER, 0),
             (zmq.RCVHWM, HIGH_WATER),
             (zmq.MAXMSGSIZE, LIMIT),
-            (zmq.RECONNECT_IVL, AGAIN),
+            (zmq.RECONNECT_IVL, RECONNECT),
         ):
             self._socket.setsockopt(option, value)
         if remote is not None:
@@ -72,32 +72,32 @@ class Feed:
                 (zmq.CURVE_PUBLICKEY, zmq.curve_public(remote.secret)),
             ):
                 self._socket.setsockopt(option, key)
-            self._socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT)  # a cable that was pulled is noticed
+            self._socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT)  # notices a dead connection
         for topic in topics:
             self._socket.subscribe(topic.encode())
         self._monitor = self._socket.get_monitor_socket(WATCHED)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
-        self._also: int | None = None
+        self._watched: int | None = None
         self._socket.connect(remote.address if remote is not None else addresses(run)["events"])
 
     def watch(self, fd: int, *, reading: bool) -> None:
         """Let :meth:`next` return early, with None, when there is input at ``fd``, or when its other end is closed."""
         self._poller.register(fd, zmq.POLLIN if reading else zmq.POLLERR)
-        self._also = fd
+        self._watched = fd
 
     def next(self, deadline: Deadline) -> Event | Link | None:
-        """What happens next; None at the deadline, or when something is to be seen at the watched descriptor."""
+        """The next event or change of the connection; None at the deadline, or if the watched descriptor is ready."""
         while True:
             ready: dict[Any, int] = dict(self._poller.poll(math.ceil(deadline.left() * 1000)))
-            if self._also in ready:
+            if self._watched in ready:
                 return None
-            if self._monitor in ready:  # first: what came before a loss of the connection is rather late than lost
-                said = parse_monitor_message(self._monitor.recv_multipart())
-                if said["event"] in REFUSALS:
+            if self._monitor in ready:  # first: events from before a lost connection are late, not lost
+                change = parse_monitor_message(self._monitor.recv_multipart())
+                if change["event"] in REFUSALS:
                     return Link.REFUSED
-                return Link.DOWN if said["event"] == zmq.EVENT_DISCONNECTED else Link.UP
+                return Link.DOWN if change["event"] == zmq.EVENT_DISCONNECTED else Link.UP
             if self._socket in ready:
                 if (event := self._event()) is not None:
                     return event
@@ -120,5 +120,5 @@ class Feed:
     def __enter__(self) -> "Feed":
         return self
 
-    def __exit__(self, *trouble: object) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()

@@ -1,6 +1,6 @@
-"""What workers, supervisor and command line say to each other: frozen frames, and how they are written.
+"""Messages between workers, supervisor and command line, and their encoding.
 
-A frame is one version byte and a msgpack map with a type tag. Nothing here opens a socket.
+A message is one version byte and a msgpack map with a type tag. Nothing here opens a socket.
 """
 
 from typing import Any, TypeVar
@@ -20,14 +20,14 @@ VERSION = b"\x01"
 
 
 class BusMessage(msgspec.Struct, frozen=True, tag=True):
-    """Base of all frames."""
+    """Base of all messages."""
 
 
-CANARY_SEEN = "canary.seen"  # what a worker sends to the supervisor about a sample; never logged, in no feed
+CANARY_SEEN = "canary.seen"  # an event from worker to supervisor; neither logged nor published
 
 
 class CanarySeen(msgspec.Struct, frozen=True):
-    """A worker's account of one sample."""
+    """A worker's scans of one canary sample."""
 
     nonce: str
     sample: str
@@ -35,12 +35,12 @@ class CanarySeen(msgspec.Struct, frozen=True):
 
 
 class Window(msgspec.Struct, frozen=True):
-    """All that happened in some time, added up. Quantiles are in milliseconds, estimated; None: nothing to tell."""
+    """Totals of a period. Quantiles are in milliseconds, estimated; None: no message."""
 
-    seconds: float  # the time that is told about, in whole minutes up to now
+    seconds: float  # length of the period, in whole minutes up to now
     messages: int
     bytes: int
-    decisions: dict[str, int]  # queue, reject, defer, drop: each is there
+    decisions: dict[str, int]  # queue, reject, defer, drop: always all of them
     deferred: dict[str, int]  # by rule, most first
     rejected: dict[str, int]
     unchecked: dict[str, int]  # "scanner cause": passed without this check
@@ -60,7 +60,7 @@ class InFlight(msgspec.Struct, frozen=True):
 
 
 class Heartbeat(BusMessage, frozen=True):
-    """A sign of life from a worker's event loop. The first one says that it accepts messages."""
+    """Sent periodically by a worker's event loop. The first one means that the worker accepts messages."""
 
     pid: int
     generation: int
@@ -71,13 +71,13 @@ class Heartbeat(BusMessage, frozen=True):
     counters: dict[str, int]
     bytes: int = 0  # of the messages in flight
     backends: tuple[BackendHealth, ...] = ()  # as this worker knows them
-    orders: int = 0  # the number of the orders that it follows
-    waiting: int = 0  # messages that wait for a place
-    short: str = ""  # what there is too little of to take mail: memory, disk space
+    orders: int = 0  # number of the overrides that it follows
+    waiting: int = 0  # messages that wait for a slot
+    short: str = ""  # the exhausted resource because of which it takes no mail: memory, disk
 
 
 class Event(msgspec.Struct, frozen=True):
-    """Something that happened; ``fields`` are those of the log line, ``account`` (JSON) is what has no room there."""
+    """An event; ``fields`` are those of the log line, ``account`` (JSON) has the details that are too long for it."""
 
     name: str
     fields: dict[str, Any]
@@ -90,7 +90,7 @@ class EventBatch(BusMessage, frozen=True):
 
 
 class CacheUpdate(BusMessage, frozen=True):
-    """An answer that a worker keeps. The supervisor passes it on to all of them."""
+    """A scan answer for the cache. The supervisor passes it on to all workers."""
 
     key: CacheKey
     kept: CacheEntry
@@ -103,16 +103,16 @@ WorkerReport = Heartbeat | EventBatch | CacheUpdate
 
 
 class Drain(msgspec.Struct, frozen=True):
-    """An order to accept no mail for a while. Times are seconds since 1970."""
+    """An override: accept no mail. Times are seconds since 1970."""
 
     since: float
-    until: float | None  # None: until somebody ends it
+    until: float | None  # None: until it is ended
     reason: str
     by: str
 
 
 class Overrides(BusMessage, frozen=True):
-    """What operators ordered, as it holds from now on. Repeated until every worker has it."""
+    """All overrides in force."""
 
     number: int  # grows with each change
     bypasses: tuple[Bypass, ...] = ()
@@ -120,7 +120,7 @@ class Overrides(BusMessage, frozen=True):
 
 
 class Configure(BusMessage, frozen=True):
-    """What holds from now on. Repeated until every worker has it."""
+    """The configuration in force."""
 
     generation: int
     blob: bytes
@@ -141,38 +141,38 @@ class AskStatus(BusMessage, frozen=True):
 
 
 class AskFailures(BusMessage, frozen=True):
-    """What the failure table in force is made of."""
+    """Ask for the failure table in force."""
 
 
 class AskReload(BusMessage, frozen=True):
-    """``restart`` also replaces every worker process, each new one before its old one goes."""
+    """Reload; ``restart`` also replaces every worker process, each new one before its old one ends."""
 
     restart: bool = False
 
 
 class AskCanary(BusMessage, frozen=True):
-    """Send every sample through the hook now, and say what became of it."""
+    """Send every canary sample through the hook now, and report the results."""
 
 
 class AskBypass(BusMessage, frozen=True):
-    """Leave a scanner out for ``seconds``. In place of an earlier order for the same scanner."""
+    """Bypass a scanner for ``seconds``. Replaces an earlier bypass of the same scanner."""
 
     scanner: Scanner
     seconds: float
     reason: str
     origins: tuple[OriginKind, ...] = ()
-    claimed: str = ""  # who the asker says to be; believed by nobody, but noted
+    claimed: str = ""  # name that the client claims; recorded, not trusted
 
 
 class AskBypassEnd(BusMessage, frozen=True):
-    """Ask a scanner again; all of them where none is named."""
+    """End the bypass of a scanner; of all if none is named."""
 
     scanner: Scanner | None = None
     claimed: str = ""
 
 
 class AskDrain(BusMessage, frozen=True):
-    """Accept no more mail, for ``seconds`` or until AskResume. What is under way is finished."""
+    """Accept no more mail, for ``seconds`` or until AskResume. Messages in flight are finished."""
 
     seconds: float | None = None
     reason: str = ""
@@ -187,7 +187,7 @@ class AskResume(BusMessage, frozen=True):
 
 Question = Ping | AskStatus | AskFailures | AskCanary | AskReload | AskBypass | AskBypassEnd | AskDrain | AskResume
 CHANGES = (AskReload, AskBypass, AskBypassEnd, AskDrain, AskResume)
-"""Questions that change something: for root and the user of the daemon only. The rest is for their group, too."""
+"""Questions that change something: for root and the daemon's user only. The others are for its group, too."""
 
 
 class WorkerStatus(msgspec.Struct, frozen=True):
@@ -208,29 +208,29 @@ class WorkerStatus(msgspec.Struct, frozen=True):
 
 
 class BackendStatus(msgspec.Struct, frozen=True):
-    """How one backend stands, by all that workers and probes know. Moments are seconds since 1970."""
+    """State of one backend, as workers and probes know it. Moments are seconds since 1970."""
 
     scanner: str
     backend: str
-    state: str  # well, failing, unknown (nobody has asked it yet)
+    state: str  # well, failing, unknown (not used yet)
     cause: str = ""  # of the last failure, while it is failing
     detail: str = ""
-    since: float = 0.0  # failing since; 0 while it is not
-    failures: int = 0  # in a row, those of all workers
-    heard: float = 0.0  # its last sound answer, to a probe or a scan; 0: none yet
+    since: float = 0.0  # start of the failure; 0 while it is not failing
+    failures: int = 0  # in a row, of all workers
+    heard: float = 0.0  # its last valid answer, to a probe or a scan; 0: none yet
     outstanding: int = 0
     limit: int = 0
     waiting: int = 0
-    wanted: bool = True  # there is mail that needs this scanner
-    meanwhile: dict[str, str] = {}  # origin -> what a message of it gets that needs this scanner: defer, pass
+    wanted: bool = True  # some mail needs this scanner
+    meanwhile: dict[str, str] = {}  # origin -> action for its mail that needs this scanner: defer, pass
 
 
 class CanaryResult(msgspec.Struct, frozen=True):
-    """What became of one of the canary's samples, the last time. Moments are seconds since 1970."""
+    """Last result of one canary sample. Moments are seconds since 1970."""
 
     sample: str
     result: str  # see metrics.CANARY_RESULTS; skipped where its scanner is switched off
-    ok: bool | None  # whether it was as it should be; None: skipped
+    ok: bool | None  # as expected; None: skipped
     text: str  # the result for people
     seconds: float  # from handing it to the hook to the hook's end
     at: float
@@ -239,7 +239,7 @@ class CanaryResult(msgspec.Struct, frozen=True):
 
 
 class Status(BusMessage, frozen=True):
-    """The daemon at a glance."""
+    """State of the daemon."""
 
     version: str
     pid: int
@@ -248,27 +248,27 @@ class Status(BusMessage, frozen=True):
     uptime: float
     socket: str
     restarts: int  # workers that died or were killed
-    malformed: int  # frames dropped
-    problems: tuple[str, ...]  # of the last reload; empty when it was good
+    malformed: int  # malformed messages dropped
+    problems: tuple[str, ...]  # of the last reload; empty if it succeeded
     workers: tuple[WorkerStatus, ...]
     not_recorded: int = 0  # events that the journal lost
     tables: TableState | None = None  # the recipient tables in force
     wanted: int = 0  # workers
     deaths: dict[str, int] = {}  # restarts by reason
     backends: tuple[BackendStatus, ...] = ()
-    waiting: int | None = None  # hooks that no worker has accepted yet; None where the kernel does not tell
+    waiting: int | None = None  # hooks that no worker has accepted yet; None if the kernel does not tell
     waiting_limit: int | None = None
-    window: Window | None = None  # what came of the mail of the last 15 minutes
+    window: Window | None = None  # the mail of the last 15 minutes
     recent: Window | None = None  # and of the last two
-    bypasses: tuple[Bypass, ...] = ()  # those that hold now
+    bypasses: tuple[Bypass, ...] = ()  # in force now
     drain: Drain | None = None
     canary: tuple[CanaryResult, ...] = ()  # empty: off, or no round yet
     poison: tuple[str, ...] = ()  # fingerprints of messages that killed two workers and are isolated
-    orders_problem: str = ""  # why orders do not survive a restart, or why older ones are not in force
+    orders_problem: str = ""  # why overrides do not survive a restart, or why older ones are not in force
 
 
 class Failures(BusMessage, frozen=True):
-    """``[failure]`` as it is in force."""
+    """``[failure]`` in force."""
 
     generation: int
     failure: FailureSettings
@@ -278,24 +278,24 @@ class CanaryRound(BusMessage, frozen=True):
     """One result for each sample."""
 
     results: tuple[CanaryResult, ...]
-    problem: str = ""  # why nothing was sent, and these are older
+    problem: str = ""  # why nothing was sent; the results are older then
 
 
 class Done(BusMessage, frozen=True):
-    """It was done, or tried."""
+    """Result of a reload or ping."""
 
     ok: bool
     generation: int
-    problems: tuple[str, ...] = ()  # with ok: what is not as it should be all the same
+    problems: tuple[str, ...] = ()  # with ok: warnings
 
 
 class Ordered(BusMessage, frozen=True):
-    """Orders as they are in force now."""
+    """The overrides in force."""
 
     bypasses: tuple[Bypass, ...]
     drain: Drain | None
-    problems: tuple[str, ...] = ()  # what is not as it should be all the same
-    in_flight: int = 0  # messages under way
+    problems: tuple[str, ...] = ()  # warnings
+    in_flight: int = 0  # messages in flight
 
 
 class Refused(BusMessage, frozen=True):
@@ -309,17 +309,17 @@ Reply = Status | Failures | CanaryRound | Done | Ordered | Refused
 T = TypeVar("T")
 
 
-def encode(frame: BusMessage) -> bytes:
-    return VERSION + msgspec.msgpack.encode(frame)
+def encode(message: BusMessage) -> bytes:
+    return VERSION + msgspec.msgpack.encode(message)
 
 
 def decode(data: bytes, decoder: msgspec.msgpack.Decoder[T]) -> T:
     """Raises RemoteProtocolError."""
     if data[:1] != VERSION:
-        raise RemoteProtocolError("frame of another version")
+        raise RemoteProtocolError("message of another version")
     try:
         return decoder.decode(memoryview(data)[1:])
-    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:  # the last: nested too deeply
         raise RemoteProtocolError(str(e)) from e
 
 

@@ -1,140 +1,123 @@
-"""The event feed for collectors on other machines: TCP, encrypted, and only for those whose key we know (CURVE).
+"""Remote event feed: a process for collectors on other machines. TCP, encrypted, only for known keys (CURVE).
 
-It has a ZeroMQ context and thread of its own beside the bus. Nothing here waits for a subscriber: each has a queue of
-bounded length, and events beyond it are lost to that subscriber alone. What subscribers send is short or cuts them off.
-A key that is taken from the list is refused from the next reload on, because the feed is opened anew for everybody.
+    python -m contentfilter.bus.remote_feed RUN LISTEN LISTENER KEYS LIFELINE
+
+It subscribes to the daemon's own feed and publishes what it gets. A process of its own, started by the supervisor,
+because collectors are not trusted with the daemon's life: libzmq has had assertions that a peer could trigger. No
+collector is waited for: each has a queue of bounded length, and events beyond it are lost to that collector alone.
+Dead connections end by TCP keepalive; ZMTP heartbeats let a peer end the process (libzmq issue 4364).
+
+LISTENER, KEYS and LIFELINE are inherited descriptors: the listening socket, the keys (:func:`pack_keys`), and a pipe
+that is closed when the supervisor is gone.
 """
 
 import asyncio
-from collections.abc import Callable
+import os
+import sys
 from typing import Any
 
-import msgspec
 import zmq
 import zmq.asyncio
-from zmq.utils import z85
+from zmq.auth.asyncio import AsyncioAuthenticator
 
-from contentfilter.bus.messages import VERSION, Event
-from contentfilter.config.keys import Keys, load_keys
-from contentfilter.deadline import Deadline
-from contentfilter.errors import ConfigError
-from contentfilter.log import Logger
-from contentfilter.settings import Settings
+from contentfilter.bus.sockets import SUBSCRIPTION_MAX, addresses
+from contentfilter.config.keys import Keys
+from contentfilter.hardening import give_up_privileges
 
-AGAIN = 30.0  # seconds until an address that is in use is tried again
-HIGH_WATER = 2_000  # events kept for each subscriber; an event has some kilobytes at most
-FRAME = 1024  # bytes of the longest frame that a subscriber may send; the handshake needs some 300
-HANDSHAKE = 5_000  # milliseconds for a connection to prove who it is
-HEARTBEAT, DEAD = 10_000, 30_000  # milliseconds: who does not answer is cut off, and its queue freed
+HIGH_WATER = 2_000  # events kept for each collector; an event has some kilobytes at most
+HANDSHAKE = 5_000  # milliseconds for a connection to prove its key
+DOMAIN = "events"  # of ZAP, ZeroMQ's authentication protocol
+KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_COUNT = 15, 5, 3  # seconds, seconds, probes without an answer
+DEAD = 30_000  # milliseconds until a connection whose peer acknowledges nothing is closed
 
 
-async def authenticate(socket: Any, clients: frozenset[bytes]) -> None:
-    """Answer ZeroMQ's question for each connection whether its key may come in (ZAP, its RFC 27). Until cancelled."""
+def pack_keys(keys: Keys) -> bytes:
+    """For the descriptor KEYS: our secret key, then those of the collectors, a line for each."""
+    return b"\n".join((keys.secret, *sorted(keys.clients)))
+
+
+def unpack_keys(data: bytes) -> Keys:
+    secret, *clients = data.split(b"\n")
+    return Keys(secret, frozenset(clients))
+
+
+class KnownKeys:
+    """Credentials provider of pyzmq's authenticator."""
+
+    def __init__(self, clients: frozenset[bytes]) -> None:
+        self._clients = clients
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """True if the public key (Z85) may come in."""
+        return key in self._clients
+
+
+def open_publisher(context: "zmq.Context[Any]", listen: str, listener: int, keys: Keys) -> "zmq.Socket[bytes]":
+    """A PUB socket on the listening descriptor. ``listen`` is its address. Raises ZMQError."""
+    made: zmq.Socket[bytes] = context.socket(zmq.PUB)
+    for option, value in (
+        (zmq.LINGER, 0),
+        (zmq.SNDHWM, HIGH_WATER),
+        (zmq.MAXMSGSIZE, SUBSCRIPTION_MAX),
+        (zmq.HANDSHAKE_IVL, HANDSHAKE),
+        (zmq.TCP_KEEPALIVE, 1),
+        (zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_IDLE),
+        (zmq.TCP_KEEPALIVE_INTVL, KEEPALIVE_INTERVAL),
+        (zmq.TCP_KEEPALIVE_CNT, KEEPALIVE_COUNT),
+        (zmq.TCP_MAXRT, DEAD),
+        (zmq.IPV6, int("[" in listen)),
+        (zmq.USE_FD, listener),
+        (zmq.CURVE_SERVER, 1),
+        (zmq.CURVE_SECRETKEY, keys.secret),
+        (zmq.ZAP_DOMAIN, DOMAIN.encode("ascii")),
+    ):
+        made.setsockopt(option, value)
+    made.bind(listen)
+    return made
+
+
+async def publish(run: str, listen: str, listener: int, keys: Keys) -> None:
+    """Pass events on. Does not return."""
+    context = zmq.asyncio.Context(io_threads=1)
+    authenticator = AsyncioAuthenticator(context)
+    authenticator.configure_curve_callback(DOMAIN, KnownKeys(keys.clients))
+    authenticator.start()
+    source = context.socket(zmq.SUB)
+    source.setsockopt(zmq.RCVHWM, HIGH_WATER)
+    source.subscribe(b"")
+    source.connect(addresses(run)["events"])
+    publisher = open_publisher(zmq.Context(context), listen, listener, keys)  # not asyncio's: a send must not wait
     while True:
-        parts = await socket.recv_multipart()
-        known = parts[0] == b"1.0" and parts[5:6] == [b"CURVE"] and z85.encode(parts[6]) in clients
-        status = (b"200", b"OK") if known else (b"400", b"unknown key")
-        await socket.send_multipart([b"1.0", parts[1], *status, b"", b""])
-
-
-class RemoteFeed:
-    """:meth:`run` once, in the background; the rest is called from the same event loop and never waits."""
-
-    def __init__(self, log: Logger, settings: Callable[[], Settings]) -> None:
-        self._log = log
-        self._settings = settings
-        self._changed = asyncio.Event()
-        self._in_force: tuple[str, Keys] | None = None
-        self._told = ""
-        self._context: zmq.asyncio.Context | None = None
-        self._authenticating: asyncio.Task[None] | None = None
-        self._zap: Any = None
-        self._socket: Any = None
-
-    def changed(self) -> None:
-        """The settings, or the files that they name, may have."""
-        self._changed.set()
-
-    def publish(self, event: Event) -> None:
-        if self._socket is not None:
-            try:
-                frame = VERSION + msgspec.msgpack.encode(event)
-                self._socket.send_multipart([event.name.encode(), frame], zmq.NOBLOCK)
-            except zmq.ZMQError:
-                pass  # those who are too slow lose events
-
-    async def run(self) -> None:
-        """Until it is cancelled."""
+        parts = await source.recv_multipart()
         try:
-            while True:
-                self._changed.clear()
-                failed = await self._adopt()
-                try:
-                    async with Deadline.after(AGAIN if failed else 86_400.0).timeout():
-                        await self._changed.wait()
-                except TimeoutError:
-                    pass
-        finally:
-            await self._close()
+            publisher.send_multipart(parts, zmq.NOBLOCK)
+        except zmq.Again:
+            pass  # collectors that are too slow lose events
 
-    async def _adopt(self) -> bool:
-        """Open, close or leave the feed as the settings want it. True: it should be open and is not."""
-        config = self._settings().events
-        try:
-            keys = await asyncio.to_thread(load_keys, config)
-            wanted = None if keys is None else (config.listen, keys)
-            if wanted == self._in_force:
-                return False
-            await self._close()
-            if wanted is not None:
-                try:
-                    self._open(*wanted)
-                except zmq.ZMQError:
-                    await self._close()
-                    raise
-                self._log.info("events.ready", address=config.listen, keys=len(wanted[1].clients))
-        except (ConfigError, zmq.ZMQError) as error:
-            if str(error) != self._told:
-                self._log.error("events.failed", listen=config.listen, why=str(error))
-            self._told = str(error)
-            return True
-        self._told = ""
-        return False
 
-    def _open(self, listen: str, keys: Keys) -> None:
-        """Raises ZMQError."""
-        self._context = zmq.asyncio.Context(io_threads=1)
-        self._zap = self._context.socket(zmq.REP)
-        self._zap.bind("inproc://zeromq.zap.01")
-        self._authenticating = asyncio.create_task(authenticate(self._zap, keys.clients))
-        each = zmq.Context(self._context).socket(zmq.PUB)  # not asyncio's: a send must not wait
-        try:
-            for option, value in (
-                (zmq.LINGER, 0),
-                (zmq.SNDHWM, HIGH_WATER),
-                (zmq.MAXMSGSIZE, FRAME),
-                (zmq.HANDSHAKE_IVL, HANDSHAKE),
-                (zmq.HEARTBEAT_IVL, HEARTBEAT),
-                (zmq.HEARTBEAT_TIMEOUT, DEAD),
-                (zmq.IPV6, int("[" in listen)),
-                (zmq.CURVE_SERVER, 1),
-                (zmq.CURVE_SECRETKEY, keys.secret),
-                (zmq.ZAP_DOMAIN, b"events"),
-            ):
-                each.setsockopt(option, value)
-            each.bind(listen)
-        except BaseException:
-            each.close(linger=0)
-            raise
-        self._socket, self._in_force = each, (listen, keys)
+async def until_orphaned(lifeline: int) -> None:
+    """Until the supervisor is gone."""
+    gone = asyncio.Event()
+    asyncio.get_running_loop().add_reader(lifeline, gone.set)
+    await gone.wait()
 
-    async def _close(self) -> None:
-        if self._authenticating is not None:
-            self._authenticating.cancel()
-            await asyncio.gather(self._authenticating, return_exceptions=True)
-        for each in (self._zap, self._socket):
-            if each is not None:
-                each.close(linger=0)
-        if self._context is not None:
-            self._context.term()
-        self._authenticating = self._context = self._zap = self._socket = self._in_force = None
+
+async def run(arguments: list[str]) -> None:
+    directory, listen, *fds = arguments
+    listener, keys, lifeline = map(int, fds)
+    with os.fdopen(keys, "rb") as file:
+        file.seek(0)
+        known = unpack_keys(file.read())
+    works = [
+        asyncio.ensure_future(until_orphaned(lifeline)),
+        asyncio.ensure_future(publish(directory, listen, listener, known)),
+    ]
+    done, _ = await asyncio.wait(works, return_when=asyncio.FIRST_COMPLETED)
+    for work in done:
+        work.result()  # raises what ended it
+    os._exit(0)  # a context with collectors that read nothing would wait
+
+
+if __name__ == "__main__":
+    give_up_privileges()
+    asyncio.run(run(sys.argv[1:]))

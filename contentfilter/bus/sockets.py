@@ -1,26 +1,24 @@
-"""The inside of the pool: what workers and supervisor say to each other over ZeroMQ, never a message's bytes.
+"""Sockets inside the daemon: workers and supervisor over ZeroMQ, the event feed, and the command line's control socket.
 
-Workers PUSH reports, the supervisor PUBlishes commands and the event feed, a ROUTER answers the command
-line and learns from the kernel who asks. What cannot be decoded is
-counted and dropped. Sending never waits: above the high-water mark a frame is lost, mail is not.
-The sockets lie in the run directory with the modes given here; contexts are made after exec.
+Each worker is a DEALER whose identity is its pid, the supervisor is their ROUTER: reports one way, commands the other,
+in order. The event feed is a PUB socket. The control socket is a plain Unix socket: one question and one reply for each
+connection. Sending never waits: above the high-water mark a message is lost, mail is not. Messages carry no mail. The
+sockets are in the run directory with the modes given here; contexts are made after exec.
 """
 
+import asyncio
 import errno
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from contentfilter.bus.messages import (
     COMMANDS,
-    QUESTIONS,
     REPLIES,
     REPORTS,
     VERSION,
@@ -33,51 +31,91 @@ from contentfilter.bus.messages import (
     decode,
     encode,
 )
+from contentfilter.deadline import Deadline
 from contentfilter.errors import RemoteProtocolError
 
-T = TypeVar("T")
-HIGH_WATER = 10_000  # frames
-LIMIT = 64 * 1024 * 1024  # bytes in one frame; a configuration with long signature lists is the largest
-MENDS = 100  # times that removed sockets are made anew
-BATCH = 64  # events in one frame
+HIGH_WATER = 10_000  # messages
+LIMIT = 64 * 1024 * 1024  # bytes in one message; a configuration with long signature lists is the largest
+SUBSCRIPTION_MAX = 1024  # bytes of the longest message that a subscriber of the event feed may send
+MENDS = 100  # times that removed sockets are bound again
+BATCH = 64  # events in one message
 BATCH_DELAY = 0.05  # seconds
 
 
-@dataclass(frozen=True, slots=True)
-class Client:
-    """Who put a question."""
-
-    identity: bytes  # ZeroMQ's name for the connection
-    uid: int  # as the kernel told it; -1 where it did not
-
-
 def addresses(run: str) -> dict[str, str]:
-    """The four sockets in the run directory."""
-    names = ("reports", "commands", "control", "events")
-    return {name: f"ipc://{run}/{name}.sock" for name in names}
+    """The sockets in the run directory. ``control`` does not speak ZeroMQ."""
+    return {name: f"ipc://{run}/{name}.sock" for name in ("workers", "control", "events")}
+
+
+def path_of(address: str) -> str:
+    """The path of one of :func:`addresses`."""
+    return address.removeprefix("ipc://")
+
+
+class LoopSocket:
+    """A ZeroMQ socket on the running event loop, without a future for each message (zmq.asyncio has one)."""
+
+    def __init__(self, made: "zmq.Socket[bytes]") -> None:
+        self._socket = made
+        self._loop = asyncio.get_running_loop()
+        self._readable = asyncio.Event()
+        self._fd = int(made.getsockopt(zmq.FD))
+        self._loop.add_reader(self._fd, self._look)
+
+    def _look(self) -> None:
+        """The descriptor tells only that something changed, and not again before it was looked at: see ZMQ_FD."""
+        if int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            self._readable.set()
+
+    def send(self, *parts: bytes) -> None:
+        """Raises ZMQError if it would have to wait, or if the peer is unknown."""
+        try:
+            self._socket.send_multipart(parts, zmq.NOBLOCK)
+        finally:
+            self._look()
+
+    async def receive(self) -> list[bytes]:
+        """The parts of the next message."""
+        while True:
+            try:
+                return self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                self._readable.clear()
+                await self._readable.wait()
+
+    async def waiting(self, seconds: float) -> bool:
+        """True if a message is there, or arrives within ``seconds``."""
+        self._readable.clear()
+        self._look()
+        try:
+            async with Deadline.after(seconds).timeout():
+                await self._readable.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def close(self, linger: int) -> None:
+        """``linger``: milliseconds for messages that are still to be sent."""
+        self._loop.remove_reader(self._fd)
+        self._socket.close(linger=linger)
 
 
 class WorkerBus:
-    """A worker's end. Reports go out at once, events in small batches by :meth:`flush`."""
+    """The worker's end. Reports go out immediately, events in small batches by :meth:`flush`."""
 
     def __init__(self, run: str, pid: int) -> None:
-        self._context = zmq.asyncio.Context(io_threads=1)
+        self._context = zmq.Context(io_threads=1)
         self._pid = pid
         self._events: list[Event] = []
         self.lost = 0
-        where = addresses(run)
-        # A plain socket: zmq.asyncio's send costs a future per frame.
-        self._push = zmq.Context(self._context).socket(zmq.PUSH)
-        self._sub = self._context.socket(zmq.SUB)
-        for each in (self._push, self._sub):
-            _limits(each)
-        self._push.connect(where["reports"])
-        self._sub.subscribe(b"")
-        self._sub.connect(where["commands"])
+        dealer = _limited(self._context.socket(zmq.DEALER))
+        dealer.setsockopt(zmq.ROUTING_ID, _identity(pid))
+        dealer.connect(addresses(run)["workers"])
+        self._dealer = LoopSocket(dealer)
 
-    def send(self, frame: WorkerReport) -> None:
+    def send(self, report: WorkerReport) -> None:
         try:
-            self._push.send(encode(frame), zmq.NOBLOCK)
+            self._dealer.send(encode(report))
         except zmq.Again:
             self.lost += 1
 
@@ -93,12 +131,11 @@ class WorkerBus:
 
     async def command(self) -> WorkerCommand:
         """The next command. Raises RemoteProtocolError for a malformed one."""
-        return decode(await self._sub.recv(), COMMANDS)
+        return decode((await self._dealer.receive())[-1], COMMANDS)
 
     def close(self) -> None:
         self.flush()
-        self._push.close(linger=200)
-        self._sub.close(linger=0)
+        self._dealer.close(linger=200)
         self._context.term()
 
 
@@ -106,106 +143,91 @@ class SupervisorBus:
     """The supervisor's end. Needs the lock on the run directory: binding takes the paths over."""
 
     def __init__(self, run: str) -> None:
-        self._context = zmq.asyncio.Context(io_threads=1)
+        self._context = zmq.Context(io_threads=1)
         self._run = run
         self._mended = 0
-        self._bound: list[tuple[Any, str, int]] = []
-        self.malformed = 0
-        where = addresses(run)
-        self._pull = self._bind(zmq.PULL, where["reports"], 0o600)
-        self._commands = self._bind(zmq.PUB, where["commands"], 0o600)
-        self._router = self._bind(zmq.ROUTER, where["control"], 0o660)
-        # A plain socket, as the worker's: nobody waits for a PUB socket, which drops what a reader does not take.
-        self._events = self._bind(zmq.PUB, where["events"], 0o660, zmq.Context(self._context))
+        self._bound: list[tuple[zmq.Socket[bytes], str, int]] = []
+        router = _limited(self._context.socket(zmq.ROUTER))
+        router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        router.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self._bind(router, "workers", 0o600)
+        self._workers = LoopSocket(router)
+        self._events = _limited(self._context.socket(zmq.PUB))
+        self._events.setsockopt(zmq.MAXMSGSIZE, SUBSCRIPTION_MAX)
+        self._bind(self._events, "events", 0o660)
 
-    def _bind(self, kind: int, address: str, mode: int, context: zmq.Context[Any] | None = None) -> Any:
-        each = (context or self._context).socket(kind)
-        _limits(each)
-        with _umask(0o777 & ~mode):
-            each.bind(address)
-        self._bound.append((each, address, mode))
-        return each
+    def _bind(self, made: "zmq.Socket[bytes]", name: str, mode: int) -> None:
+        address = addresses(self._run)[name]
+        with socket_mode(mode):
+            made.bind(address)
+        self._bound.append((made, address, mode))
 
     def mend(self) -> tuple[str, ...]:
-        """Listen anew on paths that somebody removed; returns those. Who is connected stays so. Raises OSError.
+        """Bind again to paths that were removed; returns those. Connections stay. Raises OSError.
 
         Each time costs a descriptor, for the old listener is kept: to close it would remove the new path.
         """
-        gone = [(each, address, mode) for each, address, mode in self._bound if not os.path.exists(_path(address))]
+        gone = [(each, address, mode) for each, address, mode in self._bound if not os.path.exists(path_of(address))]
         if not gone or self._mended >= MENDS:
             return ()
         self._mended += 1
         os.makedirs(self._run, 0o750, exist_ok=True)
         for each, address, mode in gone:
-            with _umask(0o777 & ~mode):
+            with socket_mode(mode):
                 each.bind(address)
-        return tuple(_path(address) for _, address, _ in gone)
+        return tuple(path_of(address) for _, address, _ in gone)
 
     async def report(self) -> WorkerReport:
         """The next report of a worker. Raises RemoteProtocolError for a malformed one."""
-        parts = await self._pull.recv_multipart()
-        return self._decoded(parts, 1, REPORTS)
+        parts = await self._workers.receive()
+        if len(parts) != 2:  # identity and report
+            raise RemoteProtocolError(f"{len(parts)} parts")
+        return decode(parts[1], REPORTS)
 
     async def waiting(self, seconds: float) -> bool:
-        """Whether a report is there, or comes within so long."""
-        return bool(await self._pull.poll(int(seconds * 1000)))
+        """True if a report is there, or arrives within ``seconds``."""
+        return await self._workers.waiting(seconds)
 
-    async def question(self) -> tuple[Client, Question]:
-        """The next question from the command line, and whom to answer."""
-        parts = await self._router.recv_multipart(copy=False)
-        question = self._decoded([part.bytes for part in parts], 2, QUESTIONS)
-        return Client(parts[0].bytes, _peer_uid(parts[1])), question
-
-    def _decoded(self, parts: list[bytes], count: int, decoder: msgspec.msgpack.Decoder[T]) -> T:
-        try:
-            if len(parts) != count:
-                raise RemoteProtocolError(f"{len(parts)} parts")
-            return decode(parts[-1], decoder)
-        except RemoteProtocolError:
-            self.malformed += 1
-            raise
-
-    async def answer(self, asker: Client, reply: Reply) -> None:
-        await self._router.send_multipart([asker.identity, encode(reply)], zmq.NOBLOCK)
-
-    async def command(self, frame: WorkerCommand, *, lossy: bool = False) -> None:
-        """To every worker. Raises zmq.Again above the high-water mark, unless it does not matter."""
-        try:
-            await self._commands.send(encode(frame), zmq.NOBLOCK)
-        except zmq.Again:
-            if not lossy:
-                raise
+    def command(self, command: WorkerCommand, pids: Iterable[int]) -> None:
+        """To workers that have reported. One that is gone, or has not read HIGH_WATER commands, does not get it."""
+        data = encode(command)
+        for pid in pids:
+            with suppress(zmq.ZMQError):
+                self._workers.send(_identity(pid), data)
 
     def publish(self, event: Event) -> None:
-        """To the event feed: the topic is the event's name. Never waits."""
-        self._events.send_multipart([event.name.encode(), VERSION + msgspec.msgpack.encode(event)], zmq.NOBLOCK)
+        """To the event feed: the topic is the event's name. A subscriber that is too slow loses it."""
+        with suppress(zmq.Again):
+            self._events.send_multipart([event.name.encode(), VERSION + msgspec.msgpack.encode(event)], zmq.NOBLOCK)
 
     def close(self) -> None:
-        for each in (self._pull, self._commands, self._router, self._events):
-            each.close(linger=200)
+        self._workers.close(linger=200)
+        self._events.close(linger=200)
         self._context.term()
 
 
 def ask(run: str, question: Question, seconds: float) -> Reply | None:
-    """One question to the running daemon, for the command line. None when nobody answers in time."""
-    address = addresses(run)["control"]
-    if trouble_at(_path(address)):
-        return None
-    context = zmq.Context(io_threads=1)
-    try:
-        dealer = context.socket(zmq.DEALER)
-        _limits(dealer)
-        dealer.connect(address)
-        dealer.send(encode(question))
-        if not dealer.poll(int(seconds * 1000)):
+    """One question to the running daemon, for the command line. None if there is no reply in time.
+
+    Raises RemoteProtocolError for a malformed reply.
+    """
+    deadline, reply = Deadline.after(seconds), bytearray()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        try:
+            client.settimeout(seconds)
+            client.connect(path_of(addresses(run)["control"]))
+            client.sendall(encode(question))
+            client.shutdown(socket.SHUT_WR)
+            while part := client.recv(1 << 16):
+                reply += part
+                client.settimeout(max(0.001, deadline.left()))
+        except OSError:
             return None
-        return decode(dealer.recv(), REPLIES)
-    finally:
-        context.destroy(linger=0)
+    return decode(bytes(reply), REPLIES) if reply else None
 
 
 def trouble_at(path: str) -> int:
-    """The errno with which a socket cannot be reached, or 0. ZeroMQ would wait for it without a word."""
+    """The errno with which a socket cannot be reached, or 0. ZeroMQ would wait for it without an error."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
             probe.connect(path)
@@ -214,29 +236,25 @@ def trouble_at(path: str) -> int:
     return 0
 
 
-def _path(address: str) -> str:
-    return address.removeprefix("ipc://")
+def _identity(pid: int) -> bytes:
+    return str(pid).encode("ascii")
 
 
-def _peer_uid(frame: Any) -> int:
-    """ZeroMQ keeps SO_PEERCRED of a Unix socket as ``host:uid:gid:pid``."""
-    try:
-        uid = int(frame.get("Peer-Address").rsplit(":", 3)[1])
-    except (zmq.ZMQError, ValueError, IndexError):
-        return -1
-    return uid
-
-
-def _limits(each: Any) -> None:
-    each.setsockopt(zmq.LINGER, 0)
-    each.setsockopt(zmq.SNDHWM, HIGH_WATER)
-    each.setsockopt(zmq.RCVHWM, HIGH_WATER)
-    each.setsockopt(zmq.MAXMSGSIZE, LIMIT)
+def _limited(made: Any) -> Any:
+    for option, value in (
+        (zmq.LINGER, 0),
+        (zmq.SNDHWM, HIGH_WATER),
+        (zmq.RCVHWM, HIGH_WATER),
+        (zmq.MAXMSGSIZE, LIMIT),
+    ):
+        made.setsockopt(option, value)
+    return made
 
 
 @contextmanager
-def _umask(mask: int) -> Iterator[None]:
-    before = os.umask(mask)
+def socket_mode(mode: int) -> Iterator[None]:
+    """Sockets that are bound here get ``mode``."""
+    before = os.umask(0o777 & ~mode)
     try:
         yield
     finally:

@@ -1,1 +1,1 @@
-"""What those who watch see: metrics, pages, probes, diagnosis, the canary."""
+"""Monitoring: metrics, pages, probes, diagnosis, the canary."""

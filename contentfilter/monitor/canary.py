@@ -1,14 +1,14 @@
-"""Sends the canary's samples through the real hook, now and then, and judges what became of them.
+"""Canary: sends samples through the real hook at intervals and checks the results.
 
-Green means that a worker got the sample from the hook, asked the scanner, and answered what it should; a daemon that
-only runs is not enough. No sample can reach anybody, whatever goes wrong, for three reasons of which each will do:
+Success means that a worker got the sample from the hook, asked the scanner, and gave the expected answer; a daemon that
+only runs is not enough. No sample can be delivered, whatever goes wrong, for three reasons of which each is sufficient:
 
 1. its envelope names no recipient;
-2. its hook runs under a configuration of its own in which `queue` is /dev/null, which nobody can execute;
-   before each round the hook is asked whether it reads it so;
+2. its hook runs under a configuration of its own in which `queue` is /dev/null, which cannot be executed;
+   before each round the hook's `--check` must confirm it;
 3. a worker answers it with drop, reject or defer, never with queue.
 
-The worker's own account of the scans comes over the bus, with the sample's nonce. The hook's exit status must agree.
+The worker reports the scans over the bus, with the sample's nonce. The hook's exit status must agree.
 """
 
 import asyncio
@@ -38,28 +38,28 @@ from contentfilter.store.release import load_secret
 from contentfilter.threads import in_thread
 from contentfilter.verdict.record import ScanRecord
 
-EVENT_WAIT = 3.0  # seconds for the worker's account, when the hook has ended
-READY_WAIT = 1.0  # seconds between two looks whether the daemon is ready
-TELL_AGAIN = 600.0  # seconds after which a failure that lasts is logged again
+EVENT_WAIT = 3.0  # seconds for the worker's report, when the hook has ended
+READY_WAIT = 1.0  # seconds until a daemon that is not ready is checked again
+LOG_AGAIN = 600.0  # seconds after which a failure that lasts is logged again
 STATUSES = {Action.DROP: 0, Action.REJECT: 31, Action.DEFER: 71}
-"""What the hook leaves with, in the dialect `stock`."""
+"""Exit statuses of the hook in the dialect `stock`."""
 
 
 _Outcome = tuple[str, str, float]
-"""Result, the same for people, seconds."""
+"""Result, its text for people, seconds."""
 
 
 def judge(sample: Sample, ended: Ended, seen: CanarySeen | None) -> tuple[str, str]:
-    """One word of metrics.CANARY_RESULTS, and the same for people."""
+    """One word of metrics.CANARY_RESULTS, and its text for people."""
     if ended.status == NOT_STARTED:
         return "unknown", "the daemon on the hook's socket took it for ordinary mail: another daemon, or another key"
     if ended.status not in STATUSES.values():
-        return "failed", f"the hook left with status {ended.status}: {ended.said or 'it said nothing'}"
+        return "failed", f"the hook ended with status {ended.status}: {ended.said or 'no output'}"
     if seen is None:
         return "no-answer", f"no worker of this daemon got it within {ANSWER_WAIT:g} s {ended.said}".rstrip()
-    told = STATUSES[answer_for(seen.scans)]
-    if ended.status != told:
-        return "failed", f"the hook left with status {ended.status}, the worker's answer means {told}"
+    expected = STATUSES[answer_for(seen.scans)]
+    if ended.status != expected:
+        return "failed", f"the hook ended with status {ended.status}, the worker's answer means {expected}"
     if not seen.scans:
         return "unchecked", "the worker asked no scanner"
     for scan in seen.scans:
@@ -81,7 +81,7 @@ def _at(scan: ScanRecord) -> str:
 
 
 def find_hook(settings: Settings) -> Path | None:
-    """The hook that mail goes through; None where there is none."""
+    """The hook that mail goes through; None if there is none."""
     if settings.canary.hook:
         return Path(settings.canary.hook)
     installed = QmailPaths(Path(settings.service.control).parent).queue
@@ -94,7 +94,7 @@ def find_hook(settings: Settings) -> Path | None:
 
 
 class Canary:
-    """:meth:`run` once, in the background. One round at a time, whoever wants it."""
+    """:meth:`run` once, in the background. One round at a time."""
 
     def __init__(
         self,
@@ -111,13 +111,13 @@ class Canary:
         self._state = state
         self._one = asyncio.Lock()
         self._expected: dict[str, asyncio.Future[CanarySeen]] = {}
-        self._again = RateLimiter(TELL_AGAIN)
-        self._told: Mapping[str, str] = {}
+        self._again = RateLimiter(LOG_AGAIN)
+        self._logged: Mapping[str, str] = {}
         self._off = ""
         self.results: tuple[messages.CanaryResult, ...] = ()
 
     def others(self, events: Iterable[messages.Event]) -> Iterable[messages.Event]:
-        """Those that are not about samples; the others are taken out here."""
+        """Events that are not about samples; those about samples are consumed here."""
         for event in events:
             if event.name != CANARY_SEEN:
                 yield event
@@ -129,12 +129,12 @@ class Canary:
                     future.set_result(seen)
 
     async def run(self) -> None:
-        """A round every so often. Does not return."""
+        """A round at each interval. Does not return."""
         while True:
             began = time.monotonic()
             wanted, ready = self._in_force()[0].canary, self._state() == "ready"
             if not wanted.enabled:
-                self.results, self._told = (), {}
+                self.results, self._logged = (), {}
             elif ready:
                 try:
                     await self.round()
@@ -144,7 +144,7 @@ class Canary:
             await asyncio.sleep(max(0.0, began + every - time.monotonic()))
 
     async def round(self) -> messages.CanaryRound:
-        """Every sample once, all at the same time."""
+        """Send every sample once, all simultaneously."""
         async with self._one:
             if (state := self._state()) != "ready":
                 return messages.CanaryRound(self.results, f"the daemon is {state}: nothing was sent")
@@ -152,7 +152,7 @@ class Canary:
             program = await in_thread(lambda: find_hook(settings))
             if program is None:
                 self.results = ()
-                self._tell_off("no hook on this server: `contentfilter hook install`, or name it in [canary] hook")
+                self._log_off("no hook on this server: `contentfilter hook install`, or name it in [canary] hook")
                 return messages.CanaryRound((), self._off)
             self._off = ""
             sent = [sample for sample in samples if not sample.skip]
@@ -160,13 +160,13 @@ class Canary:
             return messages.CanaryRound(self.results)
 
     async def _send(self, samples: list[Sample], program: Path, settings: Settings) -> dict[str, _Outcome]:
-        """What became of each."""
+        """The outcome for each sample."""
         try:
             state = Path(settings.service.state)
             secret = await in_thread(lambda: load_secret(state))
             conf = await prepare(program, settings.canary.conf)
-        except (OSError, CanaryError) as trouble:
-            return {sample.name: ("failed", str(trouble), 0.0) for sample in samples}
+        except (OSError, CanaryError) as error:
+            return {sample.name: ("failed", str(error), 0.0) for sample in samples}
         try:
             said = await asyncio.gather(*(self._try(sample, program, conf, secret) for sample in samples))
         finally:
@@ -186,8 +186,8 @@ class Canary:
                 with suppress(TimeoutError):
                     async with Deadline.after(EVENT_WAIT).timeout():
                         await asyncio.wait((seen,))
-        except (OSError, CanaryError) as trouble:
-            return "failed", str(trouble), time.monotonic() - began
+        except (OSError, CanaryError) as error:
+            return "failed", str(error), time.monotonic() - began
         finally:
             self._expected.pop(nonce, None)
         result, text = judge(sample, ended, seen.result() if seen.done() else None)
@@ -210,29 +210,29 @@ class Canary:
             )
             results.append(found)
         self.results = tuple(results)
-        self._tell()
+        self._log_results()
 
-    def _tell(self) -> None:
-        """Changes, and now and then a failure that lasts; not each round."""
+    def _log_results(self) -> None:
+        """Log changes, and repeatedly a failure that lasts; not each round."""
         words = {result.sample: result.result for result in self.results}
         bad = [result for result in self.results if result.ok is False]
-        if words != self._told:
-            self._again = RateLimiter(TELL_AGAIN)
+        if words != self._logged:
+            self._again = RateLimiter(LOG_AGAIN)
         elif not bad:
             self._log.debug("canary.done", results=words)
             return
         if bad and self._again.allow() is None:
             return
-        self._told = words
+        self._logged = words
         for result in bad:
             self._log.warning("canary.failed", sample=result.sample, result=result.result, why=result.text)
         if not bad:
             self._log.info("canary.done", results=words)
 
-    def _tell_off(self, why: str) -> None:
+    def _log_off(self, why: str) -> None:
         if why != self._off:
             self._log.warning("canary.off", why=why)
-        self._off, self._told = why, {}
+        self._off, self._logged = why, {}
 
 
 def measured(results: Iterable[messages.CanaryResult]) -> Iterable[Measured]:

@@ -1,8 +1,8 @@
-"""Runs the hook with one of the canary's samples so that nothing can ever be queued.
+"""Runs the hook with a canary sample so that nothing can ever be queued.
 
 The hook is the installed program and works as for any mail, but under a configuration of its own: the socket is the one
 that mail goes to, and `queue` is /dev/null, a device, which not even root can execute. It is given in a memfd, so no
-file lies about. :func:`prepare` has the hook itself say that it reads it so; a setuid one would not.
+file is left behind. :func:`prepare` has the hook itself confirm that it reads it; a setuid one would not.
 """
 
 import asyncio
@@ -25,23 +25,23 @@ ANSWER_WAIT = 30.0  # seconds for the hook to get an answer
 HOOK_WAIT = 10.0  # further seconds for the hook to end
 STDERR_SHOWN = 300  # characters
 NOT_STARTED = 120
-"""The status of a hook that was told to queue: it could not start NOWHERE."""
+"""Status of a hook that was answered with queue: it could not start NOWHERE."""
 
 
 class CanaryError(ContentFilterError):
-    """Why no sample can be sent."""
+    """No sample can be sent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How the hook ended: its status (negative: a signal) and what it said."""
+    """End of the hook: its status (negative: a signal) and its output."""
 
     status: int
     said: str
 
 
 async def prepare(program: Path, conf_path: str) -> int:
-    """A descriptor with a configuration under which ``program`` queues nothing. Raises Trouble.
+    """A descriptor with a configuration under which ``program`` queues nothing. Raises CanaryError.
 
     ``conf_path``: the configuration that mail goes by.
     """
@@ -71,7 +71,7 @@ def _environ(conf: int) -> dict[str, str]:
 
 
 async def _checked(program: Path, environ: Mapping[str, str], *keep: int) -> dict[str, str]:
-    """What the hook makes of its configuration. Raises Trouble."""
+    """The configuration as the hook reads it. Raises CanaryError."""
     process = await _started(program, "--check", environ=environ, keep=keep)
     ended, out = await _ended(process, HOOK_WAIT)
     if ended.status:
@@ -81,7 +81,7 @@ async def _checked(program: Path, environ: Mapping[str, str], *keep: int) -> dic
 
 
 async def hand_over(program: Path, conf: int, mark: str, message: bytes) -> Ended:
-    """As qmail-smtpd does it: the message on descriptor 0, the envelope on 1. Raises Trouble."""
+    """Run the hook as qmail-smtpd does: the message on descriptor 0, the envelope on 1. Raises CanaryError."""
     environ = _environ(conf) | {canary.VARIABLE: mark}
     ends = [_pipe_with(message), _pipe_with(samples.ENVELOPE)]
     try:
@@ -93,7 +93,7 @@ async def hand_over(program: Path, conf: int, mark: str, message: bytes) -> Ende
 
 
 def _pipe_with(content: bytes) -> int:
-    """The end to read from, with everything in it."""
+    """The read end of a pipe that holds ``content``."""
     reader, writer = os.pipe2(os.O_CLOEXEC)
     try:
         os.set_blocking(writer, False)
@@ -125,7 +125,7 @@ async def _started(
 
 
 async def _ended(process: asyncio.subprocess.Process, seconds: float) -> tuple[Ended, bytes]:
-    """How it ended, and what it wrote. Whatever happens, it is gone then. Raises Trouble."""
+    """Wait for its end and output; kill it after ``seconds``. Raises CanaryError."""
     try:
         async with Deadline.after(seconds).timeout():
             out, err = await process.communicate()

@@ -1,7 +1,7 @@
-"""What a status comes to, in words: does mail flow, what is wrong since when, and what to do about it.
+"""Diagnosis of a status for people: does mail flow, what has been wrong since when, and what to do about it.
 
-Pure. The verdict is the first line that an administrator reads; each trouble has a remedy and names its heading in
-docs/runbook.md. Only what is wrong now is a trouble: what is over stands in the numbers of the last minutes.
+Pure. The verdict is the first line that an administrator reads; each issue has a remedy and names its heading in
+docs/runbook.md. Only what is wrong now is an issue: what is over is in the numbers of the last minutes.
 """
 
 import time
@@ -11,25 +11,26 @@ from typing import Literal
 import msgspec
 
 from contentfilter.bus.messages import BackendStatus, Status, WorkerStatus
+from contentfilter.doors.canary import CLEAN
 from contentfilter.errors import Cause
 from contentfilter.model import OriginKind, Scanner
 
-SILENT = 10.0  # seconds without a heartbeat after which a worker does not count as one that accepts mail
-SLOW = 60.0  # seconds after which a message in flight is worth a word
+SILENT = 10.0  # seconds without a heartbeat after which a worker is not counted as accepting mail
+SLOW = 60.0  # seconds after which a message in flight is an issue
 CROWDED = 0.25  # share of the socket's queue that is taken
 RISING = 0.1  # share of deferred messages
 
 WORDS = {
-    Cause.DOWN.value: "down",
-    Cause.TIMEOUT.value: "not answering in time",
-    Cause.BUSY.value: "busy",
-    Cause.BAD_REPLY.value: "talking nonsense",
-    Cause.RELOADING.value: "reloading",
-    Cause.MEMORY.value: "out of memory",
+    Cause.DOWN.value: "has been down",
+    Cause.TIMEOUT.value: "has not answered in time",
+    Cause.BUSY.value: "has been busy",
+    Cause.BAD_REPLY.value: "has given invalid answers",
+    Cause.RELOADING.value: "has been reloading",
+    Cause.MEMORY.value: "has been out of memory",
 }
 
 Effect = Literal["stops", "unchecked", ""]
-"""What a trouble does to mail: it waits or is deferred, it flows without a check, nothing."""
+"""The effect of an issue on mail: it waits or is deferred, it flows without a check, none."""
 
 
 class Issue(msgspec.Struct, frozen=True):
@@ -42,7 +43,7 @@ class Issue(msgspec.Struct, frozen=True):
 
 
 class Oldest(msgspec.Struct, frozen=True):
-    """The message that is here the longest."""
+    """The message that has been here longest."""
 
     incident: str
     stage: str
@@ -63,10 +64,10 @@ def diagnose(status: Status, now: float) -> Diagnosis:
     oldest = oldest_message(status.workers)
     found = (*_service(status, now), *_scanners(status, now), *_deferrals(status), *_slow(status, oldest))
     troubles = tuple(
-        sorted((*found, *_poison(status), *_configuration(status)), key=lambda trouble: _ORDER[trouble.effect])
+        sorted((*found, *_poison(status), *_configuration(status)), key=lambda issue: _ORDER[issue.effect])
     )
-    stopped = next((trouble.what for trouble in troubles if trouble.effect == "stops"), "")
-    unchecked = [trouble.what for trouble in troubles if trouble.effect == "unchecked"]
+    stopped = next((issue.what for issue in troubles if issue.effect == "stops"), "")
+    unchecked = [issue.what for issue in troubles if issue.effect == "unchecked"]
     if stopped:
         verdict = stopped
     elif unchecked:
@@ -89,7 +90,7 @@ def oldest_message(workers: tuple[WorkerStatus, ...]) -> Oldest | None:
 
 
 def able_workers(status: Status) -> int:
-    """How many places have a worker that accepts mail."""
+    """Number of slots with a worker that accepts mail."""
     return len({w.slot for w in status.workers if w.state == "ready" and w.silent < SILENT})
 
 
@@ -97,15 +98,15 @@ def _idle_text(status: Status) -> str:
     if status.window is None or status.window.messages:
         return "mail is flowing"
     if status.uptime < status.window.seconds:
-        return f"ready; nothing came since the start {length(status.uptime)} ago"
-    return "nothing came in the last 15 minutes"
+        return f"ready; no mail since the start {length(status.uptime)} ago"
+    return "no mail in the last 15 minutes"
 
 
 def _service(status: Status, now: float) -> Iterator[Issue]:
     able = able_workers(status)
     if status.state == "draining":
         yield Issue(
-            "THE DAEMON IS ENDING: hooks keep their mail and wait for the next one",
+            "THE DAEMON IS STOPPING: hooks keep their mail and wait for the next daemon",
             "systemctl start contentfilter",
             "The daemon is not ready",
             "stops",
@@ -136,14 +137,14 @@ def _service(status: Status, now: float) -> Iterator[Issue]:
         )
     for short in sorted({worker.short for worker in status.workers if worker.short}):
         yield Issue(
-            f"MAIL WAITS: there is too little {short}; after a while it is deferred",
+            f"MAIL WAITS: not enough {short}; mail is deferred if this lasts",
             "df" if short == "disk" else "free -m; ps aux --sort=-rss | head",
             "Too little memory or disk",
             "stops",
         )
     if status.tables is not None and not status.tables.loaded:
         yield Issue(
-            f"MAIL IS DEFERRED: there are no recipient tables: {status.tables.trouble}",
+            f"MAIL IS DEFERRED: no recipient tables: {status.tables.trouble}",
             "contentfilter check",
             "The tables are old",
             "stops",
@@ -151,22 +152,23 @@ def _service(status: Status, now: float) -> Iterator[Issue]:
 
 
 def _scanners(status: Status, now: float) -> Iterator[Issue]:
-    whole: set[str] = set()  # scanners that are left out for all mail: their backends do not matter
+    whole: set[str] = set()  # scanners that are bypassed for all mail: their backends do not matter
     for bypass in status.bypasses:
         name = bypass.scanner.value
-        only = f" for mail of {', '.join(kind.value for kind in bypass.origins)} origin" if bypass.origins else ""
+        mail = f"mail of {', '.join(kind.value for kind in bypass.origins)} origin" if bypass.origins else "all mail"
         if not bypass.origins:
             whole.add(name)
         yield Issue(
-            f"{name} is bypassed{only} by {bypass.by} until {clock(bypass.until, now)} ({bypass.reason})",
+            f"{name} is bypassed for {mail} until {clock(bypass.until, now)} by {bypass.by} ({bypass.reason})",
             f"contentfilter bypass end {name}",
             "A scanner is bypassed",
             "unchecked",
         )
     for sample in status.canary:
         if sample.ok is False and sample.result != "bypassed":
-            blind = sample.result == "passed"  # what should have been found was called clean
-            what = f"the canary's {sample.sample} was not treated as it should be: {sample.text}"
+            blind = sample.result == "passed"  # the scanner did not detect it
+            expected = "delivered as expected" if sample.sample == CLEAN else "caught as expected"
+            what = f"canary: the {sample.sample} sample was not {expected}: {sample.text}"
             yield Issue(what, "contentfilter canary", "The canary is red", "unchecked" if blind else "")
     for backend in status.backends:
         if backend.state == "failing" and backend.wanted:
@@ -177,25 +179,27 @@ def _scanners(status: Status, now: float) -> Iterator[Issue]:
 def _failing(backend: BackendStatus, now: float, *, idle: bool, others: bool) -> Issue:
     actions = set(backend.meanwhile.values())
     effect: Effect = "" if idle or others else "stops" if "defer" in actions else "unchecked"
-    down = f"{backend.scanner} {backend.backend} is {WORDS.get(backend.cause, backend.cause)} since "
-    down += f"{clock(backend.since, now)} ({length(now - backend.since)})"
+    down = f"{backend.scanner} {backend.backend} {WORDS.get(backend.cause, backend.cause)} since "
+    down += f"{clock(backend.since, now)} ({', '.join(filter(None, (length(now - backend.since), backend.detail)))})"
     if idle:
-        down += "; it is bypassed anyway"
+        down += "; it is bypassed"
     elif others:
-        down += "; another one takes its mail"
+        down += "; another backend serves its mail"
     else:
         down += f": {consequence(backend.meanwhile)}"
     unit = "clamav-daemon" if backend.scanner == Scanner.CLAMD.value else "spamd"
     remedy = f"systemctl status {unit}"
     if effect == "stops":
         down = f"MAIL IS DEFERRED: {down}"
-        remedy += f"; to let mail pass meanwhile: contentfilter bypass {backend.scanner} --for 30m --reason ..."
+        remedy += (
+            f"; to let mail pass unchecked meanwhile: contentfilter bypass {backend.scanner} --for 30m --reason ..."
+        )
     away = backend.cause == Cause.DOWN.value
     return Issue(down, remedy, f"{backend.scanner} is down" if away else "clamd or spamd is slow", effect)
 
 
 def consequence(meanwhile: dict[str, str]) -> str:
-    """What the failure table does to mail, in words."""
+    """The failure table's action in words."""
     passing = [origin for origin, action in meanwhile.items() if action == "pass"]
     deferred = [origin for origin, action in meanwhile.items() if action != "pass"]
     if not deferred:
@@ -204,41 +208,45 @@ def consequence(meanwhile: dict[str, str]) -> str:
         return "mail that needs it is deferred"
     if passing == [OriginKind.BOUNCE.value]:
         return "mail that needs it is deferred (bounces pass unchecked)"
-    return f"deferred is mail of {', '.join(deferred)} origin; unchecked passes that of {', '.join(passing)}"
+    return f"mail of {', '.join(deferred)} origin is deferred, mail of {', '.join(passing)} origin passes unchecked"
 
 
 def _deferrals(status: Status) -> Iterator[Issue]:
-    """Those of the last moments that no sick backend explains."""
+    """Recent deferrals that no failing backend explains."""
     recent = status.recent
     if recent is None:
         return
-    known = {backend.scanner for backend in status.backends}  # theirs is told above, or over
+    known = {backend.scanner for backend in status.backends}  # theirs are reported above, or over
     rest = {rule: count for rule, count in recent.deferred.items() if rule.partition(":")[0] not in known}
     count = sum(rest.values())
     if count and count > RISING * recent.messages:
-        what = f"MAIL IS DEFERRED: {count} of {recent.messages} messages within two minutes, by {next(iter(rest))}"
+        share = f"{count} of {recent.messages} messages in the last two minutes"
+        what = f"MAIL IS DEFERRED: {share}, most by {next(iter(rest))}"
         yield Issue(what, "contentfilter why --decision defer --since 15m", "Deferrals rise", "stops")
 
 
 def _slow(status: Status, oldest: Oldest | None) -> Iterator[Issue]:
     if oldest is not None and oldest.seconds > SLOW:
-        what = f"message {oldest.incident} is in worker {oldest.worker} for {length(oldest.seconds)} ({oldest.stage})"
+        time_in = f"for {length(oldest.seconds)} ({oldest.stage})"
+        what = f"message {oldest.incident} has been in worker {oldest.worker} {time_in}"
         yield Issue(what, "see the scanners below", "clamd or spamd is slow")
     if (waiting := sum(worker.waiting for worker in status.workers)) > 0:
-        what = f"{waiting} messages wait for a free place; those that find none are deferred as busy"
+        what = f"{waiting} messages wait for a free slot; those that get none in time are deferred as busy"
         yield Issue(what, "contentfilter top", "Mail waits for a free place")
     if status.waiting and status.waiting_limit and status.waiting > CROWDED * status.waiting_limit:
-        what = f"{status.waiting} hooks wait for a worker, {status.waiting_limit} can"
+        what = f"{status.waiting} hooks wait for a worker, of at most {status.waiting_limit}"
         yield Issue(what, "contentfilter top", "Mail waits for a free place")
 
 
 def _poison(status: Status) -> Iterator[Issue]:
     if count := len(status.poison):
         what = (
-            f"{count} message{'s' * (count > 1)} that killed two workers each {'are' if count > 1 else 'is'} isolated"
+            f"{count} messages are isolated, each after it killed two workers"
+            if count > 1
+            else "a message is isolated after it killed two workers"
         )
         yield Issue(
-            what, "contentfilter tail, and what lies in poison in the state directory", "A message kills workers"
+            what, "contentfilter tail, and the directory poison in the state directory", "A message kills workers"
         )
 
 
@@ -249,20 +257,20 @@ def _configuration(status: Status) -> Iterator[Issue]:
         more = f"not in force: {len(status.problems) - 3} more problems"
         yield Issue(more, "contentfilter check", "A new configuration is refused")
     if status.tables is not None and status.tables.loaded and status.tables.trouble:
-        what = f"the recipient tables are not current for {length(status.tables.age)}: {status.tables.trouble}"
+        what = f"the recipient tables have not been current for {length(status.tables.age)}: {status.tables.trouble}"
         yield Issue(what, "contentfilter clients diff", "The tables are old")
     if status.orders_problem:
         yield Issue(status.orders_problem, "contentfilter bypass list", "The disk is full")
 
 
 def clock(at: float, now: float) -> str:
-    """Local time; with its date where that is not today's."""
+    """Local time, with its date unless that is today."""
     there, here = time.localtime(at), time.localtime(now)
     return time.strftime("%H:%M" if there[:3] == here[:3] else "%Y-%m-%d %H:%M", there)
 
 
 def length(seconds: float) -> str:
-    """How long something lasts, in one unit."""
+    """A duration in one unit."""
     whole = max(0, round(seconds))
     if whole < 120:
         return f"{whole} s"

@@ -1,9 +1,9 @@
-"""The last three hours, minute by minute, and the last decisions: for those who look now, without Prometheus.
+"""History of the last three hours by minute, and the last decisions: for the status, without Prometheus.
 
-Takes bounded memory whatever comes in, and about five microseconds for an event. All keys are from closed sets,
-except for the rules, of which each minute knows RULES_MAX and counts further ones as ``other``. Every ``now`` is
-time.monotonic(), which does not jump; one that did jump anyway would lose history, or have it in the wrong minute,
-and nothing else. An event that does not look as it should is left out (monitor.metrics counts it).
+Memory is bounded, and an event costs about five microseconds. All keys are from closed sets, except for the rules, of
+which each minute keeps RULES_MAX and counts further ones as ``other``. Every ``now`` is time.monotonic(), which does
+not jump; a jump would lose history, or put it in the wrong minute, and nothing else. A malformed event is skipped
+(monitor.metrics counts it).
 """
 
 from bisect import bisect_left
@@ -19,12 +19,12 @@ from contentfilter.model import Action, Reason, Scanner, ScanStatus
 
 MINUTES = 180
 RULES_MAX = 20
-"""Different rules that are told apart in a minute, and in what is told about a longer time."""
+"""Different rules that are kept apart in a minute, and in a window."""
 RULE_SHOWN = 120
 """Characters of a rule."""
 RECENT = 100
 RECENT_BYTES = 65_536
-"""Of one decision with its account. A longer account is left out: the journal has it."""
+"""Of one decision with its detail. A longer detail is omitted: the journal has it."""
 BOUNDS = (
     0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0,
     1_000.0, 2_500.0, 5_000.0, 10_000.0, 30_000.0, 60_000.0, 120_000.0, 240_000.0,
@@ -52,7 +52,7 @@ class Minute(msgspec.Struct, frozen=True):
 
 
 class RecentDecision(msgspec.Struct, frozen=True):
-    """One decision: the fields of its log line (verdict.record.Record), and its account (JSON, may be empty)."""
+    """One decision: the fields of its log line (verdict.record.MailRecord), and its detail (JSON, may be empty)."""
 
     at: float
     fields: dict[str, Any]
@@ -60,7 +60,7 @@ class RecentDecision(msgspec.Struct, frozen=True):
 
 
 class _Scan(msgspec.Struct):
-    """What is needed of verdict.record.Scan."""
+    """The parts of verdict.record.ScanRecord that count here."""
 
     scanner: str
     status: str
@@ -69,7 +69,7 @@ class _Scan(msgspec.Struct):
 
 
 class _Mail(msgspec.Struct):
-    """What is needed of verdict.record.Record."""
+    """The parts of verdict.record.MailRecord that count here."""
 
     decision: str
     reason: str
@@ -80,7 +80,7 @@ class _Mail(msgspec.Struct):
 
 
 class _Bucket:
-    """What one minute came to."""
+    """Counts of one minute."""
 
     __slots__ = ("bytes", "decisions", "deferred", "minute", "rejected", "times", "unchecked")
 
@@ -95,14 +95,14 @@ class _Bucket:
 
 
 class History:
-    """Fed with each event ``mail.done``. For one thread; what it returns is nobody else's."""
+    """Counts each event ``mail.done``. For one thread; what it returns is not shared."""
 
     def __init__(self) -> None:
         self._buckets: deque[_Bucket] = deque(maxlen=MINUTES)  # only minutes in which something happened
         self._recent: deque[tuple[float, bytes, bytes]] = deque(maxlen=RECENT)
 
     def event(self, fields: Mapping[str, Any], account: bytes, now: float) -> None:
-        """One decided message. Raises nothing for what is wrong in it."""
+        """Count one decided message; a malformed one is skipped."""
         try:
             mail = msgspec.convert(fields, _Mail)
             line = msgspec.json.encode(fields)
@@ -121,7 +121,7 @@ class History:
         for scan in mail.scans:
             if scan.scanner not in _SCANNERS:
                 continue
-            if scan.ms:  # not where another scan's time holds for this one, or nothing was done
+            if scan.ms:  # 0: the time belongs to another scan, or nothing was done
                 _observe(bucket.times[scan.scanner], scan.ms)
             if scan.status == ScanStatus.UNCHECKED.value and mail.decision == Action.QUEUE.value:
                 key = f"{scan.scanner} {scan.cause if scan.cause in _CAUSES else OTHER}"
@@ -153,7 +153,7 @@ class History:
         known = {bucket.minute: bucket for bucket in self._buckets}
         newest = _minute(now)
         wanted = range(newest - min(max(0, count), MINUTES) + 1, newest + 1)
-        return tuple(_told(known.get(minute) or _Bucket(minute)) for minute in wanted)
+        return tuple(_minute_of(known.get(minute) or _Bucket(minute)) for minute in wanted)
 
     def recent(self, count: int = RECENT) -> tuple[RecentDecision, ...]:
         """The last decisions, newest first."""
@@ -163,7 +163,7 @@ class History:
     def _bucket(self, now: float) -> _Bucket:
         minute = _minute(now)
         last = self._buckets[-1].minute if self._buckets else None
-        if last is not None and minute < last:  # a jump back: what lies ahead would be told as if it came later
+        if last is not None and minute < last:  # a jump back: later minutes are not in the future
             self._buckets = deque((b for b in self._buckets if b.minute <= minute), maxlen=MINUTES)
             last = self._buckets[-1].minute if self._buckets else None
         if last is None or minute > last:
@@ -175,7 +175,7 @@ def _minute(now: float) -> int:
     return int(now // 60)
 
 
-def _told(bucket: _Bucket) -> Minute:
+def _minute_of(bucket: _Bucket) -> Minute:
     return Minute(
         bucket.minute * 60.0,
         sum(bucket.decisions.values()),
@@ -208,7 +208,7 @@ def _sum(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
 
 
 def _most(counts: Counter[str]) -> dict[str, int]:
-    """The RULES_MAX most frequent ones; the rest as ``other``, which stands last."""
+    """The RULES_MAX most frequent ones; the rest as ``other``, which is last."""
     rest = counts.pop(OTHER, 0)
     ranked = counts.most_common()
     rest += sum(count for _, count in ranked[RULES_MAX:])

@@ -1,6 +1,6 @@
-"""Sizes that somebody has to look up: of tables, quarantine, journal and disk, and of the listening socket's queue.
+"""Measured sizes: of tables, quarantine, journal and disk, and of the listening socket's queue.
 
-What cannot be looked up is left out, so that a metric is missing rather than wrong.
+A value that cannot be determined is omitted, so that a metric is missing rather than wrong.
 """
 
 import os
@@ -31,7 +31,7 @@ _LENGTHS = struct.Struct("=II")
 
 
 def measure(settings: Settings) -> tuple[Measurement, ...]:
-    """What lies in the state directory. Blocks on the disk: call it in a thread."""
+    """Measure the state directory. Blocks on the disk: call it in a thread."""
     state = Path(settings.service.state)
     found: list[Measurement] = []
     parts: tuple[Callable[[], Iterator[Measurement]], ...] = (
@@ -71,7 +71,7 @@ def _disk(state: Path) -> Iterator[Measurement]:
 
 
 def backlog(listener: int) -> tuple[int, int] | None:
-    """How many connections wait in a listening Unix socket's queue, and how many can. None where the kernel won't say.
+    """Connections that wait in a listening Unix socket's queue, and its length. None if the kernel does not tell.
 
     Netlink's socket diagnosis (sock_diag(7)), which is what ss(8) asks. Takes microseconds.
     """

@@ -1,9 +1,8 @@
-"""All metrics: what each is called and means, one registry that counts events, and its text for Prometheus.
+"""Metrics: their names and meanings, one registry that counts events, and its text for Prometheus.
 
-Every label is from a closed set: words of this program, or names from the configuration. Never an address, a
-domain, a signature or anything else that a message brings. An event that does not look as it should
-is counted as malformed and nothing else. Counting is cheap and belongs to the event loop; :meth:`Metrics.render`
-takes milliseconds and is for a thread.
+Every label is from a closed set: words of this program, or names from the configuration; never an address, a
+domain, a signature or anything else from a message. A malformed event is only counted as such. Counting is cheap and
+belongs to the event loop; :meth:`Metrics.render` takes milliseconds and is for a thread.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -25,12 +24,12 @@ SECONDS = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1,
     0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 240.0,
 )  # fmt: skip
-"""Upper bounds of the buckets: from a signature scan of a short letter to the whole budget."""
+"""Upper bounds of the buckets: from a signature scan of a short message to the whole budget."""
 LAG = (0.001, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0)
 OTHER = "other"
-"""In place of a word that this version does not know."""
+"""Replaces a word that this version does not know."""
 REMEMBERED = 4096
-"""Workers, dead ones too, whose last counts are kept: their last words may come late."""
+"""Workers, dead ones too, whose last counts are kept: their last reports may come late."""
 
 Values = Mapping[str, Iterable[tuple[tuple[str, ...], float]]]
 """Name of a metric -> its samples: label values in order, and the number."""
@@ -74,7 +73,7 @@ COUNTED = (
     Metric("counter", "contentfilter_loads_total", "Looks at configuration or tables.", ("result",)),
 )
 
-# Looked up when somebody asks.
+# Determined when they are read.
 SEEN = (
     Metric("gauge", "contentfilter_build_info", "Always 1.", ("version",)),
     Metric("gauge", "contentfilter_start_timestamp_seconds", "When the daemon was started."),
@@ -152,7 +151,7 @@ REUSED = frozenset(("kept", "shared"))  # scanners.cache
 COMMITS = frozenset(("all", "none", "some", "unknown"))
 CANARY_RESULTS = frozenset(
     ("passed", "caught", "unchecked", "bypassed", "no-answer", "unknown", "failed")
-)  # service.canary.judge
+)  # monitor.canary.judge
 LOADS = frozenset(("changed", "unchanged", "failed"))
 _SHED = ("contentfilter_shed_total", SHED)
 
@@ -170,7 +169,7 @@ _Number = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
 
 
 class _Scan(msgspec.Struct):
-    """What is needed of verdict.record.Scan."""
+    """The parts of verdict.record.ScanRecord that are counted."""
 
     scanner: str
     status: str
@@ -181,7 +180,7 @@ class _Scan(msgspec.Struct):
 
 
 class _Mail(msgspec.Struct):
-    """What is needed of verdict.record.Record."""
+    """The parts of verdict.record.MailRecord that are counted."""
 
     origin: str
     decision: str
@@ -216,7 +215,7 @@ def commit_result(results: Sequence[str] | None) -> str:
 
 
 class Metrics:
-    """The registry and what fills it. ``registry`` belongs to whoever makes it; nothing here is global."""
+    """Counts events in ``registry``, which belongs to the caller; nothing here is global."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
@@ -237,7 +236,7 @@ class Metrics:
         self._start_at_zero()
 
     def _start_at_zero(self) -> None:
-        """What an alert watches is there from the start: the first event must not go unseen."""
+        """Series that alerts watch exist from the start: the first event must not be missed."""
         for scanner in sorted(SCANNERS):
             for cause in sorted(CAUSES - {""}):
                 self._counters["contentfilter_unchecked_total"].labels(scanner, cause)
@@ -250,7 +249,7 @@ class Metrics:
         for decision in sorted(DECISIONS):
             self._histograms["contentfilter_message_seconds"].labels(decision)
 
-    # What happens
+    # Input
 
     def event(self, name: str, fields: Mapping[str, Any]) -> None:
         """Count an event of the feed, if it is one that counts. Raises nothing."""
@@ -280,7 +279,7 @@ class Metrics:
             series("contentfilter_scans_total", scanner, backend, status, cause).inc()
             if scan.reused:
                 series("contentfilter_scans_reused_total", scanner, _known(scan.reused, REUSED)).inc()
-            elif scan.ms:  # not where another scan's time holds for this one, or nothing was done
+            elif scan.ms:  # 0: the time belongs to another scan, or nothing was done
                 series("contentfilter_scan_seconds", scanner, backend).observe(scan.ms / 1000)
             if decision == Action.QUEUE.value and status == ScanStatus.UNCHECKED.value:
                 series("contentfilter_unchecked_total", scanner, cause).inc()
@@ -314,7 +313,7 @@ class Metrics:
             self._histograms["contentfilter_loop_lag_seconds"].observe(lag)
 
     def loaded(self, result: Literal["changed", "unchanged", "failed"]) -> None:
-        """Configuration or tables were looked at."""
+        """Configuration or tables were checked."""
         self._counters["contentfilter_loads_total"].labels(result).inc()
 
     def backends(self, configured: Mapping[Scanner, Collection[str]]) -> None:
@@ -330,9 +329,9 @@ class Metrics:
                 seconds.labels(scanner.value, backend)
                 scans.labels(scanner.value, backend, ScanStatus.CLEAN.value, "")
         self._backends = names
-        self._found.clear()  # what was removed is not counted any more
+        self._found.clear()  # removed series must not be counted
 
-    # What is to be read
+    # Output
 
     def present(self, values: Values) -> None:
         """The samples of SEEN from now on."""
@@ -345,7 +344,7 @@ class Metrics:
 
 
 class Registry(CollectorRegistry):
-    """Leaves out when each series began: it doubles the text, and Prometheus has no use for it."""
+    """Omits the creation time of each series: it doubles the text, and Prometheus does not use it."""
 
     def collect(self) -> Iterator[Family]:
         for family in super().collect():
@@ -374,6 +373,6 @@ def _known(word: str, words: frozenset[str]) -> str:
 
 
 def _series(metric: Counter | Histogram, labels: tuple[str, ...]) -> set[tuple[str, ...]]:
-    """The label values of all that a metric has counted."""
+    """The label values of all series of a metric."""
     samples = (sample for family in metric.collect() for sample in family.samples)
     return {tuple(sample.labels[label] for label in labels) for sample in samples}

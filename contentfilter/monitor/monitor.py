@@ -1,7 +1,7 @@
-"""What the supervisor does for those who watch it: counts, measures, probes, and serves /metrics, /live, /ready.
+"""Monitoring in the supervisor: counts, measures, probes, and serves /metrics, /live, /ready.
 
-Mail never waits for any of it. The disk is looked at in a thread of its own that may hang, the text is made in
-another, the probe has a deadline, and an address that cannot be had is logged and tried again.
+Mail never waits for any of it. The disk is measured in a thread of its own that may hang, the text is rendered in
+another, the probe has a deadline, and an address that is in use is logged and tried again.
 """
 
 import asyncio
@@ -16,7 +16,6 @@ from typing import Any, Literal
 import msgspec
 
 from contentfilter.bus.messages import EventBatch, Heartbeat, Status
-from contentfilter.bus.remote_feed import RemoteFeed
 from contentfilter.deadline import Deadline
 from contentfilter.doors.watermarks import RESOURCES
 from contentfilter.endpoint import parse_listen
@@ -25,7 +24,8 @@ from contentfilter.model import Scanner
 from contentfilter.monitor.backends import backend_statuses
 from contentfilter.monitor.canary import measured
 from contentfilter.monitor.history import History
-from contentfilter.monitor.http import Page, Response, Server
+from contentfilter.monitor.http import Application, Page, Response
+from contentfilter.monitor.http_server import HttpServer
 from contentfilter.monitor.measure import Measurement, backlog, measure
 from contentfilter.monitor.metrics import Metrics, Registry
 from contentfilter.monitor.page import PATHS, make_pages
@@ -33,8 +33,8 @@ from contentfilter.monitor.probe import UP, Prober
 from contentfilter.policy.bypass import SCANNERS
 from contentfilter.settings import Settings
 
-MEASURE_EVERY = 30.0  # seconds between two looks at the disk
-WINDOW, RECENT = 900.0, 120.0  # seconds that the status tells about
+MEASURE_EVERY = 30.0  # seconds between two measurements of the disk
+WINDOW, RECENT = 900.0, 120.0  # seconds that the status covers
 LISTEN_AGAIN = 30.0  # seconds until an address that is in use is tried again
 
 
@@ -47,7 +47,7 @@ class Monitor:
         """``listener`` may be closed while this runs."""
         self._log = log
         self._settings = settings
-        self._status = status
+        self._supervisor_status = status
         self._listener = listener
         self._metrics = Metrics(Registry())
         self.history = History()
@@ -55,15 +55,14 @@ class Monitor:
         self._started = time.time()
         self._measured: tuple[Measurement, ...] = ()
         self._prober = Prober(settings)
-        self.remote = RemoteFeed(log, settings)
         self._end = threading.Event()
         self._defects = RateLimiter(60.0)
         self._adopt()
 
-    # What happens
+    # Input
 
     def heard(self, report: Heartbeat | EventBatch) -> None:
-        """A report of a worker. Raises nothing."""
+        """Count a report of a worker. Raises nothing."""
         try:
             if isinstance(report, EventBatch):
                 for event in report.events:
@@ -80,7 +79,7 @@ class Monitor:
                 self._log.exception("monitor.failed", not_logged=held)
 
     def loaded(self, result: Literal["changed", "unchanged", "failed"]) -> None:
-        """Configuration or tables were looked at; the settings are in force already."""
+        """Configuration or tables were checked; the settings are in force already."""
         self._metrics.loaded(result)
         if result == "changed":
             self._adopt()
@@ -89,32 +88,31 @@ class Monitor:
         settings = self._settings()
         self._metrics.backends({Scanner.CLAMD: settings.clamd.backends, Scanner.SPAMD: settings.spamd.backends})
         self._prober.changed()
-        self.remote.changed()
 
     # In the background
 
     async def run(self) -> None:
-        """Until it is cancelled. Without HTTP the disk is not looked at, and scanners are probed only with a reason."""
-        where, remote = parse_listen(self._settings().http.listen), self._alone(self.remote.run())
+        """Until it is cancelled. Without HTTP the disk is not measured, and scanners are probed only with a reason."""
+        where = parse_listen(self._settings().http.listen)
         if where is None:
-            await asyncio.gather(remote, self._alone(self._prober.run(rhythm=False)))
+            await self._alone(self._prober.run(rhythm=False))
             return
         threading.Thread(target=self._measure, name="measure", daemon=True).start()
         try:
-            await asyncio.gather(remote, self._alone(self._serve(*where)), self._alone(self._prober.run(rhythm=True)))
+            await asyncio.gather(self._alone(self._serve(*where)), self._alone(self._prober.run(rhythm=True)))
         finally:
             self._end.set()
             self._renderer.shutdown(wait=False, cancel_futures=True)
 
     async def _alone(self, work: Coroutine[Any, Any, None]) -> None:
-        """A defect ends this work and nothing else."""
+        """A defect ends ``work`` and nothing else."""
         try:
             await work
         except Exception:
             self._log.exception("monitor.failed")
 
     def _measure(self) -> None:
-        """In its own thread, which nobody joins: a disk may hang."""
+        """In a daemon thread, which is not joined: a disk may hang."""
         while not self._end.is_set():
             self._measured = measure(self._settings())
             self._end.wait(MEASURE_EVERY)
@@ -123,33 +121,34 @@ class Monitor:
         pages: dict[str, Page] = {"/metrics": self._page_metrics, "/live": self._page_live, "/ready": self._page_ready}
         if self._settings().http.page == "on":
             pages |= make_pages(self._look, self.history)
-        server = Server(pages, self._log, private=PATHS, names=(host,))
-        told = False
+        server = HttpServer(Application(pages, self._log, private=PATHS, names=(host,)))
+        reported = False
         try:
             while True:
                 try:
                     address = await server.start(host, port)
                     break
                 except OSError as error:
-                    if not told:
+                    if not reported:
                         why = error.strerror or str(error)
                         self._log.error("http.failed", listen=f"{host}:{port}", why=why)
-                        told = True
+                        reported = True
                 await asyncio.sleep(LISTEN_AGAIN)
             self._log.info("http.ready", address=address)
-            await asyncio.get_running_loop().create_future()  # for ever
+            await asyncio.get_running_loop().create_future()  # until cancelled
         finally:
             await server.close()
 
-    # What the status tells beside the workers
+    # Status
 
     async def look(self, deadline: Deadline) -> None:
-        """Somebody wants to know how things are: ask the scanners, unless that was just done."""
+        """Probe the scanners before a status is reported, unless that was just done."""
         await self._prober.fresh(deadline)
 
-    def complete(self, status: Status) -> Status:
-        """``status`` with backends, queue and the last minutes."""
+    def status(self) -> Status:
+        """The status with backends, queue and the last minutes."""
         queue, now = backlog(self._listener.fileno()), time.monotonic()
+        status = self._supervisor_status()
         return msgspec.structs.replace(
             status,
             backends=backend_statuses(status.workers, self._prober.results, self._settings()),
@@ -159,10 +158,10 @@ class Monitor:
             recent=self.history.window(RECENT, now),
         )
 
-    # What is served
+    # Pages
 
     async def _page_metrics(self, accept: str) -> Response:
-        status = self._status()
+        status = self.status()
         unwanted = {(backend.backend,) for backend in status.backends if not backend.wanted}
         probed = (s for s in self._prober.samples if s[0] != UP[Scanner.SPAMD] or s[1] not in unwanted)
         samples = (*self._now(status), *self._measured, *probed)
@@ -174,36 +173,36 @@ class Monitor:
         return Response(*await loop.run_in_executor(self._renderer, self._metrics.render, accept))
 
     async def _page_live(self, accept: str) -> Response:
-        return _told(accept, "live", ())
+        return _plain(accept, "live", ())
 
     async def _page_ready(self, accept: str) -> Response:
-        return _told(accept, "ready", self._unready(self._status()))
+        return _plain(accept, "ready", self._unready(self.status()))
 
     def _look(self) -> tuple[Status, tuple[str, ...]]:
-        """For the page in the browser."""
-        status = self._status()
+        """For the status page."""
+        status = self.status()
         return status, self._unready(status)
 
     def _unready(self, status: Status) -> tuple[str, ...]:
-        """What keeps the daemon from being ready, in words; empty when it is."""
+        """The reasons why the daemon is not ready; empty if it is."""
         found = []
         if status.state == "draining":
             found.append("draining: no new mail is accepted")
         if status.drain is not None:
-            found.append(f"draining: no new mail is accepted, by order of {status.drain.by}: contentfilter resume")
+            found.append(f"draining: no new mail is accepted, drained by {status.drain.by}: contentfilter resume")
         able = {
             w.slot for w in status.workers if w.state == "ready" and w.silent < self._settings().service.stuck_after
         }
         if len(able) < status.wanted:
             found.append(f"{len(able)} of {status.wanted} workers accept mail")
         short = sorted({worker.short for worker in status.workers if worker.short})
-        found += [f"too little {resource}: mail waits" for resource in short]
+        found += [f"not enough {resource}: mail waits" for resource in short]
         if status.tables is not None and not status.tables.loaded:
             found.append(f"no recipient tables: {status.tables.trouble}")
         return tuple(found)
 
     def _now(self, status: Status) -> Iterable[Measurement]:
-        """All that is known without looking anywhere."""
+        """Samples of what is known already."""
         settings = self._settings()
         workers = status.workers
         yield from measured(status.canary)
@@ -215,7 +214,7 @@ class Monitor:
         yield "contentfilter_workers_wanted", (), status.wanted
         for reason, count in status.deaths.items():
             yield "contentfilter_worker_restarts_total", (reason,), count
-        for slot in sorted({worker.slot for worker in workers}):  # two in one slot while one takes over
+        for slot in sorted({worker.slot for worker in workers}):  # two in one slot during a replacement
             opened = sum(worker.open for worker in workers if worker.slot == slot)
             yield "contentfilter_in_flight", (str(slot),), opened
             waiting = sum(worker.waiting for worker in workers if worker.slot == slot)
@@ -246,8 +245,8 @@ class Monitor:
         yield "contentfilter_journal_lost_total", (), status.not_recorded
 
 
-def _told(accept: str, name: str, problems: tuple[str, ...]) -> Response:
-    """A line for each problem, or JSON for who asks for it."""
+def _plain(accept: str, name: str, problems: tuple[str, ...]) -> Response:
+    """A line for each problem, or JSON if the client asks for it."""
     status = HTTPStatus.SERVICE_UNAVAILABLE if problems else HTTPStatus.OK
     if "application/json" in accept:
         body = msgspec.json.encode({name: not problems, "problems": problems})

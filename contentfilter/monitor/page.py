@@ -1,8 +1,7 @@
-"""The status page for a browser: one file with nothing from elsewhere, and the JSON that it asks for every few seconds.
+"""Status page for a browser: one self-contained file, and the JSON that it polls every few seconds.
 
-It shows addresses and stories of messages, so it is private (monitor.http). What a message brought is data: it
-goes into the JSON, and the page's script puts it on the screen as text. The browser is told to run and load
-nothing but what stands in the file.
+It shows addresses and traces of messages, so it is private (monitor.http). Content of messages is data: it goes into
+the JSON, and the page's script displays it as text. The content security policy allows nothing but the file itself.
 """
 
 import base64
@@ -26,21 +25,21 @@ SHOWN = ("id", "sender", "recipients", "recipient_count", "remote", "user", "siz
 """Fields of the log line that the page shows."""
 
 Look = Callable[[], tuple[Any, Sequence[str]]]
-"""The daemon at a glance (service.frames.Status), and what keeps it from being ready."""
+"""Status (bus.messages.Status) of the daemon, and the reasons why it is not ready."""
 
 _PRIVATE = {"Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin"}
 _INLINE = re.compile(rb"<(style|script)>(.*?)</\1>", re.DOTALL)
 
 
-class _Account(msgspec.Struct):
-    """What is needed of verdict.record.Account."""
+class _Detail(msgspec.Struct):
+    """The parts of verdict.record.MailDetail that the page shows."""
 
     story: tuple[tuple[str, str], ...] = ()
     text: str = ""
     message_id: str = ""
 
 
-_ACCOUNT = msgspec.json.Decoder(_Account)
+_DETAIL = msgspec.json.Decoder(_Detail)
 
 
 def load_page() -> Response:
@@ -59,7 +58,7 @@ def load_page() -> Response:
 
 
 def make_pages(look: Look, history: History) -> dict[str, Page]:
-    """The pages of PATHS. The JSON is made at most once a second, however many look."""
+    """The pages of PATHS. The JSON is made at most once a second, whatever the number of clients."""
     whole = load_page()
     made, last = 0.0, whole
 
@@ -77,7 +76,7 @@ def make_pages(look: Look, history: History) -> dict[str, Page]:
 
 
 def make_data(status: Any, unready: Sequence[str], history: History, now: float, clock: float) -> Response:
-    """The JSON. ``now`` is time.monotonic(), ``clock`` time.time(): moments are told in seconds since 1970."""
+    """The JSON. ``now`` is time.monotonic(), ``clock`` time.time(): moments are in seconds since 1970."""
     data = {
         "clock": clock,
         "status": status,
@@ -89,7 +88,7 @@ def make_data(status: Any, unready: Sequence[str], history: History, now: float,
 
 
 def _columns(minutes: Sequence[Minute], offset: float) -> dict[str, Any]:
-    """One list for each line of the charts; the first moment stands for all."""
+    """One list for each line of the charts, and the start of the first minute."""
     first = minutes[-1]
     return {
         "start": minutes[0].start + offset,
@@ -104,8 +103,8 @@ def _columns(minutes: Sequence[Minute], offset: float) -> dict[str, Any]:
 
 def _decision(entry: RecentDecision, offset: float) -> dict[str, Any]:
     try:
-        account = _ACCOUNT.decode(entry.account) if entry.account else _Account()
+        detail = _DETAIL.decode(entry.account) if entry.account else _Detail()
     except (msgspec.DecodeError, UnicodeDecodeError):
-        account = _Account()
+        detail = _Detail()
     fields = {name: entry.fields.get(name) for name in SHOWN}
-    return fields | {"time": entry.at + offset} | msgspec.structs.asdict(account)
+    return fields | {"time": entry.at + offset} | msgspec.structs.asdict(detail)

@@ -1,12 +1,8 @@
-"""The canary's samples, and the mark by which a worker knows them. Nothing here waits or sends.
+"""The canary's samples. Nothing here waits or sends.
 
-Four messages tell whether mail is really scanned: a clean one that everybody must let pass, and three harmless
-ones that one scanner each must find: EICAR (clamd), GTUBE (spamd), and the beginning of a program (chksignature
-or chkloadertype, made from a rule in force). The test strings are in pieces, so that no scanner stops at this file.
-
-The mark is an environment variable of the hook, so no mail can carry it. An HMAC covers the sample, the hash of its
-bytes and an end two minutes ahead. A worker takes it only from its own user, with no other variable beside it. It
-may be seen twice: a hook whose worker died offers its message again.
+Four messages show that mail is really scanned: a clean one that every scanner must pass, and three harmless
+ones that one scanner each must detect: EICAR (clamd), GTUBE (spamd), and the beginning of a program (chksignature
+or chkloadertype, made from a rule in force). The test strings are in pieces, so that no scanner detects this file.
 """
 
 import base64
@@ -19,7 +15,7 @@ from contentfilter.scanners.signatures.rules import LIBRARY, Fragment, Rule, Rul
 from contentfilter.settings import Settings
 
 ENVELOPE = b"F\0\0"
-"""Nobody sends it, to nobody: a qmail-queue that got it all the same would have nobody to deliver it to."""
+"""No sender, no recipient: even a real qmail-queue could not deliver it."""
 
 
 _EICAR = (b"X5O!P%@AP[4\\PZX5", b"4(P^)7CC)7}$EI", b"CAR-STANDARD-ANTIV", b"IRUS-TEST-FILE!$H+H*")
@@ -31,7 +27,7 @@ _ALIGNED = {0: 0, 2: 1, 4: 2, 6: 3}  # bits of a pattern in the byte before -> i
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A message that says something about one scanner, or about all of them. ``skip``: why it is not sent."""
+    """A message that tests one scanner, or all of them. ``skip``: why it is not sent."""
 
     name: str
     body: bytes = b""  # with the header fields that describe it
@@ -39,14 +35,14 @@ class Sample:
 
     @property
     def wanted(self) -> str:
-        """What should become of it."""
+        """The expected result."""
         return "passed" if self.name == CLEAN else "caught"
 
     def message(self, nonce: str, now: float) -> bytes:
-        """A letter of this moment.
+        """The message with a current date.
 
-        It has no To: that gives a clean letter about one point in SpamAssassin, enough for its autolearn to leave
-        it alone. Its first field is From, by which clamd knows mail.
+        It has no To: that gives a clean message about one point in SpamAssassin, enough to keep it from being
+        learned. Its first field is From, by which clamd recognises mail.
         """
         head = (
             f"From: canary@contentfilter.invalid\nDate: {formatdate(now)}\n"
@@ -59,14 +55,14 @@ class Sample:
 def make_samples(
     settings: Settings, signatures: Rules | None, loadertypes: Rules | None, allowed: tuple[AllowEntry, ...] = ()
 ) -> tuple[Sample, ...]:
-    """All four under this configuration; those whose scanner is switched off say so.
+    """All four under this configuration; those whose scanner is switched off are skipped.
 
-    ``signatures`` and ``loadertypes``: None where the switch is off. Rules that ``allowed`` lets through are not used.
+    ``signatures`` and ``loadertypes``: None if the switch is off. Rules that ``allowed`` lets through are not used.
     """
-    passing = {allowance.signature for allowance in allowed}
+    passing = {entry.signature for entry in allowed}
     clamd, spamd = settings.clamd.backends, settings.spamd.backends
     if any((clamd, spamd, signatures, loadertypes)):
-        clean = Sample(CLEAN, _text(b"Nobody should find anything in it.\n"))
+        clean = Sample(CLEAN, _text(b"No scanner should detect anything in it.\n"))
     else:
         clean = Sample(CLEAN, skip="no scanner is configured")
     return (
@@ -122,6 +118,3 @@ def _attachment(lines: bytes) -> bytes:
 
 def _lines(letters: bytes) -> bytes:
     return b"".join(letters[at : at + 76] + b"\n" for at in range(0, len(letters), 76))
-
-
-# The mark

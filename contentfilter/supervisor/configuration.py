@@ -1,11 +1,11 @@
-"""The configuration in force, and how the next one gets there: read, told, sent, taken by every worker.
+"""The configuration in force, and the way of the next one: read, logged, sent, taken by every worker.
 
 A bad one changes nothing, and each of its problems is logged once. Workers that start get the newest generation with
-them; the others get it over the bus, again and again until their heartbeat says that they have it.
+them; the others get it over the bus, and their heartbeats confirm it.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Literal
 
@@ -14,69 +14,71 @@ from contentfilter.deadline import Deadline
 from contentfilter.doors.origin import resolve
 from contentfilter.errors import ConfigError
 from contentfilter.log import Logger
-from contentfilter.supervisor.process import Process
+from contentfilter.monitor.samples import Sample
+from contentfilter.settings import Settings
 from contentfilter.supervisor.source import ConfigSource, Loaded, Staleness
-from contentfilter.supervisor.spread import Spread
+from contentfilter.supervisor.workers import Workers
 
 RELOAD_WAIT = 10.0  # seconds to wait for all workers to take a new configuration
 AT_START_ONLY = ("settings.listen", "settings.http", "settings.service.run", "settings.log", "sysfacility")
 """What a running daemon cannot change."""
 
+Result = Literal["changed", "unchanged", "failed"]
+Observer = Callable[[Result], None]
+"""Called after each look at the source; with ``changed``, the new configuration is in force already."""
+
 
 class Configuration:
     """``loaded`` is in force, as number ``generation``; ``problems`` keep a newer one out."""
 
-    def __init__(
-        self,
-        source: ConfigSource,
-        first: Loaded,
-        log: Logger,
-        send: Callable[[messages.Configure], Awaitable[None]],
-        processes: Callable[[], Sequence[Process]],
-        moved: asyncio.Event,
-        adopt: Callable[[Loaded], None],
-        looked: Callable[[Literal["changed", "unchanged", "failed"]], None],
-    ) -> None:
-        """``send``: to all workers. ``moved``: set when one has changed. ``adopt``: called for each new one.
-
-        ``looked``: called after each look at the source.
-        """
+    def __init__(self, source: ConfigSource, first: Loaded, log: Logger, workers: Workers) -> None:
         self.loaded = first
         self.generation = 1
         self.problems: tuple[str, ...] = ()
         self._source = source
         self._log = log
-        self._spread = Spread(
-            lambda: send(messages.Configure(self.generation, self.loaded.blob)),
-            lambda beat: max(beat.generation, beat.refused) >= self.generation,
-            processes,
-            moved,
-        )
-        self.heard = self._spread.heard  # to be told of each sign of life
-        self._adopt = adopt
-        self._looked = looked
+        self._workers = workers
+        self._observers: list[Observer] = []
         self._reloading = asyncio.Lock()
         self._staleness = Staleness(log)
-        self._tell(first)
-        self._staleness.tell(source.tables())
+        self._log_problems(first)
+        self._staleness.report(source.tables())
 
-    async def reload(self, replace_workers: Callable[[], None] | None = None) -> tuple[str, ...]:
-        """Read everything again. Returns the problems that kept the old one in force."""
+    def observe(self, observer: Observer) -> None:
+        """Call ``observer`` from now on."""
+        self._observers.append(observer)
+
+    def settings(self) -> Settings:
+        """The settings in force."""
+        return self.loaded.settings
+
+    def canary(self) -> tuple[Settings, tuple[Sample, ...]]:
+        """The settings in force, and the canary's samples for them."""
+        return self.loaded.settings, self.loaded.samples
+
+    async def reload(self) -> tuple[str, ...]:
+        """Read everything again. Returns the workers that have not taken the new one in time, as text.
+
+        See ``problems`` for what kept the old one in force.
+        """
         async with self._reloading:
+            late: tuple[str, ...] = ()
             try:
                 loaded = await self._source.load()
             except ConfigError as error:
                 self._failed(error)
             else:
-                await self._take(loaded)
-                if replace_workers is not None:
-                    replace_workers()
-                await self._spread.followed(Deadline.after(RELOAD_WAIT))
-            self._staleness.tell(self._source.tables())
-            return self.problems
+                self._take(loaded)
+                processes = await self._workers.followed(self._taken, Deadline.after(RELOAD_WAIT))
+                late = tuple(
+                    f"worker {p.slot} (pid {p.pid}) has not taken configuration {self.generation} yet"
+                    for p in processes
+                )
+            self._staleness.report(self._source.tables())
+            return late
 
     async def watch_tables(self) -> None:
-        """Look at the tables now and then. Does not return."""
+        """Look at the tables in intervals. Does not return."""
         while True:
             await asyncio.sleep(self.loaded.settings.tables.refresh)
             async with self._reloading:
@@ -86,13 +88,20 @@ class Configuration:
                     self._failed(error)
                     continue
                 finally:
-                    self._staleness.tell(self._source.tables())
+                    self._staleness.report(self._source.tables())
                 if loaded is None:
-                    self._looked("unchanged")
+                    self._notify("unchanged")
                 else:
-                    await self._take(loaded)
+                    self._take(loaded)
 
-    def _tell(self, loaded: Loaded) -> None:
+    def _taken(self, beat: messages.Heartbeat) -> bool:
+        return max(beat.generation, beat.refused) >= self.generation
+
+    def _notify(self, result: Result) -> None:
+        for observer in self._observers:
+            observer(result)
+
+    def _log_problems(self, loaded: Loaded) -> None:
         for problem in loaded.problems:
             self._log.warning("service.problem", path=problem.path, line=problem.line, text=problem.text)
         for name in resolve(loaded.settings.origin)[1]:
@@ -100,22 +109,21 @@ class Configuration:
 
     def _failed(self, error: ConfigError) -> None:
         texts = tuple(str(problem) for problem in error.problems)
-        if texts != self.problems:  # the same trouble again and again is told once
+        if texts != self.problems:  # the same problems are logged once
             for problem in error.problems:
                 self._log.error("service.problem", path=problem.path, line=problem.line, text=problem.text)
-        self._looked("failed")
+        self._notify("failed")
         self._log.error("service.reload-failed", problems=len(texts), generation=self.generation)
         self.problems = texts
 
-    async def _take(self, loaded: Loaded) -> None:
+    def _take(self, loaded: Loaded) -> None:
         self.problems = ()
-        self._tell(loaded)
+        self._log_problems(loaded)
         before, self.loaded = self.loaded, loaded
-        self._looked("changed")
         for name in AT_START_ONLY:
             if attrgetter(name)(before) != attrgetter(name)(loaded):
                 self._log.warning("service.restart-needed", setting=name.removeprefix("settings."))
         self.generation += 1
         self._log.info("service.reload", generation=self.generation, bytes=len(loaded.blob))
-        await self._spread.send()
-        self._adopt(loaded)
+        self._workers.send(messages.Configure(self.generation, loaded.blob))
+        self._notify("changed")

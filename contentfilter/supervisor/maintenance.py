@@ -1,7 +1,7 @@
-"""Chores: what must be done now and then, off the event loop, and may fail without harm.
+"""Maintenance jobs: run periodically, off the event loop, and may fail without harm.
 
-A chore runs in a thread of its own, a daemon thread, so that one that hangs keeps neither the others' results
-nor the process. Its result is logged as ``housekeeping.done``, its failure as ``housekeeping.failed``.
+A job runs in a daemon thread of its own, so that one that hangs blocks neither the process nor what the others have
+done. Its result is logged as ``housekeeping.done``, its failure as ``housekeeping.failed``.
 """
 
 import asyncio
@@ -23,9 +23,9 @@ INTERVAL = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class MaintenanceJob:
-    """Something to do under the settings that hold then; returns what it did, for the log.
+    """A periodic job. ``run`` gets the settings in force and returns counts for the log.
 
-    The flag says whether anything may go because of its age: not while the clock is doubted.
+    Its flag is False while the clock is doubted: then nothing may be deleted because of its age.
     """
 
     name: str
@@ -33,41 +33,41 @@ class MaintenanceJob:
 
 
 async def run_maintenance(
-    maintenance_jobs: Sequence[MaintenanceJob],
+    jobs: Sequence[MaintenanceJob],
     settings: Callable[[], Settings],
     log: Logger,
     delay: float = DELAY,
     interval: float = INTERVAL,
 ) -> None:
-    """All chores, one after the other, after ``delay`` and then every ``interval`` seconds. Does not return."""
+    """Run all jobs, one after the other, after ``delay`` and then every ``interval`` seconds. Does not return."""
     await asyncio.sleep(delay)
     while True:
         clock = Path(settings().service.state) / FILE
         aged = await in_thread(lambda clock=clock: clock_is_sane(clock, time.time()))  # type: ignore[misc]
         if not aged:
             log.warning("clock.jumped", path=str(clock))
-        for chore in maintenance_jobs:
-            await _do(chore, settings(), aged, log)
+        for job in jobs:
+            await _run(job, settings(), aged, log)
         await asyncio.sleep(interval)
 
 
-async def _do(chore: MaintenanceJob, settings: Settings, aged: bool, log: Logger) -> None:
+async def _run(job: MaintenanceJob, settings: Settings, aged: bool, log: Logger) -> None:
     began = time.monotonic()
     try:
-        counts = await in_thread(lambda: chore.run(settings, aged))
+        counts = await in_thread(lambda: job.run(settings, aged))
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
-        log.error("housekeeping.failed", chore=chore.name, why=why)  # noqa: TRY400 - a full disk is no defect
+        log.error("housekeeping.failed", chore=job.name, why=why)  # noqa: TRY400 - a full disk is no defect
     else:
-        log.info("housekeeping.done", chore=chore.name, seconds=round(time.monotonic() - began, 3), **counts)
+        log.info("housekeeping.done", chore=job.name, seconds=round(time.monotonic() - began, 3), **counts)
 
 
 def maintenance_jobs() -> tuple[MaintenanceJob, ...]:
-    """What the supervisor does now and then."""
+    """The supervisor's jobs, its own journal apart."""
     return (MaintenanceJob("quarantine", expire_quarantine),)
 
 
 def expire_quarantine(settings: Settings, aged: bool) -> dict[str, int]:
-    """Retention and quota of the quarantine. Raises OSError."""
+    """Apply retention and quota to the quarantine. Raises OSError."""
     removed = Quarantine.of(settings).expire(aged=aged)
     return {"entries": len(removed.entries), "stray": removed.stray, "used": removed.used}

@@ -9,7 +9,7 @@ comes back after a crash and silently accepts nothing would be a trap.
 import asyncio
 import pwd
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -24,16 +24,13 @@ from contentfilter.policy.bypass import SCANNERS, Bypass, objection, utc
 from contentfilter.settings import Settings
 from contentfilter.store.bypass import read_bypasses, save
 from contentfilter.supervisor.control import ControlHandler
-from contentfilter.supervisor.process import Process
-from contentfilter.supervisor.spread import Spread
+from contentfilter.supervisor.workers import Workers
 from contentfilter.threads import in_thread
 
 TAKE_WAIT = 10.0  # seconds for all workers to follow
 SAVE_WAIT = 5.0  # seconds for the disk
 REMIND = 300.0  # seconds between two lines in the log about what is still in force
 TICK = 1.0  # seconds; the clock may be set
-
-Tell = Callable[[messages.Event], Awaitable[None]]
 
 
 class OverrideManager:
@@ -43,20 +40,14 @@ class OverrideManager:
         self,
         log: Logger,
         settings: Callable[[], Settings],
-        send: Callable[[messages.Overrides], Awaitable[None]],
-        publish: Tell,
-        processes: Callable[[], Sequence[Process]],
-        moved: asyncio.Event,
+        workers: Workers,
+        publish: Callable[[messages.Event], None],
     ) -> None:
-        """``send``: to all workers. ``publish``: to the event feed. ``moved``: set when a worker has changed."""
+        """``publish``: to the event feed."""
         self._log = log
         self._settings = settings
         self._publish = publish
-        self._processes = processes
-        self._spread = Spread(
-            lambda: send(self.orders), lambda beat: beat.orders >= self.orders.number, processes, moved
-        )
-        self.heard = self._spread.heard  # to be told of each sign of life
+        self._workers = workers
         self._changed = asyncio.Event()
         self._writing = asyncio.Lock()  # so that the newest is written last
         self._remind_at = 0.0
@@ -167,16 +158,19 @@ class OverrideManager:
             self._remind_at = time.monotonic() + REMIND
         self.orders = messages.Overrides(self.orders.number + 1, tuple(bypasses), drain)
         self._changed.set()
-        await self._spread.send()
+        self._workers.send(self.orders)
         for event in events:
             self._log.warning(event.name, **event.fields)
-            await self._publish(event)
+            self._publish(event)
         await self._save(events)
-        lacking = await self._spread.followed(Deadline.after(TAKE_WAIT))
+        late = await self._workers.followed(self._taken, Deadline.after(TAKE_WAIT))
         problems = [self.problem] if self.problem else []
-        problems += (f"worker {p.slot} (pid {p.pid}) has not taken it yet; it is told again" for p in lacking)
-        in_flight = sum(p.beat.open for p in self._processes() if p.beat is not None)
+        problems += (f"worker {p.slot} (pid {p.pid}) has not taken it yet" for p in late)
+        in_flight = sum(p.beat.open for p in self._workers.processes if p.beat is not None)
         return messages.Ordered(self.bypasses(), self.orders.drain, tuple(problems), in_flight)
+
+    def _taken(self, beat: messages.Heartbeat) -> bool:
+        return beat.orders >= self.orders.number
 
     async def _save(self, events: Sequence[messages.Event]) -> None:
         """The state directory has it, or ``problem`` says why not. A disk that hangs keeps nobody waiting."""

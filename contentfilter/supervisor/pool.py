@@ -1,8 +1,8 @@
-"""The pool: keeps as many workers running as there are slots, whatever becomes of them.
+"""Worker pool: keeps a worker running in each slot.
 
-Dead workers are replaced at once, those that die young with a growing delay, silent ones after a
-SIGKILL. On a rolling restart a slot's new worker is ready before its old one is asked to go. The pool never
-gives up and never spins. It knows nothing of configuration or sockets: ``spawn`` starts a worker.
+Dead workers are replaced immediately, those that die young with a growing delay, silent ones after a SIGKILL. On a
+rolling restart a slot's new worker is ready before its old one is asked to end; one that cannot start is tried again.
+The pool never gives up and never spins. It knows nothing of configuration or sockets: ``spawn`` starts a worker.
 """
 
 import asyncio
@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from contentfilter.bus.messages import Heartbeat
 from contentfilter.deadline import Deadline
 from contentfilter.log import Logger
-from contentfilter.supervisor.process import Process
+from contentfilter.supervisor.process import WorkerProcess, restart_delay
+from contentfilter.supervisor.workers import Workers
 
-SETTLED = 10.0  # seconds after which a death no longer counts as trouble at the start
-FIRST_DELAY, LONGEST_DELAY = 0.1, 30.0
-DEATHS = ("exit", "signal", "stuck", "start")  # ended by itself, by a signal, killed by us; could not be started
+SETTLED = 10.0  # seconds after which a death no longer counts as a failed start
+DEATHS = ("exit", "signal", "stuck", "start")  # exited, ended by a signal, killed by us; could not be started
 START_ALLOWANCE = 60.0  # seconds that a worker may take to its first heartbeat, if stuck_after is shorter
+KILL_WAIT = 5.0  # seconds for killed workers to be gone
 
-Spawn = Callable[[int, Callable[[Process], None]], Process]
+Spawn = Callable[[int, Callable[[WorkerProcess], None]], WorkerProcess]
 """(slot, what to call at its end) -> the started process. May raise OSError."""
 
 
@@ -29,86 +30,85 @@ class Slot:
     """A place in the pool."""
 
     index: int
-    current: Process | None = None
-    successor: Process | None = None  # takes over as soon as it is ready
-    failures: int = 0  # deaths in a row at the start
-    again: asyncio.TimerHandle | None = None
+    current: WorkerProcess | None = None
+    replace: bool = False  # current is to be replaced: successor takes over as soon as it is ready
+    successor: WorkerProcess | None = None
+    failures: int = 0  # deaths in a row soon after the start
+    retry: asyncio.TimerHandle | None = None
+
+    def cancel_retry(self) -> None:
+        if self.retry is not None:
+            self.retry.cancel()
+            self.retry = None
 
 
 class WorkerPool:
-    """All worker processes, those that are on their way out included."""
+    """The slots, and the workers in them."""
 
-    def __init__(self, spawn: Spawn, log: Logger, changed: Callable[[], None]) -> None:
+    def __init__(self, spawn: Spawn, log: Logger, workers: Workers) -> None:
         self._spawn = spawn
         self._log = log
-        self._changed = changed  # called whenever a worker got ready or ended
+        self._workers = workers
         self._loop = asyncio.get_running_loop()
         self._slots: list[Slot] = []
-        self._processes: dict[int, Process] = {}
         self._draining = False
         self._checked = time.monotonic()
-        self._empty = asyncio.Event()
-        self.deaths = dict.fromkeys(DEATHS, 0)  # workers that ended unasked, or could not be started
+        self.deaths = dict.fromkeys(DEATHS, 0)  # unexpected ends of workers, and failed starts
 
     @property
     def restarts(self) -> int:
         return sum(self.deaths.values())
-
-    @property
-    def processes(self) -> list[Process]:
-        return list(self._processes.values())
 
     def full(self) -> bool:
         """True when every slot has a worker that accepts messages."""
         return all(slot.current is not None and slot.current.ready for slot in self._slots)
 
     def alive(self, stuck_after: float) -> bool:
-        """True when at least one worker accepts messages and was heard of lately."""
-        return any(p.ready and not p.retiring and p.silent() < stuck_after for p in self.processes)
+        """True when at least one worker accepts messages and sent a heartbeat lately."""
+        return any(p.ready and not p.retiring and p.silent() < stuck_after for p in self._workers.processes)
 
     def resize(self, count: int) -> None:
         """Start or retire workers until there are ``count`` slots."""
         while len(self._slots) < count:
             slot = Slot(len(self._slots))
             self._slots.append(slot)
-            self._start(slot)
+            self._fill(slot)
         for slot in self._slots[count:]:
-            if slot.again is not None:
-                slot.again.cancel()
+            slot.cancel_retry()
             for process in (slot.current, slot.successor):
                 if process is not None:
                     process.retire()
         del self._slots[count:]
 
     def replace_all(self) -> None:
-        """A new worker for every slot; the old one goes when the new one is ready."""
+        """A new worker for every slot; the old one is retired when the new one is ready."""
         for slot in self._slots:
-            if slot.current is not None and slot.successor is None:
-                slot.successor = self._started(slot)
+            if slot.current is not None and not slot.replace:
+                slot.replace = True
+                self._fill(slot)
 
-    def heard(self, beat: Heartbeat) -> Process | None:
-        """Note a heartbeat; returns whose it is, if one of ours."""
-        process = self._processes.get(beat.pid)
-        if process is None:
-            return None
-        first = not process.ready
-        process.heartbeat(beat)
-        if first:
+    def unreplaced(self) -> list[int]:
+        """The slots that still have the worker from before :meth:`replace_all`."""
+        return [slot.index for slot in self._slots if slot.replace]
+
+    def heard(self, beat: Heartbeat) -> None:
+        """Note a heartbeat. One of a process that is not ours is ignored."""
+        process = self._workers.get(beat.pid)
+        if process is not None and self._workers.heard(process, beat):
             self._log.info("worker.ready", slot=process.slot, child=process.pid, seconds=round(process.age(), 3))
             slot = self._slot_of(process)
             if slot is not None and slot.successor is process:
-                slot.successor, old, slot.current = None, slot.current, process
+                old = slot.current
+                self._promote(slot)
                 if old is not None:
                     old.retire()
-            self._changed()
-        return process
 
     def check(self, stuck_after: float) -> None:
-        """Kill who is silent for too long. Call about once per heartbeat."""
+        """Kill workers that are silent for too long. Call about once per heartbeat."""
         now = time.monotonic()
         late, self._checked = now - self._checked, now
-        for process in self.processes:
-            if late > stuck_after / 2:  # it is us who slept: their heartbeats may still lie unread
+        for process in self._workers.processes:
+            if late > stuck_after / 2:  # this process was stopped: their heartbeats may still be unread
                 process.seen = now
                 continue
             limit = stuck_after if process.ready else max(stuck_after, START_ALLOWANCE)
@@ -118,59 +118,58 @@ class WorkerPool:
                 process.kill()
 
     async def drain(self, deadline: Deadline) -> None:
-        """Let all workers finish; those still there at the end are killed."""
+        """Let all workers finish; those that are still there at the end are killed."""
         self._draining = True
         for slot in self._slots:
-            if slot.again is not None:
-                slot.again.cancel()
-        for process in self.processes:
+            slot.cancel_retry()
+        for process in self._workers.processes:
             process.retire()
-        await self._gone(deadline)
+        await self._workers.wait_until(self._empty, deadline)
         self.kill()
-        await self._gone(Deadline.after(5.0))
+        await self._workers.wait_until(self._empty, Deadline.after(KILL_WAIT))
 
     def kill(self) -> None:
-        for process in self.processes:
+        for process in self._workers.processes:
             process.kill()
 
-    async def _gone(self, deadline: Deadline) -> None:
-        try:
-            async with deadline.timeout():
-                while self._processes:
-                    self._empty.clear()
-                    await self._empty.wait()
-        except TimeoutError:
-            pass
+    def _empty(self) -> bool:
+        return not self._workers.processes
 
-    def _slot_of(self, process: Process) -> Slot | None:
+    def _slot_of(self, process: WorkerProcess) -> Slot | None:
         return next((s for s in self._slots if process in (s.current, s.successor)), None)
 
-    def _start(self, slot: Slot) -> None:
-        slot.again = None
-        slot.current = self._started(slot)
-        if slot.current is None:
-            self._later(slot)
+    def _promote(self, slot: Slot) -> None:
+        slot.current, slot.successor, slot.replace = slot.successor, None, False
 
-    def _started(self, slot: Slot) -> Process | None:
+    def _fill(self, slot: Slot) -> None:
+        """Start the worker that the slot lacks; later, if that fails."""
+        slot.cancel_retry()
+        process = self._started(slot)
+        if process is None:
+            self._fill_later(slot)
+        elif slot.replace:
+            slot.successor = process
+        else:
+            slot.current = process
+
+    def _fill_later(self, slot: Slot) -> None:
+        slot.cancel_retry()
+        slot.retry = self._loop.call_later(restart_delay(slot.failures), self._fill, slot)
+        slot.failures += 1
+
+    def _started(self, slot: Slot) -> WorkerProcess | None:
         try:
             process = self._spawn(slot.index, self._ended)
         except OSError as error:
             self.deaths["start"] += 1
             self._log.error("worker.died", slot=slot.index, why=f"cannot start: {error.strerror}")
             return None
-        self._processes[process.pid] = process
+        self._workers.add(process)
         self._log.info("worker.start", slot=slot.index, child=process.pid)
         return process
 
-    def _later(self, slot: Slot) -> None:
-        delay = min(LONGEST_DELAY, FIRST_DELAY * 2 ** min(slot.failures, 16))
-        slot.failures += 1
-        slot.again = self._loop.call_later(delay, self._start, slot)
-
-    def _ended(self, process: Process) -> None:
-        del self._processes[process.pid]
-        if not self._processes:
-            self._empty.set()
+    def _ended(self, process: WorkerProcess) -> None:
+        self._workers.remove(process)
         if not process.expected:
             self.deaths["stuck" if process.stuck else "signal" if (process.status or 0) < 0 else "exit"] += 1
             self._log.error(
@@ -179,16 +178,17 @@ class WorkerPool:
         slot = self._slot_of(process)
         if slot is not None and not self._draining:
             self._refill(slot, process)
-        self._changed()
 
-    def _refill(self, slot: Slot, process: Process) -> None:
-        if slot.successor is process:  # the old one goes on
+    def _refill(self, slot: Slot, process: WorkerProcess) -> None:
+        if slot.successor is process:  # the old one goes on meanwhile
             slot.successor = None
+            self._fill_later(slot)
         elif slot.successor is not None:
-            slot.current, slot.successor = slot.successor, None
-        elif process.ready and (process.stuck or process.age() > SETTLED or slot.failures == 0):
-            slot.failures = 0 if process.age() > SETTLED else 1
-            self._start(slot)
+            self._promote(slot)
         else:
-            slot.current = None
-            self._later(slot)
+            slot.current, slot.replace = None, False
+            if process.ready and (process.stuck or process.age() > SETTLED or slot.failures == 0):
+                slot.failures = 0 if process.age() > SETTLED else 1
+                self._fill(slot)
+            else:
+                self._fill_later(slot)

@@ -1,4 +1,4 @@
-"""One worker process as the supervisor sees it: started by exec, watched by a pidfd.
+"""Child processes of the supervisor: started by exec, watched by a pidfd.
 
 A fresh interpreter instead of a fork, so no threads, sockets or ZeroMQ contexts are inherited; only
 the descriptors named here get through. The process group is its own: Ctrl-C in a terminal reaches the
@@ -12,22 +12,24 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 
-from contentfilter.bus.messages import Heartbeat, InFlight, WorkerStatus
+from contentfilter.bus.messages import Heartbeat, WorkerStatus
+
+FIRST_DELAY, LONGEST_DELAY = 0.1, 30.0  # seconds before a process that keeps dying is started again
+
+
+def restart_delay(failures: int) -> float:
+    """Seconds, after so many ``failures`` in a row."""
+    return min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** min(failures, 16))
 
 
 class Process:
-    """A running worker. ``ended`` is called once, from the event loop, after it was reaped."""
+    """A running child. ``ended`` is called once, from the event loop, after it was reaped. Raises OSError."""
 
-    def __init__(self, slot: int, words: Sequence[str], fds: Sequence[int], ended: Callable[["Process"], None]) -> None:
-        self.slot = slot
+    def __init__(self, argv: Sequence[str], fds: Sequence[int], ended: Callable[[], None]) -> None:
         self.started = time.monotonic()
-        self.seen = self.started  # of the last heartbeat
-        self.ready = False
         self.retiring = False
-        self.stuck = False
-        self.beat: Heartbeat | None = None
         self._ended = ended
-        self._popen = subprocess.Popen(words, stdin=subprocess.DEVNULL, pass_fds=tuple(fds), process_group=0)
+        self._popen = subprocess.Popen(argv, stdin=subprocess.DEVNULL, pass_fds=tuple(fds), process_group=0)
         self.pid = self._popen.pid
         self._pidfd = os.pidfd_open(self.pid)
         self._loop = asyncio.get_running_loop()
@@ -38,32 +40,23 @@ class Process:
         os.close(self._pidfd)
         self._pidfd = -1
         self._popen.wait()
-        self._ended(self)
+        self._ended()
 
     @property
     def status(self) -> int | None:
-        """Exit status once it ended; negative: the signal that ended it."""
+        """Exit status after its end; negative: the signal that ended it."""
         return self._popen.returncode
 
     @property
     def expected(self) -> bool:
-        """It ended as it was asked to, or by the signal that asked it before it was up."""
+        """It ended on request, or by the signal of the request before it was up."""
         return self.retiring and self.status in (0, -signal.SIGTERM)
-
-    def heartbeat(self, beat: Heartbeat) -> None:
-        self.seen = time.monotonic()
-        self.beat = beat
-        self.ready = True
-
-    def silent(self) -> float:
-        """Seconds since it was last heard of."""
-        return time.monotonic() - self.seen
 
     def age(self) -> float:
         return time.monotonic() - self.started
 
     def retire(self) -> None:
-        """Ask it to finish its messages and end."""
+        """Ask it to finish its work and end."""
         self.retiring = True
         self._signal(signal.SIGTERM)
 
@@ -74,9 +67,31 @@ class Process:
         if self._pidfd >= 0:
             signal.pidfd_send_signal(self._pidfd, number)
 
+
+class WorkerProcess(Process):
+    """A worker as the supervisor sees it."""
+
+    def __init__(
+        self, slot: int, argv: Sequence[str], fds: Sequence[int], ended: Callable[["WorkerProcess"], None]
+    ) -> None:
+        super().__init__(argv, fds, lambda: ended(self))
+        self.slot = slot
+        self.seen = self.started  # of the last heartbeat
+        self.ready = False
+        self.stuck = False
+        self.beat: Heartbeat | None = None
+
+    def heartbeat(self, beat: Heartbeat) -> None:
+        self.seen = time.monotonic()
+        self.beat = beat
+        self.ready = True
+
+    def silent(self) -> float:
+        """Seconds since its last heartbeat."""
+        return time.monotonic() - self.seen
+
     def describe(self) -> WorkerStatus:
         beat = self.beat
-        in_flight: tuple[InFlight, ...] = beat.in_flight if beat else ()
         return WorkerStatus(
             slot=self.slot,
             pid=self.pid,
@@ -86,7 +101,7 @@ class Process:
             silent=round(self.silent(), 3),
             lag=round(beat.lag, 6) if beat else 0.0,
             open=beat.open if beat else 0,
-            in_flight=in_flight,
+            in_flight=beat.in_flight if beat else (),
             counters=beat.counters if beat else {},
             bytes=beat.bytes if beat else 0,
             backends=beat.backends if beat else (),

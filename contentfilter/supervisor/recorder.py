@@ -1,9 +1,8 @@
-"""Feeds the journal from the event loop without ever making it wait.
+"""Journal writer: takes events from the event loop, which never waits for it.
 
-One thread owns the file. Events queue up to WAITING_MAX bytes; what does not fit, and what a full or
-broken disk does not take, is dropped and counted, with a warning now and then. Mail is not
-concerned. A file that cannot be used is set aside and a new one is begun. The thread is a daemon
-thread, so that a disk that hangs does not keep the process.
+One thread owns the file. Events queue up to WAITING_MAX bytes; those that do not fit, and those that a full or broken
+disk does not take, are dropped and counted, with a rate-limited warning. Mail is not affected. A file that cannot be
+used is set aside and a new one is started. It is a daemon thread, so that a disk that hangs does not keep the process.
 """
 
 import threading
@@ -22,7 +21,7 @@ from contentfilter.store.journal import Journal, journal_path, set_aside
 GATHER = 0.2  # seconds for which events are collected; a crash loses no more than these
 BATCH = 500  # events in one transaction
 WAITING_MAX = 32 << 20  # bytes, about
-EVENT_BYTES = 2_000  # what an event weighs beside its account, about
+EVENT_BYTES = 2_000  # size of an event without its account, about
 PAUSE = 10.0  # seconds without an attempt after the disk refused
 WARN_EVERY = 60.0
 DAY = 86_400.0
@@ -30,15 +29,15 @@ KEPT = frozenset(("mail.done", "mail.report"))
 
 
 @dataclass(frozen=True, slots=True)
-class _Terms:
-    """What of the settings matters here."""
+class _Limits:
+    """The settings that matter here."""
 
     path: Path
-    before: float  # seconds; what is older goes
+    retention: float  # seconds
     max_size: int
 
     @classmethod
-    def of(cls, settings: Settings) -> "_Terms":
+    def of(cls, settings: Settings) -> "_Limits":
         return cls(journal_path(settings), settings.journal.retention * DAY, settings.journal.max_size)
 
 
@@ -50,7 +49,7 @@ class Recorder:
         self._changed = threading.Condition()
         self._events: deque[tuple[float, Event]] = deque()
         self._weight = 0
-        self._wanted: Future[int] | None = None  # an expiry that somebody waits for
+        self._wanted: Future[int] | None = None  # an expiry that a caller waits for
         self._aged = True
         self._closing = False
         self._thread: threading.Thread | None = None
@@ -61,9 +60,9 @@ class Recorder:
         self.change(settings)
 
     def change(self, settings: Settings) -> None:
-        """Other settings hold from the next batch on."""
+        """Use other settings from the next batch on."""
         self._enabled = settings.journal.enabled
-        self._terms = _Terms.of(settings)
+        self._limits = _Limits.of(settings)
         if self._enabled and self._thread is None:
             self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
             self._thread.start()
@@ -76,7 +75,7 @@ class Recorder:
         with self._changed:
             if self._weight + weight > WAITING_MAX:
                 self.dropped += 1
-                return  # the writer tells about it when it comes back
+                return  # the writer reports it when it recovers
             first = not self._events
             self._events.append((time.time(), event))
             self._weight += weight
@@ -84,8 +83,10 @@ class Recorder:
                 self._changed.notify()
 
     def expire(self, aged: bool = True) -> int:
-        """Apply the limits of age (``aged``) and size; how many messages went. Raises JournalError. Waits for the
-        writer."""
+        """Apply the limits of age (``aged``) and size; returns the number of messages deleted.
+
+        Raises JournalError. Waits for the writer.
+        """
         if not self._enabled:
             return 0
         wanted: Future[int] = Future()
@@ -95,7 +96,7 @@ class Recorder:
         return wanted.result()
 
     def close(self, seconds: float) -> None:
-        """Write what is there, for at most so long."""
+        """Write what is queued, for at most ``seconds``."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -117,7 +118,7 @@ class Recorder:
             self._journal.close()
 
     def _take(self) -> tuple[list[tuple[float, Event]], "Future[int] | None"]:
-        """The next batch, once there is something to do."""
+        """The next batch, and the expiry that is wanted, once there is either."""
         with self._changed:
             while not (self._events or self._wanted or self._closing):
                 self._changed.wait()
@@ -139,12 +140,12 @@ class Recorder:
             except JournalError as error:
                 if not error.unusable:
                     raise
-                self._let_go()
-                aside = set_aside(self._terms.path)
+                self._close_journal()
+                aside = set_aside(self._limits.path)
                 self._log.warning("journal.set-aside", why=str(error), path=str(aside))
                 self._write(batch)
-        except Exception as error:  # whatever it is, mail goes on, and so does this thread
-            self._let_go()
+        except Exception as error:  # mail goes on, and so does this thread
+            self._close_journal()
             self._not_before = time.monotonic() + PAUSE
             self.dropped += len(batch)
             if (held := self._warned.allow()) is not None:
@@ -156,25 +157,25 @@ class Recorder:
         self.dropped += bad
         if bad:
             self._log.warning("journal.malformed", events=bad)
-        if journal.size() > self._terms.max_size:
-            journal.expire(0.0, self._terms.max_size)
+        if journal.size() > self._limits.max_size:
+            journal.expire(0.0, self._limits.max_size)
 
     def _expire(self, wanted: "Future[int]") -> None:
-        limits = time.time() - self._terms.before if self._aged else 0.0, self._terms.max_size
+        limits = time.time() - self._limits.retention if self._aged else 0.0, self._limits.max_size
         try:
             wanted.set_result(self._opened().expire(*limits))
         except Exception as error:
-            self._let_go()
+            self._close_journal()
             wanted.set_exception(error)
 
     def _opened(self) -> Journal:
-        if self._journal is not None and self._journal.path != self._terms.path:
-            self._let_go()
+        if self._journal is not None and self._journal.path != self._limits.path:
+            self._close_journal()
         if self._journal is None:
-            self._journal = Journal.open(self._terms.path)
+            self._journal = Journal.open(self._limits.path)
         return self._journal
 
-    def _let_go(self) -> None:
+    def _close_journal(self) -> None:
         journal, self._journal = self._journal, None
         if journal is not None:
             journal.close()

@@ -1,4 +1,4 @@
-"""What the supervisor gets its configuration from, and what it says about tables that are not current."""
+"""Sources of the configuration, and the log about tables that are not current."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,7 +14,7 @@ from contentfilter.monitor.samples import Sample, make_samples
 from contentfilter.settings import Settings
 from contentfilter.tables.keeper import Keeper, TableState
 
-TELL_AGAIN = 600.0  # seconds after which tables that are still not current are told again
+LOG_AGAIN = 600.0  # seconds after which tables that are still not current are logged again
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Loaded:
 
     settings: Settings
     blob: bytes  # all that a worker needs; only the application knows what is in it
-    problems: tuple[Problem, ...] = ()  # bad lines that were left out
+    problems: tuple[Problem, ...] = ()  # bad lines that were skipped
     samples: tuple[Sample, ...] = ()  # of the canary
     sysfacility: str = ""  # of a log in syslog
 
@@ -32,36 +32,36 @@ class ConfigSource(Protocol):
     """Where configurations come from. Loading raises ConfigError."""
 
     async def load(self) -> Loaded:
-        """Read everything anew."""
+        """Read everything again."""
 
     async def refresh(self) -> Loaded | None:
         """Look at the tables only; None when nothing changed."""
 
     def tables(self) -> TableState | None:
-        """How the tables in force stand; None where there is no such thing."""
+        """The state of the tables in force; None if the source has no tables."""
 
 
 class Staleness:
-    """Tells the log when the tables fall behind, now and then while they are, and when they are current again."""
+    """Logs when the tables are no longer current, again from time to time, and when they are current again."""
 
     def __init__(self, log: Logger) -> None:
         self._log = log
-        self._told = ""
-        self._again = RateLimiter(TELL_AGAIN)
+        self._reported = ""
+        self._again = RateLimiter(LOG_AGAIN)
 
-    def tell(self, state: TableState | None) -> None:
-        """To be called after each look at the tables."""
-        if state is None or not (state.trouble or self._told):
+    def report(self, state: TableState | None) -> None:
+        """Call after each look at the tables."""
+        if state is None or not (state.trouble or self._reported):
             return
         rows = {"loaded": state.loaded, "clamav_rows": state.clamav_rows, "spamd_rows": state.spamd_rows}
         if not state.trouble:
             self._log.info("tables.current", **rows)
         else:
-            if state.trouble != self._told:
-                self._again = RateLimiter(TELL_AGAIN)
+            if state.trouble != self._reported:
+                self._again = RateLimiter(LOG_AGAIN)
             if self._again.allow() is not None:
                 self._log.warning("tables.stale", why=state.trouble, age=state.age, **rows)
-        self._told = state.trouble
+        self._reported = state.trouble
 
 
 class ConfigLoader:
@@ -76,7 +76,7 @@ class ConfigLoader:
         self._runtime: Runtime | None = None
 
     async def load(self) -> Loaded:
-        """Read everything anew. Raises ConfigError."""
+        """Read everything again. Raises ConfigError."""
         settings = load_settings(self._path)
         if self._workers is not None:
             settings = msgspec.structs.replace(
@@ -107,7 +107,7 @@ class ConfigLoader:
         return self._loaded(runtime, (*problems, *wrong)) if changed else None
 
     def tables(self) -> TableState:
-        """How the tables in force stand."""
+        """The state of the tables in force."""
         return self._keeper.state()
 
     def _loaded(self, runtime: Runtime, table_problems: tuple[Problem, ...]) -> Loaded:

@@ -1,4 +1,4 @@
-"""What a service owes systemd: notifications, the watchdog, and sockets that are handed over.
+"""Interface to systemd: notifications, the watchdog, and sockets that are passed in.
 
 Standard library only. Everything is a no-op outside systemd. Sources: sd_notify(3),
 sd_listen_fds(3), sd_watchdog_enabled(3), systemd.service(5) for ``Type=notify-reload``.

@@ -1,9 +1,13 @@
-"""The pool's inside: malformed frames are counted and dropped, questions are answered, events are fed out."""
+"""Sockets of the daemon: malformed messages are counted and dropped, questions are answered, events published."""
 
+import asyncio
 import os
+import select
+import socket
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ from contentfilter.bus import messages, sockets
 from contentfilter.deadline import Deadline
 from contentfilter.errors import RemoteProtocolError
 from contentfilter.model import Action
+from contentfilter.supervisor.control import CONNECTIONS_MAX
 
 Make = Callable[..., Daemon]
 
@@ -81,22 +86,84 @@ def status(running: Daemon) -> messages.Status:
     return reply
 
 
-@pytest.mark.parametrize("where", ["reports", "control"])
-def test_noise_on_the_bus_is_counted_and_disturbs_nobody(where: str, daemon: Make, context: zmq.Context) -> None:
+NESTED = messages.VERSION + b"\x82\xa4type\xa9AskStatus\xa1x" + b"\x91" * 5000 + b"\xc0"
+
+
+def test_a_message_that_is_nested_too_deeply_is_malformed() -> None:
+    for _, decoder in FRAMES:
+        with pytest.raises(RemoteProtocolError):
+            messages.decode(NESTED, decoder)
+    inside_a_field = msgspec.msgpack.encode({"type": "EventBatch", "pid": 1, "events": []})[:-1]
+    deep = inside_a_field + b"\x91\x82\xa4name\xa1x\xa6fields\x81\xa1x" + b"\x91" * 100_000 + b"\xc0"
+    with pytest.raises(RemoteProtocolError):
+        messages.decode(messages.VERSION + deep, messages.REPORTS)
+
+
+def undisturbed(running: Daemon, where: str, count: int) -> None:
+    """``count`` malformed messages were counted; mail and workers go on."""
+    assert running.wait_for("bus.malformed")[0]["where"] == where
+    limit = Deadline.after(WAIT)
+    while status(running).malformed < count:
+        assert not limit.expired()
+    assert offer(running.socket).action is Action.QUEUE
+    assert {w.pid for w in status(running).workers} == set(running.workers())
+
+
+def test_noise_on_the_bus_is_counted_and_disturbs_nobody(daemon: Make, context: zmq.Context) -> None:
     with daemon() as running:
-        kind = zmq.PUSH if where == "reports" else zmq.DEALER
-        each = context.socket(kind)
-        each.connect(sockets.addresses(str(running.directory))[where])
+        each = context.socket(zmq.DEALER)
+        each.connect(sockets.addresses(str(running.directory))["workers"])
         each.send(b"garbage")
+        each.send(NESTED)
         each.send_multipart([b"one", b"two", b"three", b"four"])
-        each.send(messages.encode(messages.Heartbeat(999_999, 1, 0, 0.0, (), 0, {})) if where == "reports" else b"")
-        line = running.wait_for("bus.malformed")[0]
-        assert line["where"] == where
-        seen = status(running).malformed
-        while seen < 2:
-            seen = status(running).malformed
-        assert offer(running.socket).action is Action.QUEUE
-        assert {w.pid for w in status(running).workers} == set(running.workers())
+        each.send(messages.encode(messages.Heartbeat(999_999, 1, 0, 0.0, (), 0, {})))
+        undisturbed(running, "workers", 3)
+
+
+def control(running: Daemon) -> socket.socket:
+    client = socket.socket(socket.AF_UNIX)
+    client.settimeout(WAIT)
+    client.connect(str(running.directory / "control.sock"))
+    return client
+
+
+def test_noise_on_the_control_socket_is_refused_and_disturbs_nobody(daemon: Make) -> None:
+    garbage = (b"garbage", NESTED, messages.encode(messages.Done(True, 1)), b"x" * 10_000_000)
+    with daemon() as running:
+        for question in garbage:
+            with control(running) as client:
+                try:
+                    client.sendall(question)
+                    client.shutdown(socket.SHUT_WR)
+                except OSError:
+                    pass  # it does not read everything
+                reply = client.recv(65_536)
+                assert isinstance(messages.decode(reply, messages.REPLIES), messages.Refused)
+        with control(running) as client:
+            client.shutdown(socket.SHUT_WR)
+            assert client.recv(100) == b""
+        undisturbed(running, "control", len(garbage))
+        assert status(running).malformed == len(garbage)
+
+
+def test_a_control_client_costs_bounded_memory_and_time(daemon: Make) -> None:
+    """The message without end of a ZeroMQ socket, and clients that say nothing: as many as their uid may have."""
+    with daemon() as running, ExitStack() as stack:
+        before = resident(running.pid)
+        with control(running) as client, pytest.raises(OSError):  # noqa: PT012 - at whichever of them
+            for _ in range(200):
+                client.sendall(b"x" * (1 << 20))
+        silent = [stack.enter_context(control(running)) for _ in range(100)]
+        closed = [client for client in silent if select.select([client], [], [], 0.5)[0]]
+        assert len(closed) >= 100 - CONNECTIONS_MAX
+        assert resident(running.pid) < before + 20_000_000
+        for client in silent:
+            client.close()
+        assert status(running).state == "ready"
+
+
+def resident(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_the_status_tells_what_each_worker_does(daemon: Make, gate: Any) -> None:
@@ -138,7 +205,7 @@ def test_the_bus_is_closed_to_other_users(daemon: Make) -> None:
             name: stat.S_IMODE(os.stat(address.removeprefix("ipc://")).st_mode)
             for name, address in sockets.addresses(str(running.directory)).items()
         }
-    assert modes == {"reports": 0o600, "commands": 0o600, "control": 0o660, "events": 0o660}
+    assert modes == {"workers": 0o600, "control": 0o660, "events": 0o660}
 
 
 @pytest.mark.asyncio
@@ -204,4 +271,27 @@ async def test_a_reader_of_the_feed_that_has_stalled_loses_events_and_keeps_nobo
             assert 0 < len(numbers) < sent
             assert numbers == sorted(numbers)
         finally:
+            supervisor.close()
+
+
+@pytest.mark.asyncio
+async def test_commands_reach_a_worker_in_order_once_it_has_reported() -> None:
+    with tempfile.TemporaryDirectory(prefix="cf-", dir="/tmp") as run:
+        supervisor = sockets.SupervisorBus(run)
+        workers = [sockets.WorkerBus(run, pid) for pid in (7, 8)]
+        try:
+            for worker, pid in zip(workers, (7, 8), strict=True):
+                worker.send(messages.Heartbeat(pid, 1, 0, 0.0, (), 0, {}))
+            assert {(await supervisor.report()).pid for _ in workers} == {7, 8}
+            supervisor.command(messages.Configure(0, b""), (9,))  # unknown: nobody gets it
+            for number in range(1, 501):
+                supervisor.command(messages.Configure(number, b"x"), (7, 8))
+            supervisor.command(messages.Configure(501, b"for one"), (8,))
+            for worker, last in zip(workers, (500, 501), strict=True):
+                async with asyncio.timeout(WAIT):
+                    got = [await worker.command() for _ in range(last)]
+                assert [command.generation for command in got] == list(range(1, last + 1))
+        finally:
+            for worker in workers:
+                worker.close()
             supervisor.close()

@@ -78,7 +78,7 @@ def test_a_stopped_clamd_is_told_with_since_and_consequence_and_is_well_again_wh
         done = command(system, "status")
         first = done.stdout.splitlines()[0]
         assert done.returncode == 1
-        assert first.startswith(f"MAIL IS DEFERRED: clamd {own.backend} is down since ")
+        assert first.startswith(f"MAIL IS DEFERRED: clamd {own.backend} has been down since ")
         assert "(bounces pass unchecked)" in first
         assert "runbook: clamd is down" in done.stdout
         assert "deferred: 1 by clamd: down" in done.stdout
@@ -114,7 +114,7 @@ def test_a_stopped_spamd_lets_mail_pass_and_the_verdict_says_unchecked(
     assert system.deliver(mails.PLAIN).status == 0
     found = status_until(system, lambda s: s["window"]["unchecked"] == {"spamd down": 1})
     assert found["flowing"]
-    assert found["verdict"].startswith("mail is flowing UNCHECKED: spamd tcp:127.0.0.1:1 is down since ")
+    assert found["verdict"].startswith("mail is flowing UNCHECKED: spamd tcp:127.0.0.1:1 has been down since ")
     assert command(system, "status").returncode == 1
 
 

@@ -23,7 +23,7 @@ def test_decisions_of_real_messages_are_shown_with_their_story(
     system = make_system(clamd=clamd, spamd=spamd, settings=PAGE)
     where = address(system.daemon)
     browser.open(f"http://{where}/")
-    browser.wait("document.querySelector('#held').textContent.includes('Nothing was decided since')")
+    browser.wait("document.querySelector('#held').textContent.includes('No decision since')")
     told = [system.deliver(message).text for message in (PLAIN, SPAM, VIRUS)]
     browser.wait("document.querySelectorAll('details').length === 3")  # it asks again by itself
     virus = browser.text("details")  # the newest is on top
@@ -52,7 +52,7 @@ def test_a_sick_backend_is_told_and_so_is_a_dead_daemon(make_system, browser: Br
     where = address(system.daemon)
     browser.open(f"http://{where}/")
     assert system.deliver(PLAIN, VIRUS_ONLY).status != 0
-    browser.wait(f"document.querySelector('#state').innerText.includes('clamd {sick} is failing since')")
+    browser.wait(f"document.querySelector('#state').innerText.includes('clamd {sick} has been failing since')")
     browser.wait("document.querySelector('#state').innerText.includes('1 message was deferred in the last 15 minutes')")
     assert "Mail is deferred: no clamd answers" in browser.text("#state")
     assert "clamd: down" in browser.text("#reasons")

@@ -97,12 +97,12 @@ def test_it_stays_while_the_daemon_is_away_and_says_so(make_system: Callable[...
     system = make_system()
     screen = Screen(system)
     try:
-        screen.until("nothing came since the start")
+        screen.until("no mail since the start")
         assert system.daemon.stop() == 0
         screen.until("the daemon does not answer")
         screen.output = b""
         system.daemon.start()
-        screen.until("nothing came since the start")
+        screen.until("no mail since the start")
         os.write(screen.master, b"q")
         assert screen.end() == 0
     finally:

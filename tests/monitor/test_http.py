@@ -1,7 +1,8 @@
-"""The small HTTP server: right answers to right questions, and nobody's bad manners are anybody else's trouble."""
+"""The HTTP server: correct answers, and bounds that keep one client from disturbing another or the supervisor."""
 
 import asyncio
 import re
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -10,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contentfilter.endpoint import parse_listen
-from contentfilter.monitor import http
-from contentfilter.monitor.http import Response, Server
+from contentfilter.monitor import http_server
+from contentfilter.monitor.http import Application, Response
+from contentfilter.monitor.http_server import HEAD_MAX, HttpServer
 
 BIG = b"x" * 20_000_000
+START = b"GET /hello HTTP/1.1\r\nHost: x\r\n"
 STATUS = re.compile(rb"HTTP/1\.1 (\d{3}) ")
 
 
@@ -47,7 +50,7 @@ class Running:
 
     def __init__(self) -> None:
         self.log = Log()
-        self.server = Server(PAGES, self.log)  # type: ignore[arg-type]
+        self.server = HttpServer(Application(PAGES, self.log))  # type: ignore[arg-type]
 
     async def start(self) -> None:
         host, _, port = (await self.server.start("127.0.0.1", 0)).rpartition(":")
@@ -68,7 +71,7 @@ class Running:
 def parsed(answer: bytes) -> tuple[int, dict[str, str], bytes]:
     head, _, body = answer.partition(b"\r\n\r\n")
     status, *lines = head.decode("ascii").split("\r\n")
-    header = dict(line.split(": ", 1) for line in lines)
+    header = {name.title(): value for name, value in (line.split(": ", 1) for line in lines)}
     assert status.startswith("HTTP/1.1 ")
     assert header["Connection"] == "close"
     return int(status.split(" ")[1]), header, body
@@ -100,21 +103,28 @@ async def test_head_is_get_without_the_body(running: Running) -> None:
 
 @pytest.mark.asyncio
 async def test_a_query_is_not_a_part_of_the_page(running: Running) -> None:
-    assert (await running.ask(b"GET /hello?a=b HTTP/1.1\r\n\r\n"))[0] == 200
+    assert (await running.ask(b"GET /hello?a=b HTTP/1.1\r\nHost: x\r\n\r\n"))[0] == 200
 
 
 @pytest.mark.asyncio
-async def test_a_page_may_bring_fields_of_its_own_and_private_ones_go_by_our_names() -> None:
+async def test_a_page_may_add_fields_and_private_pages_answer_under_own_names_only() -> None:
     async def own(accept: str) -> Response:
         return Response(b"x", header={"X-Own": "yes"})
 
-    log = Log()
-    server = Server({"/own": own, "/open": own}, log, private=("/own",), names=("Mail.example",))  # type: ignore[arg-type]
-    for host, expected in ((b"mail.EXAMPLE:9464", 200), (b"other.example", 421), (b"[::1]:1", 200), (b"a\xffb", 421)):
-        status, header, body = parsed(await server.answer(b"GET /own HTTP/1.1\r\nHost: " + host + b"\r\n\r\n"))
-        assert (status, header.get("X-Own")) == (expected, "yes" if expected == 200 else None)
-        assert (body == b"x") == (expected == 200)
-    assert parsed(await server.answer(b"GET /open HTTP/1.1\r\nHost: other.example\r\n\r\n"))[0] == 200
+    running = Running()
+    application = Application({"/own": own, "/open": own}, running.log, private=("/own",), names=("Mail.example",))  # type: ignore[arg-type]
+    running.server = HttpServer(application)
+    await running.start()
+    try:
+        hosts = ((b"mail.EXAMPLE:9464", 200), (b"other.example", 421), (b"[::1]:1", 200), (b"a\xffb", 421), (b"", 421))
+        for host, expected in hosts:
+            status, header, body = await running.ask(b"GET /own HTTP/1.1\r\nHost: " + host + b"\r\n\r\n")
+            assert (status, header.get("X-Own")) == (expected, "yes" if expected == 200 else None)
+            assert (body == b"x") == (expected == 200)
+        assert (await running.ask(b"GET /own HTTP/1.0\r\n\r\n"))[0] == 421
+        assert (await running.ask(b"GET /open HTTP/1.1\r\nHost: other.example\r\n\r\n"))[0] == 200
+    finally:
+        await running.server.close()
 
 
 @pytest.mark.parametrize(
@@ -124,12 +134,15 @@ async def test_a_page_may_bring_fields_of_its_own_and_private_ones_go_by_our_nam
         (b"GET /hello/ HTTP/1.1", 404),
         (b"GET /../hello HTTP/1.1", 404),
         (b"GET /%68ello HTTP/1.1", 404),
+        (b"GET //hello HTTP/1.1", 404),
         (b"POST /hello HTTP/1.1\r\nContent-Length: 5", 405),
         (b"DELETE /hello HTTP/1.1", 405),
         (b"OPTIONS /hello HTTP/1.1", 405),
+        (b"get /hello HTTP/1.1", 405),
+        (b"GET /" + b"a" * 1100 + b" HTTP/1.1", 404),
+        (b"GET /hello HTTP/1.1\r\nUpgrade: websocket\r\nConnection: upgrade", 200),
         (b"GET /hello", 400),
         (b"GET  /hello HTTP/1.1", 400),
-        (b"get /hello HTTP/1.1", 400),
         (b"GET hello HTTP/1.1", 400),
         (b"GET http://127.0.0.1/hello HTTP/1.1", 400),
         (b"GET /hello HTTP/2.0", 400),
@@ -138,15 +151,17 @@ async def test_a_page_may_bring_fields_of_its_own_and_private_ones_go_by_our_nam
         (b"GET /hello HTTP/1.1\r\n folded: x", 400),
         (b"GET /hello HTTP/1.1\r\nA : x", 400),
         (b"GET /hello HTTP/1.1\r\nA: x\ry", 400),
-        (b"GET /hello HTTP/1.1\nA: x", 400),
-        (b"GET /" + b"a" * 1100 + b" HTTP/1.1", 400),
+        (b"GET /hello HTTP/1.1\r\nHost: y", 400),
+        (b"GET /hello HTTP/1.1\r\nContent-Length: x", 400),
+        (b"GET /hello HTTP/1.1\r\nA:" + b" " * 65 + b"x", 400),
+        (b"GET /hello HTTP/1.1\r\nA: x" + b" " * 64, 200),
         (b"", 400),
         (b"\x16\x03\x01\x02\0\x01\0", 400),
     ],
 )
 @pytest.mark.asyncio
 async def test_only_plain_questions_are_answered(running: Running, request_line: bytes, expected: int) -> None:
-    status, header, _ = await running.ask(request_line + b"\r\n\r\n")
+    status, header, _ = await running.ask(request_line + b"\r\nHost: x\r\n\r\n")
     assert status == expected
     assert header.get("Allow") == ("GET, HEAD" if expected == 405 else None)
 
@@ -154,7 +169,7 @@ async def test_only_plain_questions_are_answered(running: Running, request_line:
 @pytest.mark.asyncio
 async def test_a_head_without_end_is_refused_when_it_is_too_long(running: Running) -> None:
     reader, writer = await running.connect()
-    writer.write(b"GET /hello HTTP/1.1\r\nA: " + b"x" * (http.HEAD_MAX + 100))
+    writer.write(b"GET /hello HTTP/1.1\r\nA: " + b"x" * (HEAD_MAX + 100))
     first = await asyncio.wait_for(reader.read(20), 20)
     assert STATUS.match(first)
     assert STATUS.match(first)[1] == b"400"  # type: ignore[index]
@@ -162,22 +177,89 @@ async def test_a_head_without_end_is_refused_when_it_is_too_long(running: Runnin
 
 
 @settings(deadline=None, max_examples=300)
-@given(st.binary(max_size=200) | st.text(max_size=100).map(lambda t: b"GET /hello HTTP/1.1\r\n" + t.encode()))
+@given(
+    st.binary(max_size=200) | st.text(max_size=100).map(lambda t: b"GET /hello HTTP/1.1\r\nHost: x\r\n" + t.encode())
+)
 def test_any_bytes_get_a_proper_answer(head: bytes) -> None:
-    status, _, _ = parsed(asyncio.run(Server(PAGES, Log()).answer(head + b"\r\n\r\n")))  # type: ignore[arg-type]
-    assert status in (200, 400, 404, 405)
+    async def answered() -> int:
+        running = Running()
+        await running.start()
+        try:
+            return (await running.ask(head + b"\r\n\r\n"))[0]
+        finally:
+            await running.server.close()
+
+    assert asyncio.run(answered()) in (200, 400, 404, 405)
+
+
+HOLD = 0.25  # seconds; the shapes below held the loop for a second to minutes
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        b"GET / HTTP/1.1\r\nX:" + b" " * 8000 + b"\x01\r\n\r\n",
+        b"GET / HTTP/1.1\r\nX:" + b" " * 8000 + b"\x00\r\n\r\n",
+        b"GET / HTTP/1.1\r\nX:" + b" \t" * 4000 + b"\r\r\n\r\n",
+        START + (b"X:" + b" " * 60 + b"\r\n") * 128 + b"X: \x00\r\n\r\n",
+        START + b"X:" + b"a " * 4000 + b"\x00\r\n\r\n",
+        START + b"X: a\r\n" + b" \r\n" * 2600 + b"\x00\r\n\r\n",
+        START + b"X:\r\n" * 2000 + b"\r\n",
+        START + b"X:\n" * 2600 + b"\n",
+        START + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 40_000,
+        START + b"Transfer-Encoding: " + b"a," * 4000 + b"\r\n\r\n",
+        START + b"Connection: " + b"upgrade," * 1000 + b"\r\n\r\n",
+        (START + b"\r\n") * 20_000,  # pipelined
+        b"G" * 1_000_000,
+    ],
+    ids=range(13),
+)
+@pytest.mark.asyncio
+async def test_no_request_holds_the_loop(running: Running, hostile: bytes) -> None:
+    """Measured as processor time of this thread: another job of the machine does not count."""
+    longest = 0.0
+
+    async def watch() -> None:
+        nonlocal longest
+        while True:
+            before = time.thread_time()
+            await asyncio.sleep(0)
+            longest = max(longest, time.thread_time() - before)
+
+    watching = asyncio.create_task(watch())
+    for size in (len(hostile), 1460):
+        _, writer = await running.connect()
+        for start in range(0, len(hostile), size):
+            writer.write(hostile[start : start + size])
+            await asyncio.sleep(0)
+        assert (await running.ask(START + b"\r\n"))[0] == 200
+        writer.close()
+    watching.cancel()
+    assert longest < HOLD
+
+
+@pytest.mark.asyncio
+async def test_a_connection_gets_one_answer(running: Running) -> None:
+    _, _, body = await running.ask((START + b"\r\n") * 3)
+    assert body == b"hello "
+
+
+@pytest.mark.asyncio
+async def test_a_body_is_not_read(running: Running) -> None:
+    _, _, body = await running.ask(START + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n")
+    assert body == b"hello "
 
 
 @pytest.mark.asyncio
 async def test_a_defect_in_a_page_is_told_and_hurts_nobody_else(running: Running) -> None:
-    assert (await running.ask(b"GET /broken HTTP/1.1\r\n\r\n"))[0] == 500
+    assert (await running.ask(b"GET /broken HTTP/1.0\r\n\r\n"))[0] == 500
     assert running.log.events == ["http.error"]
-    assert (await running.ask(b"GET /hello HTTP/1.1\r\n\r\n"))[0] == 200
+    assert (await running.ask(b"GET /hello HTTP/1.0\r\n\r\n"))[0] == 200
 
 
 @pytest.mark.asyncio
 async def test_who_drips_a_request_is_cut_off(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "HEAD_WAIT", 0.3)
+    monkeypatch.setattr(http_server, "HEAD_WAIT", 0.3)
     reader, writer = await running.connect()
     writer.write(b"GET /hello HTTP/1.1\r\n")
 
@@ -197,13 +279,13 @@ async def test_who_drips_a_request_is_cut_off(running: Running, monkeypatch: pyt
 
 @pytest.mark.asyncio
 async def test_silent_connections_keep_nobody_out(running: Running) -> None:
-    silent = [await running.connect() for _ in range(http.MOST + 5)]
-    status, _, body = await running.ask(b"GET /hello HTTP/1.1\r\n\r\n")
+    silent = [await running.connect() for _ in range(http_server.CONNECTIONS_MAX + 5)]
+    status, _, body = await running.ask(b"GET /hello HTTP/1.0\r\n\r\n")
     assert (status, body) == (200, b"hello ")
     reader, _ = silent[0]
     assert await asyncio.wait_for(reader.read(), 20) == b""  # the oldest had to go
     reader, writer = silent[-1]
-    writer.write(b"GET /hello HTTP/1.1\r\n\r\n")
+    writer.write(b"GET /hello HTTP/1.0\r\n\r\n")
     assert (await asyncio.wait_for(reader.read(), 20)).endswith(b"hello ")
     for _, writer in silent:
         writer.close()
@@ -211,13 +293,13 @@ async def test_silent_connections_keep_nobody_out(running: Running) -> None:
 
 @pytest.mark.asyncio
 async def test_who_does_not_read_is_cut_off_and_holds_nobody(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "ANSWER_WAIT", 0.5)
+    monkeypatch.setattr(http_server, "ANSWER_WAIT", 0.5)
     reader, writer = await running.connect()
-    writer.write(b"GET /big HTTP/1.1\r\n\r\n")
+    writer.write(b"GET /big HTTP/1.0\r\n\r\n")
     await reader.readuntil(b"\r\n\r\n")
     writer.transport.pause_reading()
-    assert (await running.ask(b"GET /hello HTTP/1.1\r\n\r\n"))[0] == 200
-    while running.server._open:
+    assert (await running.ask(b"GET /hello HTTP/1.0\r\n\r\n"))[0] == 200
+    while running.server.open:
         await asyncio.sleep(0.01)
     writer.transport.resume_reading()
     with pytest.raises((ConnectionResetError, asyncio.IncompleteReadError)):
@@ -227,20 +309,20 @@ async def test_who_does_not_read_is_cut_off_and_holds_nobody(running: Running, m
 
 @pytest.mark.asyncio
 async def test_a_large_answer_arrives_whole(running: Running) -> None:
-    assert (await running.ask(b"GET /big HTTP/1.1\r\n\r\n"))[2] == BIG
+    assert (await running.ask(b"GET /big HTTP/1.0\r\n\r\n"))[2] == BIG
 
 
 @pytest.mark.asyncio
 async def test_an_address_in_use_is_an_error(running: Running) -> None:
     with pytest.raises(OSError, match="in use"):
-        await Server(PAGES, Log()).start(*running.where)  # type: ignore[arg-type]
+        await HttpServer(Application(PAGES, Log())).start(*running.where)  # type: ignore[arg-type]
 
 
 @pytest.mark.asyncio
 async def test_the_end_drops_who_is_there(running: Running) -> None:
     reader, writer = await running.connect()
     writer.write(b"GET /hel")
-    await running.ask(b"GET /hello HTTP/1.1\r\n\r\n")  # the first one is surely there now
+    await running.ask(b"GET /hello HTTP/1.0\r\n\r\n")  # the first one is surely there now
     await running.server.close()
     with pytest.raises(ConnectionError):
         await running.connect()

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import socket
 import threading
 import time
 from collections.abc import Coroutine, Iterator
@@ -17,7 +18,8 @@ from contentfilter import monitor
 from contentfilter.bus.messages import BackendStatus, CanaryResult, InFlight, Status, WorkerStatus
 from contentfilter.model import Scanner
 from contentfilter.monitor.history import History
-from contentfilter.monitor.http import Server
+from contentfilter.monitor.http import Application
+from contentfilter.monitor.http_server import HttpServer
 from contentfilter.monitor.page import PATHS, make_pages
 from contentfilter.policy.bypass import Bypass
 from contentfilter.tables.keeper import TableState
@@ -55,7 +57,7 @@ class Site:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
-        self._server: Server | None = None
+        self._server: HttpServer | None = None
         self.start()
 
     def _do(self, work: Coroutine[Any, Any, Any]) -> Any:
@@ -63,7 +65,7 @@ class Site:
 
     def start(self, port: int = 0) -> None:
         pages = make_pages(self.look, self.history)
-        self._server = Server(pages, Log(), private=PATHS)  # type: ignore[arg-type]
+        self._server = HttpServer(Application(pages, Log(), private=PATHS))  # type: ignore[arg-type]
         self.address = self._do(self._server.start("127.0.0.1", port))
 
     def stop(self) -> None:
@@ -89,9 +91,12 @@ class Site:
 
     def answer(self, path: str, *lines: str) -> tuple[str, bytes]:
         """Head and body."""
-        assert self._server is not None
-        request = "\r\n".join((f"GET {path} HTTP/1.1", *(lines or ("Host: 127.0.0.1",)), "", ""))
-        head, _, body = self._do(self._server.answer(request.encode("latin-1"))).partition(b"\r\n\r\n")
+        host, _, port = self.address.rpartition(":")
+        with socket.create_connection((host, int(port)), 30) as client:
+            client.sendall(
+                "\r\n".join((f"GET {path} HTTP/1.1", *(lines or ("Host: 127.0.0.1",)), "", "")).encode("latin-1")
+            )
+            head, _, body = b"".join(iter(lambda: client.recv(65_536), b"")).partition(b"\r\n\r\n")
         return head.decode(), body
 
 
@@ -127,7 +132,7 @@ def test_the_page_is_one_file_that_names_no_other_host() -> None:
 
 def test_the_policy_allows_the_inline_parts_and_nothing_else(site: Site) -> None:
     head, body = site.answer("/")
-    header = dict(line.split(": ", 1) for line in head.split("\r\n")[1:])
+    header = {name.title(): value for name, value in (line.split(": ", 1) for line in head.split("\r\n")[1:])}
     policy = dict(part.strip().partition(" ")[::2] for part in header["Content-Security-Policy"].split(";"))
     assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == policy["form-action"] == "'none'"
     assert policy["connect-src"] == "'self'"
@@ -138,9 +143,9 @@ def test_the_policy_allows_the_inline_parts_and_nothing_else(site: Site) -> None
     assert header["Content-Type"] == "text/html; charset=utf-8"
     assert body.decode() == HTML
     head, _ = site.answer("/status.json")
-    assert "Content-Type: application/json\r\n" in head
-    assert "Cross-Origin-Resource-Policy: same-origin" in head
-    assert "Access-Control" not in head
+    assert "content-type: application/json\r\n" in head
+    assert "cross-origin-resource-policy: same-origin" in head
+    assert "access-control" not in head
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:9464", "127.0.0.1", "[::1]:9464", "10.1.2.3", "localhost", "LocalHost.:1"])
@@ -166,9 +171,10 @@ def test_an_address_or_localhost_is_answered(site: Site, host: str) -> None:
 )
 def test_a_name_of_somebody_else_is_not(site: Site, lines: tuple[str, ...]) -> None:
     site.happened()
+    status = 421 if [line.startswith("Host: ") for line in lines] == [True] else 400  # RFC 9112, section 3.2
     for path in PATHS:
         head, body = site.answer(path, *lines)
-        assert head.startswith("HTTP/1.1 421 ")
+        assert head.startswith(f"HTTP/1.1 {status} ")
         assert b"example" not in body
 
 
@@ -200,9 +206,9 @@ def test_before_any_mail_it_says_so(browser: Browser, site: Site) -> None:
     text = browser.text()
     for said in (
         "Ready; no mail in the last 15 minutes",
-        "Nothing was decided since the daemon was started.",
-        "Nothing was refused, deferred or left unchecked.",
-        "No backend is configured, or none has been told of yet.",
+        "No decision since the daemon was started.",
+        "Nothing was rejected, deferred or left unchecked.",
+        "No backend is configured or known yet.",
     ):
         assert said in text
     assert browser.evaluate("document.querySelector('#flow').textContent").endswith("no message in this time")
@@ -227,7 +233,7 @@ def test_numbers_backends_workers_and_orders_are_told(browser: Browser, site: Si
         )
     )
     assert (sums["messages"], sums["queued"], sums["refused"], sums["unchecked"]) == ("9", "7", "2", "4")
-    assert "clamd tcp:10.0.0.5:3310 is failing since" in browser.text("#state")
+    assert "clamd tcp:10.0.0.5:3310 has been failing since" in browser.text("#state")
     assert "✖ Mail is deferred: no clamd answers" in browser.text("#state")
     assert "spamd is bypassed until" in browser.text("#state")
     assert "it eats all memory" in browser.text("#orders")
@@ -248,10 +254,10 @@ def test_numbers_backends_workers_and_orders_are_told(browser: Browser, site: Si
 @pytest.mark.parametrize(
     ("failing", "bypassed", "meanwhile", "said"),
     [
-        (("a",), (), "defer", "▲ Mail flows, but a backend is failing"),
-        (("a", "b"), (), "pass", "▲ Mail flows, but is not checked by clamd"),
+        (("a",), (), "defer", "▲ Mail is flowing, but a backend is failing"),
+        (("a", "b"), (), "pass", "▲ Mail is flowing, but is not checked by clamd"),
         (("a", "b"), (), "defer", "✖ Mail is deferred: no clamd answers"),
-        ((), (Scanner.SPAMD,), "pass", "▲ Mail flows, but is not checked by spamd"),
+        ((), (Scanner.SPAMD,), "pass", "▲ Mail is flowing, but is not checked by spamd"),
         ((), (), "defer", "● Ready; no mail in the last 15 minutes"),
     ],
 )
@@ -275,7 +281,7 @@ def test_a_canary_that_is_not_caught_is_told(browser: Browser, site: Site) -> No
         CanaryResult("eicar", "passed", False, "clamd did not see it", 0.01, time.time()),
     )
     visit(browser, site)
-    assert browser.text("#state strong") == "✖ A test mail was not treated as it should be"
+    assert browser.text("#state strong") == "✖ A canary sample did not get the expected result"
     assert "the canary's eicar: clamd did not see it" in browser.text("#state")
     assert "none yet" in browser.text("#canary")
 
@@ -283,7 +289,7 @@ def test_a_canary_that_is_not_caught_is_told(browser: Browser, site: Site) -> No
 def test_trouble_comes_first(browser: Browser, site: Site) -> None:
     site.unready = ("0 of 1 workers accept mail",)
     visit(browser, site)
-    assert browser.text("#state").startswith("✖ Not everything works")
+    assert browser.text("#state").startswith("✖ Not ready")
     assert "0 of 1 workers accept mail" in browser.text("#state")
     assert browser.evaluate("document.title") == "✖ contentfilter"
 
@@ -334,7 +340,7 @@ def test_a_daemon_that_is_gone_is_told_and_one_that_comes_back_too(browser: Brow
     browser.evaluate("poll()")
     browser.wait(LOST)
     assert browser.evaluate("document.title") == "✖ contentfilter: no connection"
-    assert "what you see is from then" in browser.text("#contact")
+    assert "this is the state of that time" in browser.text("#contact")
     assert "7" in browser.text("#sums")
     site.start(int(site.address.rpartition(":")[2]))
     browser.evaluate("poll()")

@@ -16,8 +16,9 @@ from lab.offer import Offer, offer
 from contentfilter.bus import messages, sockets
 from contentfilter.model import Action, OriginKind, Scanner
 from contentfilter.settings import ServiceSettings, Settings
-from contentfilter.supervisor import overrides, spread
+from contentfilter.supervisor import overrides
 from contentfilter.supervisor.overrides import OverrideManager
+from contentfilter.supervisor.workers import Workers
 
 Make = Callable[..., Daemon]
 NOBODY = 65534
@@ -147,20 +148,15 @@ class Fake:
         self.sent: list[messages.Overrides] = []
         self.told: list[messages.Event] = []
         self.logged: list[tuple[str, dict[str, Any]]] = []
-        self.processes: list[Any] = []
         settings = Settings(service=ServiceSettings(state=str(state)))
-
-        async def send(orders: messages.Overrides) -> None:
-            self.sent.append(orders)
-
-        async def publish(event: messages.Event) -> None:
-            self.told.append(event)
 
         def log(name: str, **fields: Any) -> None:
             self.logged.append((name, fields))
 
         logger: Any = SimpleNamespace(warning=log, error=log, info=log)
-        self.glass = OverrideManager(logger, lambda: settings, send, publish, lambda: self.processes, asyncio.Event())
+        bus: Any = SimpleNamespace(command=lambda command, pids: self.sent.append(command))
+        self.workers = Workers(bus)
+        self.glass = OverrideManager(logger, lambda: settings, self.workers, self.told.append)
 
     async def ask(self, question: messages.Question) -> messages.Reply:
         return await self.glass.answers()[type(question)](question, os.geteuid())
@@ -170,8 +166,7 @@ class Fake:
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     clock = SimpleNamespace(now=1_800_000_000.0, ticks=5000.0)
     fake = SimpleNamespace(time=lambda: clock.now, monotonic=lambda: clock.ticks)
-    for module in (overrides, spread):
-        monkeypatch.setattr(module, "time", fake)
+    monkeypatch.setattr(overrides, "time", fake)
     return clock
 
 
@@ -228,21 +223,6 @@ async def test_the_log_is_reminded_every_five_minutes(tmp_path: Path, clock: Sim
 
 
 @pytest.mark.asyncio
-async def test_a_worker_that_lacks_the_orders_gets_them_again(tmp_path: Path, clock: SimpleNamespace) -> None:
-    fake = Fake(tmp_path)
-    await fake.ask(messages.AskDrain())
-    beat = messages.Heartbeat(1, 1, 0, 0.0, (), 0, {}, orders=fake.glass.orders.number)
-    process: Any = SimpleNamespace(retiring=False, beat=beat)
-    clock.ticks += 10
-    await fake.glass.heard(process)
-    assert len(fake.sent) == 1, "it has them"
-    process.beat = messages.Heartbeat(1, 1, 0, 0.0, (), 0, {}, orders=1)
-    await fake.glass.heard(process)
-    await fake.glass.heard(process)
-    assert len(fake.sent) == 2, "once, and not with every heartbeat"
-
-
-@pytest.mark.asyncio
 async def test_a_disk_that_hangs_keeps_no_order_waiting(
     tmp_path: Path, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,12 +241,14 @@ async def test_a_worker_that_does_not_follow_in_time_is_named(
 ) -> None:
     fake = Fake(tmp_path)
     monkeypatch.setattr(overrides, "TAKE_WAIT", 0.05)
+    beat = messages.Heartbeat(1, 1, 0, 0.0, (), 3, {}, orders=1)
     starting, late, leaving = (
-        SimpleNamespace(retiring=False, beat=None, slot=0, pid=10),
-        SimpleNamespace(retiring=False, beat=messages.Heartbeat(1, 1, 0, 0.0, (), 3, {}, orders=1), slot=1, pid=11),
-        SimpleNamespace(retiring=True, beat=None, slot=2, pid=12),
+        SimpleNamespace(retiring=False, beat=None, slot=0, pid=10, ready=False),
+        SimpleNamespace(retiring=False, beat=beat, slot=1, pid=11, ready=True),
+        SimpleNamespace(retiring=True, beat=None, slot=2, pid=12, ready=False),
     )
-    fake.processes = [starting, late, leaving]
+    for process in (starting, late, leaving):
+        fake.workers.add(process)  # type: ignore[arg-type]
     reply = await fake.ask(messages.AskDrain())
     assert isinstance(reply, messages.Ordered)
     assert [problem.split(" has")[0] for problem in reply.problems] == ["worker 0 (pid 10)", "worker 1 (pid 11)"]

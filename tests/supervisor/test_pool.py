@@ -1,11 +1,13 @@
 """Workers die, hang and are replaced; the supervisor itself dies. No message is lost by any of it."""
 
+import asyncio
 import os
 import select
 import signal
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +17,10 @@ from lab.offer import Offer, offer, offer_until_answered
 from contentfilter.bus import messages, sockets
 from contentfilter.log import make_logger
 from contentfilter.model import Action
+from contentfilter.supervisor import process
 from contentfilter.supervisor.pool import WorkerPool
-from contentfilter.supervisor.process import Process
+from contentfilter.supervisor.process import WorkerProcess
+from contentfilter.supervisor.workers import Workers
 
 Make = Callable[..., Daemon]
 
@@ -34,6 +38,31 @@ def wait_gone(pid: int) -> None:
         return
     assert select.select([fd], [], [], WAIT)[0], f"process {pid} is still there"
     os.close(fd)
+
+
+class Child(WorkerProcess):
+    """A process that is not there."""
+
+    def __init__(self, slot: int, killed: list[int], now: float, *, ready: bool = True) -> None:
+        self.slot, self.pid = slot, 4000 + slot
+        self.started = self.seen = now
+        self.ready, self.stuck, self.retiring, self.beat = ready, False, False, None
+        self._killed = killed
+
+    @property
+    def status(self) -> int:
+        return 1
+
+    def kill(self) -> None:
+        self._killed.append(self.pid)
+
+    def retire(self) -> None:
+        self.retiring = True
+
+
+def pool_of(spawn: Any) -> WorkerPool:
+    bus: Any = SimpleNamespace(command=lambda command, pids: None)
+    return WorkerPool(spawn, make_logger("json", "error"), Workers(bus))
 
 
 def test_a_killed_worker_lets_go_of_its_message_and_is_replaced(daemon: Make, gate: Any) -> None:
@@ -95,16 +124,7 @@ async def test_a_supervisor_that_slept_does_not_kill_its_healthy_workers(monkeyp
     monkeypatch.setattr(time, "monotonic", lambda: now)
     killed: list[int] = []
 
-    class Child(Process):
-        def __init__(self, slot: int) -> None:
-            self.slot, self.pid = slot, 4000 + slot
-            self.started = self.seen = now
-            self.ready, self.stuck, self.retiring, self.beat = True, False, False, None
-
-        def kill(self) -> None:
-            killed.append(self.pid)
-
-    pool = WorkerPool(lambda slot, ended: Child(slot), make_logger("json", "error"), lambda: None)
+    pool = pool_of(lambda slot, ended: Child(slot, killed, now))
     pool.resize(1)
     for moment in (1001.0, 1031.0):  # thirty seconds between two looks: it was us who slept
         now = moment
@@ -117,6 +137,57 @@ async def test_a_supervisor_that_slept_does_not_kill_its_healthy_workers(monkeyp
     now = 1042.0
     pool.check(10.0)
     assert killed == [4000]
+
+
+@pytest.mark.asyncio
+async def test_a_successor_that_cannot_start_or_dies_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "FIRST_DELAY", 0.01)
+    spawned: list[Child] = []
+    ends: list[Any] = []
+    refuse = 0
+
+    def spawn(slot: int, ended: Any) -> Child:
+        nonlocal refuse
+        if refuse:
+            refuse -= 1
+            raise OSError(11, "Resource temporarily unavailable")
+        child = Child(slot, [], time.monotonic(), ready=False)
+        child.pid += 100 * len(spawned)
+        spawned.append(child)
+        ends.append(ended)
+        return child
+
+    async def count(wanted: int) -> None:
+        async with asyncio.timeout(WAIT):
+            while len(spawned) < wanted:
+                await asyncio.sleep(0.005)
+
+    def beat(child: Child) -> messages.Heartbeat:
+        return messages.Heartbeat(child.pid, 1, 0, 0.0, (), 0, {})
+
+    pool = pool_of(spawn)
+    pool.resize(1)
+    pool.heard(beat(spawned[0]))
+    refuse = 2
+    pool.replace_all()
+    assert pool.unreplaced() == [0]
+    await count(2)
+    ends[1](spawned[1])  # it dies before it is ready
+    assert pool.unreplaced() == [0]
+    await count(3)
+    assert not spawned[0].retiring
+    assert pool.full()
+    pool.heard(beat(spawned[2]))
+    assert pool.unreplaced() == []
+    assert spawned[0].retiring
+    assert pool.deaths == {"exit": 1, "signal": 0, "stuck": 0, "start": 2}
+    pool.replace_all()
+    await count(4)
+    ends[2](spawned[2])  # the old one dies first
+    assert pool.unreplaced() == []
+    assert not pool.full()
+    pool.heard(beat(spawned[3]))
+    assert pool.full()
 
 
 def test_workers_that_die_at_every_start_are_retried_with_growing_delays_and_recover(daemon: Make) -> None:

@@ -1,4 +1,4 @@
-"""What several commands share: times as people write and read them, tables, stories, and giving up root's rights."""
+"""Shared by several commands: options, times as people write and read them, tables, and dropping root's privileges."""
 
 import os
 import pwd
@@ -10,6 +10,18 @@ from datetime import datetime
 from pathlib import Path
 
 import click
+
+from contentfilter.qmail import DEFAULT_CONF
+
+queue_conf_option = click.option(
+    "--queue-conf",
+    metavar="FILE",
+    envvar="CONTENTFILTER_QUEUE_CONF",
+    default=DEFAULT_CONF,
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Configuration file of the hook.",
+)
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 

@@ -114,7 +114,7 @@ def test_users_that_do_not_exist_are_warnings(check, place):
     text = (place / "contentfilter.toml").read_text().replace('"root"', '"nobody-has-this-name"')
     (place / "contentfilter.toml").write_text(text)
     (line, _) = check()
-    assert "there is no user 'nobody-has-this-name'" in line
+    assert "no such user on this system: 'nobody-has-this-name'" in line
 
 
 @pytest.mark.parametrize("name", ["state", "run"])
@@ -127,7 +127,7 @@ def test_directories_are_looked_at(check, place, name):
 
 def test_a_file_where_the_socket_goes_is_an_error(check, place):
     (place / "run" / "queue.sock").write_bytes(b"")
-    assert "something else than a socket" in check(status=78)[0]
+    assert "exists, but is not a socket" in check(status=78)[0]
 
 
 def test_a_queue_conf_that_cannot_be_read_is_an_error(check, place):

@@ -1,4 +1,4 @@
-"""``contentfilter hook``: install the compiled hook in a qmail, remove it, show its state."""
+"""``contentfilter hook``: install the compiled hook into qmail, remove it, show its state."""
 
 import json
 from collections.abc import Callable
@@ -33,6 +33,8 @@ class Refusable(click.Command):
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # click ends quietly
         except (RefusedError, OSError) as error:
             raise click.ClickException(str(error)) from None
 
@@ -41,8 +43,22 @@ def common(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
         click.option("--binary", metavar="FILE", help="The compiled hook, if not the one of this package."),
-        click.option("--conf", default=DEFAULT_CONF, show_default=True, type=click.Path(path_type=Path)),
-        click.option("--qmail", default="/var/qmail", show_default=True, type=click.Path(path_type=Path)),
+        click.option(
+            "--conf",
+            metavar="FILE",
+            default=DEFAULT_CONF,
+            show_default=True,
+            type=click.Path(path_type=Path),
+            help="Configuration file of the hook.",
+        ),
+        click.option(
+            "--qmail",
+            metavar="DIR",
+            default="/var/qmail",
+            show_default=True,
+            type=click.Path(path_type=Path),
+            help="Home directory of qmail.",
+        ),
     ):
         command = option(command)
     return command
@@ -50,18 +66,20 @@ def common(command: Callable[..., None]) -> Callable[..., None]:
 
 @click.group()
 def hook() -> None:
-    """Install the hook in a qmail, remove it, show its state."""
+    """Install the hook into qmail, remove it, show its state."""
 
 
 @hook.command(cls=Refusable)
 @common
-@click.option("--dialect", type=click.Choice(DIALECTS), default="auto", show_default=True, help="For a new queue.conf.")
+@click.option(
+    "--dialect", type=click.Choice(DIALECTS), default="auto", show_default=True, help="Dialect for a new queue.conf."
+)
 @click.option("--force", is_flag=True, help="Make the present qmail-queue the original although an older one is kept.")
 @click.option("--dry-run", is_flag=True, help="Only print the steps.")
 def install(
     qmail: Path, conf: Path, binary: str | None, dialect: str, *, force: bool, dry_run: bool, as_json: bool
 ) -> None:
-    """Put the hook into DIR/bin; the original becomes qmail-queue.real."""
+    """Install the hook as DIR/bin/qmail-queue; the original becomes qmail-queue.real."""
     steps, warnings = ops.plan_install(QmailPaths(qmail), conf, dialect, packaged_hook(binary), force=force)
     if not dry_run:
         ops.carry_out(steps)

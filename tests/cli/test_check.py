@@ -152,7 +152,7 @@ def test_showctl_prints_the_form_of_qmail_showctl(run, place):
     assert "xoriginatingip: (Default.) 1" in lines
     assert "sysfacility: LOG_LOCAL3" in lines
     assert "clamavclients: 2 rows" in lines
-    assert "spamdclients: (Default.) no file; nobody" in lines
+    assert "spamdclients: (Default.) no file; no recipients" in lines
     assert "badsignatures: 1 rule" in lines
     assert any(line.startswith("badloadertypes: (Default.) ") and line.endswith("built in") for line in lines)
     assert len(lines) == 15 + 2 + 2

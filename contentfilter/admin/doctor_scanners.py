@@ -120,7 +120,7 @@ def freshness(backend: str, version: Version, now: datetime) -> Diagnostic:
 
 
 def freshclam(settings: Settings, root: Path = Path("/")) -> Iterator[Diagnostic]:
-    """Whether freshclam runs for a clamd on this machine: as a process, or by a timer. ``root``: / except in tests."""
+    """freshclam for a clamd on this machine: a process, or a timer that starts it. ``root``: / except in tests."""
     addresses = [Address.parse(backend) for backend in settings.clamd.backends]
     if not any(address.path or address.host in _LOOPBACK for address in addresses):
         return

@@ -22,6 +22,22 @@ queue_conf_option = click.option(
     type=click.Path(path_type=Path),
     help="Configuration file of the hook.",
 )
+qmail_option = click.option(
+    "--qmail",
+    metavar="DIR",
+    default="/var/qmail",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Home directory of qmail.",
+)
+binary_option = click.option("--binary", metavar="FILE", help="The compiled hook, if not the one of this package.")
+sender_option = click.option(
+    "--sender",
+    metavar="ADDRESS",
+    help='Envelope sender: an address, @domain, a part, or a pattern with * and ?; "<>" for bounces.',
+)
+recipient_option = click.option("--recipient", metavar="ADDRESS", help="A recipient, in the same forms.")
+remote_option = click.option("--remote", metavar="IP", help="IP address of the client; * and ? are wildcards.")
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 

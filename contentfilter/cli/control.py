@@ -70,10 +70,10 @@ def unreachable(run: str, name: str, problems: Sequence[Problem]) -> NoReturn:
         click.echo(f"contentfilter: {problem}", err=True)
     path = sockets.addresses(run)[name].removeprefix("ipc://")
     remedy = "start it with `systemctl start contentfilter`; `contentfilter doctor` finds other causes"
-    if trouble := sockets.trouble_at(path):
-        if trouble == errno.EACCES:
+    if error := sockets.trouble_at(path):
+        if error == errno.EACCES:
             remedy = "run this as root, or as a member of the daemon's group"
-        click.echo(f"contentfilter: no daemon answers at {path}: {os.strerror(trouble)}", err=True)
+        click.echo(f"contentfilter: no daemon answers at {path}: {os.strerror(error)}", err=True)
     else:
         click.echo(f"contentfilter: the daemon at {path} does not answer in time", err=True)
         remedy = "`systemctl restart contentfilter` is safe at any time: hooks keep their mail until it is back"

@@ -15,7 +15,7 @@ from contentfilter.admin import doctor as ops
 from contentfilter.admin.diagnostic import Diagnostic, Level, examine, run
 from contentfilter.admin.doctor_scanners import CLAMD_CONF
 from contentfilter.bus import messages, sockets
-from contentfilter.cli.common import printable, queue_conf_option
+from contentfilter.cli.common import binary_option, printable, qmail_option, queue_conf_option
 from contentfilter.config.controls import Controls, read_controls
 from contentfilter.config.load import load_settings
 from contentfilter.config.runtime import worker_count
@@ -31,16 +31,9 @@ PROBES = 6.0  # seconds for everything else
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option(
-    "--qmail",
-    metavar="DIR",
-    default="/var/qmail",
-    show_default=True,
-    type=click.Path(path_type=Path),
-    help="Home directory of qmail.",
-)
+@qmail_option
 @queue_conf_option
-@click.option("--binary", metavar="FILE", help="The compiled hook, if not the one of this package.")
+@binary_option
 @click.option(
     "--clamd-conf",
     metavar="FILE",

@@ -9,6 +9,7 @@ import click
 
 from contentfilter.admin import qmail as ops
 from contentfilter.admin.qmail import DIALECTS, InstallStep
+from contentfilter.cli.common import binary_option, qmail_option
 from contentfilter.errors import RefusedError
 from contentfilter.qmail import DEFAULT_CONF, QmailPaths, packaged_hook
 
@@ -42,7 +43,7 @@ class Refusable(click.Command):
 def common(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
-        click.option("--binary", metavar="FILE", help="The compiled hook, if not the one of this package."),
+        binary_option,
         click.option(
             "--conf",
             metavar="FILE",
@@ -51,14 +52,7 @@ def common(command: Callable[..., None]) -> Callable[..., None]:
             type=click.Path(path_type=Path),
             help="Configuration file of the hook.",
         ),
-        click.option(
-            "--qmail",
-            metavar="DIR",
-            default="/var/qmail",
-            show_default=True,
-            type=click.Path(path_type=Path),
-            help="Home directory of qmail.",
-        ),
+        qmail_option,
     ):
         command = option(command)
     return command

@@ -19,7 +19,15 @@ import msgspec
 
 from contentfilter.bus.feed import Feed, Link, Remote
 from contentfilter.bus.messages import Event
-from contentfilter.cli.common import address_pattern, duration, glob, printable
+from contentfilter.cli.common import (
+    address_pattern,
+    duration,
+    glob,
+    printable,
+    recipient_option,
+    remote_option,
+    sender_option,
+)
 from contentfilter.cli.control import find_feed
 from contentfilter.config.keys import read_secret, sound
 from contentfilter.deadline import Deadline
@@ -50,14 +58,10 @@ Match = Callable[[Event], bool]
     type=click.Choice([kind.value for kind in OriginKind]),
     help="Origin of the message.",
 )
-@click.option(
-    "--sender",
-    metavar="ADDRESS",
-    help='Envelope sender: an address, @domain, a part, or a pattern with * and ?; "<>" for bounces.',
-)
-@click.option("--recipient", metavar="ADDRESS", help="A recipient, in the same forms.")
+@sender_option
+@recipient_option
 @click.option("--rule", metavar="RULE", help="Rule that decided, or a part of it; * and ? are wildcards.")
-@click.option("--remote", metavar="IP", help="IP address of the client; * and ? are wildcards.")
+@remote_option
 @click.option("--id", "incident", metavar="INCIDENT", help="Incident ID, or the beginning of one.")
 @click.option(
     "--event",

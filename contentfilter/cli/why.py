@@ -15,7 +15,18 @@ from typing import Any
 
 import click
 
-from contentfilter.cli.common import address_pattern, become_owner, duration, moment, print_rows, print_story, when
+from contentfilter.cli.common import (
+    address_pattern,
+    become_owner,
+    duration,
+    moment,
+    print_rows,
+    print_story,
+    recipient_option,
+    remote_option,
+    sender_option,
+    when,
+)
 from contentfilter.cli.quarantine_view import releases
 from contentfilter.config.load import read_settings
 from contentfilter.errors import JournalError, QuarantineError
@@ -33,16 +44,12 @@ _PREFIX = re.compile(r"[0-9a-z]{1,16}", re.ASCII)
 
 @click.command()
 @click.argument("text", nargs=-1, metavar="[INCIDENT]")
-@click.option(
-    "--sender",
-    metavar="ADDRESS",
-    help='Envelope sender: an address, @domain, a part, or a pattern with * and ?; "<>" for bounces.',
-)
-@click.option("--recipient", metavar="ADDRESS", help="A recipient, in the same forms.")
+@sender_option
+@recipient_option
 @click.option("--message-id", metavar="ID", help="Message-ID, or a part of it.")
 @click.option("--signature", metavar="NAME", help="Detected name, or the rule that decided; * and ? are wildcards.")
 @click.option("--decision", type=click.Choice([action.value for action in Action]), help="Decision about the message.")
-@click.option("--remote", metavar="IP", help="IP address of the client; * and ? are wildcards.")
+@remote_option
 @click.option("--since", metavar="WHEN", callback=moment, help="Received since: 30m, 2h, 3d or a date.")
 @click.option("--until", metavar="WHEN", callback=moment, help="Received before.")
 @click.option(

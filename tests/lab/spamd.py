@@ -56,7 +56,7 @@ class Spamd(Daemon):
         shutil.chown(home, self._user)
 
     def users(self) -> list[str]:
-        """Whose preferences each question so far asked for, in spamd's order; "(unknown)": nobody's."""
+        """Users whose preferences the requests so far asked for, in order; "(unknown)" where there was none."""
         text = self.log.read_text("latin-1")
         return re.findall(r"spamd: (?:checking|processing) message .* for (\S+):\d+$", text, re.MULTILINE)
 

@@ -42,7 +42,9 @@ PROBES = 6.0  # seconds for everything else
     type=click.Path(path_type=Path),
     help="Configuration file of clamd, for its limits.",
 )
-@click.option("--freshclam-conf", metavar="FILE", hidden=True, expose_value=False, help="No effect since 0.2.")
+@click.option(
+    "--freshclam-conf", metavar="FILE", hidden=True, expose_value=False, help="Accepted for compatibility; no effect."
+)
 @click.pass_context
 def doctor(
     ctx: click.Context,

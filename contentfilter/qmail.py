@@ -1,4 +1,4 @@
-"""Where qmail and the hook are: paths, versions, and the hook's reading of its own configuration."""
+"""Paths of qmail and the hook, versions, and the configuration as the hook itself reads it."""
 
 import os
 import re
@@ -19,7 +19,7 @@ _VERSION = re.compile(rb"contentfilter-queue (\S+) protocol \d+\n")
 
 @dataclass(frozen=True, slots=True)
 class QmailPaths:
-    """A qmail and what stands in its bin directory."""
+    """Home directory of qmail, and programs in its bin directory."""
 
     qmail: Path
 
@@ -34,7 +34,7 @@ class QmailPaths:
 
 @dataclass(frozen=True, slots=True)
 class Conf:
-    """What the hook itself makes of a queue.conf; ``problem`` where it refuses it."""
+    """Values of a queue.conf as the hook reads it; ``problem`` if it rejects the file."""
 
     values: dict[str, str]
     problem: str = ""
@@ -44,7 +44,7 @@ class Conf:
 
 
 def version_of(program: Path) -> str | None:
-    """The version of the hook that ``program`` is; None: it is something else, or not there."""
+    """Version of the hook; None if ``program`` is not a hook or does not exist."""
     try:
         found = _VERSION.search(program.read_bytes())
     except OSError:
@@ -53,21 +53,21 @@ def version_of(program: Path) -> str | None:
 
 
 def packaged_hook(given: str | None) -> Path:
-    """The hook that came with this package: beside the running interpreter, or in its scripts directory."""
+    """The hook of this package: beside the interpreter, or in its scripts directory. Raises RefusedError."""
     if given is not None:
-        places = [Path(given)]
+        candidates = [Path(given)]
     else:
         directories = [sysconfig.get_path("scripts"), os.path.dirname(sys.executable), os.path.dirname(sys.argv[0])]
-        places = [Path(d, "contentfilter-queue") for d in directories]
-        places += [Path(found) for found in [shutil.which("contentfilter-queue")] if found]
-    for place in places:
-        if version_of(place) is not None:
-            return place.resolve()
-    raise RefusedError(f"no contentfilter-queue in {', '.join(map(str, places))}; name it with --binary")
+        candidates = [Path(d, "contentfilter-queue") for d in directories]
+        candidates += [Path(found) for found in [shutil.which("contentfilter-queue")] if found]
+    for path in candidates:
+        if version_of(path) is not None:
+            return path.resolve()
+    raise RefusedError(f"no contentfilter-queue in {', '.join(map(str, candidates))}; use --binary FILE")
 
 
 def read_conf(program: Path, conf: Path) -> Conf:
-    """Let the hook read its configuration; it knows best."""
+    """Read a queue.conf with ``contentfilter-queue --check``. Raises OSError and SubprocessError."""
     environ = os.environ | {"CONTENTFILTER_QUEUE_CONF": str(conf)}
     run = subprocess.run([program, "--check"], env=environ, capture_output=True, text=True, timeout=10, check=False)
     if run.returncode:

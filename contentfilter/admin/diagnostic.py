@@ -1,7 +1,7 @@
-"""What an examination found, and how several run at once without one of them holding up the others.
+"""Diagnostics of the doctor, and the runner that executes probes in parallel under one deadline.
 
-A probe is a function without arguments that gives findings. It may block: it runs in a thread that nobody joins
-for longer than the deadline, and that does not keep the process alive.
+A probe is a function without arguments that returns diagnostics. It may block: it runs in a daemon thread, which is
+joined no longer than the deadline allows.
 """
 
 import enum
@@ -15,18 +15,18 @@ from contentfilter.deadline import Deadline
 
 T = TypeVar("T")
 
-AS_ROOT = "Call the doctor as root."
+AS_ROOT = "Run the doctor as root."
 
 
 class Level(enum.Enum):
     OK = "ok"
-    WARNING = "warning"  # works, but perhaps not for long, or not as meant
+    WARNING = "warning"  # works, but perhaps not for long, or not as intended
     ERROR = "error"  # mail is not scanned, not accepted, or open to others
 
 
 @dataclass(frozen=True, slots=True)
 class Diagnostic:
-    """One thing that was looked at. ``remedy`` is a sentence; empty where nothing is to be done."""
+    """Result of one check. ``remedy`` is a sentence; empty where there is nothing to do."""
 
     level: Level
     topic: str
@@ -37,17 +37,17 @@ class Diagnostic:
 DiagnosticProbe = Callable[[], Iterable[Diagnostic]]
 
 
-def run(works: Mapping[str, Callable[[], T]], deadline: Deadline) -> dict[str, T | Exception]:
-    """The results of all works by name, in the order given; what raised, or is late (TimeoutError), is an exception."""
-    results: dict[str, T | Exception] = {name: TimeoutError() for name in works}
+def run(tasks: Mapping[str, Callable[[], T]], deadline: Deadline) -> dict[str, T | Exception]:
+    """Results by name, in the order given; an exception for what raised, TimeoutError for what is late."""
+    results: dict[str, T | Exception] = {name: TimeoutError() for name in tasks}
 
-    def work(name: str, function: Callable[[], T]) -> None:
+    def task(name: str, function: Callable[[], T]) -> None:
         try:
             results[name] = function()
         except Exception as error:
             results[name] = error
 
-    threads = [threading.Thread(target=work, args=item, name=item[0], daemon=True) for item in works.items()]
+    threads = [threading.Thread(target=task, args=item, name=item[0], daemon=True) for item in tasks.items()]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -56,20 +56,26 @@ def run(works: Mapping[str, Callable[[], T]], deadline: Deadline) -> dict[str, T
 
 
 def examine(probes: Mapping[str, DiagnosticProbe], deadline: Deadline) -> tuple[Diagnostic, ...]:
-    """The findings of all probes. One that is late, or breaks, is an error among them."""
+    """The diagnostics of all probes. A probe that is late or fails is reported as an error."""
     found: list[Diagnostic] = []
-    works = {name: partial(_all_of, probe) for name, probe in probes.items()}
-    for name, result in run(works, deadline).items():
+    tasks = {name: partial(_all_of, probe) for name, probe in probes.items()}
+    for name, result in run(tasks, deadline).items():
         topic = name.partition(" ")[0]
         if isinstance(result, TimeoutError):
-            what, remedy = f"{name}: no answer in time", "See what it waits for: a file system or a daemon that hangs."
+            what, remedy = (
+                f"{name}: no answer in time",
+                "Find out what it waits for: a file system or a daemon that hangs.",
+            )
             found.append(Diagnostic(Level.ERROR, topic, what, remedy))
         elif isinstance(result, OSError):
             what = f"{result.filename or name}: {result.strerror or result}"
-            remedy = AS_ROOT if isinstance(result, PermissionError) else "See what is wrong with it, and try again."
+            remedy = AS_ROOT if isinstance(result, PermissionError) else "Correct it, and run the doctor again."
             found.append(Diagnostic(Level.ERROR, topic, what, remedy))
         elif isinstance(result, Exception):
-            what, remedy = f"{name}: {type(result).__name__}: {result}", "Report this as a defect of the doctor."
+            what, remedy = (
+                f"{name}: {type(result).__name__}: {result}",
+                "This is a bug of the doctor: please report it.",
+            )
             found.append(Diagnostic(Level.ERROR, topic, what, remedy))
         else:
             found += result

@@ -1,7 +1,7 @@
-"""Is this server set up so that mail flows and is scanned? What is there, what is wrong, what to do about it.
+"""Doctor: checks whether this server is set up so that mail flows and is scanned, and names a remedy for each fault.
 
-Reads and asks only: nothing is changed and no mail is sent. What only the running daemon can tell comes in as
-:class:`Daemon`; :func:`probes` makes of all that a set of independent examinations for :func:`finding.examine`.
+Read-only: nothing is changed and no mail is sent. The state of the running daemon is passed in as :class:`Daemon`;
+:func:`probes` returns independent probes for :func:`contentfilter.admin.diagnostic.examine`.
 """
 
 import os
@@ -23,17 +23,17 @@ from contentfilter.tables.keeper import TableState
 
 OK, WARNING, ERROR = Level.OK, Level.WARNING, Level.ERROR
 MIB = 1 << 20
-START = "Start it: systemctl start contentfilter; when it does not stay: contentfilter check."
+START = "Start it: systemctl start contentfilter; if it ends again: contentfilter check."
 DISK = ((64 * MIB, 0.01, ERROR), (512 * MIB, 0.05, WARNING))  # free bytes or share below which, level
 MEMORY = ((64 * MIB, 0.02, ERROR), (256 * MIB, 0.05, WARNING))
-DESCRIPTORS = 8  # for one message: connection, message, envelope, answer, scanners, and some room
-WAITING_DESCRIPTORS = 3  # for one that waits: connection, message, envelope
+DESCRIPTORS = 8  # for one message: connection, message, envelope, answer, scanners, and a reserve
+WAITING_DESCRIPTORS = 3  # for a waiting one: connection, message, envelope
 SPARE_DESCRIPTORS = 64  # of a worker without messages
 
-# Strings in bin/qmail-smtpd, the first that is found counts: what it shows, the dialects that are right for it.
+# Strings in bin/qmail-smtpd, the first found counts: the product, and the dialects that fit it.
 # From the sources of indimail-mta, sagredo's qmail, notqmail 1.07 to 1.09, netqmail 1.06, SPAMCONTROL 2.7.33 and a
-# fork of s/qmail 3; those of s/qmail 4 were not to be had. Whether an errors-to-client patch is in a netqmail or
-# qmail cannot be seen, nor the version of notqmail.
+# fork of s/qmail 3; those of s/qmail 4 were not available. An errors-to-client patch in netqmail or qmail
+# cannot be detected, nor the version of notqmail.
 MARKS: tuple[tuple[bytes, str, tuple[str, ...]], ...] = (
     (b"indimail-mta", "indimail", ("indimail",)),
     (b"IndiMail", "indimail", ("indimail",)),
@@ -47,7 +47,7 @@ MARKS: tuple[tuple[bytes, str, tuple[str, ...]], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Daemon:
-    """What the running daemon says of itself."""
+    """State of the running daemon, as it reports it."""
 
     pid: int
     state: str
@@ -60,22 +60,21 @@ class Daemon:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Everything that is looked at."""
+    """Everything that the probes look at."""
 
     settings: Settings
     workers: int  # that the settings ask for
     children: int  # spamdchildren
     unknown_users: tuple[str, ...]  # of [origin]
     daemon: Daemon | None
-    place: QmailPaths
+    paths: QmailPaths
     queue_conf: Path
     hook: Path | None  # the packaged one
     clamd_conf: Path
-    freshclam_conf: Path
 
 
 def probes(site: Site) -> dict[str, DiagnosticProbe]:
-    """All examinations by name; the first word is the topic of what they find."""
+    """All probes by name; the first word of a name is the topic of its diagnostics."""
     settings = site.settings
     found: dict[str, DiagnosticProbe] = {
         "daemon": partial(daemon, site),
@@ -90,64 +89,66 @@ def probes(site: Site) -> dict[str, DiagnosticProbe]:
         "memory": memory,
         "log": partial(log, settings.log),
     }
-    return found | doctor_scanners.probes(settings, site.workers, site.children, site.clamd_conf, site.freshclam_conf)
+    return found | doctor_scanners.probes(settings, site.workers, site.children, site.clamd_conf)
 
 
 def daemon(site: Site) -> Iterator[Diagnostic]:
-    said, run = site.daemon, site.settings.service.run
+    reported, run = site.daemon, site.settings.service.run
     control = Path(run, "control.sock")
-    if said is None:
+    if reported is None:
         forbidden = control.exists() and not os.access(control, os.R_OK | os.W_OK)
-        what = f"{control} is closed to this user" if forbidden else f"no daemon answers at {control}"
+        what = f"this user may not use {control}" if forbidden else f"no daemon answers at {control}"
         yield Diagnostic(ERROR, "daemon", what, AS_ROOT if forbidden else START)
         return
     if control.stat().st_mode & 0o002:
-        yield Diagnostic(ERROR, "daemon", f"{control} is open to everybody", f"Close it: chmod 660 {control}")
-    ready = f"{said.state}, {len(said.ready)} of {said.wanted} workers ready"
-    level = ERROR if not said.ready else WARNING if len(said.ready) < said.wanted or said.state != "ready" else OK
-    remedy = "" if level is OK else "Wait for a start or a drain to end; otherwise: journalctl -u contentfilter"
+        yield Diagnostic(ERROR, "daemon", f"every user may use {control}", f"Restrict it: chmod 660 {control}")
+    ready = f"{reported.state}, {len(reported.ready)} of {reported.wanted} workers ready"
+    complete = len(reported.ready) >= reported.wanted and reported.state == "ready"
+    level = ERROR if not reported.ready else OK if complete else WARNING
+    remedy = "" if level is OK else "Wait until it has started or drained; otherwise: journalctl -u contentfilter"
     yield Diagnostic(level, "daemon", ready, remedy)
-    for problem in said.problems:
-        yield Diagnostic(WARNING, "daemon", f"not in force: {problem}", "Repair it, then: contentfilter reload")
+    for problem in reported.problems:
+        yield Diagnostic(WARNING, "daemon", f"not in force: {problem}", "Correct it, then: contentfilter reload")
 
 
 def users(site: Site) -> Iterator[Diagnostic]:
     for name in site.unknown_users:
-        remedy = "Put the users that run qmail-smtpd and qmail-send into [origin], then: contentfilter reload"
-        yield Diagnostic(WARNING, "users", f"[origin] there is no user {name!r} here", remedy)
+        remedy = "Enter the users that run qmail-smtpd and qmail-send in [origin], then: contentfilter reload"
+        yield Diagnostic(WARNING, "users", f"[origin] no such user on this system: {name!r}", remedy)
     if not site.unknown_users:
         yield Diagnostic(OK, "users", "the users in [origin] exist")
     if site.daemon is not None:
         uid = _uid(site.daemon.pid)
-        remedy = "Let its unit or run script start it as the user contentfilter." if uid == 0 else ""
+        remedy = "Start it as the user contentfilter in its unit or run script." if uid == 0 else ""
         yield Diagnostic(OK if uid else WARNING, "users", f"the daemon runs as {_name(uid)}", remedy)
 
 
 def queue_socket(site: Site) -> Iterator[Diagnostic]:
     path, wanted = Path(site.settings.listen.socket), int(site.settings.listen.mode, 8)
-    again = "Make it anew: systemctl restart contentfilter.socket contentfilter"
+    again = "Create it again: systemctl restart contentfilter.socket contentfilter"
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
-        yield Diagnostic(ERROR, "socket", f"{path} is not there", again)
+        yield Diagnostic(ERROR, "socket", f"{path} does not exist", again)
         return
     if not stat.S_ISSOCK(mode):
-        yield Diagnostic(ERROR, "socket", f"{path} is something else than a socket", f"Remove it. {again}")
+        yield Diagnostic(ERROR, "socket", f"{path} is not a socket", f"Remove it. {again}")
         return
     mode = stat.S_IMODE(mode)
     if mode & wanted != wanted:
-        what = f"{path} has mode {mode:04o}, not {wanted:04o}: some who send mail cannot reach the daemon"
-        yield Diagnostic(ERROR, "socket", what, f"Open it: chmod {wanted:04o} {path}")
+        what = f"{path} has mode {mode:04o}, not {wanted:04o}: some users who send mail cannot reach the daemon"
+        yield Diagnostic(ERROR, "socket", what, f"Correct it: chmod {wanted:04o} {path}")
     elif mode != wanted:
-        what = f"{path} has mode {mode:04o}, more than {wanted:04o}"
-        yield Diagnostic(WARNING, "socket", what, f"Close it: chmod {wanted:04o} {path}")
+        what = f"{path} has mode {mode:04o}, which is more than {wanted:04o}"
+        yield Diagnostic(WARNING, "socket", what, f"Restrict it: chmod {wanted:04o} {path}")
     closed = [each for each in path.parents if wanted & 0o002 and not each.stat().st_mode & 0o001]
     for directory in closed:
-        yield Diagnostic(ERROR, "socket", f"{directory} does not let others pass to {path}", f"chmod o+x {directory}")
+        what = f"{directory} does not let other users reach {path}"
+        yield Diagnostic(ERROR, "socket", what, f"chmod o+x {directory}")
     if not answers(str(path)):
-        yield Diagnostic(ERROR, "socket", f"nobody listens on {path}", START)
+        yield Diagnostic(ERROR, "socket", f"no process listens on {path}", START)
     elif mode == wanted and not closed:
-        yield Diagnostic(OK, "socket", f"{path} is open to who sends mail, and somebody listens")
+        yield Diagnostic(OK, "socket", f"{path} accepts connections")
 
 
 def directories(site: Site) -> Iterator[Diagnostic]:
@@ -157,24 +158,24 @@ def directories(site: Site) -> Iterator[Diagnostic]:
         try:
             about = os.stat(path)
         except FileNotFoundError:
-            yield Diagnostic(ERROR, "directories", f"{path} is not there", "Make it: contentfilter install")
+            yield Diagnostic(ERROR, "directories", f"{path} does not exist", "Create it: contentfilter install")
             continue
         mode = stat.S_IMODE(about.st_mode)
         if mode & 0o002 and not mode & stat.S_ISVTX:
-            what = f"{path} has mode {mode:04o}: everybody can put files there"
-            yield Diagnostic(ERROR, "directories", what, f"Close it: chmod {'700' if private else '755'} {path}")
+            what = f"{path} has mode {mode:04o}: every user can create files in it"
+            yield Diagnostic(ERROR, "directories", what, f"Restrict it: chmod {'700' if private else '755'} {path}")
         elif private and mode & 0o077:
-            what = f"{path} has mode {mode:04o}; mail lies below it"
-            yield Diagnostic(WARNING, "directories", what, f"Close it: chmod 700 {path}")
+            what = f"{path} has mode {mode:04o}; it contains mail"
+            yield Diagnostic(WARNING, "directories", what, f"Restrict it: chmod 700 {path}")
         elif owner and about.st_uid != owner:
             what = f"{path} belongs to {_name(about.st_uid)}, the daemon runs as {_name(owner)}"
-            yield Diagnostic(ERROR, "directories", what, f"Give it away: chown -R {_name(owner)} {path}")
+            yield Diagnostic(ERROR, "directories", what, f"Correct it: chown -R {_name(owner)} {path}")
         else:
             yield Diagnostic(OK, "directories", f"{path} has mode {mode:04o}")
 
 
 def limits(site: Site) -> Iterator[Diagnostic]:
-    """A worker's own limit counts: each is a process with its own descriptors."""
+    """Open files of a worker, which is a process of its own."""
     if site.daemon is None:
         return
     service = site.settings.service
@@ -191,59 +192,61 @@ def limits(site: Site) -> Iterator[Diagnostic]:
 
 
 def hook(site: Site) -> Iterator[Diagnostic]:
-    place = site.place
-    state = examine(place, site.queue_conf, site.hook)
+    paths = site.paths
+    state = examine(paths, site.queue_conf, site.hook)
     if not state.installed:
-        lost = place.real.exists()  # once installed, and something has taken its place
-        remedy = "Install it: contentfilter hook install" + (" --force" if lost and place.queue.exists() else "")
+        lost = paths.real.exists()  # installed once, and replaced since
+        remedy = "Install it: contentfilter hook install" + (" --force" if lost and paths.queue.exists() else "")
         unless = "" if lost else ", unless QMAILQUEUE names the hook"
-        what = f"{place.queue} is not the hook: mail goes past the filter{unless}"
+        what = f"{paths.queue} is not the hook: mail is bypassing the filter{unless}"
         yield Diagnostic(ERROR if lost else WARNING, "hook", what, remedy)
     for problem in state.problems if state.installed else ():
         what, _, remedy = problem.partition("; ")
         replaced = state.current or "differs from" not in what
-        yield Diagnostic(ERROR if replaced else WARNING, "hook", what, remedy or f"Repair {site.queue_conf}.")
+        yield Diagnostic(ERROR if replaced else WARNING, "hook", what, remedy or f"Correct {site.queue_conf}.")
     if state.installed and site.hook is None:
         remedy = "Name the packaged hook with --binary."
-        yield Diagnostic(WARNING, "hook", "whether the hook is current cannot be known", remedy)
-    program = place.queue if state.installed else site.hook
+        yield Diagnostic(
+            WARNING, "hook", "the version of the hook was not checked: the packaged hook was not found", remedy
+        )
+    program = paths.queue if state.installed else site.hook
     if program is None:
         return
     conf = read_conf(program, site.queue_conf)
     if conf.problem:
         if not state.installed:
-            remedy = f"Repair it and try: {program} --check"
+            remedy = f"Correct it and try: {program} --check"
             yield Diagnostic(WARNING, "hook", f"{conf.problem}", remedy)
         return
-    told, real = conf.values.get("socket", ""), site.daemon.socket if site.daemon else site.settings.listen.socket
-    if told != real:
-        what = f"{site.queue_conf}: the hook asks at {told}, the daemon listens on {real}"
+    configured, real = conf.values.get("socket", ""), site.daemon.socket if site.daemon else site.settings.listen.socket
+    if configured != real:
+        what = f"{site.queue_conf}: the hook connects to {configured}, the daemon listens on {real}"
         yield Diagnostic(ERROR, "hook", what, f"Set `socket {real}` in {site.queue_conf}.")
     elif state.installed and not state.problems:
-        yield Diagnostic(OK, "hook", f"{place.queue} is version {state.hook_version}; {site.queue_conf} is right")
+        yield Diagnostic(OK, "hook", f"{paths.queue} is version {state.hook_version}; {site.queue_conf} is valid")
 
 
 def dialect(site: Site) -> Iterator[Diagnostic]:
-    """By strings in the program that reads the refusal; it is not run."""
-    program = site.place.qmail / "bin" / "qmail-smtpd"
-    reader = site.place.queue if version_of(site.place.queue) else site.hook
+    """Dialect of queue.conf and of qmail-smtpd, which is recognised by strings in it and is not run."""
+    program = site.paths.qmail / "bin" / "qmail-smtpd"
+    reader = site.paths.queue if version_of(site.paths.queue) else site.hook
     conf = read_conf(reader, site.queue_conf) if reader else Conf({})
     if conf.problem:
-        return  # told under the hook
-    told = conf.values.get("dialect", "auto")
+        return  # reported by the hook probe
+    configured = conf.values.get("dialect", "auto")
     try:
         image = program.read_bytes()
     except FileNotFoundError:
         image = b""
     known = next(((name, right) for mark, name, right in MARKS if mark in image), None)
     if known is None:
-        yield Diagnostic(OK, "dialect", f"{told}; which one {program} speaks is not known")
+        yield Diagnostic(OK, "dialect", f"{configured}; the one of {program} is unknown")
         return
     name, right = known
-    if told in (*right, "auto"):
-        yield Diagnostic(OK, "dialect", f"{told}; {program} looks like {name}")
+    if configured in (*right, "auto"):
+        yield Diagnostic(OK, "dialect", f"{configured}; {program} looks like {name}")
     else:
-        what = f"{told}, but {program} looks like {name}: clients would not read why mail is refused"
+        what = f"{configured}, but {program} looks like {name}: clients would not see the reason of a refusal"
         yield Diagnostic(WARNING, "dialect", what, f"Set `dialect {right[0]}` in {site.queue_conf}.")
 
 
@@ -251,25 +254,25 @@ def tables(site: Site) -> Iterator[Diagnostic]:
     state = site.daemon.tables if site.daemon else None
     if state is None:
         return
-    rows = f"{state.clamav_rows} rows in clamavclients, {state.spamd_rows} in spamdclients, seen {state.age:.0f} s ago"
+    rows = f"{state.clamav_rows} rows in clamavclients, {state.spamd_rows} in spamdclients, read {state.age:.0f} s ago"
     if not state.loaded:
         yield Diagnostic(
-            ERROR, "tables", f"no recipient tables: {state.trouble}", "Find the fault: contentfilter check"
+            ERROR, "tables", f"no recipient tables: {state.trouble}", "Find the error: contentfilter check"
         )
     elif state.trouble:
-        yield Diagnostic(WARNING, "tables", f"{rows}, not current: {state.trouble}", "Find it: contentfilter check")
+        yield Diagnostic(WARNING, "tables", f"{rows}, out of date: {state.trouble}", "See: contentfilter check")
     else:
         yield Diagnostic(OK, "tables", rows)
 
 
 def disk(site: Site) -> Iterator[Diagnostic]:
-    """Where quarantine and journal lie."""
+    """Free space for the quarantine and the journal."""
     path = site.settings.service.state
     if not os.path.exists(path):
-        return  # told under directories
+        return  # reported by the directories probe
     about = os.statvfs(path)
     free, size = about.f_bavail * about.f_frsize, about.f_blocks * about.f_frsize
-    remedy = "Make room: contentfilter quarantine expire, or a lower max_size in [journal]."
+    remedy = "Free some space: contentfilter quarantine expire, or a lower max_size in [journal]."
     yield _floor("disk", f"for quarantine and journal in {path}", free, size, DISK, remedy)
     if about.f_files and about.f_favail < about.f_files * 0.01:
         yield Diagnostic(WARNING, "disk", f"{about.f_favail} inodes are free for {path}", remedy)
@@ -278,12 +281,12 @@ def disk(site: Site) -> Iterator[Diagnostic]:
 def memory() -> Iterator[Diagnostic]:
     sizes = dict(re.findall(r"^(\w+): +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE))
     available, total = int(sizes["MemAvailable"]) * 1024, int(sizes["MemTotal"]) * 1024
-    remedy = "Lower workers or max_in_flight in [service], or give the machine more."
+    remedy = "Lower workers or max_in_flight in [service], or add memory."
     yield _floor("memory", "of memory", available, total, MEMORY, remedy)
 
 
 def log(settings: LogSettings) -> Iterator[Diagnostic]:
-    """Only a log in syslog can be looked at from here."""
+    """Only a log in syslog can be examined from here."""
     if settings.to != "syslog":
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
@@ -291,7 +294,7 @@ def log(settings: LogSettings) -> Iterator[Diagnostic]:
             sender.connect(settings.socket)
         except OSError as error:
             what = f"[log] socket {settings.socket}: {error.strerror}: log lines go to standard error"
-            yield Diagnostic(WARNING, "log", what, "Start the syslog daemon, or name its socket in [log].")
+            yield Diagnostic(WARNING, "log", what, "Start the syslog daemon, or set its socket in [log].")
         else:
             yield Diagnostic(OK, "log", f"a syslog daemon listens on {settings.socket}")
 

@@ -1,25 +1,28 @@
-"""The doctor's examinations of clamd and spamd: reachable, fresh, and with limits that fit ours.
+"""Doctor's probes of clamd, spamd and freshclam: they answer, detect, are up to date, and their limits fit ours.
 
-clamd does not tell its limits, so they are read from its configuration file, where that is the file of a clamd that
-we ask. Sources: clamd.conf(5); clamd says OK, without a look, to what is above MaxFileSize.
+clamd does not report its limits, so they are read from its configuration file, if that is the file of a clamd that
+we use. Sources: clamd.conf(5); clamd answers OK, without scanning, for what is above MaxFileSize.
 """
 
 import asyncio
+import io
+import socket
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
+import clamd as clamd_package
+
 from contentfilter.admin.clamd_conf import is_of, parse_conf, size
 from contentfilter.admin.diagnostic import Diagnostic, DiagnosticProbe, Level
-from contentfilter.admin.doctor_freshclam import freshclam
 from contentfilter.deadline import Deadline
 from contentfilter.endpoint import Address
-from contentfilter.errors import BackendError, ConfigError
-from contentfilter.scanners.clamd import ClamdScanner
+from contentfilter.errors import BackendError, ConfigError, RemoteProtocolError
+from contentfilter.model import readable
 from contentfilter.scanners.spamd import SpamdScanner
 from contentfilter.settings import Settings
-from contentfilter.wire.clamd import Version
+from contentfilter.wire.clamd import Version, parse_version
 
 OK, WARNING, ERROR = Level.OK, Level.WARNING, Level.ERROR
 CLAMD_CONF = "/etc/clamav/clamd.conf"
@@ -28,13 +31,29 @@ OLD, TOO_OLD = 2.0, 7.0  # days
 DEFAULT_SIZE = 25 << 20  # of older versions of clamd; newer ones have 100 MiB
 DEFAULT_THREADS = 10
 DEFAULT_QUEUE = 100
+FRESHCLAM_UNITS = "etc/systemd/system/*.wants/*freshclam*"
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _RESTART_CLAMD = "See why: systemctl status clamav-daemon; then: systemctl restart clamav-daemon"
 _RESTART_SPAMD = "See why: systemctl status spamd; then: systemctl restart spamd"
 
 
-def probes(
-    settings: Settings, workers: int, children: int, clamd_conf: Path, freshclam_conf: Path
-) -> dict[str, DiagnosticProbe]:
+class ClamdClient(clamd_package.ClamdNetworkSocket):  # type: ignore[misc]
+    """Blocking client for one backend. The package itself has no time limit for connecting, and no IPv6."""
+
+    def __init__(self, address: Address) -> None:
+        super().__init__(address.host, address.port, PATIENCE)
+        self._address = address
+
+    def _init_socket(self) -> None:
+        if self._address.path:
+            self.clamd_socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self.clamd_socket.settimeout(self.timeout)
+            self.clamd_socket.connect(self._address.path)
+        else:
+            self.clamd_socket = socket.create_connection((self.host, self.port), self.timeout)
+
+
+def probes(settings: Settings, workers: int, children: int, clamd_conf: Path) -> dict[str, DiagnosticProbe]:
     found: dict[str, DiagnosticProbe] = {}
     if not settings.clamd.backends:
         found["clamd"] = partial(_switched_off, "clamd")
@@ -42,7 +61,7 @@ def probes(
         found[f"clamd {backend}"] = partial(clamd, settings, backend)
     if settings.clamd.backends:
         found["clamd limits"] = partial(clamd_limits, settings, workers, clamd_conf)
-        found["freshclam"] = partial(freshclam, settings, clamd_conf, freshclam_conf)
+        found["freshclam"] = partial(freshclam, settings)
     if not settings.spamd.backends:
         found["spamd"] = partial(_switched_off, "spamd")
     for backend in settings.spamd.backends:
@@ -57,18 +76,41 @@ def _switched_off(scanner: str) -> Iterator[Diagnostic]:
 
 
 def clamd(settings: Settings, backend: str) -> Iterator[Diagnostic]:
-    scanner = ClamdScanner(settings.clamd)
+    client = ClamdClient(Address.parse(backend))
     try:
-        version = asyncio.run(scanner.probe(Address.parse(backend), Deadline.after(PATIENCE)))
-    except BackendError as error:
-        yield Diagnostic(ERROR, "clamd", str(error), _RESTART_CLAMD)
-        return
-    yield freshness(backend, version, datetime.now(UTC))
+        version = parse_version(client.version().encode("ascii", "replace"))
+        yield freshness(backend, version, datetime.now(UTC))
+        if settings.clamd.proof:
+            yield detection(backend, client)
+    except (OSError, RemoteProtocolError, clamd_package.ClamdError, ValueError) as error:
+        yield Diagnostic(ERROR, "clamd", f"{backend}: {_failure(error)}", _RESTART_CLAMD)
+
+
+def _failure(error: Exception) -> str:
+    """The package wraps what happened while it reads in an error of its own."""
+    cause = error.__context__ if isinstance(error, clamd_package.ClamdError) else error
+    if isinstance(cause, TimeoutError):
+        return f"timeout: no answer within {PATIENCE:g} s"
+    if isinstance(cause, OSError):
+        return f"down: {cause.strerror or cause}"
+    return "invalid answer: " + readable(str(error).encode()[:200])
+
+
+def detection(backend: str, client: ClamdClient) -> Diagnostic:
+    """The self-test that workers run, too: clamd must find the EICAR test file. Raises OSError and ClamdError."""
+    answer = client.instream(io.BytesIO(clamd_package.EICAR))
+    status, text = answer.get("stream", ("no answer", None))
+    if status == "FOUND":
+        return Diagnostic(OK, "clamd", f"{backend}: detects the EICAR test file")
+    said = readable(str(text or status).encode()[:200])
+    what = f"{backend}: does not detect the EICAR test file ({said}), so its OK is not trusted and mail is deferred"
+    remedy = "Check its database (main and daily) and that TemporaryDirectory is writable, then restart it."
+    return Diagnostic(ERROR, "clamd", what, remedy)
 
 
 def freshness(backend: str, version: Version, now: datetime) -> Diagnostic:
-    """Of clamd's database."""
-    remedy = "See what keeps it: systemctl status clamav-freshclam; by hand: freshclam"
+    """Age of the database that clamd has loaded."""
+    remedy = "See why it is not updated: systemctl status clamav-freshclam; by hand: freshclam"
     if version.built is None:
         return Diagnostic(WARNING, "clamd", f"{backend}: {version.product}, no official database", remedy)
     age = (now - version.built).total_seconds() / 86_400
@@ -77,27 +119,48 @@ def freshness(backend: str, version: Version, now: datetime) -> Diagnostic:
     return Diagnostic(level, "clamd", what, "" if level is OK else remedy)
 
 
+def freshclam(settings: Settings, root: Path = Path("/")) -> Iterator[Diagnostic]:
+    """freshclam for a clamd on this machine: a process, or a timer that starts it. ``root``: / except in tests."""
+    addresses = [Address.parse(backend) for backend in settings.clamd.backends]
+    if not any(address.path or address.host in _LOOPBACK for address in addresses):
+        return
+    for comm in root.glob("proc/[0-9]*/comm"):
+        try:
+            if comm.read_bytes().strip() == b"freshclam":
+                yield Diagnostic(OK, "freshclam", f"running with pid {comm.parent.name}")
+                return
+        except OSError:
+            continue  # ended meanwhile
+    units = sorted(unit.name for unit in root.glob(FRESHCLAM_UNITS))
+    if timers := [name for name in units if name.endswith(".timer")]:
+        yield Diagnostic(OK, "freshclam", f"started by {timers[0]}")
+    elif units:
+        what = f"{units[0]} is enabled, but freshclam is not running"
+        yield Diagnostic(WARNING, "freshclam", what, f"See why: systemctl status {units[0]}")
+    else:
+        what = "no freshclam process and no timer; unless cron runs it, the database is not updated"
+        yield Diagnostic(WARNING, "freshclam", what, "Enable it: systemctl enable --now clamav-freshclam")
+
+
 def clamd_limits(settings: Settings, workers: int, path: Path) -> Iterator[Diagnostic]:
+    remedy = "Name its configuration with --clamd-conf, or compare by hand."
     try:
         values = parse_conf(path.read_text(errors="replace"))
     except OSError as error:
-        what = f"clamd's limits cannot be known: {path}: {error.strerror}"
-        yield Diagnostic(WARNING, "clamd", what, "Name its configuration with --clamd-conf, or compare by hand.")
+        yield Diagnostic(WARNING, "clamd", f"clamd's limits are unknown: {path}: {error.strerror}", remedy)
         return
-    asked = [Address.parse(backend) for backend in settings.clamd.backends]
-    if not any(is_of(values, address) for address in asked):
-        what = f"clamd's limits cannot be known: {path} is of none of the backends"
-        yield Diagnostic(WARNING, "clamd", what, "Name its configuration with --clamd-conf, or compare by hand.")
+    if not any(is_of(values, Address.parse(backend)) for backend in settings.clamd.backends):
+        yield Diagnostic(WARNING, "clamd", f"clamd's limits are unknown: {path} is not of any backend", remedy)
         return
     ours = settings.clamd.max_size
     for name, level, meaning in (
-        ("MaxFileSize", ERROR, "clamd says OK without a look in between"),
-        ("StreamMaxLength", WARNING, "clamd refuses streams in between"),
+        ("MaxFileSize", ERROR, "for sizes in between, clamd answers OK without scanning"),
+        ("StreamMaxLength", WARNING, "clamd refuses streams of sizes in between"),
     ):
         limit = size(values.get(name, ""))
         shown = "not set, 25 MiB in older versions" if limit is None else f"{limit} bytes"
         limit = DEFAULT_SIZE if limit is None else limit
-        what = f"{name} in {path} is {shown}; [clamd] max_size is {ours or 'without limit'}"
+        what = f"{name} in {path} is {shown}; [clamd] max_size is {ours or 'unlimited'}"
         if limit and not 0 < ours <= limit:
             remedy = f"Set max_size to at most {limit}, or raise {name} and restart clamd."
             yield Diagnostic(level, "clamd", f"{what}: {meaning}", remedy)
@@ -107,14 +170,14 @@ def clamd_limits(settings: Settings, workers: int, path: Path) -> Iterator[Diagn
 
 
 def _queue(values: dict[str, str], path: Path, ours: int) -> Diagnostic:
-    """What is above MaxThreads waits in clamd; only what its queue has no place for is trouble."""
+    """Requests above MaxThreads wait in clamd's queue; only those above MaxQueue are a problem."""
     threads = size(values.get("MaxThreads", "")) or DEFAULT_THREADS
-    places = max(size(values.get("MaxQueue", "")) or DEFAULT_QUEUE, threads)
+    slots = max(size(values.get("MaxQueue", "")) or DEFAULT_QUEUE, threads)
     what = f"concurrency times workers is {ours}; in {path}, MaxThreads is {threads}"
-    if ours > places:
+    if ours > slots:
         remedy = "Raise MaxThreads and MaxQueue, or lower concurrency in [clamd]."
-        return Diagnostic(WARNING, "clamd", f"{what} and only {places} may wait (MaxQueue)", remedy)
-    return Diagnostic(OK, "clamd", f"{what} and {places} may wait (MaxQueue)" if ours > threads else what)
+        return Diagnostic(WARNING, "clamd", f"{what} and only {slots} may wait (MaxQueue)", remedy)
+    return Diagnostic(OK, "clamd", f"{what} and {slots} may wait (MaxQueue)" if ours > threads else what)
 
 
 def spamd(settings: Settings, backend: str) -> Iterator[Diagnostic]:
@@ -130,11 +193,11 @@ def spamd(settings: Settings, backend: str) -> Iterator[Diagnostic]:
 
 
 def spamd_children(workers: int, children: int) -> Iterator[Diagnostic]:
-    """Workers share them (app.py); each asks at least one question at once. spamd's own number it does not tell."""
-    at_once = workers * max(1, children // workers)
-    what = f"spamdchildren is {children}; {workers} workers ask at most {at_once} questions at once"
-    if at_once > children:
-        remedy = f"Set spamdchildren to {at_once} and restart spamd with: contentfilter spamd-options"
+    """Workers share the children, and each may use at least one. spamd does not report its own number."""
+    requests = workers * max(1, children // workers)
+    what = f"spamdchildren is {children}; {workers} workers send at most {requests} requests simultaneously"
+    if requests > children:
+        remedy = f"Set spamdchildren to {requests} and restart spamd with: contentfilter spamd-options"
         yield Diagnostic(WARNING, "spamd", what, remedy)
     else:
-        yield Diagnostic(OK, "spamd", f"{what}; spamd itself must allow as many (contentfilter spamd-options)")
+        yield Diagnostic(OK, "spamd", f"{what}; spamd must allow as many (contentfilter spamd-options)")

@@ -1,8 +1,8 @@
-"""H-Sphere's controls become ours: options, the files named after parameters, recipient tables, signature lists.
+"""Migration from H-Sphere: options, the files named after parameters, recipient tables, signature lists.
 
 Facts and their sources: domain-spec parts 2 and 6. The syntax of control/options and the format of the tables were
-never published. The readings here are ours (``name value``, ``name=value``, ``name: value``; a parameter's own file
-beats options; in options the last line counts), and the report says so where they matter.
+never published. The syntax accepted here (``name value``, ``name=value``, ``name: value``; a parameter's own file
+overrides options; in options the last line counts) is an assumption, and the report says so where it matters.
 """
 
 import difflib
@@ -32,12 +32,12 @@ TABLES = ("clamavclients", "spamdclients")
 LISTS = {"badsignatures": (("badsignatures", "badmimetypes"), 9), "badloadertypes": (("badloadertypes",), 5)}
 _COMPILED = (".cdb", ".db", ".db3")
 
-# name -> (what a value looks like, in words, what is different; empty where nothing is)
+# name -> (pattern of a value, the same in words, difference in meaning; empty if there is none)
 _NUMBER, _SWITCH, _SKIP = r"[0-9]{1,12}", r"[01]", r"[012]"
-_WHO = "who is authenticated or relays is read from qmail-smtpd's environment: see [origin] in contentfilter.toml"
-_NETWORK = "network tests belong to spamd: start it without --local for 1, with --local for 0"
-_CHILDREN = "how many mails go to spamd at once from here; start spamd itself with the same --max-children"
-_BETTER = 'also finds what H-Sphere misses; [signatures] mode = "compatible" goes line by line, as it was'
+_WHO = "clients are recognised by the environment of qmail-smtpd: see [origin] in contentfilter.toml"
+_NETWORK = "network tests are an option of spamd: start it without --local for 1, with --local for 0"
+_CHILDREN = "maximum number of simultaneous requests to spamd; start spamd itself with the same --max-children"
+_BETTER = 'also detects what H-Sphere misses; [signatures] mode = "compatible" scans line by line, as before'
 PARAMETERS: dict[str, tuple[str, str, str]] = {
     "clamglobal": (_SWITCH, "0 or 1", ""),
     "spamglobal": (_SWITCH, "0 or 1", ""),
@@ -49,10 +49,18 @@ PARAMETERS: dict[str, tuple[str, str, str]] = {
     "chksignature": (_SWITCH, "0 or 1", _BETTER),
     "chkloadertype": (_SWITCH, "0 or 1", _BETTER),
     "xoriginatingip": (_SWITCH, "0 or 1", ""),
-    "xenveloptoheader": (_SWITCH, "0 or 1", "only in mail for a single recipient, else it would give away Bcc"),
+    "xenveloptoheader": (
+        _SWITCH,
+        "0 or 1",
+        "only in mail for a single recipient, so that it does not reveal Bcc",
+    ),
     "databytes": (_NUMBER, "bytes", ""),
     "maxrecipients": (_NUMBER, "a number", ""),
-    "smtplog": (_SKIP, "0, 1 or 2", "our own lines only; the log of the SMTP session stays qmail-smtpd's"),
+    "smtplog": (
+        _SKIP,
+        "0, 1 or 2",
+        "only lines of the content filter; qmail-smtpd logs the SMTP session",
+    ),
     "sysfacility": (r"LOG_LOCAL[0-7]", "LOG_LOCAL0 to LOG_LOCAL7", ""),
 }
 _EXPIRED = frozenset(("badurls", "urlscnt"))
@@ -71,12 +79,10 @@ READS = ("options", *TABLES, *(old for names, _ in LISTS.values() for old in nam
 
 
 def migrate(old: Mapping[str, bytes], others: Collection[str] = ()) -> Migration:
-    """Turn the files in ``old`` (name → content) into ours; ``others`` are names that were not read."""
+    """Convert the files in ``old`` (name → content). ``others``: names of files that were not read."""
     report = MigrationReport()
     if not old.keys() - set(NAMES):
-        report.add(
-            ChangeKind.CHECK, "options", 0, "not here", "none of H-Sphere's controls; give qmail's control directory"
-        )
+        report.check("options", 0, "not here", "no control file of H-Sphere; specify the control directory of qmail")
         return Migration((), report.differences())
     options = _options(old, report)
     files = []
@@ -85,8 +91,8 @@ def migrate(old: Mapping[str, bytes], others: Collection[str] = ()) -> Migration
         everybody = options.get("clamglobal" if name == "clamavclients" else "spamglobal") == "1"
         if not rows and not everybody:
             compiled = [other for other in others if other.startswith(name) and other.endswith(_COMPILED)]
-            text = f"{compiled[0]} is compiled; give its text" if compiled else "look also in qmail's users directory"
-            report.add(ChangeKind.CHECK, name, 0, "no rows", f"nobody would be checked; {text}")
+            text = f"{compiled[0]} is compiled; provide its source" if compiled else "see also the users directory"
+            report.check(name, 0, "no rows", f"no mail would be checked; {text}")
         files.append(table_file(name, "hsphere", rows))
     files += [options_file("hsphere", options), settings_file("hsphere", {"service": {"control": CONTROL}})]
     files.append(
@@ -102,12 +108,12 @@ def migrate(old: Mapping[str, bytes], others: Collection[str] = ()) -> Migration
 
 
 def _options(old: Mapping[str, bytes], report: MigrationReport) -> dict[str, str]:
-    """The content filter's parameters and their values; what is wrong is not written, so its default holds."""
+    """Parameters of the content filter and their values; an invalid one is skipped, so that its default applies."""
     taken: dict[str, tuple[str, int, bytes]] = {}
     for number, line in _lines("options", old.get("options", b""), report):
         match = re.match(rb"([A-Za-z0-9_./-]+)([ \t]*[ \t=:][ \t]*(.*))?$", line, re.DOTALL)
         if not match:
-            report.add(ChangeKind.CHECK, "options", number, line, "not a name with a value; left out")
+            report.check("options", number, line, "not a name with a value; skipped")
             continue
         name, value = match[1].decode("ascii").lower(), match[3] or b""
         if name not in PARAMETERS:
@@ -115,34 +121,26 @@ def _options(old: Mapping[str, bytes], report: MigrationReport) -> dict[str, str
             continue
         if name in taken:
             kind = ChangeKind.CHANGED if taken[name][2] == value else ChangeKind.CHECK
-            report.add(
-                kind, "options", taken[name][1], name, f"given again in line {number}; the last line counts here"
-            )
+            report.add(kind, "options", taken[name][1], name, f"given again in line {number}; the last line is used")
         taken[name] = "options", number, value
     for name in PARAMETERS.keys() & old.keys():
         first, _, more = old[name].partition(b"\n")
         value = first.rstrip(b" \t\r")
         if name in taken and taken[name][2] != value:
-            why = f"the file control/{name} says otherwise and counts here; which one wins was never published"
-            report.add(ChangeKind.CHECK, "options", taken[name][1], name, why)
+            why = f"the file control/{name} has another value and is used; which one H-Sphere uses was never published"
+            report.check("options", taken[name][1], name, why)
         if more.strip():
-            report.add(ChangeKind.CHANGED, name, 2, more, "only the first line counts")
+            report.changed(name, 2, more, "only the first line is used")
         taken[name] = name, 1, value
     written = {}
-    for name in PARAMETERS:  # in one order, whatever the order of the lines
+    for name in PARAMETERS:  # in a fixed order, regardless of the lines
         if name not in taken:
             continue
         path, line_number, value = taken[name]
         shape, words, different = PARAMETERS[name]
         text, subject = readable(value), f"{name} {readable(value)}"
         if not re.fullmatch(shape, text):
-            report.add(
-                ChangeKind.CHECK,
-                path,
-                line_number,
-                subject,
-                f"the value has to be {words}; left out, the default holds",
-            )
+            report.check(path, line_number, subject, f"the value has to be {words}; skipped, the default applies")
             continue
         written[name] = text
         kind = ChangeKind.CHANGED if different and text != "0" else ChangeKind.SAME
@@ -152,7 +150,7 @@ def _options(old: Mapping[str, bytes], report: MigrationReport) -> dict[str, str
 
 
 def _lines(path: str, text: bytes, report: MigrationReport) -> Iterator[tuple[int, bytes]]:
-    """The lines that say something, without comments and the blanks at both ends."""
+    """Lines without comments, empty lines, and blanks at both ends."""
     odd = False
     for number, raw in numbered(text):
         line = raw.strip(b" \t\r")
@@ -160,76 +158,70 @@ def _lines(path: str, text: bytes, report: MigrationReport) -> Iterator[tuple[in
             continue
         odd = odd or raw.endswith(b"\r")
         if raw[:1] in b" \t":
-            report.add(
-                ChangeKind.CHANGED,
-                path,
-                number,
-                raw,
-                "blanks in front are cut here; qmail keeps them in lists, where they hinder a match",
+            report.changed(
+                path, number, raw, "leading blanks are removed; qmail keeps them in lists, where they prevent a match"
             )
         yield number, line
     if odd:
-        report.add(ChangeKind.CHANGED, path, 0, "CR LF", "lines end as in DOS; the CR is cut")
+        report.changed(path, 0, "CR LF", "DOS line ends; the CR is removed")
 
 
 def _other(path: str, line: int, name: str, subject: bytes, report: MigrationReport) -> None:
-    """A name in options that is not the content filter's."""
+    """Report a name in options that is not a parameter of the content filter."""
     if name in _EXPIRED:
-        report.add(
-            ChangeKind.LEFT, path, line, subject, "H-Sphere itself took it out in 2.5 patch 10; nobody listens any more"
-        )
+        report.left(path, line, subject, "H-Sphere removed it in 2.5 patch 10; the service no longer exists")
     elif name in QMAIL:
-        report.add(ChangeKind.LEFT, path, line, subject, "belongs to H-Sphere's qmail and goes on there; not read here")
+        report.left(path, line, subject, "belongs to H-Sphere's qmail and still applies there; not read here")
     else:
         near = difflib.get_close_matches(name[:40], (*PARAMETERS, *QMAIL), n=1)
-        hint = f"; is {near[0]} meant?" if near else ""
-        report.add(ChangeKind.CHECK, path, line, subject, f"not a parameter of H-Sphere's{hint}; left out")
+        hint = f"; did you mean {near[0]}?" if near else ""
+        report.check(path, line, subject, f"not a parameter of H-Sphere's{hint}; skipped")
 
 
 def _table(name: str, text: bytes, report: MigrationReport) -> list[TableRow]:
-    """The rows of clamavclients or spamdclients that our tables can hold."""
+    """Rows of clamavclients or spamdclients that our tables can represent."""
     rows: dict[bytes, tuple[int, TableRow]] = {}
     for number, line in _lines(name, text, report):
         exempt = line.startswith(b"!")
         key = table_key(line.removeprefix(b"!").lstrip(b" \t"))
         if key is None:
-            why = "neither an address nor a domain, or a pattern that has no counterpart here; left out"
-            report.add(ChangeKind.CHECK, name, number, line, why)
+            why = "neither an address nor a domain, or a pattern without an equivalent; skipped"
+            report.check(name, number, line, why)
             continue
         if key in rows:
             earlier, before = rows[key]
             if before.exempt != exempt:
-                why = f"says the opposite of line {earlier}; the later line counts"
-                report.add(ChangeKind.CHECK, name, number, line, why)
+                why = f"contradicts line {earlier}; the later line is used"
+                report.check(name, number, line, why)
         rows[key] = number, TableRow(key, exempt)
         if exempt:
-            why = "exempts here; in some of H-Sphere's lists ! includes instead"
-            report.add(ChangeKind.CHECK, name, number, line, why)
+            why = "exempts here; in some lists of H-Sphere, ! includes instead"
+            report.check(name, number, line, why)
         elif b"*" in line and key != line.lower():
-            report.add(ChangeKind.CHANGED, name, number, line, f"the pattern is written as {readable(key)}")
-    report.add(ChangeKind.SAME, name, 0, f"{len(rows)} keys", f"in control/{name}")
+            report.changed(name, number, line, f"the pattern is converted to {readable(key)}")
+    report.same(name, 0, f"{len(rows)} keys", f"in control/{name}")
     return [row for _, row in rows.values()]
 
 
 def _list(name: str, sources: list[tuple[str, bytes]], letters: int, report: MigrationReport) -> NewFile:
-    """badsignatures or badloadertypes: the patterns, cut as H-Sphere's compiler cuts them."""
+    """badsignatures or badloadertypes: the patterns, truncated as by H-Sphere's compiler."""
     patterns: dict[bytes, None] = {}
     for path, text in sources:
         if path != name:
-            report.add(ChangeKind.CHANGED, path, 0, path, f"SPAMCONTROL's name; written as control/{name}")
+            report.changed(path, 0, path, f"name used by SPAMCONTROL; written as control/{name}")
         for number, line in _lines(path, text, report):
             pattern = line[:letters]
             if len(pattern) < letters or not re.fullmatch(rb"[A-Za-z0-9+/]+", pattern):
-                why = f"not {letters} base64 letters, so it never matched; left out"
-                report.add(ChangeKind.CHECK, path, number, line, why)
+                why = f"not {letters} base64 letters, so it never matched; skipped"
+                report.check(path, number, line, why)
                 continue
             if len(line) > letters:
-                report.add(ChangeKind.CHANGED, path, number, line, f"only the first {letters} letters count, as before")
+                report.changed(path, number, line, f"only the first {letters} letters are used, as before")
             patterns[pattern] = None
         if text and not text.endswith(b"\n"):
-            why = "without a line end H-Sphere's compiler loses the last line; it counts here"
-            report.add(ChangeKind.CHANGED, path, text.count(b"\n") + 1, "last line", why)
-    report.add(ChangeKind.SAME, sources[0][0], 0, f"{len(patterns)} patterns", f"in control/{name}")
+            why = "without a line end, H-Sphere's compiler loses the last line; it is used here"
+            report.changed(path, text.count(b"\n") + 1, "last line", why)
+    report.same(sources[0][0], 0, f"{len(patterns)} patterns", f"in control/{name}")
     body = b"".join(pattern + b"\n" for pattern in patterns)
     return NewFile(
         f"control/{name}", b"# Written by contentfilter migrate from hsphere.\n" + body, f"goes to {CONTROL}/{name}"
@@ -237,26 +229,22 @@ def _list(name: str, sources: list[tuple[str, bytes]], letters: int, report: Mig
 
 
 def _general(others: Collection[str], report: MigrationReport) -> None:
-    """What is different for every H-Sphere, and what was left alone."""
-    report.add(
-        ChangeKind.CHANGED, "-", 0, "virus found",
-        "clamdmail removes the mail and writes a notice; here it is refused in the SMTP session. For the old way set "
+    """Differences that apply to every H-Sphere, and files that were ignored."""
+    report.changed("-", 0, "virus found",
+        "clamdmail removes the mail and writes a notice; here it is refused in the SMTP session. To restore that, set "
         '[clamd] action = "remove"',
     )  # fmt: skip
-    report.add(
-        ChangeKind.CHANGED, "-", 0, "users' choices",
+    report.changed("-", 0, "users' choices",
         "Remove, Mark and Move, levels and MaxScore are in the panel's database, not in these files; docs/migration.md "
-        "says how to write them as columns of the tables",
+        "describes how to write them as options in the tables",
     )  # fmt: skip
-    report.add(
-        ChangeKind.CHANGED, "-", 0, "a scanner is down",
-        "H-Sphere never said what happens; here mail waits without clamd and passes unchecked without spamd: [failure]",
+    report.changed("-", 0, "a scanner is down",
+        "not documented by H-Sphere; here mail is deferred without clamd and passes unchecked without spamd: [failure]",
     )  # fmt: skip
-    report.add(
-        ChangeKind.CHANGED, "-", 0, "qmail-queue",
-        "H-Sphere's own asks its tables and starts clamdmail by itself; empty the old tables, or mail is checked twice",
+    report.changed("-", 0, "qmail-queue",
+        "the one of H-Sphere reads its own tables and starts clamdmail; empty the old tables, or mail is checked twice",
     )  # fmt: skip
     for other in sorted(others):
         known = other in QMAIL or other in _EXPIRED
-        what = "belongs to H-Sphere's qmail and goes on there" if known else "not a control of the content filter"
-        report.add(ChangeKind.LEFT, ".", 0, other, f"{what}; not read")
+        what = "belongs to H-Sphere's qmail and still applies there" if known else "not a file of the content filter"
+        report.left(".", 0, other, f"{what}; not read")

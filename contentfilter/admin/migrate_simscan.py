@@ -1,8 +1,9 @@
-"""simscan's controls become ours: simcontrol (or its cdb), ssattach, simsizelimit.
+"""Migration from simscan: simcontrol (or its cdb), ssattach, simsizelimit.
 
 Facts (source, README and ChangeLog of simscan 1.4): for one message the default row, the sender's rows and then each
-recipient's are laid over each other, and one result holds for all. Spam is refused from ``spam_hits`` on, and below
-delivered as spamd rewrote it. Mail of relaying clients is not checked for spam. clamd's faults defer, spamd's pass.
+recipient's are merged, and one result applies to all. Spam is refused from ``spam_hits`` on, and below it delivered as
+rewritten by spamd. Mail of relaying clients is not checked for spam. If clamd fails, mail is deferred; if spamd fails,
+it passes.
 """
 
 import re
@@ -11,7 +12,6 @@ from collections.abc import Collection, Iterator, Mapping
 from contentfilter.admin.migration import (
     CONTROL,
     NAMES,
-    ChangeKind,
     Migration,
     MigrationReport,
     NewFile,
@@ -29,37 +29,30 @@ from contentfilter.model import readable
 
 READS = ("simcontrol", "simcontrol.cdb", "ssattach", "simsizelimit", "simversions", "simversions.cdb", *NAMES)
 _HITS = 10.0  # ./configure --enable-spam-hits without a number
-_SIZE = 250_000  # simscan's limit for spamd where none is given
+_SIZE = 250_000  # limit of simscan for spamd if none is set
 
 
 def migrate(old: Mapping[str, bytes], others: Collection[str] = ()) -> Migration:
-    """Turn the files in ``old`` (name → content) into ours; ``others`` are names that were not read."""
+    """Convert the files in ``old`` (name → content). ``others``: names of files that were not read."""
     report = MigrationReport()
     rows = {row.key: row for row in read_rows(old, report) if _found_by_simscan(row, report)}
     if not rows and not any(name in old for name in ("simcontrol", "simcontrol.cdb", "ssattach", "simsizelimit")):
-        report.add(
-            ChangeKind.CHECK, "simcontrol", 0, "not here", "none of simscan's controls; give qmail's control directory"
-        )
+        report.check("simcontrol", 0, "not here", "no control file of simscan; specify the control directory of qmail")
         return Migration((), report.differences())
     if not rows:
-        report.add(
-            ChangeKind.CHECK,
+        report.check(
             "simcontrol",
             0,
             "no rows",
-            "a simscan built without --enable-per-domain scans all mail, else it scans none; all mail is assumed",
+            "simscan scans all mail if built without --enable-per-domain, otherwise none; all mail is assumed",
         )
         endings = read_endings(old.get("ssattach", b""), report)
         rows[b""] = SimscanRow("ssattach", 0, b"", SimscanRules(clam=True, spam=True, attach=endings or None))
     elif "ssattach" in old:
-        report.add(
-            ChangeKind.CHANGED, "ssattach", 0, "not used", "a simscan with rows in simcontrol never reads it; left out"
-        )
+        report.changed("ssattach", 0, "not used", "a simscan with rows in simcontrol never reads it; skipped")
     for name in ("simversions", "simversions.cdb"):
         if name in old:
-            report.add(
-                ChangeKind.LEFT, name, 0, "scanner versions", "not needed: the versions are asked from the scanners"
-            )
+            report.left(name, 0, "scanner versions", "not needed: the scanners are asked for their versions")
     whole = {key: effective(row, rows) for key, row in rows.items()}
     default = whole.get(b"", SimscanRules())
     spamd = _spamd(whole, default, report)
@@ -73,23 +66,21 @@ def migrate(old: Mapping[str, bytes], others: Collection[str] = ()) -> Migration
     files += [*_attachments(rows, whole, report), *name_files(old, report)]
     _general(rows, whole, report)
     if others:
-        report.add(
-            ChangeKind.LEFT, ".", 0, f"{len(others)} other files", "qmail's own controls; nothing is read from them"
-        )
+        report.left(".", 0, f"{len(others)} other files", "control files of qmail; not read")
     return Migration(tuple(files), report.differences())
 
 
 def _found_by_simscan(row: SimscanRow, report: MigrationReport) -> bool:
-    """Whether the key is an address or a domain. simscan looks up nothing else, and no wildcards."""
+    """True if the key is an address or a domain. simscan looks up nothing else, and has no wildcards."""
     usable = not row.key or (not row.key.startswith((b"@", b"*", b".")) and table_key(row.key) is not None)
     if not usable:
-        why = "neither an address nor a domain, so simscan never finds this row; left out"
-        report.add(ChangeKind.CHECK, row.path, row.line, row.key, why)
+        why = "neither an address nor a domain, so simscan never finds this row; skipped"
+        report.check(row.path, row.line, row.key, why)
     return usable
 
 
 def _spamd(whole: Mapping[bytes, SimscanRules], default: SimscanRules, report: MigrationReport) -> dict[str, Value]:
-    """The section [spamd]: what happens to spam where a row says nothing else."""
+    """Section [spamd]: the action for spam unless a row sets another one."""
     scanned = [rules for rules in whole.values() if rules.spam]
     path, score = "simcontrol", default.spam_hits
     if not scanned:
@@ -97,26 +88,22 @@ def _spamd(whole: Mapping[bytes, SimscanRules], default: SimscanRules, report: M
     if any(rules.spam_hits is not None for rules in scanned):
         if any(rules.spam_hits is None for rules in scanned):
             score = _HITS
-            report.add(
-                ChangeKind.CHECK,
+            report.check(
                 path,
                 0,
                 "rows without spam_hits",
-                f"they use the number of ./configure --enable-spam-hits; {_HITS} is assumed: [spamd] reject_score",
+                f"they use the value of ./configure --enable-spam-hits; {_HITS} is assumed: [spamd] reject_score",
             )
         if any(rules.spam_passthru is not None for rules in scanned):
-            report.add(
-                ChangeKind.CHANGED, path, 0, "spam_passthru", "has no effect in a simscan with spam_hits; left out"
-            )
+            report.changed(path, 0, "spam_passthru", "has no effect in a simscan with spam_hits; skipped")
         return {"action": "mark", "rewrite": "full"} | ({"reject_score": score} if score else {})
     if any(rules.spam_passthru is not None for rules in scanned):
         return {"action": "mark" if default.spam_passthru else "reject", "rewrite": "full"}
-    report.add(
-        ChangeKind.CHECK,
+    report.check(
         path,
         0,
         "no spam_hits, no spam_passthru",
-        "whether spam is refused was chosen at ./configure; it is marked and delivered here; to refuse it, set "
+        "./configure determines whether spam is refused; here it is marked and delivered; to refuse it, set "
         '[spamd] action = "reject" or a reject_score',
     )
     return {"action": "mark", "rewrite": "full"}
@@ -138,7 +125,7 @@ def _tables(
     spamd: Mapping[str, Value],
     report: MigrationReport,
 ) -> tuple[NewFile, NewFile]:
-    """clamavclients and spamdclients: a row where scanning is on, an exempting one where it is off."""
+    """clamavclients and spamdclients: a row if scanning is on, an exempting row if it is off."""
     virus: list[TableRow] = []
     spam: list[TableRow] = []
     for key, row in rows.items():
@@ -152,11 +139,9 @@ def _tables(
             if on or key:
                 table.append(TableRow(ours, not on, options))
                 said.append(f"{name}: {readable(table[-1].line())}")
-        report.add(ChangeKind.SAME, row.path, row.line, key or b":", "; ".join(said) or "no scanning for all others")
+        report.same(row.path, row.line, key or b":", "; ".join(said) or "no scanning for all others")
         if rules.trophie:
-            report.add(
-                ChangeKind.CHANGED, row.path, row.line, "trophie=yes", "no Trophie here; clamd does the virus check"
-            )
+            report.changed(row.path, row.line, "trophie=yes", "Trophie is not supported; clamd scans for viruses")
     return table_file("clamavclients", "simscan", virus), table_file("spamdclients", "simscan", spam)
 
 
@@ -172,67 +157,56 @@ def _options(
         if re.fullmatch(rb"[0-9]{1,12}", first):
             limit = int(first)
         else:
-            report.add(ChangeKind.CHECK, path, line, first, "not a plain number of bytes; left out")
+            report.check(path, line, first, "not a plain number of bytes; skipped")
     if limit is None:
         limit = _SIZE
-        report.add(
-            ChangeKind.CHANGED,
+        report.changed(
             path,
             0,
             "no size_limit",
-            f"simscan's built-in {_SIZE} bytes are taken; older ones have spamc's own limit, raise samsgsize then",
+            f"simscan's built-in limit of {_SIZE} bytes is used; with older versions raise samsgsize (spamc)",
         )
     elif limit < 2:
-        report.add(
-            ChangeKind.CHECK, path, line, f"size_limit={limit}", "keeps all mail from spamd in simscan; left out"
-        )
+        report.check(path, line, f"size_limit={limit}", "disables spamd in simscan; skipped")
     else:
-        report.add(
-            ChangeKind.SAME,
-            path,
-            line,
-            f"size_limit={limit}",
-            f"samsgsize {limit - 1}: larger mail is not given to spamd",
-        )
+        report.same(path, line, f"size_limit={limit}", f"samsgsize {limit - 1}: larger mail is not sent to spamd")
     for row in rows.values():
         if row.key and row.own.size_limit is not None and row.own.size_limit != limit:
-            report.add(
-                ChangeKind.LOST,
+            report.lost(
                 row.path,
                 row.line,
                 f"size_limit={row.own.size_limit}",
-                "one limit for all recipients here: samsgsize in control/options",
+                "there is one limit for all recipients: samsgsize in control/options",
             )
-    report.add(
-        ChangeKind.CHANGED,
+    report.changed(
         "simcontrol",
         0,
         "RELAYCLIENT",
         "skipsachk 2: no spam check for relaying or authenticated clients, as in a simscan built without "
-        "--enable-spam-auth-user; with it, take the line out",
+        "--enable-spam-auth-user; with it, remove the line",
     )
     yield options_file("simscan", {"skipsachk": "2"} | ({"samsgsize": str(limit - 1)} if limit >= 2 else {}))
 
 
 def _queue(rows: Mapping[bytes, SimscanRow], default: SimscanRules, report: MigrationReport) -> Iterator[str]:
-    """queue.conf: the program behind the hook."""
+    """Lines of queue.conf: the program that the hook starts."""
     for row in rows.values():
         if row.own.qmailqueue is None:
             continue
         value = readable(row.own.qmailqueue)
         if row.key:
-            text = "one program behind the hook for all mail here: `queue` in queue.conf"
-            report.add(ChangeKind.LOST, row.path, row.line, f"qmailqueue={value}", text)
+            text = "the hook starts one program for all mail: `queue` in queue.conf"
+            report.lost(row.path, row.line, f"qmailqueue={value}", text)
         else:
-            report.add(ChangeKind.SAME, row.path, row.line, f"qmailqueue={value}", "`queue` in queue.conf")
-    yield "# The program behind the hook. After `contentfilter hook install` it is qmail-queue.real instead."
+            report.same(row.path, row.line, f"qmailqueue={value}", "`queue` in queue.conf")
+    yield "# Program that the hook starts. After `contentfilter hook install` it is qmail-queue.real instead."
     yield f"queue {readable(default.qmailqueue or b'/var/qmail/bin/qmail-queue')}"
 
 
 def _attachments(
     rows: Mapping[bytes, SimscanRow], whole: Mapping[bytes, SimscanRules], report: MigrationReport
 ) -> Iterator[NewFile]:
-    """Forbidden file endings become a small database for clamd, which sees the names of attachments itself."""
+    """Database for clamd that matches the names of attachments with a forbidden extension."""
     lists: set[frozenset[bytes]] = {frozenset(rules.attach or ()) for rules in whole.values()} | (
         {frozenset()} if b"" not in whole else set()
     )
@@ -240,7 +214,7 @@ def _attachments(
     if not wanted:
         return
     for_all = frozenset.intersection(*lists)
-    text = "# Put this into clamd's DatabaseDirectory. A line with # is not in force.\n"
+    text = "# Put this into clamd's DatabaseDirectory. Lines with # are not in force.\n"
     for ending in wanted:
         # clamd shows a name with _ for all but letters, digits and dots
         pattern = re.sub(rb"[^a-z0-9.]", b"_", ending).replace(b".", rb"\.").decode("ascii")
@@ -251,28 +225,25 @@ def _attachments(
         if not whole[key].attach:
             continue
         if not whole[key].virus:
-            report.add(
-                ChangeKind.CHECK,
+            report.check(
                 row.path,
                 row.line,
                 key or b":",
-                "forbids attachments without a virus check; here clamd finds them, so its check has to be on",
+                "forbids attachments without a virus check; here clamd detects them, so the virus check must be on",
             )
         if row.own.attach:
-            report.add(
-                ChangeKind.CHANGED,
+            report.changed(
                 row.path,
                 row.line,
                 b"attach=" + b":".join(row.own.attach),
-                "clamd refuses these names, through clamd/contentfilter-attachments.cdb, for all whose mail it checks",
+                "refused through clamd/contentfilter-attachments.cdb, for all recipients with a virus check",
             )
     if len(lists) > 1:
-        report.add(
-            ChangeKind.CHECK,
+        report.check(
             rows[next(iter(rows))].path,
             0,
             "attach",
-            "not every row forbids the same endings, but clamd knows no recipients: only what all forbid is in force "
+            "rows forbid different extensions, but clamd has no recipients: those that all rows forbid are in force "
             "in contentfilter-attachments.cdb, the rest is commented out",
         )
     yield NewFile(
@@ -283,35 +254,31 @@ def _attachments(
 
 
 def _general(rows: Mapping[bytes, SimscanRow], whole: Mapping[bytes, SimscanRules], report: MigrationReport) -> None:
-    """What is different for every row."""
+    """Differences that apply to every row."""
     if len(set(whole.values())) > 1:
-        report.add(
-            ChangeKind.CHECK,
+        report.check(
             "simcontrol",
             0,
             "sender",
-            "simscan applies a row also to mail from that address or domain; here rows are for recipients only. Mail "
-            "going out is checked where a row for everybody (*) says so",
+            "simscan applies a row also to mail from that address or domain; here rows are for recipients. Outgoing "
+            "mail is checked if there is a row for all recipients (*)",
         )
-        report.add(
-            ChangeKind.CHANGED,
+        report.changed(
             "simcontrol",
             0,
             "several recipients",
-            "simscan gives all the result of the last row found; here each recipient gets their own",
+            "simscan applies the result of the last row found to all; here each recipient has its own result",
         )
-    report.add(
-        ChangeKind.CHANGED,
+    report.changed(
         "simcontrol",
         0,
         "built in",
-        "what ./configure chose is not in these files: --enable-dropmsg, --enable-quarantinedir, --enable-spamc-args, "
+        "options of ./configure are not in these files: --enable-dropmsg, --enable-quarantinedir, --enable-spamc-args, "
         "--enable-spamc-user and the like; docs/migration.md lists what to set for each",
     )
-    report.add(
-        ChangeKind.LEFT,
+    report.left(
         "tcp.smtp",
         0,
         "environment",
-        "QMAILQUEUE and RELAYCLIENT are set in tcp.smtp, which is not here: change QMAILQUEUE there by hand",
+        "QMAILQUEUE and RELAYCLIENT are set in tcp.smtp, which is not converted: change QMAILQUEUE in it by hand",
     )

@@ -1,7 +1,7 @@
-"""What a migration is: the files to write, and every difference in meaning, each with its file and line.
+"""Result of a migration: the files to write, and every difference in meaning with its file and line.
 
-:mod:`contentfilter.admin.migrate_hsphere` and :mod:`contentfilter.admin.migrate_simscan` make one from the bytes of
-the old controls. Nothing here reads or writes a file.
+:mod:`contentfilter.admin.migrate_hsphere` and :mod:`contentfilter.admin.migrate_simscan` build one from the bytes of
+the old control files. Nothing here reads or writes a file.
 """
 
 import enum
@@ -10,32 +10,33 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partialmethod
 
 from contentfilter.model import readable
 from contentfilter.policy.addresses import EVERYBODY, parse_key
 
 CONTROL = "/etc/contentfilter/control"
-"""Where the new controls go: apart from qmail's own, so that the old filter stays as it was for the way back."""
+"""Directory for the new control files, separate from qmail's, so that it is possible to return to the old filter."""
 
-LISTED = 1000  # differences listed per file and kind; what is beyond is counted
+LISTED = 1000  # differences listed per file and kind; further ones are counted
 _PRINTABLE = re.compile(rb"[!-~]+")
 _PATTERN = re.compile(rb"[*?\[\]\\]")
 Value = str | bool | float
 
 
 class ChangeKind(enum.Enum):
-    """What became of one thing in the old controls, the quietest first."""
+    """Result for one setting of the old filter, the least important first."""
 
-    SAME = "same"  # carried over, and it means the same
-    LEFT = "left"  # not the content filter's; it stays where it is
-    CHANGED = "changed"  # carried over, and the text says what is different
-    LOST = "lost"  # not supported; the text says what to do instead
-    CHECK = "check"  # a person has to decide; the text says between what
+    SAME = "same"  # converted, with the same meaning
+    LEFT = "left"  # not a file of the content filter
+    CHANGED = "changed"  # converted, and the text describes the difference
+    LOST = "lost"  # not supported; the text describes the alternative
+    CHECK = "check"  # a person has to decide; the text describes the choice
 
 
 @dataclass(frozen=True, slots=True)
 class MigrationNote:
-    """One line of the report. ``subject`` and ``text`` are printable ASCII; ``line`` is 0 where none applies."""
+    """One line of the report. ``subject`` and ``text`` are printable ASCII; ``line`` is 0 if none applies."""
 
     kind: ChangeKind
     path: str
@@ -46,7 +47,7 @@ class MigrationNote:
 
 @dataclass(frozen=True, slots=True)
 class NewFile:
-    """A file to write: its path below the output directory, its bytes, and what to do with it."""
+    """File to write: its path below the output directory, its content, and its purpose."""
 
     path: str
     content: bytes
@@ -55,26 +56,26 @@ class NewFile:
 
 @dataclass(frozen=True, slots=True)
 class Migration:
-    """All that comes out of the old controls."""
+    """Files and notes of one migration."""
 
     files: tuple[NewFile, ...]
     differences: tuple[MigrationNote, ...]
 
     @property
     def needs_a_person(self) -> bool:
-        """Whether something was not carried over or has to be decided."""
+        """True if something was not converted or has to be decided."""
         return any(d.kind in (ChangeKind.LOST, ChangeKind.CHECK) for d in self.differences)
 
 
 class MigrationReport:
-    """Collects differences; of one kind in one file the first :data:`LISTED` are kept and the rest counted."""
+    """Collector of notes: the first :data:`LISTED` per kind and file, and the number of further ones."""
 
     def __init__(self) -> None:
         self._listed: list[MigrationNote] = []
         self._count: Counter[tuple[str, ChangeKind]] = Counter()
 
     def add(self, kind: ChangeKind, path: str, line: int, subject: bytes | str, text: str) -> None:
-        """Note one difference; ``subject`` is what stands in the old file and is cut to 80 characters."""
+        """Add a note. ``subject`` is quoted from the old file and truncated to 80 characters."""
         self._count[path, kind] += 1
         if self._count[path, kind] > LISTED:
             return
@@ -82,8 +83,14 @@ class MigrationReport:
         what = what if len(what) <= 80 else what[:77] + "..."
         self._listed.append(MigrationNote(kind, path, line, what, text))
 
+    same = partialmethod(add, ChangeKind.SAME)
+    left = partialmethod(add, ChangeKind.LEFT)
+    changed = partialmethod(add, ChangeKind.CHANGED)
+    lost = partialmethod(add, ChangeKind.LOST)
+    check = partialmethod(add, ChangeKind.CHECK)
+
     def differences(self) -> tuple[MigrationNote, ...]:
-        """Everything in the order found, then the counts of what was not listed."""
+        """All notes in the order found, then the numbers of those that are not listed."""
         more = [
             MigrationNote(
                 kind, path, 0, f"{count - LISTED} more", "of the same kind in this file; they are not listed here"
@@ -113,16 +120,16 @@ class TableRow:
     options: tuple[tuple[str, str], ...] = ()
 
     def line(self) -> bytes:
-        """The row as it stands in the file, without the line end."""
+        """The row in the format of the file, without the line end."""
         options = "".join(f" {name}={value}" for name, value in self.options)
         return (b"!" if self.exempt else b"") + self.key + options.encode("ascii")
 
 
 def table_key(raw: bytes) -> bytes | None:
-    """``raw`` as a key of our tables (:mod:`contentfilter.policy.addresses`), or None where it cannot be one.
+    """``raw`` as a key of our tables (:mod:`contentfilter.policy.addresses`), or None if that is impossible.
 
-    Of the wildcards of other filters those survive that our keys can say: ``*@*``, ``*@domain``, ``*@*.domain``,
-    ``*.domain``. Only printable ASCII is taken.
+    Supported wildcards of other filters: ``*@*``, ``*@domain``, ``*@*.domain``, ``*.domain``. Only printable ASCII is
+    accepted.
     """
     key = raw.lower()
     if key in (b"*@*", b"@*"):
@@ -161,17 +168,15 @@ def name_files(old: Mapping[str, bytes], report: MigrationReport) -> Iterator[Ne
             continue
         first = old[name].partition(b"\n")[0].rstrip(b" \t\r")
         if _PRINTABLE.fullmatch(first):
-            report.add(
-                ChangeKind.SAME, name, 1, first, f"copied to control/{name}: the domain of recipients without one"
-            )
+            report.same(name, 1, first, f"copied to control/{name}: the domain of recipients without one")
             yield NewFile(f"control/{name}", first + b"\n", f"goes to {CONTROL}/{name}")
         else:
-            report.add(ChangeKind.CHECK, name, 1, first, "not a host name in printable ASCII; left out")
+            report.check(name, 1, first, "not a host name in printable ASCII; skipped")
 
 
 def settings_file(origin: str, settings: Mapping[str, Mapping[str, Value]]) -> NewFile:
     """``contentfilter.toml`` with the sections and keys that differ from the defaults."""
-    text = f"# Written by contentfilter migrate from {origin}. What is not here has its default.\n"
+    text = f"# Written by contentfilter migrate from {origin}. Other settings have their defaults.\n"
     for section, keys in settings.items():
         # JSON's strings, booleans and finite numbers are TOML's too.
         text += f"\n[{section}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items())
@@ -179,7 +184,7 @@ def settings_file(origin: str, settings: Mapping[str, Mapping[str, Value]]) -> N
 
 
 def queue_file(origin: str, lines: Iterable[str]) -> NewFile:
-    """``queue.conf``: hints for the hook, as far as the old controls tell."""
+    """``queue.conf``, as far as the old control files determine it."""
     text = f"# Written by contentfilter migrate from {origin}. Lines of: name, blank, value.\n"
     return NewFile(
         "queue.conf", (text + "".join(f"{x}\n" for x in lines)).encode("ascii"), "goes to /etc/contentfilter/queue.conf"

@@ -1,8 +1,8 @@
-"""The compiled hook in a qmail: put it where qmail-queue stands, take it away, look at it.
+"""Hook installation in qmail: replace qmail-queue, restore it, show the state.
 
-The original stays as ``qmail-queue.real``: the same file with its owner and setuid bit. At no
-moment is there no ``qmail-queue``: the original gets its second name first, then the hook is
-renamed over the first one. Uninstalling renames the original back.
+The original is kept as ``qmail-queue.real``: the same file with its owner and setuid bit. ``qmail-queue`` exists at
+every moment: the original gets its second name first, then the hook is renamed over the first one. Uninstalling
+renames the original back.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ DIALECTS = ("auto", "stock", "notqmail", "sagredo", "simscan", "indimail", "sqma
 
 @dataclass(frozen=True, slots=True)
 class InstallStep:
-    """One change of the file system, told before it is made, and how to take it back."""
+    """One change of the system: its description, the change, and its reversal."""
 
     text: str
     do: Callable[[], object]
@@ -32,7 +32,7 @@ class InstallStep:
 
 @dataclass(slots=True)
 class HookState:
-    """Everything that ``status`` shows."""
+    """Output of ``contentfilter hook status``."""
 
     installed: bool
     hook: str
@@ -65,30 +65,30 @@ def same_bytes(one: Path, other: Path) -> bool:
 
 
 def root() -> tuple[int, int] | None:
-    """Who owns what is installed; None where we cannot give it away."""
+    """Owner of installed files; None if we may not change the owner."""
     return (0, 0) if os.geteuid() == 0 else None
 
 
-def keep_original(place: QmailPaths) -> None:
-    """Give the original its second name; an older one under that name is replaced in one step."""
-    name = place.real.with_name(f".qmail-queue.real.{os.getpid()}")
-    os.link(place.queue, name, follow_symlinks=False)
-    os.replace(name, place.real)
+def keep_original(paths: QmailPaths) -> None:
+    """Give the original its second name, atomically replacing an older file of that name."""
+    name = paths.real.with_name(f".qmail-queue.real.{os.getpid()}")
+    os.link(paths.queue, name, follow_symlinks=False)
+    os.replace(name, paths.real)
     with contextlib.suppress(FileNotFoundError):
-        name.unlink()  # rename does nothing when both names are one file already
-    sync_directory(place.real.parent)
+        name.unlink()  # rename does nothing if both names are the same file
+    sync_directory(paths.real.parent)
 
 
 def check_original(program: Path) -> list[str]:
-    """Raises RefusedError for what cannot be a qmail-queue; returns warnings."""
+    """Warnings about ``program``. Raises RefusedError if it cannot be a qmail-queue."""
     if not program.is_file():
-        raise RefusedError(f"{program}: not there; is this the right qmail? (--qmail DIR)")
+        raise RefusedError(f"{program}: does not exist; check the directory of qmail (--qmail DIR)")
     mode = program.stat().st_mode
     if not mode & stat.S_IXOTH:
-        raise RefusedError(f"{program}: not executable for everyone, so it is no working qmail-queue")
+        raise RefusedError(f"{program}: not executable for all users, so it is not a working qmail-queue")
     if version_of(program) is not None:
         raise RefusedError(
-            f"{program}: is a contentfilter-queue itself: that would loop; put qmail's own program there"
+            f"{program}: is a contentfilter-queue itself, which would be a loop; restore the program of qmail"
         )
     if not mode & stat.S_ISUID:
         return [f"{program}: not setuid; qmail's own qmail-queue is (mode 4711, owner qmailq)"]
@@ -96,39 +96,39 @@ def check_original(program: Path) -> list[str]:
 
 
 def plan_install(
-    place: QmailPaths, conf: Path, dialect: str, binary: Path, *, force: bool
+    paths: QmailPaths, conf: Path, dialect: str, binary: Path, *, force: bool
 ) -> tuple[list[InstallStep], list[str]]:
-    """The steps, none when all is in place, and warnings. Raises RefusedError."""
+    """Steps (none if the hook is installed) and warnings. Raises RefusedError."""
     steps: list[InstallStep] = []
     warnings: list[str] = []
-    present = version_of(place.queue)
-    if present is None and (place.queue.exists() or not place.real.exists()):
-        warnings += check_original(place.queue)
-        if place.real.exists() and not same_file(place.queue, place.real):
+    present = version_of(paths.queue)
+    if present is None and (paths.queue.exists() or not paths.real.exists()):
+        warnings += check_original(paths.queue)
+        if paths.real.exists() and not same_file(paths.queue, paths.real):
             if not force:
                 raise RefusedError(
-                    f"{place.queue} and {place.real} are two programs (a new qmail over an installed hook?); "
-                    f"--force makes the first one the original, and the second is lost"
+                    f"{paths.queue} and {paths.real} are two different programs (was qmail installed over the hook?); "
+                    f"--force makes the first one the original and discards the second"
                 )
-            steps.append(InstallStep(f"make {place.queue} the new {place.real}", lambda: keep_original(place)))
+            steps.append(InstallStep(f"make {paths.queue} the new {paths.real}", lambda: keep_original(paths)))
         else:
-            undo = (lambda: None) if place.real.exists() else place.real.unlink
-            steps.append(InstallStep(f"link {place.queue} to {place.real}", lambda: keep_original(place), undo))
+            undo = (lambda: None) if paths.real.exists() else paths.real.unlink
+            steps.append(InstallStep(f"link {paths.queue} to {paths.real}", lambda: keep_original(paths), undo))
     else:
-        warnings += check_original(place.real)
+        warnings += check_original(paths.real)
     if not conf.exists():
-        text = conf_text(place.real, dialect).encode()
+        text = conf_text(paths.real, dialect).encode()
         steps.append(InstallStep(f"write {conf}", lambda: write_conf(conf, text), conf.unlink))
     else:
-        warnings += check_conf(read_conf(binary, conf), place, conf, dialect)
+        warnings += check_conf(read_conf(binary, conf), paths, conf, dialect)
     if str(conf) != DEFAULT_CONF:
         warnings.append(f"the hook reads {DEFAULT_CONF} unless CONTENTFILTER_QUEUE_CONF={conf} is in its environment")
-    if not same_bytes(place.queue, binary):
+    if not same_bytes(paths.queue, binary):
         verb = "install" if present is None else f"replace version {present} of"
         steps.append(
             InstallStep(
-                f"{verb} the hook as {place.queue}",
-                lambda: replace_file(place.queue, (binary.read_bytes(),), 0o755, root()),
+                f"{verb} the hook as {paths.queue}",
+                lambda: replace_file(paths.queue, (binary.read_bytes(),), 0o755, root()),
             )
         )
     return steps, warnings
@@ -139,45 +139,45 @@ def write_conf(conf: Path, text: bytes) -> None:
     replace_file(conf, (text,), 0o644, root())
 
 
-def check_conf(read: Conf, place: QmailPaths, conf: Path, dialect: str) -> list[str]:
+def check_conf(read: Conf, paths: QmailPaths, conf: Path, dialect: str) -> list[str]:
     if read.problem:
         raise RefusedError(read.problem)
-    if same_file(read.target(), place.queue):
+    if same_file(read.target(), paths.queue):
         raise RefusedError(
-            f"{conf}: `queue {read.target()}` is the hook's own place: that would loop; {place.real} is right"
+            f"{conf}: `queue {read.target()}` is the hook itself, which would be a loop; it must be {paths.real}"
         )
     warnings = []
-    if not same_file(read.target(), place.real) and read.target() != place.real:
-        warnings.append(f"{conf}: passes mail to {read.target()}, not to {place.real}")
+    if not same_file(read.target(), paths.real) and read.target() != paths.real:
+        warnings.append(f"{conf}: mail goes to {read.target()}, not to {paths.real}")
     if dialect not in ("auto", read.values["dialect"]):
-        warnings.append(f"{conf}: kept with its dialect {read.values['dialect']}; edit it for {dialect}")
+        warnings.append(f"{conf}: unchanged, with dialect {read.values['dialect']}; edit it to use {dialect}")
     return warnings
 
 
-def plan_uninstall(place: QmailPaths, conf: Path) -> tuple[list[InstallStep], list[str]]:
-    """Only what install made: the original gets its name back, an unchanged queue.conf goes. Raises RefusedError."""
+def plan_uninstall(paths: QmailPaths, conf: Path) -> tuple[list[InstallStep], list[str]]:
+    """Steps that rename the original back and remove an unchanged queue.conf. Raises RefusedError."""
     steps: list[InstallStep] = []
     warnings: list[str] = []
-    if version_of(place.queue) is not None or (place.real.exists() and not place.queue.exists()):
-        check_original(place.real)
-        steps.append(InstallStep(f"rename {place.real} to {place.queue}", lambda: restore(place)))
-    elif same_file(place.queue, place.real):  # an install that was interrupted
-        steps.append(InstallStep(f"remove the second name {place.real}", place.real.unlink))
+    if version_of(paths.queue) is not None or (paths.real.exists() and not paths.queue.exists()):
+        check_original(paths.real)
+        steps.append(InstallStep(f"rename {paths.real} to {paths.queue}", lambda: restore(paths)))
+    elif same_file(paths.queue, paths.real):  # an install that was interrupted
+        steps.append(InstallStep(f"remove the second name {paths.real}", paths.real.unlink))
     if conf.is_file():
-        if conf.read_text(errors="replace") in {conf_text(place.real, dialect) for dialect in DIALECTS}:
+        if conf.read_text(errors="replace") in {conf_text(paths.real, dialect) for dialect in DIALECTS}:
             steps.append(InstallStep(f"remove {conf}", conf.unlink))
         elif steps:
             warnings.append(f"{conf}: kept, it was edited")
     return steps, warnings
 
 
-def restore(place: QmailPaths) -> None:
-    os.replace(place.real, place.queue)
-    sync_directory(place.queue.parent)
+def restore(paths: QmailPaths) -> None:
+    os.replace(paths.real, paths.queue)
+    sync_directory(paths.queue.parent)
 
 
 def carry_out(steps: list[InstallStep]) -> None:
-    """All of them, or, when one fails, none."""
+    """Carry out all steps, or, if one fails, none. Raises RefusedError."""
     done: list[InstallStep] = []
     try:
         for step in steps:
@@ -190,17 +190,17 @@ def carry_out(steps: list[InstallStep]) -> None:
         raise RefusedError(f"{step.text}: {error.strerror or error}; nothing was changed") from None
 
 
-def examine(place: QmailPaths, conf: Path, binary: Path | None) -> HookState:
-    version = version_of(place.queue)
-    read = read_conf(place.queue, conf) if version and os.access(place.queue, os.X_OK) else Conf({})
-    real = place.real if place.real.exists() else None
+def examine(paths: QmailPaths, conf: Path, binary: Path | None) -> HookState:
+    version = version_of(paths.queue)
+    read = read_conf(paths.queue, conf) if version and os.access(paths.queue, os.X_OK) else Conf({})
+    real = paths.real if paths.real.exists() else None
     path = read.values.get("socket")
     state = HookState(
         installed=version is not None,
-        hook=str(place.queue),
+        hook=str(paths.queue),
         hook_version=version,
         packaged_version=version_of(binary) if binary else None,
-        current=binary is not None and same_bytes(place.queue, binary),
+        current=binary is not None and same_bytes(paths.queue, binary),
         original=str(real) if real else None,
         original_setuid=bool(real and real.stat().st_mode & stat.S_ISUID),
         conf=str(conf),
@@ -209,23 +209,23 @@ def examine(place: QmailPaths, conf: Path, binary: Path | None) -> HookState:
         socket_answers=path is not None and answers(path),
     )
     if version is None:
-        state.problems.append(f"{place.queue} is not the hook; `contentfilter hook install` puts it there")
+        state.problems.append(f"{paths.queue} is not the hook; install it with `contentfilter hook install`")
         return state
     if read.problem:
         state.problems.append(read.problem)
-    elif same_file(read.target(), place.queue) or version_of(read.target()) is not None:
-        state.problems.append(f"a loop: {read.target()} is the hook itself; set `queue` in {conf}")
+    elif same_file(read.target(), paths.queue) or version_of(read.target()) is not None:
+        state.problems.append(f"loop: {read.target()} is the hook itself; set `queue` in {conf}")
     elif not read.target().exists():
         state.problems.append(f"{read.target()} is missing: no mail can be queued; set `queue` in {conf}")
     if binary and not state.current:
-        state.problems.append(f"{place.queue} differs from {binary}; `contentfilter hook install` replaces it")
+        state.problems.append(f"{paths.queue} differs from {binary}; update it with `contentfilter hook install`")
     if path and not state.socket_answers:
-        state.problems.append(f"nobody listens on {path}; start `contentfilter serve`")
+        state.problems.append(f"no process listens on {path}; start `contentfilter serve`")
     return state
 
 
 def answers(path: str) -> bool:
-    """Whether someone accepts connections there. A daemon takes an empty connection for a hook that was killed."""
+    """True if connections are accepted. The daemon treats an empty one as a hook that was killed."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
         probe.settimeout(2)
         try:

@@ -1,9 +1,9 @@
-"""The rows of simscan's simcontrol, read as simscan reads them and as they were meant.
+"""Rows of simscan's simcontrol, as simscan reads them and as they were intended.
 
 Facts (source and README of simscan 1.4): a row is ``KEY:name=value,name=value``; KEY is an address, a domain, or
-nothing for everybody. A row inherits what it does not say: from the default row, the domain's, and those of ``user``,
-``user-ext`` and so on. Of rows with equal keys the first counts. simscanmk knows no comments, and in a row each blank,
-quote and comma separates, so that two in a row shift all that follows.
+empty for all recipients. A row inherits unset values from the default row, the domain's row, and those of ``user``,
+``user-ext`` and so on. Of rows with equal keys the first is used. simscanmk has no comments, and in a row each blank,
+quote and comma is a separator, so that two in succession shift all that follows.
 """
 
 import re
@@ -15,14 +15,14 @@ from typing import Any
 from contentfilter.admin.migration import ChangeKind, MigrationReport, numbered
 from contentfilter.model import readable
 
-_ROW_MAX = 3999  # simscanmk reads so many bytes as one line
+_ROW_MAX = 3999  # maximum length of a line in simscanmk
 _SEPARATOR = re.compile(rb"[ =\t\n\r,\"']")
 _ENDING = re.compile(rb"[!-~]{1,99}")
 
 
 @dataclass(frozen=True, slots=True)
 class SimscanRules:
-    """What a row says; None where it says nothing and a less specific row decides."""
+    """Values of a row; None if unset, so that a less specific row decides."""
 
     clam: bool | None = None
     spam: bool | None = None
@@ -34,7 +34,7 @@ class SimscanRules:
     qmailqueue: bytes | None = None
 
     def over(self, below: "SimscanRules") -> "SimscanRules":
-        """These rules laid over less specific ones."""
+        """These rules, completed from less specific ones."""
         pairs = ((getattr(self, f.name), getattr(below, f.name)) for f in fields(self))
         return SimscanRules(*(mine if mine is not None else theirs for mine, theirs in pairs))
 
@@ -45,7 +45,7 @@ class SimscanRules:
 
 @dataclass(frozen=True, slots=True)
 class SimscanRow:
-    """One row of simcontrol that counts. ``key`` is lower-cased; empty for the default row."""
+    """One effective row of simcontrol. ``key`` is lower-cased; empty for the default row."""
 
     path: str
     line: int
@@ -54,42 +54,39 @@ class SimscanRow:
 
 
 def read_rows(old: Mapping[str, bytes], report: MigrationReport) -> Iterator[SimscanRow]:
-    """The rows that count, in the order of ``simcontrol`` or, where there is only that, ``simcontrol.cdb``."""
+    """Effective rows, in the order of ``simcontrol`` or, if that is missing, of ``simcontrol.cdb``."""
     text, compiled = old.get("simcontrol"), None
     if "simcontrol.cdb" in old:
         compiled = _records(old["simcontrol.cdb"])
         if compiled is None:
-            report.add(ChangeKind.CHECK, "simcontrol.cdb", 0, "damaged", "not a whole cdb file; not used")
+            report.check("simcontrol.cdb", 0, "damaged", "not a complete cdb file; not used")
     path = "simcontrol"
     records: Iterable[tuple[int, bytes, bytes]] = ()
     if text is not None:
         records = _lines(text, report)
         if compiled is not None and set(compiled) != {made for _, line in numbered(text) if (made := _compile(line))}:
-            report.add(
-                ChangeKind.CHECK,
+            report.check(
                 "simcontrol.cdb",
                 0,
                 "differs from simcontrol",
-                "simscan goes by this file, and simcontrol has changed since it was compiled; simcontrol is taken",
+                "simscan reads this file, and simcontrol has changed since it was compiled; simcontrol is used",
             )
     elif compiled is not None:
         path = "simcontrol.cdb"
         records = [(number, key, value) for number, (key, value) in enumerate(compiled, 1)]
-        report.add(
-            ChangeKind.CHANGED, path, 0, "no simcontrol", "the compiled rows are taken; line numbers count records"
-        )
+        report.changed(path, 0, "no simcontrol", "the compiled rows are used; line numbers count records")
     first: dict[bytes, int] = {}
     for line, key, value in records:
         if key in first:
-            why = f"second row for this key: simscan goes by the first, in line {first[key]}, and so do we"
-            report.add(ChangeKind.CHECK, path, line, key or b":", why)
+            why = f"second row for this key: the first, in line {first[key]}, is used, as in simscan"
+            report.check(path, line, key or b":", why)
             continue
         first[key] = line
         yield SimscanRow(path, line, key, SimscanRules(**dict(_settings(path, line, key, value, report))))
 
 
 def _compile(line: bytes) -> tuple[bytes, bytes] | None:
-    """(key, settings) of a line as simscanmk takes it apart; None for one in which it finds nothing."""
+    """(key, settings) of a line as simscanmk splits it; None if it finds none."""
     line = line.partition(b"\0")[0]
     if line.startswith(b":"):
         return b"", line[1:].lstrip(b"\r").partition(b"\r")[0]
@@ -101,35 +98,35 @@ def _compile(line: bytes) -> tuple[bytes, bytes] | None:
 
 
 def _lines(text: bytes, report: MigrationReport) -> Iterator[tuple[int, bytes, bytes]]:
-    """(line, key, settings) of the rows of simcontrol; what simscanmk misreads is reported."""
+    """(line, key, settings) of the rows of simcontrol; lines that simscanmk misreads are reported."""
     for number, line in numbered(text):
         made, start = _compile(line), line.lstrip(b" \t")
         if made is None and not line.strip(b"\0\r\t #"):
-            continue  # nothing but blanks
-        trouble = ""
+            continue  # only blanks
+        problem = ""
         if b"\0" in line:
-            trouble = "a NUL byte, at which simscanmk stops reading the row; left out"
+            problem = "contains a NUL byte, at which simscanmk stops reading the row; skipped"
         elif len(line) > _ROW_MAX:
-            trouble = f"over {_ROW_MAX} bytes, where simscanmk cuts the row in two; left out"
+            problem = f"over {_ROW_MAX} bytes, where simscanmk cuts the row in two; skipped"
         elif start.startswith(b"#"):
             if made is None or b"=" not in made[1]:
-                report.add(ChangeKind.LEFT, "simcontrol", number, line, "a comment")
+                report.left("simcontrol", number, line, "a comment")
                 continue
-            trouble = (
-                f"simscanmk knows no comments: for simscan this is a row for {readable(made[0][:80])}, and in force; "
-                "here it is a comment and left out"
+            problem = (
+                f"simscanmk has no comments: for simscan this is a row for {readable(made[0][:80])}, and in force; "
+                "here it is a comment and skipped"
             )
         elif start.startswith(b":") and start != line:
-            trouble = "with a blank in front simscan finds no default row here; taken as the default row"
+            problem = "with a leading blank, simscan does not recognise the default row; used as the default row"
             made = b"", start[1:].rstrip(b"\r")
-        if trouble:
-            report.add(ChangeKind.CHECK, "simcontrol", number, line, trouble)
-        if made is not None and not trouble.endswith("left out"):
+        if problem:
+            report.check("simcontrol", number, line, problem)
+        if made is not None and not problem.endswith("skipped"):
             yield number, *made
 
 
 def _records(data: bytes) -> list[tuple[bytes, bytes]] | None:
-    """The records of a cdb file in order; None when it is damaged. Format: 256 table heads, records, tables."""
+    """Records of a cdb file in order; None if it is damaged. Format: 256 table heads, records, tables."""
     if len(data) < 2048:
         return None
     at, end = 2048, min(position for position, _ in struct.iter_unpack("<II", data[:2048]))
@@ -146,28 +143,25 @@ def _records(data: bytes) -> list[tuple[bytes, bytes]] | None:
 
 
 def _settings(path: str, line: int, key: bytes, text: bytes, report: MigrationReport) -> Iterator[tuple[str, Any]]:
-    """The valid name-value pairs of a row as they were meant; everything odd is reported."""
+    """Valid name-value pairs of a row as intended; irregularities are reported."""
     tokens = _SEPARATOR.split(text)
     literal = list(zip(tokens[::2], tokens[1::2], strict=False))
     words = b" ".join(text.split()).replace(b" =", b"=").replace(b"= ", b"=").replace(b",", b" ").split()
     meant = [(name, value.strip(b"\"'")) for name, _, value in (word.partition(b"=") for word in words)]
     if literal != meant:
         reading = b" ".join(n + b"=" + v for n, v in literal)
-        report.add(
-            ChangeKind.CHECK,
+        report.check(
             path,
             line,
             text,
-            "every blank, quote and comma separates for simscan, so it reads "
-            f"{readable(reading[:200]) or 'nothing'}; here the row is taken as it was meant",
+            "for simscan every blank, quote and comma is a separator, so it reads "
+            f"{readable(reading[:200]) or 'nothing'}; here the row is used as intended",
         )
     seen: set[str] = set()
     for raw, value in meant:
         name, subject = readable(raw.lower()), raw + b"=" + value
         if name in seen:
-            report.add(
-                ChangeKind.CHANGED, path, line, subject, "given twice in the row; the last one counts, as in simscan"
-            )
+            report.changed(path, line, subject, "given twice in the row; the last one is used, as in simscan")
         seen.add(name)
         parsed, kind, why = _value(name, value, key)
         if why:
@@ -177,20 +171,20 @@ def _settings(path: str, line: int, key: bytes, text: bytes, report: MigrationRe
 
 
 def _value(name: str, value: bytes, key: bytes) -> tuple[Any, ChangeKind, str]:
-    """(the value or None, and what the report says about it: nothing where the text is empty)."""
+    """(value or None, kind and text of the note; an empty text means no note)."""
     if name in ("clam", "spam", "trophie", "spam_passthru"):
         known = {b"yes": True, b"no": False}.get(value.lower())
         return (
             known,
             ChangeKind.CHECK,
-            "" if known is not None else "neither yes nor no; simscan ignores it, and so do we",
+            "" if known is not None else "neither yes nor no; ignored, as in simscan",
         )
     if name == "spam_hits":
         if not re.fullmatch(rb"[0-9]{1,6}(\.[0-9]{0,6})?", value) or float(value) == 0:
             return (
                 None,
                 ChangeKind.CHECK,
-                "not a number above 0, so simscan refuses nearly all mail that spamd sees; left out",
+                "not a number above 0, so simscan refuses nearly all mail that spamd scans; skipped",
             )
         return float(value), ChangeKind.SAME, ""
     if name == "size_limit":
@@ -198,58 +192,54 @@ def _value(name: str, value: bytes, key: bytes) -> tuple[Any, ChangeKind, str]:
             return (
                 None,
                 ChangeKind.CHECK,
-                "not a plain number of bytes, simscan reads only the digits in front; left out",
+                "not a plain number of bytes, simscan reads only the leading digits; skipped",
             )
         return int(value), ChangeKind.SAME, ""
     if name == "attach":
         endings = tuple(ending.lower() for ending in value.split(b":") if ending)
         if not all(map(_ENDING.fullmatch, endings)):
-            return None, ChangeKind.CHECK, "endings have to be printable ASCII of at most 99 characters; left out"
+            return None, ChangeKind.CHECK, "extensions must be printable ASCII of at most 99 characters; skipped"
         capitals = not key and value != value.lower()
         return (
             endings,
             ChangeKind.CHANGED,
-            "simscan never finds capitals in the default row; here they count" if capitals else "",
+            "simscan never matches capitals in the default row; here they match" if capitals else "",
         )
     if name == "qmailqueue":
         if not re.fullmatch(rb"/[!-~]{1,400}", value):
-            return None, ChangeKind.CHECK, "not an absolute path; left out"
+            return None, ChangeKind.CHECK, "not an absolute path; skipped"
         return value, ChangeKind.SAME, ""
     if name == "regex":
         return (
             None,
             ChangeKind.LOST,
-            "nothing here searches the text; use a SpamAssassin rule (rawbody) or clamd's .ldb",
+            "not supported; use a SpamAssassin rule (rawbody) or an .ldb signature of clamd",
         )
     if name == "spamuser":
         return (
             None,
             ChangeKind.LOST,
-            "no spamd user of its own per row; keep the preferences under the recipient's address",
+            "there is no spamd user per row; store the preferences under the address of the recipient",
         )
-    return None, ChangeKind.CHECK, "simscan does not know this name either; left out"
+    return None, ChangeKind.CHECK, "unknown to simscan, too; skipped"
 
 
 def read_endings(text: bytes, report: MigrationReport) -> tuple[bytes, ...]:
-    """The file endings in control/ssattach: simscan takes the first word of each line."""
+    """File extensions in control/ssattach: simscan uses the first word of each line."""
     endings = []
     for number, line in numbered(text):
         words = [word for word in re.split(rb"[ :\t\r]", line) if word]
         if len(words) > 1:
-            report.add(
-                ChangeKind.CHANGED, "ssattach", number, line, "only the first ending in a line counts, as in simscan"
-            )
+            report.changed("ssattach", number, line, "only the first extension in a line is used, as in simscan")
         if words and _ENDING.fullmatch(words[0]):
             endings.append(words[0].lower())
         elif words:
-            report.add(
-                ChangeKind.CHECK, "ssattach", number, line, "not printable ASCII of at most 99 characters; left out"
-            )
+            report.check("ssattach", number, line, "not printable ASCII of at most 99 characters; skipped")
     return tuple(endings)
 
 
 def effective(row: SimscanRow, rows: Mapping[bytes, SimscanRow]) -> SimscanRules:
-    """A row with all that it inherits: its own, the shorter ``user-ext`` addresses', the domain's, the default's."""
+    """Rules of a row with those inherited from shorter ``user-ext`` addresses, the domain and the default row."""
     local, at, domain = row.key.partition(b"@")
     chain = [b""]
     if at:

@@ -1,7 +1,7 @@
-"""``contentfilter check``: validate everything that serve and the hook would read, and say where it is wrong.
+"""``contentfilter check``: validate all files that serve and the hook read, with file and line of each problem.
 
-Errors are what would stop the daemon, turn mail away or leave a line out; warnings are what works, but perhaps not as
-meant. Nothing is changed. Exit statuses: 0 no errors; 1 warnings, with ``--strict``; 78 errors.
+An error would stop the daemon, defer mail or skip a line; a warning is something that works, but perhaps not as
+intended. Nothing is changed. Exit statuses: 0 no errors; 1 warnings, with ``--strict``; 78 errors.
 """
 
 import asyncio
@@ -14,13 +14,14 @@ from pathlib import Path
 
 import click
 
+from contentfilter.cli.common import queue_conf_option
 from contentfilter.cli.progress import progress
 from contentfilter.config.controls import Controls, read_controls
 from contentfilter.config.load import read_settings
 from contentfilter.config.runtime import unusable
 from contentfilter.doors.origin import resolve
 from contentfilter.errors import ConfigError, Problem, RefusedError
-from contentfilter.qmail import DEFAULT_CONF, packaged_hook, read_conf
+from contentfilter.qmail import packaged_hook, read_conf
 from contentfilter.scanners.signatures.rules import Rules, parse_loadertypes, parse_signatures
 from contentfilter.settings import Settings
 from contentfilter.tables.keeper import read_source
@@ -31,33 +32,26 @@ EX_CONFIG = 78
 
 @dataclass(slots=True)
 class CheckResults:
-    """What was read, and what is wrong with it."""
+    """Counts of what was read, and the problems in it."""
 
     problems: list[Problem] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
 
-    def add(self, path: str, text: str, *, warning: bool = False) -> None:
-        self.problems.append(Problem(path, 0, text, warning))
+    def add(self, path: str | Path, text: str, *, warning: bool = False) -> None:
+        self.problems.append(Problem(str(path), 0, text, warning))
 
     def of(self, *, warning: bool) -> list[Problem]:
         return [problem for problem in self.problems if problem.warning is warning]
 
 
 @click.command()
-@click.option("--strict", is_flag=True, help="Status 1 when there are warnings.")
+@click.option("--strict", is_flag=True, help="Exit with status 1 if there are warnings.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option(
-    "--queue-conf",
-    metavar="FILE",
-    envvar="CONTENTFILTER_QUEUE_CONF",
-    default=DEFAULT_CONF,
-    show_default=True,
-    help="The hook's configuration.",
-)
+@queue_conf_option
 @click.pass_context
-def check(ctx: click.Context, strict: bool, as_json: bool, queue_conf: str) -> None:
-    """Validate everything that serve would read."""
-    with progress("reading everything"):
+def check(ctx: click.Context, strict: bool, as_json: bool, queue_conf: Path) -> None:
+    """Validate all configuration files that the daemon and the hook read."""
+    with progress("reading the configuration"):
         findings = asyncio.run(examine(ctx.obj, queue_conf))
     errors, warnings = findings.of(warning=False), findings.of(warning=True)
     if as_json:
@@ -75,8 +69,8 @@ def check(ctx: click.Context, strict: bool, as_json: bool, queue_conf: str) -> N
     ctx.exit(EX_CONFIG if errors else 1 if strict and warnings else 0)
 
 
-async def examine(config_path: str, queue_conf: str) -> CheckResults:
-    """Read everything; what cannot be read is a problem like any other."""
+async def examine(config_path: str, queue_conf: Path) -> CheckResults:
+    """Read all files; one that cannot be read is reported as a problem."""
     findings = CheckResults()
     settings, problems = read_settings(config_path)
     findings.problems += problems
@@ -106,16 +100,16 @@ async def examine(config_path: str, queue_conf: str) -> CheckResults:
 def _origin(settings: Settings, path: str, findings: CheckResults) -> None:
     _, unknown = resolve(settings.origin)
     for name in unknown:
-        findings.add(path, f"[origin] there is no user {name!r} here", warning=True)
+        findings.add(path, f"[origin] no such user on this system: {name!r}", warning=True)
 
 
 def _places(settings: Settings, findings: CheckResults) -> None:
-    """The directories of the daemon, as far as the present user can tell."""
+    """Directories of the daemon, as far as the present user can examine them."""
     service = settings.service
     sockets = os.path.dirname(settings.listen.socket)
     password = settings.mariadb.password_file
     if password and os.path.exists(password) and os.stat(password).st_mode & 0o007:
-        findings.add(password, "[mariadb] password_file: everybody here can read it; chmod 600", warning=True)
+        findings.add(password, "[mariadb] password_file: readable for every user; chmod 600", warning=True)
     if os.path.isdir(service.control) and not os.access(service.control, os.R_OK | os.X_OK):
         findings.add(service.control, "[service] control: not readable for this user")
     for path, use in dict.fromkeys(((service.state, "[service] state"), (service.run, "[service] run"))):
@@ -123,16 +117,16 @@ def _places(settings: Settings, findings: CheckResults) -> None:
     if sockets != service.run:
         _writable(sockets, "[listen] socket", findings)
     if os.path.lexists(settings.listen.socket) and not stat.S_ISSOCK(os.lstat(settings.listen.socket).st_mode):
-        findings.add(settings.listen.socket, "[listen] socket: something else than a socket is in its place")
+        findings.add(settings.listen.socket, "[listen] socket: exists, but is not a socket")
 
 
 def _writable(path: str, use: str, findings: CheckResults) -> None:
     if not os.path.lexists(path):
-        findings.add(path, f"{use}: no such directory; the systemd unit makes it, otherwise: mkdir", warning=True)
+        findings.add(path, f"{use}: no such directory; the systemd unit creates it, otherwise: mkdir", warning=True)
     elif not os.path.isdir(path):
         findings.add(path, f"{use}: not a directory")
     elif not os.access(path, os.W_OK | os.X_OK):
-        findings.add(path, f"{use}: not writable for this user; is it for the daemon's?", warning=True)
+        findings.add(path, f"{use}: not writable for this user; check that it is for the daemon's user", warning=True)
 
 
 def _lists(controls: Controls, directory: str, findings: CheckResults) -> None:
@@ -147,23 +141,23 @@ def _lists(controls: Controls, directory: str, findings: CheckResults) -> None:
         findings.problems += problems
         findings.counts[f"{name} rules"] = len(rules.rules)
         if not rules.rules:
-            findings.add(os.path.join(directory, name), "no rules: nothing will be found by it", warning=True)
+            findings.add(os.path.join(directory, name), "no rules: it will detect nothing", warning=True)
 
 
-def _queue_conf(path: str, settings: Settings, findings: CheckResults) -> None:
-    """The hook's own reading of it, where the hook is to be found."""
+def _queue_conf(path: Path, settings: Settings, findings: CheckResults) -> None:
+    """Validation by the hook itself, where the hook is found."""
     try:
         with open(path, "rb"):
             pass
     except FileNotFoundError:
-        return  # means the built-in values
+        return  # the built-in values apply
     except OSError as e:
-        findings.add(path, f"cannot read it: {e.strerror}; the hook would defer all mail")
+        findings.add(path, f"cannot be read: {e.strerror}; the hook would defer all mail")
         return
     try:
-        conf = read_conf(packaged_hook(None), Path(path))
+        conf = read_conf(packaged_hook(None), path)
     except (RefusedError, OSError, subprocess.SubprocessError) as e:
-        findings.add(path, f"not examined: {e}", warning=True)
+        findings.add(path, f"not checked: {e}", warning=True)
         return
     if conf.problem:
         findings.add(path, f"{conf.problem}; the hook would defer all mail")

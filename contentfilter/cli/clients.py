@@ -1,7 +1,7 @@
 """``contentfilter clients``: list, look up and change the recipient tables clamavclients and spamdclients.
 
-Changes are made in the text files of the control directory. A running daemon takes them over within ``[tables]
-refresh`` seconds, or at once with ``contentfilter reload``. Tables in a database are read here, and changed there.
+Changes are made in the text files of the control directory. A running daemon reads them within ``[tables] refresh``
+seconds, or immediately with ``contentfilter reload``. Tables in a database can be read here, but not changed.
 """
 
 import asyncio
@@ -50,15 +50,15 @@ def _table_option(command: Command) -> Command:
 
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-_dry_run_option = click.option("--dry-run", is_flag=True, help="Only say what would change.")
+_dry_run_option = click.option("--dry-run", is_flag=True, help="Only print what would change.")
 
 
 @click.group(commands=[diff, accept])
 def clients() -> None:
     """List and change the recipient tables.
 
-    A key is user@domain, @domain or domain, .domain (all its sub-domains) or * (everybody). The most specific one that
-    is there decides, whether it protects or exempts.
+    A key is user@domain, @domain or domain, .domain (all its sub-domains) or * (all recipients). The most specific row
+    decides, whether it protects or exempts.
     """
 
 
@@ -68,7 +68,7 @@ def clients() -> None:
 @click.argument("text", required=False)
 @click.pass_obj
 def list_rows(config_path: str, tables: tuple[str, ...], as_json: bool, text: str | None) -> None:
-    """Print the rows, or those whose key contains TEXT. Status 1: there are none."""
+    """Print the rows, or those whose key contains TEXT. Status 1: no rows."""
     rows, problems = _read(load_settings(config_path))
     part = os.fsencode(text or "").lower()
     chosen = {
@@ -80,6 +80,8 @@ def list_rows(config_path: str, tables: tuple[str, ...], as_json: bool, text: st
         _print_json({name: [_as_json(*row) for row in table] for name, table in chosen.items()})
     else:
         _print_problems(problems)
+        if len(tables) > 1 and any(chosen.values()):
+            click.echo("Table\tRow")  # a single table is printed in the format of its file
         for name, table in chosen.items():
             prefix = name.encode() + b"\t" if len(tables) > 1 else b""
             click.echo(b"".join(b"%b%b\n" % (prefix, row_text(*row)) for row in table), nl=False)
@@ -92,7 +94,7 @@ def list_rows(config_path: str, tables: tuple[str, ...], as_json: bool, text: st
 @click.argument("address")
 @click.pass_obj
 def lookup(config_path: str, tables: tuple[str, ...], as_json: bool, address: str) -> None:
-    """Say whether mail to ADDRESS is checked, and which row decides. Status 1: no table says yes."""
+    """Show whether mail to ADDRESS is checked, and which row decides. Status 1: neither table says yes."""
     settings = load_settings(config_path)
     controls, _ = asyncio.run(read_controls(settings.service.control))
     rows, problems = _read(settings)
@@ -114,20 +116,20 @@ def _answer(table: Mapping[bytes, bytes], domain: bytes, settings: Settings, add
     recipient, extension = os.fsencode(address), settings.tables.extension.encode()
     found = deciding(table, recipient, extension, domain)
     steps = [
-        {"key": readable(key), "kind": kind.value, "row": _said(table.get(key))}
+        {"key": readable(key), "kind": kind.value, "row": _effect(table.get(key))}
         for kind, key in candidates(recipient, extension, domain)
     ]
     kind, key = found if found else (None, b"")
-    said = _said(table.get(key)) if found else None
+    effect = _effect(table.get(key)) if found else None
     return {
-        "answer": {"check": "yes", "exempt": "exempt", None: "no"}[said],
+        "answer": {"check": "yes", "exempt": "exempt", None: "no"}[effect],
         "key": readable(key) if found else None,
         "kind": kind.value if kind else None,
         "steps": steps,
     }
 
 
-def _said(value: bytes | None) -> str | None:
+def _effect(value: bytes | None) -> str | None:
     return None if value is None else "exempt" if value == EXEMPT else "check"
 
 
@@ -142,11 +144,11 @@ def _print_answer(name: str, answer: dict[str, Any]) -> None:
     for step in answer["steps"]:
         row = step["row"] or "no row"
         if step["row"] and decided:
-            row += ", but something more specific has decided"
+            row += ", but a more specific row has decided"
         decided = decided or bool(step["row"])
         click.echo(f"    {step['key']}: {row}")
     if answer["global"]:
-        click.echo(f"    {GLOBALS[name]} is 1: everybody is checked, whatever this table says")
+        click.echo(f"    {GLOBALS[name]} is 1: all recipients are checked, regardless of this table")
 
 
 @clients.command()
@@ -159,7 +161,7 @@ def _print_answer(name: str, answer: dict[str, Any]) -> None:
 def add(
     config_path: str, tables: tuple[str, ...], dry_run: bool, as_json: bool, exempt: bool, keys: tuple[str, ...]
 ) -> None:
-    """Add rows. A row that is there with the other meaning is changed."""
+    """Add rows. An existing row with the opposite meaning is changed."""
     put = {key: EXEMPT if exempt or raw.startswith("!") else b"" for raw, key in _parsed(keys)}
     _change(config_path, tables, put, dry_run=dry_run, as_json=as_json)
 
@@ -171,7 +173,7 @@ def add(
 @click.argument("keys", nargs=-1, required=True)
 @click.pass_obj
 def remove(config_path: str, tables: tuple[str, ...], dry_run: bool, as_json: bool, keys: tuple[str, ...]) -> None:
-    """Remove rows, exempting ones too. Status 1: none of them was there."""
+    """Remove rows, including exempting ones. Status 1: none of them existed."""
     drop = {key for _, key in _parsed(keys)}
     edits = _change(config_path, tables, {}, drop, dry_run=dry_run, as_json=as_json)
     sys.exit(0 if any(edit.removed for edit in edits) else 1)
@@ -189,20 +191,20 @@ def import_rows(
 ) -> None:
     """Add the rows of FILE (- is standard input): one key per line, or CSV with the keys in one column.
 
-    All or nothing: with a single bad line nothing is imported, and every bad line is named.
+    All or nothing: if one line is invalid, nothing is imported and all invalid lines are listed.
     """
     name = getattr(file, "name", "-")
     with progress(f"reading {name}"):
         text = file.read(MAX_SIZE + 1)
     if len(text) > MAX_SIZE:
         raise click.UsageError(f"{name}: more than {MAX_SIZE} bytes")
-    allowed = OPTIONS[tables[0]] if len(tables) == 1 else ()  # a row with options belongs into one table only
+    allowed = OPTIONS[tables[0]] if len(tables) == 1 else ()  # a row with options belongs in one table only
     with progress(f"checking {text.count(10):,} lines"):
         put, problems = parse_table(_first_cells(text), name, allowed)
     bad = [problem for problem in problems if not problem.warning]
     if bad or not put:
         _print_problems(problems)
-        click.echo(f"contentfilter: {'bad lines' if bad else 'no rows'} in {name}; nothing is imported", err=True)
+        click.echo(f"contentfilter: {'invalid lines' if bad else 'no rows'} in {name}; nothing is imported", err=True)
         sys.exit(1)
     if not as_json:
         _print_problems(problems)
@@ -211,7 +213,7 @@ def import_rows(
 
 
 def _first_cells(text: bytes) -> bytes:
-    """The column with the keys, one line for each line of ``text``. What is not CSV stays as it is."""
+    """The column with the keys, one line for each line of ``text``. Text that is not CSV is returned unchanged."""
     head = text.partition(b"\n")[0].removeprefix(b"\xef\xbb\xbf")
     separator = next((s for s in (b",", b";", b"\t") if s in head), b"")
     cells = [cell.strip(b" \r\"'").lower() for cell in head.split(separator or b"\n")]
@@ -220,7 +222,7 @@ def _first_cells(text: bytes) -> bytes:
         return text
     delimiter, place = (separator or b",").decode(), max(column, 0)
 
-    def cell(line: str) -> str:  # each line by itself, so that line numbers stay
+    def cell(line: str) -> str:  # line by line, to keep the line numbers
         row = next(csv.reader((line,), delimiter=delimiter), [])
         return row[place].strip() if len(row) > place else ""
 
@@ -270,14 +272,16 @@ def _change(
         would = "would be " if dry_run and counts else ""
         click.echo(f"{name}: {would}{', '.join(counts) or 'nothing to change'}")
     if not dry_run and any(edit.differs for edit in edits):
-        click.echo(f"in force within {settings.tables.refresh:g} s, or at once with: contentfilter reload", err=True)
+        click.echo(
+            f"in force within {settings.tables.refresh:g} s, or immediately with: contentfilter reload", err=True
+        )
     return edits
 
 
 def _read(settings: Settings) -> tuple[Rows, tuple[Problem, ...]]:
     with progress("reading the tables"):
         found = asyncio.run(read_source(settings))
-    return found or (Rows(), ())  # None only where something was known before
+    return found or (Rows(), ())  # None only if a previous state is given
 
 
 def _tables(rows: Rows) -> dict[str, Mapping[bytes, bytes]]:

@@ -1,7 +1,7 @@
-"""``contentfilter clients diff`` and ``accept``: what the source has now, beside the tables in force.
+"""``contentfilter clients diff`` and ``accept``: compare the source of the tables with the tables in force.
 
-The daemon does not take over a table that lost most of its rows. ``diff`` shows what would change and names the present
-rows by a checksum; ``accept`` confirms exactly these.
+The daemon refuses a table that lost most of its rows. ``diff`` shows what would change, and a checksum of the present
+rows; ``accept`` confirms exactly these.
 """
 
 import asyncio
@@ -24,13 +24,13 @@ from contentfilter.tables.keeper import read_source
 from contentfilter.tables.rows import TABLES, Rows, row_text
 from contentfilter.tables.snapshot import FILE, Snapshot
 
-SAMPLES = 10  # rows of each kind, as examples
-WAIT = 120.0  # seconds for the daemon to take them
+SAMPLES = 10  # rows shown of each kind
+WAIT = 120.0  # seconds for the daemon to load them
 
 
 @dataclass(frozen=True, slots=True)
 class RowDifference:
-    """One table: how many rows, and some of them."""
+    """Difference of one table: numbers of rows, and samples."""
 
     in_force: int
     now: int
@@ -44,7 +44,7 @@ class RowDifference:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_obj
 def diff(config_path: str, as_json: bool) -> None:
-    """Compare the tables in force with what their source has now. Status 1: they differ."""
+    """Compare the tables in force with their source. Status 1: they differ."""
     settings = load_settings(config_path)
     old, new = _in_force(settings), _now(settings)
     tables = {
@@ -65,7 +65,7 @@ def diff(config_path: str, as_json: bool) -> None:
             for sample in d.samples:
                 click.echo(f"    {sample}")
         if less:
-            click.echo(f"{less}. If that is right: contentfilter clients accept {name}")
+            click.echo(f"{less}. If this is intended: contentfilter clients accept {name}")
     sys.exit(1 if differs else 0)
 
 
@@ -73,26 +73,27 @@ def diff(config_path: str, as_json: bool) -> None:
 @click.argument("checksum")
 @click.pass_obj
 def accept(config_path: str, checksum: str) -> None:
-    """Let the tables that diff showed as CHECKSUM go live, although they are so much smaller."""
+    """Activate the tables with this CHECKSUM (from diff), although they lost most of their rows."""
     settings = load_settings(config_path)
     name = shrink.checksum(_now(settings))
     if name != checksum.lower():
         click.echo(
-            f"contentfilter: the tables are not (or no longer) {checksum}; look again with: clients diff", err=True
+            f"contentfilter: the checksum of the tables is not {checksum}; run contentfilter clients diff again",
+            err=True,
         )
         sys.exit(1)
     state = settings.service.state
     try:
         shrink.accept(state, name)
     except OSError as e:
-        raise ConfigError((Problem(state, 0, f"cannot note it there: {e.strerror}"),)) from e
+        raise ConfigError((Problem(state, 0, f"cannot write to it: {e.strerror}"),)) from e
     reply = sockets.ask(settings.service.run, messages.AskReload(), WAIT)
     if isinstance(reply, messages.Refused):
         click.echo(f"contentfilter: accepted, but not in force yet: {reply.why}", err=True)
-        click.echo("the daemon takes them with its next look at the tables ([tables] refresh)", err=True)
+        click.echo("the daemon loads them when it next reads the tables ([tables] refresh)", err=True)
         sys.exit(1)
     if not isinstance(reply, messages.Done):
-        click.echo("accepted; no daemon answers, it will take them when it starts")
+        click.echo("accepted; no daemon answers, so they are loaded when it starts")
         return
     for problem in reply.problems:
         click.echo(problem, err=True)
@@ -101,7 +102,7 @@ def accept(config_path: str, checksum: str) -> None:
 
 
 def _in_force(settings: Settings) -> Rows:
-    """The daemon's tables; none where there is no snapshot yet."""
+    """Tables in force; empty if there is no snapshot yet."""
     path = os.path.join(settings.service.state, FILE)
     if not os.path.lexists(path):
         return Rows()
@@ -115,7 +116,7 @@ def _in_force(settings: Settings) -> Rows:
 def _now(settings: Settings) -> Rows:
     with progress("reading the tables"):
         found = asyncio.run(read_source(settings))
-    return found[0] if found else Rows()  # None only where something was known before
+    return found[0] if found else Rows()  # None only if a previous state is given
 
 
 def _difference(old: Mapping[bytes, bytes], new: Mapping[bytes, bytes]) -> RowDifference:

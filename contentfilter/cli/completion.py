@@ -1,4 +1,4 @@
-"""``contentfilter completion``: the script that makes a shell complete our commands and options."""
+"""``contentfilter completion``: the completion script for a shell."""
 
 import click
 from click.shell_completion import get_completion_class
@@ -17,6 +17,6 @@ def completion(ctx: click.Context, shell: str) -> None:
     """
     kind = get_completion_class(shell)
     if kind is None:
-        raise click.ClickException(f"click knows no completion for {shell}")
+        raise click.ClickException(f"click does not support completion for {shell}")
     script = kind(ctx.find_root().command, {}, "contentfilter", "_CONTENTFILTER_COMPLETE")
     click.echo(script.source_template % script.source_vars(), nl=False)  # source() would call bash for its version

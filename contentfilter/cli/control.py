@@ -1,6 +1,6 @@
-"""``contentfilter reload``, and how commands ask the running daemon.
+"""``contentfilter reload``, and requests of all commands to the running daemon.
 
-The settings are read only to learn where its control socket is.
+The settings are read only for the path of its control socket.
 """
 
 import errno
@@ -17,15 +17,17 @@ from contentfilter.bus import messages, sockets
 from contentfilter.config.load import read_settings
 from contentfilter.errors import Problem
 
-RELOAD_WAIT = 120.0  # a database may take its time
+RELOAD_WAIT = 120.0  # seconds; a database may be slow
 
 
 @click.command()
-@click.option("--restart", is_flag=True, help="Also replace every worker, each new one before its old one goes.")
-@click.option("--json", "as_json", is_flag=True, help="The answer as JSON.")
+@click.option(
+    "--restart", is_flag=True, help="Also replace every worker, starting each new one before its predecessor ends."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
 @click.pass_obj
 def reload(config_path: str, restart: bool, as_json: bool) -> None:
-    """Read the configuration again. A bad one changes nothing."""
+    """Reload the configuration. An invalid one changes nothing."""
     reply = ask(config_path, messages.AskReload(restart), RELOAD_WAIT)
     assert isinstance(reply, messages.Done)  # noqa: S101 - see above
     if as_json:
@@ -33,13 +35,13 @@ def reload(config_path: str, restart: bool, as_json: bool) -> None:
     else:
         for problem in reply.problems:
             click.echo(problem, err=True)
-        click.echo(f"configuration {reply.generation} is in force" + ("" if reply.ok else "; the new one was refused"))
+        click.echo(f"configuration {reply.generation} is in force" + ("" if reply.ok else "; the new one was rejected"))
     sys.exit(0 if reply.ok and not reply.problems else 1)
 
 
 def ask(config_path: str, question: messages.Question, seconds: float) -> messages.Reply:
-    """The daemon's answer. Ends the program with status 1, and says what to do, when there is none."""
-    settings, problems = read_settings(config_path)  # with problems in it, too: the daemon may run on an older one
+    """The daemon's answer. Exits with status 1 and a remedy if there is none."""
+    settings, problems = read_settings(config_path)  # used even if invalid: the daemon may run with an older one
     run = settings.service.run
     reply = sockets.ask(run, question, seconds)
     if reply is None:
@@ -51,7 +53,7 @@ def ask(config_path: str, question: messages.Question, seconds: float) -> messag
 
 
 def find_feed(config_path: str) -> str:
-    """The run directory of a daemon that has an event feed. Ends the program with status 1 when there is none."""
+    """Run directory of a daemon with an event feed. Exits with status 1 if there is none."""
     settings, problems = read_settings(config_path)
     run = settings.service.run
     if sockets.trouble_at(sockets.addresses(run)["events"].removeprefix("ipc://")):
@@ -60,20 +62,20 @@ def find_feed(config_path: str) -> str:
 
 
 def unreachable(run: str, name: str, problems: Sequence[Problem]) -> NoReturn:
-    """Nobody answers at that socket: say what is known, and end the program with status 1.
+    """Report that no daemon answers at that socket, and exit with status 1.
 
-    ``problems``: of the settings, which may be why another place was looked at.
+    ``problems``: of the settings, which may be the reason for a wrong path.
     """
     for problem in problems:
         click.echo(f"contentfilter: {problem}", err=True)
     path = sockets.addresses(run)[name].removeprefix("ipc://")
-    remedy = "start it with `systemctl start contentfilter`; `contentfilter doctor` says what else is wrong"
-    if trouble := sockets.trouble_at(path):
-        if trouble == errno.EACCES:
-            remedy = "ask as root, or as a member of the daemon's group"
-        click.echo(f"contentfilter: no daemon answers at {path}: {os.strerror(trouble)}", err=True)
+    remedy = "start it with `systemctl start contentfilter`; `contentfilter doctor` finds other causes"
+    if error := sockets.trouble_at(path):
+        if error == errno.EACCES:
+            remedy = "run this as root, or as a member of the daemon's group"
+        click.echo(f"contentfilter: no daemon answers at {path}: {os.strerror(error)}", err=True)
     else:
         click.echo(f"contentfilter: the daemon at {path} does not answer in time", err=True)
-        remedy = "`systemctl restart contentfilter` is safe at any moment: hooks keep their mail meanwhile"
+        remedy = "`systemctl restart contentfilter` is safe at any time: hooks keep their mail until it is back"
     click.echo(f"contentfilter: {remedy}", err=True)
     sys.exit(1)

@@ -1,7 +1,7 @@
-"""``contentfilter doctor``: what is wrong with this server, and what to do about it.
+"""``contentfilter doctor``: check this server and suggest a remedy for each fault.
 
 Exit statuses: 0 no errors, warnings allowed; 1 errors; 78 the settings themselves are wrong. It ends within ten
-seconds, whatever hangs.
+seconds, even when a daemon or a file system hangs.
 """
 
 import asyncio
@@ -13,17 +13,16 @@ import click
 
 from contentfilter.admin import doctor as ops
 from contentfilter.admin.diagnostic import Diagnostic, Level, examine, run
-from contentfilter.admin.doctor_freshclam import FRESHCLAM_CONF
 from contentfilter.admin.doctor_scanners import CLAMD_CONF
 from contentfilter.bus import messages, sockets
-from contentfilter.cli.common import printable
+from contentfilter.cli.common import binary_option, printable, qmail_option, queue_conf_option
 from contentfilter.config.controls import Controls, read_controls
 from contentfilter.config.load import load_settings
 from contentfilter.config.runtime import worker_count
 from contentfilter.deadline import Deadline
 from contentfilter.doors.origin import resolve
 from contentfilter.errors import ConfigError, Problem, RefusedError
-from contentfilter.qmail import DEFAULT_CONF, QmailPaths, packaged_hook
+from contentfilter.qmail import QmailPaths, packaged_hook
 from contentfilter.settings import Settings
 
 QUESTION = 2.5  # seconds for the daemon and the control directory
@@ -32,32 +31,19 @@ PROBES = 6.0  # seconds for everything else
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--qmail", metavar="DIR", default="/var/qmail", show_default=True, type=click.Path(path_type=Path))
-@click.option(
-    "--queue-conf",
-    metavar="FILE",
-    envvar="CONTENTFILTER_QUEUE_CONF",
-    default=DEFAULT_CONF,
-    show_default=True,
-    type=click.Path(path_type=Path),
-    help="The hook's configuration.",
-)
-@click.option("--binary", metavar="FILE", help="The compiled hook, if not the one of this package.")
+@qmail_option
+@queue_conf_option
+@binary_option
 @click.option(
     "--clamd-conf",
     metavar="FILE",
     default=CLAMD_CONF,
     show_default=True,
     type=click.Path(path_type=Path),
-    help="clamd's configuration, for its limits.",
+    help="Configuration file of clamd, for its limits.",
 )
 @click.option(
-    "--freshclam-conf",
-    metavar="FILE",
-    default=FRESHCLAM_CONF,
-    show_default=True,
-    type=click.Path(path_type=Path),
-    help="freshclam's configuration.",
+    "--freshclam-conf", metavar="FILE", hidden=True, expose_value=False, help="Accepted for compatibility; no effect."
 )
 @click.pass_context
 def doctor(
@@ -66,13 +52,12 @@ def doctor(
     queue_conf: Path,
     binary: str | None,
     clamd_conf: Path,
-    freshclam_conf: Path,
     *,
     as_json: bool,
 ) -> None:
-    """Say what is wrong with this server, and what to do about it."""
+    """Check this server and suggest a remedy for each fault."""
     settings = load_settings(ctx.obj)
-    daemon, children = _ask(settings)
+    daemon, children = _state(settings)
     try:
         hook: Path | None = packaged_hook(binary)
     except RefusedError as error:
@@ -85,11 +70,10 @@ def doctor(
         children=children,
         unknown_users=resolve(settings.origin)[1],
         daemon=daemon,
-        place=QmailPaths(qmail),
+        paths=QmailPaths(qmail),
         queue_conf=queue_conf,
         hook=hook,
         clamd_conf=clamd_conf,
-        freshclam_conf=freshclam_conf,
     )
     findings = examine(ops.probes(site), Deadline.after(PROBES))
     errors = sum(finding.level is Level.ERROR for finding in findings)
@@ -101,8 +85,8 @@ def doctor(
     ctx.exit(1 if errors else 0)
 
 
-def _ask(settings: Settings) -> tuple[ops.Daemon | None, int]:
-    """What the running daemon says, and spamdchildren. Raises ConfigError."""
+def _state(settings: Settings) -> tuple[ops.Daemon | None, int]:
+    """State of the running daemon, and spamdchildren. Raises ConfigError."""
 
     def controls() -> Controls:
         return asyncio.run(read_controls(settings.service.control))[0]
@@ -111,21 +95,21 @@ def _ask(settings: Settings) -> tuple[ops.Daemon | None, int]:
         return sockets.ask(settings.service.run, messages.AskStatus(), QUESTION - 0.5)
 
     results = run({"status": status, "controls": controls}, Deadline.after(QUESTION))
-    read, said = results["controls"], results["status"]
+    read, reported = results["controls"], results["status"]
     if isinstance(read, ConfigError):
         raise read
     if not isinstance(read, Controls):
         raise ConfigError((Problem(settings.service.control, 0, f"cannot be read in time: {read!r}"),))
-    return _daemon(said) if isinstance(said, messages.Status) else None, read.values["spamdchildren"]
+    return _daemon(reported) if isinstance(reported, messages.Status) else None, read.values["spamdchildren"]
 
 
-def _daemon(said: messages.Status) -> ops.Daemon:
-    ready = tuple(worker.pid for worker in said.workers if worker.state == "ready")
-    return ops.Daemon(said.pid, said.state, said.socket, said.wanted, ready, said.problems, said.tables)
+def _daemon(status: messages.Status) -> ops.Daemon:
+    ready = tuple(worker.pid for worker in status.workers if worker.state == "ready")
+    return ops.Daemon(status.pid, status.state, status.socket, status.wanted, ready, status.problems, status.tables)
 
 
 def _print(findings: tuple[Diagnostic, ...], errors: int) -> None:
-    """One line for each, its remedy below it."""
+    """One line for each diagnostic, with its remedy below it."""
     for finding in findings:
         click.echo(printable(f"{finding.level.value + ':':9}{finding.topic}: {finding.what}"))
         if finding.remedy:

@@ -1,4 +1,4 @@
-"""``contentfilter hook``: install the compiled hook in a qmail, remove it, show its state."""
+"""``contentfilter hook``: install the compiled hook into qmail, remove it, show its state."""
 
 import json
 from collections.abc import Callable
@@ -9,15 +9,15 @@ import click
 
 from contentfilter.admin import qmail as ops
 from contentfilter.admin.qmail import DIALECTS, InstallStep
+from contentfilter.cli.common import binary_option, qmail_option
 from contentfilter.errors import RefusedError
 from contentfilter.qmail import DEFAULT_CONF, QmailPaths, packaged_hook
 
 _EXIT_CONF = 78
 
 
-def finish(steps: list[InstallStep], warnings: list[str], *, nothing: str, dry_run: bool, as_json: bool) -> None:
-    if not dry_run:
-        ops.carry_out(steps)
+def report_steps(steps: list[InstallStep], warnings: list[str], *, nothing: str, dry_run: bool, as_json: bool) -> None:
+    """Print the steps, or ``nothing`` where there are none, and the warnings."""
     texts = [step.text for step in steps]
     if as_json:
         click.echo(json.dumps({"changed": bool(steps) and not dry_run, "steps": texts, "warnings": warnings}))
@@ -29,11 +29,13 @@ def finish(steps: list[InstallStep], warnings: list[str], *, nothing: str, dry_r
 
 
 class Refusable(click.Command):
-    """A sub-command whose refusals are one clear line and status 1."""
+    """Sub-command that reports RefusedError and OSError as one line, with exit status 1."""
 
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # click ends quietly
         except (RefusedError, OSError) as error:
             raise click.ClickException(str(error)) from None
 
@@ -41,9 +43,16 @@ class Refusable(click.Command):
 def common(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
-        click.option("--binary", metavar="FILE", help="The compiled hook, if not the one of this package."),
-        click.option("--conf", default=DEFAULT_CONF, show_default=True, type=click.Path(path_type=Path)),
-        click.option("--qmail", default="/var/qmail", show_default=True, type=click.Path(path_type=Path)),
+        binary_option,
+        click.option(
+            "--conf",
+            metavar="FILE",
+            default=DEFAULT_CONF,
+            show_default=True,
+            type=click.Path(path_type=Path),
+            help="Configuration file of the hook.",
+        ),
+        qmail_option,
     ):
         command = option(command)
     return command
@@ -51,37 +60,43 @@ def common(command: Callable[..., None]) -> Callable[..., None]:
 
 @click.group()
 def hook() -> None:
-    """Install the hook in a qmail, remove it, show its state."""
+    """Install the hook into qmail, remove it, show its state."""
 
 
 @hook.command(cls=Refusable)
 @common
-@click.option("--dialect", type=click.Choice(DIALECTS), default="auto", show_default=True, help="For a new queue.conf.")
-@click.option("--force", is_flag=True, help="Take a new qmail-queue for the original although an old one is kept.")
-@click.option("--dry-run", is_flag=True, help="Say what would be done.")
+@click.option(
+    "--dialect", type=click.Choice(DIALECTS), default="auto", show_default=True, help="Dialect for a new queue.conf."
+)
+@click.option("--force", is_flag=True, help="Make the present qmail-queue the original although an older one is kept.")
+@click.option("--dry-run", is_flag=True, help="Only print the steps.")
 def install(
     qmail: Path, conf: Path, binary: str | None, dialect: str, *, force: bool, dry_run: bool, as_json: bool
 ) -> None:
-    """Put the hook into DIR/bin; the original becomes qmail-queue.real."""
+    """Install the hook as DIR/bin/qmail-queue; the original becomes qmail-queue.real."""
     steps, warnings = ops.plan_install(QmailPaths(qmail), conf, dialect, packaged_hook(binary), force=force)
-    finish(steps, warnings, nothing="already installed", dry_run=dry_run, as_json=as_json)
+    if not dry_run:
+        ops.carry_out(steps)
+    report_steps(steps, warnings, nothing="already installed", dry_run=dry_run, as_json=as_json)
 
 
 @hook.command(cls=Refusable)
 @common
-@click.option("--dry-run", is_flag=True, help="Say what would be done.")
+@click.option("--dry-run", is_flag=True, help="Only print the steps.")
 def uninstall(qmail: Path, conf: Path, binary: str | None, *, dry_run: bool, as_json: bool) -> None:
-    """Give the original qmail-queue its name back, and remove what install wrote."""
+    """Rename the original qmail-queue back, and remove the queue.conf that install wrote."""
     del binary
     steps, warnings = ops.plan_uninstall(QmailPaths(qmail), conf)
-    finish(steps, warnings, nothing="not installed", dry_run=dry_run, as_json=as_json)
+    if not dry_run:
+        ops.carry_out(steps)
+    report_steps(steps, warnings, nothing="not installed", dry_run=dry_run, as_json=as_json)
 
 
 @hook.command(cls=Refusable)
 @common
 @click.pass_context
 def status(ctx: click.Context, qmail: Path, conf: Path, binary: str | None, *, as_json: bool) -> None:
-    """Show what stands in DIR/bin, and what is wrong with it (status 1; 78 when queue.conf is)."""
+    """Show the state of the hook in DIR/bin. Status 1: there is a problem; 78: queue.conf is invalid."""
     try:
         packaged: Path | None = packaged_hook(binary)
     except RefusedError:

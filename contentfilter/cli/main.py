@@ -1,6 +1,6 @@
-"""``contentfilter``: one command, its sub-commands loaded only when they are called.
+"""``contentfilter``: command group; the module of a sub-command is imported only when it runs.
 
-Exit statuses: 0 done; 1 the answer is no (a check failed, nothing found); 2 wrong usage;
+Exit statuses: 0 success; 1 failure or a negative answer (a check failed, nothing found); 2 wrong usage;
 70 internal error; 78 configuration error (sysexits).
 """
 
@@ -16,38 +16,50 @@ from contentfilter.errors import ConfigError
 
 EX_CONFIG = 78
 
-# name -> (module, attribute, one line of help). The help stands here so that --help imports nothing.
+# name -> (module, attribute, one line of help). The help is here so that --help imports nothing.
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "serve": ("contentfilter.cli.serve", "serve", "Run the daemon: supervisor and workers."),
-    "check": ("contentfilter.cli.check", "check", "Validate everything that serve would read."),
-    "showctl": ("contentfilter.cli.showctl", "showctl", "Print H-Sphere's parameters in qmail-showctl's form."),
-    "explain": ("contentfilter.cli.explain", "explain", "Say what would happen to a message, and why."),
-    "why": ("contentfilter.cli.why", "why", "Say what happened to a message, and why."),
+    "check": (
+        "contentfilter.cli.check",
+        "check",
+        "Validate all configuration files that the daemon and the hook read.",
+    ),
+    "showctl": ("contentfilter.cli.showctl", "showctl", "Print H-Sphere's parameters in the format of qmail-showctl."),
+    "explain": ("contentfilter.cli.explain", "explain", "Explain what would happen to a message."),
+    "why": ("contentfilter.cli.why", "why", "Explain what happened to a message."),
     "clients": ("contentfilter.cli.clients", "clients", "List and change the recipient tables."),
-    "allow": ("contentfilter.cli.allow", "allow", "Let a signature pass for a while."),
-    "quarantine": ("contentfilter.cli.quarantine", "quarantine", "Look at, release and remove what was kept."),
-    "status": ("contentfilter.cli.status", "status", "Say whether mail flows, and what is wrong."),
-    "top": ("contentfilter.cli.top", "top", "Watch it: rates, scanners, workers, the last decisions."),
-    "tail": ("contentfilter.cli.tail", "tail", "Print what happens to mail, as it happens."),
-    "reload": ("contentfilter.cli.control", "reload", "Make the daemon read its configuration again."),
-    "bypass": ("contentfilter.cli.bypass", "bypass", "Leave a scanner out for a while, when mail must flow."),
-    "drain": ("contentfilter.cli.bypass", "drain", "Finish the messages under way and accept no more."),
+    "allow": ("contentfilter.cli.allow", "allow", "Let a signature pass for a limited time."),
+    "quarantine": ("contentfilter.cli.quarantine", "quarantine", "List, release and delete quarantined mail."),
+    "status": ("contentfilter.cli.status", "status", "Show whether mail is flowing, and current problems."),
+    "top": ("contentfilter.cli.top", "top", "Live view: rates, scanners, workers, latest decisions."),
+    "tail": ("contentfilter.cli.tail", "tail", "Follow decisions about mail as they are made."),
+    "reload": ("contentfilter.cli.control", "reload", "Reload the configuration of the daemon."),
+    "bypass": ("contentfilter.cli.bypass", "bypass", "Skip a scanner for a limited time, when mail must flow."),
+    "drain": ("contentfilter.cli.bypass", "drain", "Finish the messages in progress and accept no new ones."),
     "resume": ("contentfilter.cli.bypass", "resume", "Accept mail again, after drain."),
-    "failures": ("contentfilter.cli.failures", "failures", "Say what each fault of a scanner does to mail."),
-    "doctor": ("contentfilter.cli.doctor", "doctor", "Say what is wrong with this server, and what to do about it."),
-    "canary": ("contentfilter.cli.canary", "canary", "See that mail is scanned: send samples through the hook."),
-    "hook": ("contentfilter.cli.hook", "hook", "Install the hook in a qmail, remove it, show its state."),
-    "migrate": ("contentfilter.cli.migrate", "migrate", "Turn the controls of H-Sphere or simscan into ours."),
-    "events-key": ("contentfilter.cli.events_key", "events_key", "A key pair for the event feed over the network."),
-    "spamd-options": ("contentfilter.cli.spamd_options", "spamd_options", "Print what spamd must be started with."),
-    "install": ("contentfilter.cli.install", "install", "Set the server up: user, directories, units, manual pages."),
-    "uninstall": ("contentfilter.cli.install", "uninstall", "Undo what install did."),
+    "failures": ("contentfilter.cli.failures", "failures", "Show what each failure of a scanner does to mail."),
+    "doctor": ("contentfilter.cli.doctor", "doctor", "Check this server and suggest a remedy for each fault."),
+    "canary": ("contentfilter.cli.canary", "canary", "Send samples through the hook to verify that mail is scanned."),
+    "hook": ("contentfilter.cli.hook", "hook", "Install the hook into qmail, remove it, show its state."),
+    "migrate": ("contentfilter.cli.migrate", "migrate", "Convert the control files of H-Sphere or simscan."),
+    "events-key": (
+        "contentfilter.cli.events_key",
+        "events_key",
+        "Create a key pair for the event feed over the network.",
+    ),
+    "spamd-options": (
+        "contentfilter.cli.spamd_options",
+        "spamd_options",
+        "Print the options that spamd must be started with.",
+    ),
+    "install": ("contentfilter.cli.install", "install", "Set up the server: user, directories, units, manual pages."),
+    "uninstall": ("contentfilter.cli.install", "uninstall", "Remove what install made."),
     "completion": ("contentfilter.cli.completion", "completion", "Print the completion script for a shell."),
 }
 
 
 class Lazy(click.Group):
-    """A group that imports a sub-command's module only when it runs."""
+    """Group that imports the module of a sub-command only when it runs."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -60,14 +72,14 @@ class Lazy(click.Group):
         return command
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Names and options, without importing any command."""
+        """Names and options, without importing any command module."""
         found = [
             CompletionItem(name, help=text) for name, (_, _, text) in COMMANDS.items() if name.startswith(incomplete)
         ]
         return found + click.Command.shell_complete(self, ctx, incomplete)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the sub-command; configuration errors of all of them are told here."""
+        """Run the sub-command and report its configuration errors."""
         try:
             return super().invoke(ctx)
         except ConfigError as error:
@@ -97,12 +109,12 @@ class Lazy(click.Group):
     metavar="FILE",
     default=DEFAULT_PATH,
     show_default=True,
-    help="The settings. A missing default file means the built-in defaults.",
+    help="Settings file. If the default file is missing, the built-in defaults apply.",
 )
 @click.version_option(__version__, prog_name="contentfilter")
 @click.pass_context
 def cli(ctx: click.Context, config_path: str) -> None:
-    """Content filter for qmail: looks at each message before qmail-queue does."""
+    """Content filter for qmail: scans each message before qmail-queue accepts it."""
     ctx.obj = config_path
 
 

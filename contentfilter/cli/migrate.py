@@ -1,7 +1,7 @@
-"""``contentfilter migrate hsphere|simscan DIR``: read the controls of another filter, write ours, say what differs.
+"""``contentfilter migrate hsphere|simscan DIR``: convert the control files of another filter and report differences.
 
-Exit statuses: 0 all was carried over; 1 something needs a person's eye; 2 wrong usage, or a file would be overwritten.
-The old directory is only read.
+Exit statuses: 0 everything was converted; 1 something has to be decided by a person; 2 wrong usage, or a file would be
+overwritten. The old directory is only read.
 """
 
 import json
@@ -21,36 +21,38 @@ from contentfilter.admin.migration import ChangeKind, Migration, MigrationNote, 
 from contentfilter.cli.progress import progress
 from contentfilter.model import readable
 
-LARGEST = 256 << 20  # bytes of one old file; a table of a million rows has some 30 MB
+LARGEST = 256 << 20  # bytes of one old file; a table of a million rows has about 30 MB
 _FROM = {"hsphere": migrate_hsphere, "simscan": migrate_simscan}
 _ORDER = (ChangeKind.CHECK, ChangeKind.LOST, ChangeKind.CHANGED, ChangeKind.SAME, ChangeKind.LEFT)
 _WORDS = {
     ChangeKind.CHECK: "to decide",
     ChangeKind.LOST: "not supported",
     ChangeKind.CHANGED: "changed",
-    ChangeKind.SAME: "the same",
-    ChangeKind.LEFT: "left alone",
+    ChangeKind.SAME: "unchanged",
+    ChangeKind.LEFT: "ignored",
 }
 
 
 @click.command()
 @click.argument("origin", type=click.Choice(tuple(_FROM)))
 @click.argument("directory", metavar="DIR", type=click.Path(exists=True, file_okay=False))
-@click.option("--output", metavar="DIR", default="./contentfilter-migrated", show_default=True, help="Where to write.")
-@click.option("--force", is_flag=True, help="Replace files that exist in the output directory.")
-@click.option("--dry-run", is_flag=True, help="Write nothing, only report.")
-@click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
+@click.option(
+    "--output", metavar="DIR", default="./contentfilter-migrated", show_default=True, help="Output directory."
+)
+@click.option("--force", is_flag=True, help="Overwrite existing files in the output directory.")
+@click.option("--dry-run", is_flag=True, help="Only print the report.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def migrate(origin: str, directory: str, output: str, force: bool, dry_run: bool, as_json: bool) -> None:
-    """Turn the controls of H-Sphere or simscan into ours.
+    """Convert the control files of H-Sphere or simscan.
 
-    DIR is qmail's control directory, or qmail's home with the control directory in it.
+    DIR is the control directory of qmail, or its home directory.
     """
     reads = _FROM[origin].READS
     directory = _control(directory, reads)
     with progress(f"reading {directory}"):
-        old, others, troubles = _read(directory, reads)
+        old, others, unreadable = _read(directory, reads)
         found = _FROM[origin].migrate(old, others)
-    found = Migration(found.files, (*troubles, *found.differences))
+    found = Migration(found.files, (*unreadable, *found.differences))
     if not dry_run:
         _write(found.files, output, directory, force)
     if as_json:
@@ -61,16 +63,16 @@ def migrate(origin: str, directory: str, output: str, force: bool, dry_run: bool
 
 
 def _control(directory: str, reads: Sequence[str]) -> str:
-    """The control directory: ``directory`` itself, or the one in it where qmail's home was given."""
+    """The control directory: ``directory`` itself, or the one in it if it is the home of qmail."""
     inner = os.path.join(directory, "control")
     here = any(os.path.lexists(os.path.join(directory, name)) for name in reads)
     return inner if not here and os.path.isdir(inner) else directory
 
 
 def _read(directory: str, reads: Sequence[str]) -> tuple[dict[str, bytes], list[str], list[MigrationNote]]:
-    """(content of the files that matter, names of the others, what could not be read)."""
+    """Contents of the known files, names of the others, and notes about unreadable ones."""
     old: dict[str, bytes] = {}
-    troubles: list[MigrationNote] = []
+    unreadable: list[MigrationNote] = []
     others: list[str] = []
     try:
         names = sorted(os.listdir(directory))
@@ -83,13 +85,13 @@ def _read(directory: str, reads: Sequence[str]) -> tuple[dict[str, bytes], list[
         try:
             old[name] = _content(os.path.join(directory, name))
         except OSError as error:
-            why = f"cannot be read: {error.strerror}; left out"
-            troubles.append(MigrationNote(ChangeKind.CHECK, name, 0, name, why))
-    return old, others, troubles
+            why = f"cannot be read: {error.strerror}; skipped"
+            unreadable.append(MigrationNote(ChangeKind.CHECK, name, 0, name, why))
+    return old, others, unreadable
 
 
 def _content(path: str) -> bytes:
-    """All of a regular file. A pipe or device would make us wait, so they are refused without waiting."""
+    """Content of a regular file. Raises OSError for pipes and devices, without waiting for them."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(fd, "rb") as file:
         about = os.fstat(fd)
@@ -102,13 +104,13 @@ def _content(path: str) -> bytes:
 
 
 def _write(files: Iterable[NewFile], output: str, directory: str, force: bool) -> None:
-    """Write all files, or none where one exists; never into the directory that was read."""
+    """Write all files, or none if one exists. Raises UsageError if the output is the old directory."""
     targets = [(os.path.join(output, file.path), file.content) for file in files]
     for path, _ in targets:
         if os.path.realpath(os.path.dirname(path)) == os.path.realpath(directory):
-            raise click.UsageError(f"{path} would lie among the old controls; choose another --output")
+            raise click.UsageError(f"{path} would be in the old control directory; choose another --output")
         if not force and os.path.lexists(path):
-            raise click.UsageError(f"{path} exists; nothing is written. Use --force, or another --output")
+            raise click.UsageError(f"{path} exists; nothing was written. Use --force, or another --output")
     try:
         for path, content in targets:
             os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -135,10 +137,10 @@ def _as_json(origin: str, directory: str, output: str, found: Migration) -> dict
 
 
 def _print(found: Migration, output: str, dry_run: bool) -> None:
-    """The report as a table, what needs a person first, then the files and a summary."""
+    """Print the report as a table with decisions for a person first, then the files and a summary."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
     table = Table(box=None, pad_edge=False)
-    for head in ("", "where", "what", "meaning"):
+    for head in ("result", "file", "setting", "meaning"):
         table.add_column(head, overflow="fold")
     for difference in sorted(found.differences, key=lambda d: _ORDER.index(d.kind)):
         where = f"{difference.path}:{difference.line}" if difference.line else difference.path

@@ -1,7 +1,7 @@
-"""Signs of life while long work goes on: a bar on a terminal, a line now and then everywhere else.
+"""Progress of long operations: a bar on a terminal, otherwise a line every ten seconds.
 
-All of it goes to standard error, so standard output and ``--json`` stay as they are. Work that is done before the
-first line is due says nothing where there is no terminal. rich is loaded only to draw.
+Written to standard error, so that standard output and ``--json`` are not affected. Without a terminal, an operation
+that ends before the first line is due prints nothing. rich is loaded only to draw.
 """
 
 import os
@@ -17,7 +17,7 @@ EVERY = 10.0  # seconds between two lines where there is no terminal
 
 
 class Progress:
-    """How far the work is. ``drawn``: on a terminal, where other lines go through :meth:`say`."""
+    """State of the operation. ``drawn``: as a bar on a terminal, where other lines must use :meth:`say`."""
 
     drawn = False
 
@@ -28,11 +28,11 @@ class Progress:
         self.count = 0
 
     def step(self) -> None:
-        """One more is done."""
+        """Count one more step."""
         self.count += 1
 
     def say(self, text: str) -> None:
-        """A line for standard error."""
+        """Print a line to standard error."""
         click.echo(text, err=True)
 
     def line(self) -> str:
@@ -42,18 +42,18 @@ class Progress:
 
 @contextmanager
 def progress(what: str, total: int | None = None, *, every: float = EVERY) -> Iterator[Progress]:
-    """For the time of the block. ``total``: how many steps there will be; None where nobody knows."""
+    """Show progress during the block. ``total``: number of steps; None if unknown."""
     if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
         with _drawn(what, total) as bar:
             yield bar
         return
     plain, ended = Progress(what, total), threading.Event()
 
-    def tell() -> None:
+    def report() -> None:
         while not ended.wait(every):
             plain.say(plain.line())
 
-    thread = threading.Thread(target=tell, daemon=True)
+    thread = threading.Thread(target=report, daemon=True)
     thread.start()
     try:
         yield plain

@@ -1,7 +1,7 @@
-"""``contentfilter quarantine``: look at what is kept, hand it out, remove it.
+"""``contentfilter quarantine``: list, release and delete quarantined mail.
 
-Run as root it becomes the owner of the quarantine first, so that the daemon can use whatever it writes.
-Tables and a progress bar on a terminal; plain lines with tabs, or ``--json``, for everything else.
+Run as root, it switches to the owner of the quarantine first, so that the daemon can use the files that it writes.
+Tables and a progress bar on a terminal; otherwise plain lines with tabs, or ``--json``.
 Exit statuses: 0 done; 1 nothing found, or something failed; 2 wrong usage; 78 bad configuration.
 """
 
@@ -40,7 +40,7 @@ _DEFAULT_QUEUE = "/var/qmail/bin/qmail-queue.real"
 
 
 class _Group(click.Group):
-    """Faults of the quarantine and the disk become one line and exit status 1."""
+    """Group that reports QuarantineError and OSError as one line, with exit status 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -53,21 +53,21 @@ class _Group(click.Group):
 
 
 _FILTERS = (
-    click.option("--sender", metavar="PATTERN", help="Part of the sender; * and ? for whole patterns."),
+    click.option("--sender", metavar="PATTERN", help="Part of the sender, or a pattern with * and ?."),
     click.option("--recipient", metavar="PATTERN", help="Part of a recipient's address."),
-    click.option("--signature", metavar="NAME", help="The name that hit, whole or with * and ?."),
+    click.option("--signature", metavar="NAME", help="Detected name, complete or with * and ?."),
     click.option("--message-id", metavar="PATTERN", help="Part of the Message-ID."),
     click.option("--subject", metavar="PATTERN", help="Part of the subject."),
     click.option("--since", metavar="WHEN", callback=moment, help="Kept since: 30m, 2h, 3d or a date."),
     click.option("--until", metavar="WHEN", callback=moment, help="Kept before."),
 )
-_json = click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
-_yes = click.option("--yes", is_flag=True, help="Do not ask.")
-_dry_run = click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_yes = click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
+_dry_run = click.option("--dry-run", is_flag=True, help="Only print what would be done.")
 
 
 def _filters(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of a search; the command gets them as ``search``."""
+    """Decorator that adds the search options and passes them as ``search``."""
 
     @functools.wraps(command)
     def with_search(*args: Any, **options: Any) -> None:
@@ -80,15 +80,15 @@ def _filters(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @dataclass(frozen=True, slots=True)
-class Desk:
-    """What every command needs."""
+class Context:
+    """Shared by all commands of this group."""
 
     settings: Settings
     quarantine: Quarantine
-    by: str  # who is asking
+    by: str  # the user who runs the command
 
 
-def _desk(config_path: str) -> Desk:
+def _context(config_path: str) -> Context:
     settings = load_settings(config_path)
     asking = os.environ.get("SUDO_USER", "") if os.getuid() == 0 else ""
     try:
@@ -96,21 +96,23 @@ def _desk(config_path: str) -> Desk:
     except KeyError:
         by = str(os.getuid())
     become_owner(Path(settings.service.state))
-    return Desk(settings, Quarantine.of(settings), by)
+    return Context(settings, Quarantine.of(settings), by)
 
 
 @click.group(cls=_Group)
 def quarantine() -> None:
-    """List, show, search, release, delete and expire what is kept."""
+    """List, show, search, release, delete and expire quarantined mail."""
 
 
 @quarantine.command("list")
-@click.option("--limit", type=click.IntRange(1), default=50, show_default=True, help="At most so many, newest first.")
+@click.option(
+    "--limit", type=click.IntRange(1), default=50, show_default=True, help="Maximum number of entries, newest first."
+)
 @_json
 @click.pass_obj
 def list_(config_path: str, limit: int, as_json: bool) -> None:
-    """The newest entries."""
-    entries = _desk(config_path).quarantine.entries()
+    """List the newest entries."""
+    entries = _context(config_path).quarantine.entries()
     print_entries([entry for entry, _ in zip(entries, range(limit), strict=False)], as_json)
 
 
@@ -120,10 +122,10 @@ def list_(config_path: str, limit: int, as_json: bool) -> None:
 @_json
 @click.pass_obj
 def search(config_path: str, incident: str, search: Search, as_json: bool) -> None:
-    """All entries that match; INCIDENT is a prefix. Exit status 1 when there is none."""
-    desk = _desk(config_path)
+    """List all matching entries; INCIDENT is a prefix. Exit status 1 if there is none."""
+    context = _context(config_path)
     with progress("searching the quarantine"):
-        found = list(desk.quarantine.entries(_with(search, incident=incident)))
+        found = list(context.quarantine.entries(_with(search, incident=incident)))
     print_entries(found, as_json)
     if not found:
         sys.exit(1)
@@ -131,13 +133,13 @@ def search(config_path: str, incident: str, search: Search, as_json: bool) -> No
 
 @quarantine.command()
 @click.argument("incident")
-@click.option("--message", "part", flag_value="message", help="The message as it came, and nothing else.")
-@click.option("--headers", "part", flag_value="headers", help="Its header, and nothing else.")
+@click.option("--message", "part", flag_value="message", help="Print only the original message.")
+@click.option("--headers", "part", flag_value="headers", help="Print only its header.")
 @_json
 @click.pass_obj
 def show(config_path: str, incident: str, part: str | None, as_json: bool) -> None:
-    """One entry. A unique prefix of the incident is enough."""
-    quarantine = _desk(config_path).quarantine
+    """Show one entry. A unique prefix of the incident ID is enough."""
+    quarantine = _context(config_path).quarantine
     entry = quarantine.find(incident)
     if part is not None:
         with quarantine.message(entry.incident) as file:
@@ -152,8 +154,8 @@ def show(config_path: str, incident: str, part: str | None, as_json: bool) -> No
 @quarantine.command()
 @click.argument("incidents", nargs=-1)
 @_filters
-@click.option("--to", metavar="ADDRESS", multiple=True, help="To these instead of those from whom it was withheld.")
-@click.option("--again", is_flag=True, help="Also what was released before.")
+@click.option("--to", metavar="ADDRESS", multiple=True, help="Recipient, in place of those from whom it was withheld.")
+@click.option("--again", is_flag=True, help="Also release entries that were released before.")
 @click.option("--queue", metavar="PATH", help="The real qmail-queue.  [default: `queue` in queue.conf]")
 @_dry_run
 @_yes
@@ -170,16 +172,16 @@ def release(
     yes: bool,
     as_json: bool,
 ) -> None:
-    """Hand messages to the real qmail-queue, with their own envelope, past the filter."""
-    desk = _desk(config_path)
-    chosen = _choose(desk.quarantine, incidents, _with(search, unreleased=not again))
+    """Deliver messages through the real qmail-queue, with their original envelope, bypassing the filter."""
+    context = _context(config_path)
+    chosen = _choose(context.quarantine, incidents, _with(search, unreleased=not again))
     if dry_run:
         print_entries(chosen, as_json)
         return
     if len(chosen) > 1 and not yes:
         click.confirm(f"Release {len(chosen)} messages?", abort=True, err=True)
     program = Path(queue) if queue else real_queue(_queue_conf())
-    releaser = Releaser(desk.quarantine, program, load_secret(Path(desk.settings.service.state)), desk.by)
+    releaser = Releaser(context.quarantine, program, load_secret(Path(context.settings.service.state)), context.by)
     addresses = tuple(address.encode("utf-8", "surrogateescape") for address in to)
 
     def one(entry: Sidecar) -> str:
@@ -199,14 +201,14 @@ def release(
 def delete(
     config_path: str, incidents: tuple[str, ...], search: Search, dry_run: bool, yes: bool, as_json: bool
 ) -> None:
-    """Remove entries for good."""
-    quarantine = _desk(config_path).quarantine
+    """Delete entries permanently."""
+    quarantine = _context(config_path).quarantine
     chosen = _choose(quarantine, incidents, search)
     if dry_run:
         print_entries(chosen, as_json)
         return
     if len(chosen) > 1 and not yes:
-        click.confirm(f"Delete {len(chosen)} messages for good?", abort=True, err=True)
+        click.confirm(f"Delete {len(chosen)} messages permanently?", abort=True, err=True)
 
     def one(entry: Sidecar) -> str:
         quarantine.delete(entry.incident)
@@ -220,21 +222,21 @@ def delete(
 @_json
 @click.pass_obj
 def expire(config_path: str, dry_run: bool, as_json: bool) -> None:
-    """Apply retention and quota now."""
-    desk = _desk(config_path)
+    """Apply retention time and quota now."""
+    context = _context(config_path)
     with progress("expiring"):
-        result = desk.quarantine.expire(dry_run=dry_run)
+        result = context.quarantine.expire(dry_run=dry_run)
     if as_json:
         click.echo(json.dumps({"entries": result.entries, "stray": result.stray, "used": result.used}))
         return
     for incident in result.entries:
         click.echo(incident)
     verb = "would be removed" if dry_run else "removed"
-    click.echo(f"{len(result.entries)} entries and {result.stray} stray files {verb}, {result.used} bytes in use")
+    click.echo(f"{len(result.entries)} entries and {result.stray} orphaned files {verb}, {result.used} bytes in use")
 
 
 def real_queue(conf: Path) -> Path:
-    """What ``queue`` in queue.conf names, or the hook's own default. Raises OSError, but not for a missing file."""
+    """``queue`` in queue.conf, or the default of the hook. Raises OSError, except for a missing file."""
     try:
         text = conf.read_text("utf-8", "surrogateescape")
     except FileNotFoundError:
@@ -252,21 +254,21 @@ def _with(search: Search, **changes: Any) -> Search:
 
 
 def _choose(quarantine: Quarantine, incidents: tuple[str, ...], search: Search) -> list[Sidecar]:
-    """The entries that a command shall work on, oldest first; by incident or by search, never all by accident."""
+    """Entries to work on, oldest first. Raises UsageError unless either incident IDs or conditions are given."""
     asked = _with(search, unreleased=False) != Search()
     if asked == bool(incidents):
-        raise click.UsageError("name incidents, or say by --signature, --sender, --since … which entries are meant")
+        raise click.UsageError("use either incident IDs or conditions such as --signature, --sender, --since")
     if incidents:
         return [quarantine.find(incident) for incident in dict.fromkeys(incidents)]
     with progress("searching the quarantine"):
         found = [entry for entry in quarantine.entries(search) if not entry.damaged][::-1]
     if not found:
-        raise QuarantineError("nothing in the quarantine matches")
+        raise QuarantineError("no entry in the quarantine matches")
     return found
 
 
 def _each(chosen: list[Sidecar], act: Callable[[Sidecar], str], verb: str, as_json: bool) -> None:
-    """Do it for all of them; say what became of each; exit with 1 when one failed."""
+    """Process all entries and print each result. Exits with status 1 if one failed."""
     results = []
     failed = 0
     with progress(verb, len(chosen)) if len(chosen) > 1 else nullcontext(Progress(verb)) as bar:

@@ -1,6 +1,6 @@
-"""What ``contentfilter quarantine`` prints: rows and stories for people, JSON for programs.
+"""Output of ``contentfilter quarantine``: rows and details for people, JSON for programs.
 
-Everything that a sender wrote is printable ASCII here, except the raw message where it is asked for.
+Text from senders is printed as ASCII, except the raw message where it is requested.
 """
 
 import json
@@ -14,7 +14,7 @@ from contentfilter.model import readable
 from contentfilter.store.sidecar import Sidecar, plain
 
 SHOWN = 20
-"""Recipients named in ``show``; all of them are in ``--json``."""
+"""Maximum number of recipients in ``show``; ``--json`` has all of them."""
 
 
 def print_entries(entries: list[Sidecar], as_json: bool) -> None:
@@ -57,7 +57,7 @@ def story(entry: Sidecar) -> list[tuple[str, str]]:
 
 
 def releases(entry: Sidecar) -> list[str]:
-    """When it was let go, by whom, and to whom: a line for each time."""
+    """One line for each release: time, user and recipients."""
     found = []
     for done in entry.released:
         more = f" and {len(done.to) - SHOWN} more" if len(done.to) > SHOWN else ""
@@ -71,7 +71,7 @@ def _named(addresses: tuple[bytes, ...]) -> str:
 
 
 def print_message(data: bytes) -> None:
-    """Exact bytes into a file or pipe; on a terminal nothing that could drive it."""
+    """Exact bytes into a file or pipe; on a terminal without control characters."""
     if sys.stdout.isatty():
         data = re.sub(rb"[^\n\t -~]", b"?", data)
     click.echo(data, nl=False)

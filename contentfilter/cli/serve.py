@@ -1,7 +1,7 @@
-"""``contentfilter serve``: run the daemon in the foreground, as systemd and daemontools want it.
+"""``contentfilter serve``: run the daemon in the foreground, for systemd or daemontools.
 
-Exits with 78 and every problem on stderr when the configuration is bad, with 77 when started as root without being
-told to, with 1 when the socket cannot be had.
+Exit statuses: 78 the configuration is invalid (all problems are on standard error); 77 started as root without
+--allow-root; 1 the socket cannot be created.
 """
 
 import asyncio
@@ -18,23 +18,23 @@ from contentfilter.supervisor.source import ConfigLoader
 from contentfilter.supervisor.supervisor import Supervisor
 
 EX_NOPERM, EX_CONFIG = 77, 78
-WORKER = (sys.executable, "-P", "-m", "contentfilter.worker")  # -P: nothing is imported from the current directory
+WORKER = (sys.executable, "-P", "-m", "contentfilter.worker")  # -P: no imports from the current directory
 AS_ROOT = (
-    "contentfilter: serve does not run as root, because it reads what strangers send. Start it as the user"
-    " contentfilter (contentfilter install makes the user and a unit or run script that switches to it)"
-    ", or say --allow-root."
+    "contentfilter: serve does not run as root, because it reads mail from strangers. Start it as the user"
+    " contentfilter (contentfilter install creates the user and a unit or run script that switches to it)"
+    ", or use --allow-root."
 )
 
 
 @click.command()
-@click.option("--workers", type=click.IntRange(1, 1024), help="Instead of service.workers.")
-@click.option("--socket", "path", metavar="PATH", help="Instead of listen.socket.")
-@click.option("--allow-root", is_flag=True, help="Run even as root.")
+@click.option("--workers", type=click.IntRange(1, 1024), help="Number of workers, in place of service.workers.")
+@click.option("--socket", "path", metavar="PATH", help="Socket of the hook, in place of listen.socket.")
+@click.option("--allow-root", is_flag=True, help="Allow the daemon to run as root.")
 @click.pass_obj
 def serve(config_path: str, workers: int | None, path: str | None, allow_root: bool) -> None:
     """Run the daemon: supervisor and workers.
 
-    SIGTERM finishes the messages under way and ends, SIGHUP reads the configuration again.
+    On SIGTERM it finishes the messages in progress and ends; on SIGHUP it reloads the configuration.
     """
     if os.geteuid() == 0 and not allow_root:
         click.echo(AS_ROOT, err=True)
@@ -44,7 +44,7 @@ def serve(config_path: str, workers: int | None, path: str | None, allow_root: b
 
 
 def run(source: ConfigLoader) -> int:
-    """The exit status of the daemon."""
+    """Run the daemon. Returns its exit status."""
     try:
         return asyncio.run(Supervisor(source, WORKER, os.environ, maintenance_jobs()).run())
     except ConfigError as error:

@@ -1,6 +1,7 @@
-"""``contentfilter showctl``: H-Sphere's parameters in the form of qmail-showctl, and what the tables hold.
+"""``contentfilter showctl``: H-Sphere's parameters in the format of qmail-showctl, and the size of the tables.
 
-One line each: ``name: (Default.) value`` where nothing is set, else ``name: value``. What is not printable is ``?``.
+One line each: ``name: (Default.) value`` for an unset parameter, otherwise ``name: value``. ``?`` replaces unprintable
+characters.
 """
 
 import asyncio
@@ -27,7 +28,7 @@ from contentfilter.tables.rows import TABLES, Rows
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """One line. ``place`` is empty for a default; ``value`` a parameter's value or a number of rows."""
+    """One line. ``place`` is empty for a default; ``value`` is that of a parameter, or a number of rows."""
 
     name: str
     value: bool | int | str
@@ -36,11 +37,11 @@ class Shown:
 
 
 @click.command()
-@click.option("-v", "--verbose", is_flag=True, help="Also say where each value is set, and what it does.")
+@click.option("-v", "--verbose", is_flag=True, help="Also print where each value is set, and what it does.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_obj
 def showctl(config_path: str, verbose: bool, as_json: bool) -> None:
-    """Print H-Sphere's parameters in qmail-showctl's form."""
+    """Print H-Sphere's parameters in the format of qmail-showctl."""
     directory = load_settings(config_path).service.control
     controls, problems = asyncio.run(read_controls(directory))
     rows, more = asyncio.run(load_tables(directory))
@@ -69,7 +70,7 @@ def _parameters(controls: Controls) -> Iterator[Shown]:
 def _tables(rows: Rows) -> Iterator[Shown]:
     for name, table, source in zip(TABLES, (rows.clamav, rows.spamd), rows.sources, strict=False):
         there = source.size >= 0
-        text = _many(len(table), "row") if there else "no file; nobody"
+        text = _many(len(table), "row") if there else "no file; no recipients"
         yield Shown(name, len(table), source.path if there else "", text)
 
 
@@ -91,5 +92,5 @@ def _many(count: int, what: str) -> str:
 def _count(problems: tuple[Problem, ...]) -> None:
     if problems:
         click.echo(
-            f"contentfilter: {_many(len(problems), 'problem')} in these files; see contentfilter check", err=True
+            f"contentfilter: {_many(len(problems), 'problem')} in these files; run: contentfilter check", err=True
         )

@@ -1,7 +1,7 @@
-"""``contentfilter spamd-options``: what spamd must be started with, by the control files.
+"""``contentfilter spamd-options``: options that spamd must be started with, from the control files.
 
-``spamdchildren`` and ``sanetcheck`` are matters of spamd's start; the daemon only keeps to the first. spamd takes the
-last of options that are repeated, and ``--nolocal`` takes ``--local`` back (spamd(8p)).
+``spamdchildren`` and ``sanetcheck`` are options of spamd; the daemon only observes the first. spamd uses the last of
+repeated options, and ``--nolocal`` overrides ``--local`` (spamd(8p)).
 """
 
 import asyncio
@@ -12,8 +12,8 @@ from contentfilter.config.controls import read_controls
 from contentfilter.config.load import load_settings
 
 UNIT = """\
-# Made by `contentfilter spamd-options --systemd` from spamdchildren and sanetcheck, for Debian's spamd.service.
-# Behind $OPTIONS of /etc/default/spamd, so that it wins. Make it again when one of the two changes:
+# Written by `contentfilter spamd-options --systemd` from spamdchildren and sanetcheck, for Debian's spamd.service.
+# After $OPTIONS of /etc/default/spamd, to override it. Create it again when one of the two changes:
 #
 #   mkdir -p /etc/systemd/system/spamd.service.d
 #   contentfilter spamd-options --systemd >/etc/systemd/system/spamd.service.d/contentfilter.conf
@@ -28,7 +28,7 @@ ExecStart=/usr/sbin/spamd --pidfile=/run/spamd.pid $OPTIONS {options}
 @click.option("--systemd", is_flag=True, help="Print a drop-in for spamd.service.")
 @click.pass_obj
 def spamd_options(config_path: str, systemd: bool) -> None:
-    """Print the options that spamdchildren and sanetcheck mean for spamd."""
+    """Print the spamd options that correspond to spamdchildren and sanetcheck."""
     controls, problems = asyncio.run(read_controls(load_settings(config_path).service.control))
     for problem in problems:
         click.echo(f"contentfilter: {problem}", err=True)

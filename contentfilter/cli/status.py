@@ -1,7 +1,7 @@
-"""``contentfilter status``: one screen that says whether mail flows, what is wrong, and what to do.
+"""``contentfilter status``: one screen that shows whether mail is flowing, current problems, and their remedies.
 
-Exit statuses: 0 all is well; 1 something is wrong, or no daemon answers; 2 wrong usage. Nothing is changed, so
-whoever may open the control socket may ask.
+Exit statuses: 0 no problem; 1 a problem, or no daemon answers; 2 wrong usage. Read-only, and therefore available to
+every user who may open the control socket.
 """
 
 import json
@@ -15,28 +15,28 @@ import msgspec
 
 from contentfilter.bus import messages
 from contentfilter.bus.messages import Window
-from contentfilter.cli.common import printable
+from contentfilter.cli.common import latency, printable
 from contentfilter.cli.control import ask
 from contentfilter.monitor.diagnosis import WORDS, Diagnosis, clock, diagnose, length
 from contentfilter.tables.keeper import TableState
 
 WAIT = 5.0  # seconds
 WORKERS_SHOWN = 16
-"""So many workers get a line each; of more, those that do something."""
+"""Maximum number of workers shown with a line each; above it, only those that are not idle."""
 
 StyledLine = tuple[str, str]
-"""A style (good, bad, warning, plain, faint), and the text."""
+"""Style (good, bad, warning, plain, faint) and text."""
 
 _COLOURS = {"good": {"fg": "green", "bold": True}, "bad": {"fg": "red", "bold": True}, "warning": {"fg": "yellow"}}
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
 @click.pass_obj
 def status(config_path: str, as_json: bool) -> None:
-    """Say whether mail flows, what is wrong, and what to do about it.
+    """Show whether mail is flowing, current problems, and their remedies.
 
-    Status 0: all is well; 1: something is wrong, or no daemon answers.
+    Status 0: no problem; 1: a problem, or no daemon answers.
     """
     reply = fetch(config_path)
     now = time.time()
@@ -50,14 +50,14 @@ def status(config_path: str, as_json: bool) -> None:
 
 
 def fetch(config_path: str) -> messages.Status:
-    """The daemon's answer. Ends the program with status 1 when there is none."""
+    """Status of the daemon. Exits with status 1 if it does not answer."""
     reply = ask(config_path, messages.AskStatus(), WAIT)
     assert isinstance(reply, messages.Status)  # noqa: S101 - the daemon answers this question with nothing else
     return reply
 
 
 def styled(style: str, text: str) -> str:
-    """For a terminal; elsewhere click takes the colours away."""
+    """Text with colours; click removes them where the output is not a terminal."""
     text = printable(text)
     if os.environ.get("NO_COLOR"):
         return text
@@ -68,19 +68,19 @@ def styled(style: str, text: str) -> str:
 
 
 def lines(reply: messages.Status, seen: Diagnosis, now: float) -> Iterator[StyledLine]:
-    """The screen, most important first."""
+    """Lines of the screen, most important first."""
     yield ("good" if seen.ok else "bad" if not seen.flowing or _unchecked(seen) else "warning"), seen.verdict
-    for trouble in seen.troubles:
-        if not seen.verdict.endswith(trouble.what):  # said already
-            yield "warning", f"! {trouble.what}"
-        yield "plain", f"  -> {trouble.remedy}; runbook: {trouble.runbook}"
+    for issue in seen.troubles:
+        if not seen.verdict.endswith(issue.what):  # already in the verdict
+            yield "warning", f"! {issue.what}"
+        yield "plain", f"  -> {issue.remedy}; runbook: {issue.runbook}"
     if reply.window is not None:
         yield from _window(reply.window)
     if seen.oldest is not None:
         oldest = seen.oldest
         yield "plain", f"oldest message: {oldest.incident}, {oldest.stage} for {oldest.seconds:.1f} s"
     if reply.waiting:
-        yield "plain", f"{reply.waiting} hooks wait for a worker"
+        yield "plain", f"{reply.waiting} hooks are waiting for a worker"
     for backend in reply.backends:
         yield _backend(backend, now)
     if reply.canary:
@@ -90,20 +90,20 @@ def lines(reply: messages.Status, seen: Diagnosis, now: float) -> Iterator[Style
     if reply.tables is not None:
         yield "plain", _tables(reply.tables)
     if reply.not_recorded:
-        lost = f"{reply.not_recorded} messages are not in the journal; the log says why (journal.failed)"
+        lost = f"{reply.not_recorded} messages are missing from the journal; see journal.failed in the log"
         yield "warning", lost
     yield "faint", _daemon(reply)
 
 
 def _unchecked(seen: Diagnosis) -> bool:
-    return any(trouble.effect == "unchecked" for trouble in seen.troubles)
+    return any(issue.effect == "unchecked" for issue in seen.troubles)
 
 
 def _window(window: Window) -> Iterator[StyledLine]:
     done = ", ".join(f"{count} {decision}" for decision, count in window.decisions.items() if count)
     text = f"last 15 minutes: {window.messages} messages" + (f" ({done})" if done else "")
     if window.p50 is not None and window.p95 is not None:
-        text += f", half within {window.p50:.3g} ms, 95 % within {window.p95:.3g} ms"
+        text += f", {latency(window.p50, window.p95)}"
     yield "plain", text
     for what, counts in (("deferred", window.deferred), ("passed unchecked", window.unchecked)):
         if counts:
@@ -112,17 +112,17 @@ def _window(window: Window) -> Iterator[StyledLine]:
 
 def _backend(backend: messages.BackendStatus, now: float) -> StyledLine:
     name = f"{backend.scanner} {backend.backend}"
-    use = f", {backend.outstanding} of {backend.limit} questions" if backend.outstanding else ""
-    use += f", {backend.waiting} wait" if backend.waiting else ""
+    use = f", {backend.outstanding} of {backend.limit} requests" if backend.outstanding else ""
+    use += f", {backend.waiting} waiting" if backend.waiting else ""
     if not backend.wanted:
-        use += ", no recipient wants it"
+        use += ", not used by any recipient"
     if backend.state == "failing":
         why = WORDS.get(backend.cause, backend.cause) + (f" ({backend.detail})" if backend.detail else "")
         style = "warning" if backend.wanted else "faint"
         return style, f"{name}: {why} since {clock(backend.since, now)}, {length(now - backend.since)}{use}"
     if backend.state == "unknown":
-        return "plain", f"{name}: has not answered yet{use}"
-    return "plain" if backend.wanted else "faint", f"{name}: well, answered {length(now - backend.heard)} ago{use}"
+        return "plain", f"{name}: no answer yet{use}"
+    return "plain" if backend.wanted else "faint", f"{name}: healthy, answered {length(now - backend.heard)} ago{use}"
 
 
 def _workers(workers: tuple[messages.WorkerStatus, ...]) -> Iterator[StyledLine]:
@@ -141,13 +141,13 @@ def _worker(worker: messages.WorkerStatus) -> str:
     if worker.state == "starting":
         return f"{text} for {worker.age:.0f} s"
     text += f", {worker.open} in flight" if worker.open else ", idle"
-    text += f", {worker.waiting} of them wait for a place" if worker.waiting else ""
+    text += f", {worker.waiting} of them waiting for a slot" if worker.waiting else ""
     if worker.in_flight:
-        oldest = max(worker.in_flight, key=lambda busy: busy.seconds)
+        oldest = max(worker.in_flight, key=lambda message: message.seconds)
         text += f": {oldest.incident} {oldest.stage} for {oldest.seconds + worker.silent:.1f} s"
     text += f", {worker.counters.get('answered', 0)} answered"
     if worker.silent > 5:
-        text += f", not heard for {worker.silent:.0f} s"
+        text += f", no heartbeat for {worker.silent:.0f} s"
     return text
 
 
@@ -155,8 +155,8 @@ def _tables(state: TableState) -> str:
     if not state.loaded:
         return f"no recipient tables, mail that needs them is deferred: {state.trouble}"
     rows = f"tables: {state.clamav_rows} rows in clamavclients, {state.spamd_rows} in spamdclients, from {state.source}"
-    stale = f"NOT CURRENT since {state.age:.0f} s: {state.trouble}"
-    return f"{rows}, {stale if state.trouble else f'seen current {state.age:.0f} s ago'}"
+    stale = f"OUT OF DATE for {state.age:.0f} s: {state.trouble}"
+    return f"{rows}, {stale if state.trouble else f'verified {state.age:.0f} s ago'}"
 
 
 def _daemon(reply: messages.Status) -> str:

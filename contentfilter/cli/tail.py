@@ -1,8 +1,8 @@
-"""``contentfilter tail``: what happens to mail, as it happens, from the daemon's event feed.
+"""``contentfilter tail``: follow decisions about mail, from the event feed of the daemon.
 
-One line for each event, bounded, without anything that could drive a terminal. It follows the daemon across restarts
-and says so on standard error. Exit statuses: 0 it was ended (Ctrl-C, a closed pipe) or --count is reached; 1 no daemon
-answers at the start; 2 wrong usage.
+One line per event, bounded, without control characters. It follows the daemon across restarts, with a note on standard
+error. Exit statuses: 0 ended (Ctrl-C, a closed pipe) or --count reached; 1 no daemon answers at the start; 2 wrong
+usage.
 """
 
 import json
@@ -19,7 +19,15 @@ import msgspec
 
 from contentfilter.bus.feed import Feed, Link, Remote
 from contentfilter.bus.messages import Event
-from contentfilter.cli.common import address_pattern, glob, printable
+from contentfilter.cli.common import (
+    address_pattern,
+    duration,
+    glob,
+    printable,
+    recipient_option,
+    remote_option,
+    sender_option,
+)
 from contentfilter.cli.control import find_feed
 from contentfilter.config.keys import read_secret, sound
 from contentfilter.deadline import Deadline
@@ -30,7 +38,7 @@ LINE_MAX = 400  # characters of a line for people
 PART_MAX = 70  # of an address or a rule in it
 VALUE_MAX = 1_100  # of an address or another value in a line of JSON
 ITEMS_MAX = 100  # of a list in it
-PATIENCE = 3600.0  # seconds; only then it is looked around without a reason
+PATIENCE = 3600.0  # seconds after which it checks the reader without an event
 
 Match = Callable[[Event], bool]
 
@@ -41,29 +49,35 @@ Match = Callable[[Event], bool]
     "decisions",
     multiple=True,
     type=click.Choice([action.value for action in Action]),
-    help="What was done.",
+    help="Decision about the message.",
 )
 @click.option(
     "--origin",
     "origins",
     multiple=True,
     type=click.Choice([kind.value for kind in OriginKind]),
-    help="Who handed it in.",
+    help="Origin of the message.",
 )
+@sender_option
+@recipient_option
+@click.option("--rule", metavar="RULE", help="Rule that decided, or a part of it; * and ? are wildcards.")
+@remote_option
+@click.option("--id", "incident", metavar="INCIDENT", help="Incident ID, or the beginning of one.")
 @click.option(
-    "--sender", metavar="ADDRESS", help='The envelope sender; @domain, a part, or with * and ?; "<>": bounces.'
+    "--event",
+    "events",
+    multiple=True,
+    metavar="NAME",
+    help="Name such as mail.done or mail.report; * and ? are wildcards.",
 )
-@click.option("--recipient", metavar="ADDRESS", help="One of the recipients, in the same ways.")
-@click.option("--rule", metavar="RULE", help="The rule that decided, or a part of it; * and ? are wild.")
-@click.option("--remote", metavar="IP", help="The client's address; * and ? are wild.")
-@click.option("--id", "incident", metavar="INCIDENT", help="The incident, or the beginning of one.")
-@click.option("--event", "events", multiple=True, metavar="NAME", help="mail.done, mail.report …; * and ? are wild.")
-@click.option("--count", type=click.IntRange(min=1), help="End after so many.")
-@click.option("--connect", metavar="tcp://HOST:PORT", help="Another machine's daemon; with --server-key and --key.")
-@click.option("--server-key", metavar="KEY", help="Its public key.")
-@click.option("--key", metavar="FILE", type=click.Path(), help="Our secret key, made by contentfilter events-key.")
-@click.option("-v", "--verbose", is_flag=True, help="With the story: each step, and why.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object in a line.")
+@click.option("--count", type=click.IntRange(min=1), help="End after this number of events.")
+@click.option(
+    "--connect", metavar="tcp://HOST:PORT", help="Daemon on another machine; requires --server-key and --key."
+)
+@click.option("--server-key", metavar="KEY", help="Public key of that daemon.")
+@click.option("--key", metavar="FILE", type=click.Path(), help="Own secret key, created by contentfilter events-key.")
+@click.option("-v", "--verbose", is_flag=True, help="Also print the trace: each step and its reason.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
 @click.pass_obj
 def tail(
     config_path: str,
@@ -77,10 +91,10 @@ def tail(
     key: str | None,
     **wanted: Any,
 ) -> None:
-    """Print what happens to mail, as it happens.
+    """Follow decisions about mail as they are made.
 
-    Conditions must all hold; one that is repeated holds in any of its forms. Ctrl-C ends it. What happened before:
-    contentfilter why.
+    An event must match all conditions; of a repeated condition, one is enough. Ctrl-C ends it. For earlier messages
+    use contentfilter why.
     """
     remote = _remote(connect, server_key, key)
     run = "" if remote else find_feed(config_path)
@@ -94,47 +108,47 @@ def tail(
     except KeyboardInterrupt:
         pass
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to complain at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no error when Python flushes it at exit
 
 
 def _remote(connect: str | None, server_key: str | None, key: str | None) -> Remote | None:
-    """The daemon on another machine, where one is named. Raises UsageError and ConfigError."""
+    """Daemon on another machine, if one is named. Raises UsageError and ConfigError."""
     if not (connect or server_key or key):
         return None
     if not (connect and server_key and key):
-        raise click.UsageError("--connect, --server-key and --key go together")
+        raise click.UsageError("--connect, --server-key and --key must be used together")
     if not connect.startswith("tcp://") or not sound(server_key.encode()):
         raise click.UsageError("--connect takes tcp://host:port, and --server-key a key of 40 characters")
     return Remote(connect, server_key.encode(), read_secret(key))
 
 
 def _wanted(feed: Feed, match: Match, count: int | None) -> Iterator[Event]:
-    """What matches, until the reader goes away. Raises BrokenPipeError then."""
+    """Matching events. Raises BrokenPipeError when the reader has closed its end."""
     gone = 0.0
     while count is None or count > 0:
-        happened = feed.next(Deadline.after(PATIENCE))
-        if happened is None:
+        item = feed.next(Deadline.after(PATIENCE))
+        if item is None:
             if _closed(sys.stdout.fileno()):
                 raise BrokenPipeError
-        elif happened is Link.DOWN:
+        elif item is Link.DOWN:
             gone = gone or time.time()
-            click.echo("contentfilter: the daemon is gone; waiting for the next one", err=True)
-        elif happened is Link.REFUSED:
+            click.echo("contentfilter: the daemon has stopped; waiting for it to start", err=True)
+        elif item is Link.REFUSED:
             text = "refused: our public key is not in the daemon's list, or --server-key is not the daemon's"
             click.echo(f"contentfilter: {text}", err=True)
             sys.exit(1)
-        elif happened is Link.UP:
+        elif item is Link.UP:
             if gone:
-                since = f"{time.time() - gone:.0f} s; for what was missed: contentfilter why --since {_local(gone)}"
+                since = f"{time.time() - gone:.0f} s; for missed messages: contentfilter why --since {_local(gone)}"
                 click.echo(f"contentfilter: the daemon is back after {since}", err=True)
             gone = 0.0
-        elif isinstance(happened, Event) and match(happened):
+        elif isinstance(item, Event) and match(item):
             count = None if count is None else count - 1
-            yield happened
+            yield item
 
 
 def _closed(fd: int) -> bool:
-    """Whether nobody reads what is written there."""
+    """True if the reading end is closed."""
     look = select.poll()
     look.register(fd, 0)
     return any(events & (select.POLLERR | select.POLLHUP) for _, events in look.poll(0))
@@ -144,7 +158,7 @@ def _local(at: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(at))
 
 
-# Which
+# Conditions
 
 
 def matching(
@@ -158,7 +172,7 @@ def matching(
     incident: str | None = None,
     events: tuple[str, ...] = (),
 ) -> Match:
-    """Whether an event is wanted. An event without a field that is asked for is not."""
+    """Predicate of the conditions. An event without a requested field does not match."""
     tests: list[Match] = []
 
     def text(name: str, pattern: str) -> Match:
@@ -187,33 +201,33 @@ def matching(
 def recipients_of(event: Event) -> Iterable[str]:
     shown = event.fields.get("recipients")
     yield from (str(each) for each in shown) if isinstance(shown, (list, tuple)) else ()
-    yield from account_of(event).more_recipients
+    yield from detail_of(event).more_recipients
 
 
-def account_of(event: Event) -> MailDetail:
+def detail_of(event: Event) -> MailDetail:
     try:
         return msgspec.json.decode(event.account, type=MailDetail) if event.account else MailDetail()
     except msgspec.MsgspecError:
         return MailDetail()
 
 
-# How
+# Output
 
 
 def as_text(event: Event, at: float, verbose: bool) -> Iterator[str]:
     """Lines for people."""
-    yield told(event, at)
+    yield summary(event, at)
     if verbose:
-        account = account_of(event)
-        width = max((len(stage) for stage, _ in account.story), default=0)
-        for stage, text in account.story:
+        detail = detail_of(event)
+        width = max((len(stage) for stage, _ in detail.story), default=0)
+        for stage, text in detail.story:
             yield cut(f"    {stage:<{width}}  {text}", LINE_MAX)
-        if account.text:
-            yield cut(f"    {'SMTP text':<{width}}  {account.text}", LINE_MAX)
+        if detail.text:
+            yield cut(f"    {'SMTP text':<{width}}  {detail.text}", LINE_MAX)
 
 
-def told(event: Event, at: float) -> str:
-    """One line: the time, what was done, who, to whom, why, how long it took, the incident."""
+def summary(event: Event, at: float) -> str:
+    """One line: time, decision, origin, sender, recipient, rule, duration, incident ID."""
     fields = event.fields
     clock = time.strftime("%H:%M:%S", time.localtime(at))
     if event.name != "mail.done" or "decision" not in fields:
@@ -224,23 +238,23 @@ def told(event: Event, at: float) -> str:
     to += f" +{count - 1}" if isinstance(count, int) and count > 1 else ""
     sender, rule = cut(str(fields.get("sender") or "<>"), PART_MAX), cut(str(fields.get("rule") or "-"), PART_MAX)
     ms = fields.get("ms")
-    spent = f"{ms:.0f} ms" if isinstance(ms, (int, float)) else "-"
+    spent = duration(ms) if isinstance(ms, (int, float)) else "-"
     what = f"{fields['decision']!s:<6} {fields.get('origin')!s:<13} {sender} -> {to}"
     return cut(f"{clock} {what}  {rule}  {spent}  [{fields.get('id', '-')}]", LINE_MAX)
 
 
 def cut(text: str, limit: int) -> str:
-    """Printable, and no longer than ``limit``."""
+    """Printable text of at most ``limit`` characters."""
     text = printable(text[: limit + 1])
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def as_json_line(event: Event, at: float, verbose: bool) -> Iterator[str]:
-    """ASCII in one line; long values lose their end."""
+    """One line of ASCII; long values are truncated."""
     line: dict[str, Any] = {"time": round(at, 3), "event": event.name, **_bounded(event.fields)}
     if verbose:
-        account = account_of(event)
-        more = {"story": account.story, "text": account.text, "message_id": account.message_id}
+        detail = detail_of(event)
+        more = {"story": detail.story, "text": detail.text, "message_id": detail.message_id}
         line |= _bounded(more)
     yield json.dumps(line).replace("\x7f", "\\u007f")
 

@@ -1,8 +1,8 @@
-"""``contentfilter top``: the status again and again, with rates and the last decisions.
+"""``contentfilter top``: live view of the status, with rates and the latest decisions.
 
-On a terminal a live screen, q or Ctrl-C ends it; elsewhere plain lines, again after each interval. Rates and times are
-of the messages seen since it was started, a minute at most. Exit statuses: 0 it was ended; 1 no daemon answers at the
-start; 2 wrong usage.
+A live screen on a terminal, which q or Ctrl-C ends; otherwise plain lines after each interval. Rates and times cover
+the messages seen since the start, and at most one minute. Exit statuses: 0 ended by the user; 1 no daemon answers at
+the start; 2 wrong usage.
 """
 
 import json
@@ -24,9 +24,10 @@ import msgspec
 
 from contentfilter.bus import messages, sockets
 from contentfilter.bus.feed import Feed
+from contentfilter.cli.common import latency
 from contentfilter.cli.control import find_feed
 from contentfilter.cli.status import StyledLine, lines, styled
-from contentfilter.cli.tail import told
+from contentfilter.cli.tail import summary
 from contentfilter.deadline import Deadline
 from contentfilter.monitor.diagnosis import diagnose
 
@@ -34,21 +35,23 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 ANSWER = 3.0  # seconds for the daemon to answer
-SPAN = 60.0  # seconds that rates and times are of
-KEPT = 50_000  # messages; of more, the latest count
+SPAN = 60.0  # seconds that rates and times cover
+KEPT = 50_000  # messages; above it, the latest are used
 SHOWN = 10  # decisions
 STYLES = {"good": "bold green", "bad": "bold red", "warning": "yellow", "plain": "", "faint": "dim"}
 
 
 @click.command()
-@click.option("--interval", type=click.FloatRange(0.2, 3600), default=2.0, show_default=True, help="Seconds.")
-@click.option("--once", is_flag=True, help="Watch for one interval, print, end.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object in a line, after each interval.")
+@click.option(
+    "--interval", type=click.FloatRange(0.2, 3600), default=2.0, show_default=True, help="Seconds between two updates."
+)
+@click.option("--once", is_flag=True, help="Print once, after one interval.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line, after each interval.")
 @click.pass_obj
 def top(config_path: str, interval: float, once: bool, as_json: bool) -> None:
-    """Watch the daemon: the status, rates, scanners, workers, the last decisions.
+    """Live view: status, rates, scanners, workers, latest decisions.
 
-    On a terminal q or Ctrl-C ends it. Elsewhere it prints again after each interval.
+    On a terminal, q or Ctrl-C ends it. Otherwise it prints after each interval.
     """
     run = find_feed(config_path)
     try:
@@ -65,8 +68,8 @@ def top(config_path: str, interval: float, once: bool, as_json: bool) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Screenful:
-    """What of a decided message counts here."""
+class Sample:
+    """Decided message, as far as rates and times need it."""
 
     at: float  # monotonic
     decision: str
@@ -76,23 +79,23 @@ class Screenful:
 
 @dataclass(slots=True)
 class Watched:
-    """What was seen so far, and how to see more."""
+    """Decisions seen so far, and the feed that they come from."""
 
     run: str
     feed: Feed
     began: float = field(default_factory=time.monotonic)
-    mails: deque[Screenful] = field(default_factory=lambda: deque(maxlen=KEPT))
+    mails: deque[Sample] = field(default_factory=lambda: deque(maxlen=KEPT))
     last: deque[str] = field(default_factory=lambda: deque(maxlen=SHOWN))
 
     def take(self, deadline: Deadline) -> bool:
-        """Until the deadline. False: somebody pressed a key."""
+        """Read events until the deadline. False: a key was pressed."""
         while not deadline.expired():
-            happened = self.feed.next(deadline)
-            if isinstance(happened, messages.Event):
-                self.last.append(told(happened, time.time()))
-                if (seen := _seen(happened.fields)) is not None:
-                    self.mails.append(seen)
-            elif happened is None and not deadline.expired():
+            event = self.feed.next(deadline)
+            if isinstance(event, messages.Event):
+                self.last.append(summary(event, time.time()))
+                if (sample := _sample(event.fields)) is not None:
+                    self.mails.append(sample)
+            elif event is None and not deadline.expired():
                 return False
         return True
 
@@ -101,7 +104,7 @@ class Watched:
         return reply if isinstance(reply, messages.Status) else None
 
     def rates(self) -> dict[str, Any]:
-        """Messages and scans in a second, and how long they took in milliseconds."""
+        """Messages and scans per second, and their times in milliseconds."""
         now = time.monotonic()
         span = max(0.001, min(SPAN, now - self.began))
         while self.mails and self.mails[0].at < now - SPAN:
@@ -110,13 +113,13 @@ class Watched:
             span = now - self.mails[0].at
         decisions: dict[str, int] = {}
         scans: dict[str, list[float]] = {}
-        for seen in self.mails:
-            decisions[seen.decision] = decisions.get(seen.decision, 0) + 1
-            for scanner, ms in seen.scans:
+        for sample in self.mails:
+            decisions[sample.decision] = decisions.get(sample.decision, 0) + 1
+            for scanner, ms in sample.scans:
                 scans.setdefault(scanner, []).append(ms)
         return {
             "seconds": round(span, 3),
-            "messages": _rate([seen.ms for seen in self.mails], span),
+            "messages": _rate([sample.ms for sample in self.mails], span),
             "decisions": {name: round(count / span, 3) for name, count in sorted(decisions.items())},
             "scanners": {name: _rate(times, span) for name, times in sorted(scans.items())},
         }
@@ -127,15 +130,15 @@ def _rate(times: Sequence[float], span: float) -> dict[str, float | None]:
 
 
 def quantile(values: Iterable[float], share: float) -> float | None:
-    """The smallest value that so many are not above."""
+    """Nearest-rank quantile; None without values."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else None
 
 
-def _seen(fields: dict[str, Any]) -> Screenful | None:
+def _sample(fields: dict[str, Any]) -> Sample | None:
     try:
         scans = tuple((str(scan["scanner"])[:20], float(scan["ms"])) for scan in fields["scans"] if scan["ms"])
-        return Screenful(time.monotonic(), str(fields["decision"])[:20], float(fields["ms"]), scans)
+        return Sample(time.monotonic(), str(fields["decision"])[:20], float(fields["ms"]), scans)
     except (KeyError, TypeError, ValueError):
         return None
 
@@ -143,7 +146,7 @@ def _seen(fields: dict[str, Any]) -> Screenful | None:
 def _screen(watched: Watched, status: messages.Status | None) -> Iterator[StyledLine]:
     now = time.time()
     if status is None:
-        yield "bad", "the daemon does not answer: hooks keep their mail and wait for it"
+        yield "bad", "the daemon does not answer; hooks wait and keep their mail"
         yield "plain", "  -> systemctl status contentfilter; runbook: The daemon does not answer"
     else:
         yield from lines(status, diagnose(status, now), now)
@@ -160,7 +163,7 @@ def _screen(watched: Watched, status: messages.Status | None) -> Iterator[Styled
 def _times(rate: dict[str, float | None]) -> str:
     text = f"{rate['rate']:.1f}/s"
     if rate["p50"] is not None and rate["p95"] is not None:
-        text += f", half within {rate['p50']:.3g} ms, 95 % within {rate['p95']:.3g} ms"
+        text += f", {latency(rate['p50'], rate['p95'])}"
     return text
 
 
@@ -209,12 +212,12 @@ def _renderable(shown: Iterable[StyledLine]) -> "RenderableType":
 
 @contextmanager
 def _keys() -> Iterator[int]:
-    """The terminal's keys one by one, without their echo, Ctrl-C too; as it was, in the end."""
+    """Descriptor that delivers single keys without echo, Ctrl-C included; the terminal is restored at the end."""
     fd = sys.stdin.fileno()
     before = termios.tcgetattr(fd)
     tty.setcbreak(fd)
     mode = termios.tcgetattr(fd)
-    mode[3] &= ~termios.ISIG  # a signal may strike where Python only reports it and goes on
+    mode[3] &= ~termios.ISIG  # a signal could arrive where Python cannot raise it
     termios.tcsetattr(fd, termios.TCSADRAIN, mode)
     try:
         yield fd

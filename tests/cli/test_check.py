@@ -114,7 +114,7 @@ def test_users_that_do_not_exist_are_warnings(check, place):
     text = (place / "contentfilter.toml").read_text().replace('"root"', '"nobody-has-this-name"')
     (place / "contentfilter.toml").write_text(text)
     (line, _) = check()
-    assert "there is no user 'nobody-has-this-name'" in line
+    assert "no such user on this system: 'nobody-has-this-name'" in line
 
 
 @pytest.mark.parametrize("name", ["state", "run"])
@@ -127,7 +127,7 @@ def test_directories_are_looked_at(check, place, name):
 
 def test_a_file_where_the_socket_goes_is_an_error(check, place):
     (place / "run" / "queue.sock").write_bytes(b"")
-    assert "something else than a socket" in check(status=78)[0]
+    assert "exists, but is not a socket" in check(status=78)[0]
 
 
 def test_a_queue_conf_that_cannot_be_read_is_an_error(check, place):
@@ -152,7 +152,7 @@ def test_showctl_prints_the_form_of_qmail_showctl(run, place):
     assert "xoriginatingip: (Default.) 1" in lines
     assert "sysfacility: LOG_LOCAL3" in lines
     assert "clamavclients: 2 rows" in lines
-    assert "spamdclients: (Default.) no file; nobody" in lines
+    assert "spamdclients: (Default.) no file; no recipients" in lines
     assert "badsignatures: 1 rule" in lines
     assert any(line.startswith("badloadertypes: (Default.) ") and line.endswith("built in") for line in lines)
     assert len(lines) == 15 + 2 + 2

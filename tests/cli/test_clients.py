@@ -84,6 +84,7 @@ def test_list_prints_rows_that_import_reads_back(run, control):
     run("import", "--table", "spamd", "-", text=out)
     assert table(control, "spamdclients").decode() == out
     assert run("list", "EXAMPLE").stdout.splitlines() == [
+        "Table\tRow",
         "clamavclients\tb@x.example",
         "clamavclients\t!@y.example",
         "spamdclients\tb@x.example",
@@ -112,9 +113,9 @@ def test_lookup_says_which_row_decides_and_why_the_others_do_not(run, control, t
         "    user-list@mail.x.example: no row",
         "    user@mail.x.example: check",
         "    @mail.x.example: no row",
-        "    .x.example: exempt, but something more specific has decided",
+        "    .x.example: exempt, but a more specific row has decided",
         "    .example: no row",
-        "    *: check, but something more specific has decided",
+        "    *: check, but a more specific row has decided",
     ]
     answer = json.loads(run("lookup", "--json", "other@mail.x.example", status=1).stdout)
     assert answer["tables"]["clamavclients"]["answer"] == "exempt"

@@ -47,10 +47,6 @@ class Server:
         self.smtpd = self.bin / "qmail-smtpd"
         self.conf = self.write_conf()
         self.clamd_conf = clamd.directory / "clamd.conf"
-        self.freshclam_conf = self.directory / "freshclam.conf"
-        self.freshclam_conf.write_text(
-            f"DatabaseDirectory {clamd.directory}/database\nNotifyClamd {clamd.directory}/clamd.conf\n"
-        )
 
     def write_conf(self, **more: object) -> Path:
         return self.system.queue_conf(queue=self.bin / "qmail-queue.real", **more)
@@ -58,7 +54,7 @@ class Server:
     def run(self, status: int, *arguments: str) -> str:
         words = ["--config", str(self.system.daemon.config), "doctor", "--qmail", str(self.directory / "qmail")]
         words += ["--queue-conf", str(self.conf), "--binary", str(self.program)]
-        words += ["--clamd-conf", str(self.clamd_conf), "--freshclam-conf", str(self.freshclam_conf), *arguments]
+        words += ["--clamd-conf", str(self.clamd_conf), *arguments]
         result = CliRunner().invoke(cli, words)
         assert result.exit_code == status, result.output
         return result.output
@@ -119,7 +115,7 @@ def test_a_server_in_order_has_no_errors(shared: Server) -> None:
 
 def _poor(found: list[dict[str, str]]) -> set[str]:
     """The machine's own shortcomings, which are not under test."""
-    return {each["topic"] for each in found if each["level"] == "warning"} & {"disk", "memory", "limits"}
+    return {each["topic"] for each in found if each["level"] == "warning"} & {"disk", "memory", "limits", "freshclam"}
 
 
 def test_a_clamd_that_is_stopped_is_an_error_with_its_name(make_server: Callable[..., Server]) -> None:
@@ -170,7 +166,7 @@ def test_modes_that_shut_out_or_let_in_are_found(shared: Server) -> None:
         assert [(topic, str(state) in what) for topic, what in shared.errors()] == [("directories", True)]
         state.chmod(0o700)
         run.chmod(0o700)
-        assert ("socket", f"{run} does not let others pass to {socket}") in shared.errors()
+        assert ("socket", f"{run} does not let other users reach {socket}") in shared.errors()
     finally:
         run.chmod(before)
         state.chmod(0o700)
@@ -208,7 +204,7 @@ def test_a_hook_that_asks_elsewhere_is_an_error(shared: Server) -> None:
         shared.write_conf(socket=elsewhere)
         errors = shared.errors()
         assert {topic for topic, _ in errors} == {"hook"}
-        assert any(f"the hook asks at {elsewhere}" in what for _, what in errors)
+        assert any(f"the hook connects to {elsewhere}" in what for _, what in errors)
     finally:
         shared.write_conf()
 
@@ -233,8 +229,8 @@ def test_a_queue_conf_that_the_hook_refuses_is_an_error(shared: Server) -> None:
         (b"214 netqmail home page\0control/badloadertypes.cdb\0", "sqmail", "ok", "s/qmail or SPAMCONTROL"),
         (b"214 netqmail home page\0control/badloadertypes.cdb\0", "stock", "ok", "s/qmail or SPAMCONTROL"),
         (b"214 netqmail home page", "auto", "ok", "netqmail"),
-        (b"something of its own", "stock", "ok", "not known"),
-        (None, "stock", "ok", "not known"),
+        (b"something of its own", "stock", "ok", "unknown"),
+        (None, "stock", "ok", "unknown"),
     ],
 )
 def test_the_dialect_is_compared_where_the_qmail_can_be_recognised(
@@ -327,7 +323,7 @@ def test_a_socket_by_another_name_is_the_same_clamd(shared: Server) -> None:
     shared.clamd_conf = shared.directory / "linked.conf"
     shared.clamd_conf.write_text(f"LocalSocket {other}/{Path(shared.clamd.socket).name}\n")
     try:
-        assert not any("cannot be known" in what for what in shared.of("clamd", "warning"))
+        assert not any("are unknown" in what for what in shared.of("clamd", "warning"))
     finally:
         shared.clamd_conf = kept
 
@@ -339,7 +335,7 @@ def test_limits_that_cannot_be_known_are_said_to_be_so(shared: Server, text: str
     if text is not None:
         shared.clamd_conf.write_text(text)
     try:
-        assert any("cannot be known" in what for what in shared.of("clamd", "warning"))
+        assert any("are unknown" in what for what in shared.of("clamd", "warning"))
     finally:
         shared.clamd_conf.unlink(missing_ok=True)
         shared.clamd_conf = kept

@@ -134,7 +134,7 @@ def test_the_old_controls_are_never_written_to(simscan: Path) -> None:
     before = sorted(p.name for p in simscan.iterdir())
     result = run("simscan", simscan, "--output", simscan.parent, "--force")
     assert result.exit_code == 2
-    assert "old controls" in result.stderr
+    assert "old control directory" in result.stderr
     assert sorted(p.name for p in simscan.iterdir()) == before
 
 

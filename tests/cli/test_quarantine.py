@@ -94,8 +94,9 @@ def standin(program, tmp_path, monkeypatch) -> Standin:
 
 def test_list_shows_the_newest_first_one_line_each(three):
     result = three.run("list", "--limit", "2")
-    lines = [line.split("\t") for line in result.output.splitlines()]
+    head, *lines = [line.split("\t") for line in result.output.splitlines()]
     assert result.exit_code == 0
+    assert head == ["Incident", "Kept", "From", "Withheld from", "Rule", "Bytes", "State"]
     assert [line[0] for line in lines] == ["0a3", "0a2"]
     assert lines[0][2:] == ["s@there", "a@here", "clamd: Eicar", str(len(MAIL) + 1), "kept"]
     assert [entry["incident"] for entry in three.json("list")] == ["0a3", "0a2", "0a1"]
@@ -224,7 +225,7 @@ def test_a_failed_release_is_status_1_and_the_others_still_go(three, standin, mo
 
 def test_a_mass_action_asks_first_and_can_be_tried_dry(three, standin):
     dry = three.run("release", "--signature", "Win.Bad", "--dry-run")
-    assert [line.split("\t")[0] for line in dry.stdout.splitlines()] == ["0a1", "0a2"]
+    assert [line.split("\t")[0] for line in dry.stdout.splitlines()] == ["Incident", "0a1", "0a2"]
     for answer in ("n\n", ""):
         assert three.run("release", "--signature", "Win.Bad", input=answer).exit_code == 1
         assert three.run("delete", "--signature", "Win.Bad", input=answer).exit_code == 1

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from contentfilter.bus.messages import Event
-from contentfilter.cli.tail import LINE_MAX, as_json_line, as_text, matching, told
+from contentfilter.cli.tail import LINE_MAX, as_json_line, as_text, matching, summary
 from contentfilter.verdict.record import MailDetail
 
 FIELDS: dict[str, Any] = {
@@ -28,7 +28,7 @@ ANY = st.recursive(
 
 
 def test_a_decision_is_one_line_with_what_one_looks_for() -> None:
-    line = told(EVENT, 0.0)
+    line = summary(EVENT, 0.0)
     assert line.endswith(
         "reject stranger      joe@example.net -> first@a.example +2  clamd: Eicar  12 ms  [1k7tr2fnsi7a1nlq]"
     )

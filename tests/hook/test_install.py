@@ -173,7 +173,7 @@ def refused(site: Site, *arguments: str, says: str, status: int = 1) -> None:
 
 def test_no_qmail_there(site: Site) -> None:
     site.queue.unlink()
-    refused(site, "install", says="is this the right qmail?")
+    refused(site, "install", says="check the directory of qmail")
 
 
 def test_not_executable(site: Site) -> None:
@@ -191,21 +191,21 @@ def test_a_hook_in_the_place_of_the_original_would_loop(site: Site) -> None:
     site.real.unlink()
     site.real.write_bytes(site.program.read_bytes() + b"x")
     site.real.chmod(0o4755)
-    refused(site, "install", says="would loop")
-    refused(site, "uninstall", says="would loop")
+    refused(site, "install", says="would be a loop")
+    refused(site, "uninstall", says="would be a loop")
 
 
 def test_the_original_is_missing(site: Site) -> None:
     site.done("install")
     site.real.unlink()
-    refused(site, "install", says="not there")
-    refused(site, "uninstall", says="not there")
+    refused(site, "install", says="does not exist")
+    refused(site, "uninstall", says="does not exist")
 
 
 def test_a_conf_that_leads_back_would_loop(site: Site) -> None:
     site.conf.parent.mkdir()
     site.conf.write_text(f"queue {site.queue}\n")
-    refused(site, "install", says="would loop")
+    refused(site, "install", says="would be a loop")
 
 
 def test_a_conf_that_the_hook_would_not_take(site: Site) -> None:
@@ -252,9 +252,9 @@ def test_status_names_what_is_wrong(site: Site, tmp_path: Path) -> None:
     site.done("install")
     base = f"socket {tmp_path}/none\n"
     site.conf.write_text(base + f"queue {site.real}\n")
-    assert "nobody listens" in str(state(site, 1)["problems"])
+    assert "no process listens" in str(state(site, 1)["problems"])
     site.conf.write_text(base + f"queue {site.queue}\n")
-    assert "a loop" in str(state(site, 1)["problems"])
+    assert "loop: " in str(state(site, 1)["problems"])
     site.conf.write_text(base + "queue /nonexistent\n")
     assert "is missing" in str(state(site, 1)["problems"])
     site.conf.write_text(base + f"queue {site.real}\nbudget x\n")

@@ -31,7 +31,7 @@ def command(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def prefix(tmp_path: Path) -> Path:
-    """A machine with systemd, a qmail, and things of other packages."""
+    """A machine with systemd, a qmail, and files of other packages."""
     root = tmp_path / "root"
     for name in ("run/systemd/system", "etc", "usr/local/sbin", "var/lib/other", "var/qmail/bin", "var/qmail/control"):
         (root / name).mkdir(parents=True)
@@ -130,7 +130,7 @@ def test_an_interrupted_install_can_be_undone(
     for step in plan.steps[:count]:
         step.do()
     assert run("uninstall", "--purge").exit_code == 0
-    # Only the inventory's own directory is made before there is an inventory.
+    # Only the manifest's own directory is made before there is an manifest.
     assert set(listing(prefix)) - set(before) <= ({"etc/contentfilter"} if count == 1 else set())
 
 
@@ -220,11 +220,11 @@ def test_an_upgrade_renews_what_nobody_edited(prefix: Path, run: Callable[..., R
     run("install")
     service, socket = (prefix / UNITS / f"contentfilter.{kind}" for kind in ("service", "socket"))
     new = service.read_text()
-    inventory = Manifest.read(System(prefix))
+    manifest = Manifest.read(System(prefix))
     path = f"/{UNITS}/contentfilter.service"
     service.write_text("# of an older version\n")
-    inventory.made[path] = (inventory.made[path][0], hashlib.sha256(service.read_bytes()).hexdigest())
-    inventory.write(System(prefix))
+    manifest.made[path] = (manifest.made[path][0], hashlib.sha256(service.read_bytes()).hexdigest())
+    manifest.write(System(prefix))
     socket.write_text("# edited\n")
     done = run("install")
     assert f"replace {path}" in done.stdout
@@ -286,7 +286,7 @@ def test_while_the_hook_is_installed_the_daemon_cannot_be_removed(prefix: Path, 
 
 
 @pytest.mark.parametrize(
-    "inventory",
+    "manifest",
     [
         "nonsense",
         "[]",
@@ -296,18 +296,18 @@ def test_while_the_hook_is_installed_the_daemon_cannot_be_removed(prefix: Path, 
         ),
     ],
 )
-def test_an_inventory_that_is_not_ours_is_refused(prefix: Path, run: Callable[..., Result], inventory: str) -> None:
+def test_a_manifest_that_is_not_ours_is_refused(prefix: Path, run: Callable[..., Result], manifest: str) -> None:
     run("install")
-    (prefix / "etc/contentfilter/installed.json").write_text(inventory)
+    (prefix / "etc/contentfilter/installed.json").write_text(manifest)
     before = listing(prefix)
     done = run("uninstall", "--purge")
     assert done.exit_code == 1
-    assert "installed.json: cannot be understood" in done.stderr
+    assert "installed.json: not a manifest" in done.stderr
     assert listing(prefix) == before
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives a file away")
-def test_an_inventory_that_others_may_write_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_manifest_that_others_may_write_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "installed.json"
     path.write_text('{"qmail": "", "made": []}')
     monkeypatch.setattr(Manifest, "PATH", str(path))
@@ -315,7 +315,7 @@ def test_an_inventory_that_others_may_write_is_not_believed(tmp_path: Path, monk
     for mode, owner in ((0o666, 0), (0o644, 65534)):
         path.chmod(mode)
         os.chown(path, owner, 0)
-        with pytest.raises(ops.RefusedError, match="not written by root alone"):
+        with pytest.raises(ops.RefusedError, match="users other than root can write it"):
             Manifest.read(System())
 
 

@@ -51,8 +51,10 @@ def test_directories_and_user_are_the_same_everywhere() -> None:
     assert f"/var/lib/{value(SERVICE, 'StateDirectory')}" == service.state == STATE
     assert f"/run/{value(SERVICE, 'RuntimeDirectory')}" == service.run == ops.RUN
     assert f"/etc/{value(SERVICE, 'ConfigurationDirectory')}" == ops.CONFIG
-    assert f"d {ops.RUN} 0755 {USER} {USER} -" in (SYSTEMD / "tmpfiles.conf").read_text()
-    assert re.search(rf'^u {USER} - "[^"]+" {STATE}$', (SYSTEMD / "sysusers.conf").read_text(), re.MULTILINE)
+    assert f"d {ops.RUN} 0755 {USER} {USER} -" in (ROOT / "etc/tmpfiles.d/contentfilter.conf").read_text()
+    assert re.search(
+        rf'^u {USER} - "[^"]+" {STATE}$', (ROOT / "etc/sysusers.d/contentfilter.conf").read_text(), re.MULTILINE
+    )
 
 
 def test_stopping_the_daemon_leaves_the_socket_in_its_directory() -> None:
@@ -69,10 +71,10 @@ def units(tmp_path: Path) -> list[Path]:
     package = ops.Package(Path(shutil.which("true") or "/bin/true"), ROOT / "etc", ROOT)
     (tmp_path / "run/systemd/system").mkdir(parents=True)
     written = []
-    for thing in ops.wanted(package, System(tmp_path), "/var/qmail"):
-        if isinstance(thing, InstallItem) and thing.path.startswith(ops.UNITS):
-            written.append(tmp_path / os.path.basename(thing.path))
-            written[-1].write_bytes(thing.content)
+    for item in ops.wanted(package, System(tmp_path), "/var/qmail"):
+        if isinstance(item, InstallItem) and item.path.startswith(ops.UNITS):
+            written.append(tmp_path / os.path.basename(item.path))
+            written[-1].write_bytes(item.content)
     assert len(written) == 2
     return written
 

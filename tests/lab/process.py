@@ -47,6 +47,14 @@ def user_who_reaches(directory: Path, *names: str) -> str | None:
     return None
 
 
+def own_name() -> str | None:
+    """The name of the user who runs this; None for a uid without a row in passwd, as containers have them."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return None
+
+
 class Daemon:
     """A child process in the foreground: its pid, its log, and the ways to end it."""
 

@@ -4,13 +4,14 @@ Preferences of a user are files (:meth:`Spamd.prefer`), so the ``User:`` header 
 database (``sql``).
 """
 
+import os
 import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
-from lab.process import Daemon, ask, find_program, free_port, user_who_reaches
+from lab.process import Daemon, ask, find_program, free_port, own_name, user_who_reaches
 
 GTUBE = b"".join((b"XJS*C4JDBQADN1.NSBN3*2IDNEN*", b"GTUBE-STANDARD-ANTI-UBE-TEST-EMAIL", b"*C.34X"))
 PLUGINS = Path("/etc/spamassassin")
@@ -21,8 +22,8 @@ class Spamd(Daemon):
 
     ``extra``: lines for local.cf. ``sql``: the preferences come from the database that these lines name.
     ``options``: more words for its command line; --ssl-verify makes all its ports TLS.
-    ``directory`` is made where it is missing; its path must be short enough for a Unix socket. As root its
-    children run as nobody where the directory lets them.
+    ``directory`` is made where it is missing; its path must be short enough for a Unix socket. Started by root, its
+    children run as nobody; otherwise as the user who starts it.
     """
 
     def __init__(
@@ -48,14 +49,14 @@ class Spamd(Daemon):
 
     def prefer(self, user: str, *lines: str) -> None:
         """Write the preferences of ``user``; they count from the next message on."""
+        assert self._user is not None, "without the name of a user, spamd reads no preferences"
         home = self._users / user
         home.mkdir(parents=True, exist_ok=True)
         (home / "user_prefs").write_text("\n".join((*lines, "")))
-        if self._user is not None:
-            shutil.chown(home, self._user)
+        shutil.chown(home, self._user)
 
     def users(self) -> list[str]:
-        """Whose preferences each question so far asked for, in spamd's order; "(unknown)": nobody's."""
+        """Users whose preferences the requests so far asked for, in order; "(unknown)" where there was none."""
         text = self.log.read_text("latin-1")
         return re.findall(r"spamd: (?:checking|processing) message .* for (\S+):\d+$", text, re.MULTILINE)
 
@@ -68,12 +69,12 @@ class Spamd(Daemon):
             shutil.copy(plugins, site)
         local = ("use_bayes 0", "report_safe 0", "dns_available no", *self._extra)
         (site / "local.cf").write_text("\n".join((*local, "")))
-        self._user = user_who_reaches(self.directory, "nobody")
+        # Debian's spamd reads preferences only where --username names the user of its children, and never as root.
+        self._user = user_who_reaches(self.directory, "nobody") if os.geteuid() == 0 else own_name()
         command = [
             program,
             "--local",
             "--nouser-config",
-            "--sql-config" if self._sql else f"--virtual-config-dir={self._users}/%u",
             f"--siteconfigpath={site}",
             f"--helper-home-dir={home}",
             f"--max-children={self._children}",
@@ -86,7 +87,8 @@ class Spamd(Daemon):
             *self._options,
         ]
         if self._user is not None:
-            command.append(f"--username={self._user}")
+            preferences = "--sql-config" if self._sql else f"--virtual-config-dir={self._users}/%u"
+            command += [f"--username={self._user}", preferences]
             for path in (home, self._users):
                 shutil.chown(path, self._user)
         ping = b"PING SPAMC/1.5\r\n\r\n"

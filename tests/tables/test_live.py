@@ -121,7 +121,7 @@ def test_a_dead_database_does_not_stop_the_mail_nor_a_restart(own_db: MariaDb, s
     assert (state.loaded, state.source, state.clamav_rows) == (True, "mariadb", 1)
     assert "cannot connect" in state.trouble
     said = command(system, "status")
-    assert "NOT CURRENT" in said.stdout
+    assert "OUT OF DATE" in said.stdout
     told = command(system, "reload")
     assert (told.returncode, "cannot connect" in told.stderr) == (1, True)
     assert fate(system) == "refused"

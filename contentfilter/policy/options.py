@@ -8,6 +8,7 @@ it is refused whatever the action, 0 for never. A value is checked once, when th
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from contentfilter.model import readable
 from contentfilter.policy.addresses import parse_key
@@ -59,6 +60,7 @@ def parse_option(name: bytes, value: bytes) -> tuple[bytes, str]:
     return f"{number:.8g}".encode(), ""
 
 
+@lru_cache(4096)  # the rows of a table have few different options, and each message asks for some of them
 def read_options(clamav: bytes, spamd: bytes) -> Options:
     """The options of a recipient's two rows, as :func:`parse_option` left them. Anything else is passed over."""
     if not (clamav or spamd):

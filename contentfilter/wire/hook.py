@@ -31,11 +31,11 @@ _AS_RECEIVED = 1
 _BODY_IN_DESCRIPTOR = 1
 
 
-_ACTIONS = {Action.QUEUE: 1, Action.REJECT: 2, Action.DEFER: 3, Action.DROP: 4}
-_REASONS = {Reason.NONE: 0, Reason.VIRUS: 1, Reason.SPAM: 2, Reason.BANNED: 3, Reason.SIZE: 4}
+ACTION_CODES = {Action.QUEUE: 1, Action.REJECT: 2, Action.DEFER: 3, Action.DROP: 4}
+REASON_CODES = {Reason.NONE: 0, Reason.VIRUS: 1, Reason.SPAM: 2, Reason.BANNED: 3, Reason.SIZE: 4}
 """Only the dialect ``sqmail`` tells reasons apart, by its exit status."""
-_ACTION_OF = {code: action for action, code in _ACTIONS.items()}
-_REASON_OF = {code: reason for reason, code in _REASONS.items()}
+_ACTION_OF = {code: action for action, code in ACTION_CODES.items()}
+_REASON_OF = {code: reason for reason, code in REASON_CODES.items()}
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -135,7 +135,7 @@ def encode_answer(answer: Answer) -> EncodedAnswer:
     apart = _ANSWER.size + len(text) + len(body) > PACKET_MAX
     flags = _BODY_IN_DESCRIPTOR if apart else 0
     head = _ANSWER.pack(
-        b"CFA1", VERSION, _ACTIONS[answer.action], _REASONS[answer.reason], len(text), count, flags, len(body)
+        b"CFA1", VERSION, ACTION_CODES[answer.action], REASON_CODES[answer.reason], len(text), count, flags, len(body)
     )
     return EncodedAnswer(head + text, body) if apart else EncodedAnswer(head + text + body)
 

@@ -54,8 +54,10 @@ def _fault(records: list[bytes], *, complete: bool) -> EnvelopeError:
 
 
 def build(sender: bytes, recipients: tuple[bytes, ...] | list[bytes]) -> bytes:
-    """The bytes of an envelope. Raises LocalProtocolError for an address that cannot stand in one."""
-    for address in (sender, *recipients):
-        if len(address) > ADDRESS_MAX or b"\0" in address:
-            raise LocalProtocolError(f"not an envelope address: {address[:80]!r}")
-    return b"F" + b"\0T".join((sender, *recipients)) + b"\0\0"
+    """The bytes of an envelope. Raises LocalProtocolError for an address that no envelope can hold."""
+    addresses = (sender, *recipients)
+    block = b"F" + b"\0T".join(addresses) + b"\0\0"
+    if max(map(len, addresses)) > ADDRESS_MAX or block.count(b"\0") != len(addresses) + 1:
+        wrong = next(address for address in addresses if len(address) > ADDRESS_MAX or b"\0" in address)
+        raise LocalProtocolError(f"not an envelope address: {wrong[:80]!r}")
+    return block

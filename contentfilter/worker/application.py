@@ -3,8 +3,10 @@
 import asyncio
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import msgspec
 
@@ -35,7 +37,12 @@ from contentfilter.wire import hook
 from contentfilter.worker.build import PipelineBundle
 from contentfilter.worker.main import WorkerContext
 
+INLINE_ENVELOPE = 262_144  # bytes; a larger one is read and written off the event loop
 MAX_LOGGED_ENVELOPE = 65_536  # bytes; a larger one is not read for a message that is rejected as busy
+
+
+T = TypeVar("T")
+P = ParamSpec("P")
 
 
 class Application:
@@ -60,7 +67,7 @@ class Application:
     async def handle(self, job: AcceptedMessage) -> hook.Answer:
         """The answer for one message, with one record of it in the log and on the bus."""
         try:
-            envelope = envelope_format.parse(job.envelope)
+            envelope = await _for_envelope(job, envelope_format.parse, job.envelope)
         except EnvelopeError as error:  # the hook checks it too: the client is another program
             self._context.log.warning("intake.bad-envelope", id=job.incident, why=str(error))
             return deferral("the envelope is malformed", job.incident)
@@ -70,12 +77,12 @@ class Application:
             job.incident, envelope, job.message, job.origin, job.deadline, job.request.attempt
         )
         self._emit(record, detail)
-        return render(disposition, job.message)
+        return await _for_envelope(job, render, disposition, job.message)
 
     async def isolate(self, job: AcceptedMessage, fingerprint: str) -> hook.Answer:
         """The answer for a message that killed workers. A copy is kept, and it is logged like any other."""
         try:
-            envelope = envelope_format.parse(job.envelope)
+            envelope = await _for_envelope(job, envelope_format.parse, job.envelope)
         except EnvelopeError:
             return deferral("the envelope is malformed", job.incident)
         facts = (job.incident, envelope, job.message, job.origin, job.request.attempt, fingerprint)
@@ -86,7 +93,7 @@ class Application:
         log.error("poison.isolated", id=record.id, fingerprint=fingerprint, decision=record.decision, kept=copy)
         self._context.emit(Event("poison.isolated", {"id": record.id}))
         self._emit(record, detail)
-        return render(disposition, job.message)
+        return await _for_envelope(job, render, disposition, job.message)
 
     def rejected_busy(self, offered: PendingMessage, why: str, answer: hook.Answer, seconds: float) -> None:
         """Log a message that was deferred unopened like decided ones, so that its incident can be found."""
@@ -142,6 +149,13 @@ class Application:
         self._watching.cancel()
         await asyncio.gather(self._watching, return_exceptions=True)
         await self._bundle.aclose()
+
+
+async def _for_envelope(job: AcceptedMessage, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """The result of ``function``, whose work grows with the envelope: in a thread where that is large."""
+    if len(job.envelope) > INLINE_ENVELOPE:
+        return await asyncio.to_thread(function, *args, **kwargs)
+    return function(*args, **kwargs)
 
 
 async def build(blob: bytes, context: WorkerContext) -> Application:

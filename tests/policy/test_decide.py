@@ -400,3 +400,19 @@ def test_the_most_owners_with_everything_that_tells_recipients_apart_still_fit()
     kept = set(d.withheld)
     assert all(treatments[index].options.spam == "move" for index in kept)
     assert len(kept) + sum(len(delivery.recipients) for delivery in d.deliveries) == len(treatments)
+
+
+# A second engine of the spam check: nothing may depend on which scanner it is
+
+
+def test_another_scanner_of_the_spam_check_is_treated_like_spamd(monkeypatch):
+    monkeypatch.setattr(Scanner.LOADERTYPES, "check", Check.SPAM)
+    score = ScanOutcome(Scanner.LOADERTYPES, ScanStatus.FOUND, score=9.0, threshold=5.0)
+    d = run([SPAM, VIRUS], [score, clean(Scanner.CLAMD), clean(Scanner.SPAMD, score=1.0, threshold=5.0)])
+    assert (d.rule, d.reason) == ("loadertypes: 9 / 5", Reason.SPAM)
+    forms = {delivery.recipients: (delivery.virus, delivery.spam) for delivery in d.deliveries}
+    assert forms == {(0,): (ScanStatus.SKIPPED, ScanStatus.FOUND), (1,): (ScanStatus.CLEAN, ScanStatus.SKIPPED)}
+    assert run([SPAM], [score], spamd=SpamdSettings(reject_score=9.0)).rule == "loadertypes: 9 >= reject_score=9"
+    assert asks([SPAM], []) == [Scanner.LOADERTYPES, Scanner.SPAMD]
+    assert run([VIRUS], [fault(Scanner.LOADERTYPES)]).rule == "passed unchecked: loadertypes"  # concerns nobody here
+    assert run([wishing(b"", b"score=10")], [score]).deliveries[0].spam is ScanStatus.CLEAN

@@ -9,6 +9,7 @@ from contentfilter.doors.hook_answer import render
 from contentfilter.errors import Cause
 from contentfilter.model import (
     Action,
+    Check,
     Envelope,
     Message,
     Origin,
@@ -293,6 +294,19 @@ def test_a_header_is_corrected_once_for_all_deliveries_that_are_alike_in_it(monk
     )
     assert len(answer(context).submissions) == 50 * len(decision.deliveries)
     assert len(asked) == 1
+
+
+def test_the_texts_and_fields_go_by_the_check_and_not_by_the_scanner(monkeypatch):
+    monkeypatch.setattr(Scanner.LOADERTYPES, "check", Check.SPAM)
+    spam = (found(Scanner.LOADERTYPES, score=15.5, threshold=5.0),)
+    assert "looks like spam (15.5 / 5)" in reply(spam, settings=Settings(spamd=SpamdSettings(action="reject"))).text
+    down = ScanOutcome(Scanner.LOADERTYPES, ScanStatus.UNCHECKED, cause=Cause.TIMEOUT)
+    assert "spam check not possible now" in reply((down,)).text
+    virus = (
+        ScanOutcome(Scanner.CLAMD, ScanStatus.CLEAN),
+        ScanOutcome(Scanner.LOADERTYPES, ScanStatus.CLEAN, score=0.0),
+    )
+    assert b"X-Virus-Scanned: contentfilter (clamd)\n" in only(reply(virus)).prepend
 
 
 # The disposition itself: nothing in it belongs to the hook

@@ -183,14 +183,14 @@ class Pipeline:
             owners = await _for_recipients(envelope, open_checks, plan, outcomes, origin.kind, self.settings)
             if not any(plan.runs(scanner) and owners[scanner.check] for scanner in stage):
                 continue
-            still = plan.for_owners(owners[Check.SPAM])
+            open_plan = plan.for_owners(owners[Check.SPAM])
             bypass = find_bypass(self.bypasses(), stage[0], origin.kind, time.time())
             if bypass is not None:
-                outcomes += _bypassed(bypass, stage, still)
+                outcomes += _bypassed(bypass, stage, open_plan)
                 continue
-            kept = reserve_for_later(deadline.left(), stage[-1], plan, message.size, self.settings)
-            answers = await ask(message, still, priority_of(origin, message.size), deadline.before(kept))
-            outcomes += self._allowed(answers)
+            reserve = reserve_for_later(deadline.left(), stage[-1], plan, message.size, self.settings)
+            priority = priority_of(origin, message.size)
+            outcomes += self._allowed(await ask(message, open_plan, priority, deadline.before(reserve)))
         return await self._decide(incident, envelope, message, origin, plan, outcomes)
 
     async def _decide(

@@ -32,7 +32,7 @@ _ORIGINS = {
 }
 _ACTIONS = {
     Action.QUEUE: "the message goes to the real qmail-queue",
-    Action.REJECT: "the message is refused for good",
+    Action.REJECT: "the message is refused permanently",
     Action.DEFER: "the client is asked to try again later",
     Action.DROP: "the message is accepted and not delivered",
 }
@@ -80,7 +80,7 @@ def trace(
 def _names(envelope: Envelope, members: tuple[int, ...]) -> str:
     named = ", ".join(readable(envelope.recipients[i]) for i in members[:SHOWN])
     more = len(members) - SHOWN
-    return (named or "nobody") + (f" and {more} more" if more > 0 else "")
+    return (named or "no recipients") + (f" and {more} more" if more > 0 else "")
 
 
 def _policy(policy: RecipientPolicy) -> str:

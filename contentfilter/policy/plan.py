@@ -308,7 +308,7 @@ def _wanted_by(rules: list[tuple[bool, str]]) -> _Rule:
     rule = next((text for wanted, text in rules if wanted), "")
     if rule:
         return _Rule(True, rule)
-    return _Rule(False, "nobody wants it" if len(rules) != 1 else rules[0][1])
+    return _Rule(False, "no recipient has this check" if len(rules) != 1 else rules[0][1])
 
 
 def _unfit_for_spam_check(size: int, settings: Settings, switches: Switches) -> str:

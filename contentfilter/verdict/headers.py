@@ -149,9 +149,9 @@ def _tag_subjects(block: bytes, text: str) -> tuple[bytes, list[ReplaceText]]:
 
 
 def _encoded(text: str, before_word: bool = False) -> bytes:
-    """``text`` for a header: as it is, or in RFC 2047's encoded words where it isn't printable ASCII.
+    """``text`` for a header: unchanged if it is printable ASCII, else in RFC 2047's encoded words.
 
-    White space between encoded words is not shown: ``before_word`` puts the space between two into the first.
+    White space between encoded words is not displayed: ``before_word`` puts the space between two into the first.
     """
     if text.isascii() and text.isprintable():
         return text.encode("ascii")

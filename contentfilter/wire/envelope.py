@@ -1,8 +1,8 @@
-"""qmail-queue's envelope: ``F`` sender NUL, ``T`` recipient NUL for each recipient, one NUL more.
+"""Codec of qmail-queue's envelope: ``F`` sender NUL, ``T`` recipient NUL for each recipient, one NUL more.
 
 Source: qmail-queue(8). An address has at most 1002 bytes. SPAMCONTROL and s/qmail may put
 a record ``Q`` behind the recipients; it is read and dropped. Bytes after the final NUL are
-not looked at. The hook (queue_hook/envelope.c) reads the same grammar.
+ignored. The hook (queue_hook/envelope.c) reads the same grammar.
 """
 
 from contentfilter.errors import EnvelopeError, LocalProtocolError

@@ -1,9 +1,10 @@
 """The frozen values that travel between the stages of the pipeline.
 
-Addresses, headers and messages are bytes as they came. Text that people read is ``str``.
+Addresses, headers and messages are bytes as received. Text for people is ``str``.
 """
 
 import enum
+import errno
 import mmap
 import os
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ BytesLike = bytes | bytearray | memoryview | mmap.mmap
 
 
 class OriginKind(enum.Enum):
-    """Who hands us the message, and how far their environment is believed (domain-spec 1.6)."""
+    """The kind of client that submits a message, which decides how far its environment is trusted (domain-spec 1.6)."""
 
     STRANGER = "stranger"
     RELAY = "relay"  # RELAYCLIENT is present
@@ -26,7 +27,7 @@ class OriginKind(enum.Enum):
 
 
 class Origin(msgspec.Struct, frozen=True):
-    """Where a message comes from: the peer's credentials and what its environment may claim."""
+    """Origin of a message: the credentials of the peer, and what its environment may claim."""
 
     kind: OriginKind
     uid: int
@@ -46,15 +47,27 @@ class Envelope(msgspec.Struct, frozen=True):
 
 @dataclass(slots=True)
 class Message:
-    """The message's bytes, from the descriptor that the hook passed; mapped where a copy would cost more.
+    """The bytes of a message, from the descriptor that the hook passed; mapped where a copy would cost more.
 
-    ``fd`` is open for reading, a regular file or memfd, and nobody else can change it
-    (sealed, or copied before trust). Close it when the answer is out.
+    ``fd`` is open for reading, a regular file or memfd, and no other process can change it
+    (sealed, or copied before trust). Close it when the answer has been sent.
     """
 
     fd: int
     size: int
     data: mmap.mmap | bytes
+
+    def view(self) -> memoryview:
+        """All bytes, which stay valid until the view is released, even if the message is closed meanwhile.
+
+        For readers in a thread: reading ``data`` piece by piece would end early, without an error. Raises OSError
+        when the message is closed already.
+        """
+        view = memoryview(self.data)
+        if len(view) != self.size:
+            view.release()
+            raise OSError(errno.EBADF, "the message has been closed")
+        return view
 
     def close(self) -> None:
         """Unmap and close. Safe to call twice."""
@@ -62,32 +75,55 @@ class Message:
             try:
                 self.data.close()
             except BufferError:
-                pass  # a thread of a cancelled scan still reads; it is unmapped when that lets go
+                pass  # a thread still reads it, through a view or in a cancelled scan; unmapped when that ends
         self.data = b""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
 
 
+class Check(enum.Enum):
+    """The two checks that a recipient can have. Each scanner belongs to one of them."""
+
+    VIRUS = "virus"
+    SPAM = "spam"
+
+
+_CHECK_OF = {"signatures": Check.VIRUS, "loadertypes": Check.VIRUS, "clamd": Check.VIRUS, "spamd": Check.SPAM}
+
+
 class Scanner(enum.Enum):
-    """The four that look at a message, in the order in which they are asked (cheapest first)."""
+    """The scanners, each with its check. Their order is that of :data:`STAGES`: outcomes count in this order."""
 
     SIGNATURES = "signatures"  # chksignature
     LOADERTYPES = "loadertypes"  # chkloadertype
     CLAMD = "clamd"
     SPAMD = "spamd"
 
+    def __init__(self, name: str) -> None:
+        self.check = _CHECK_OF[name]
+
+
+STAGES: tuple[tuple[Scanner, ...], ...] = (
+    (Scanner.SIGNATURES, Scanner.LOADERTYPES),  # one pass over the message
+    (Scanner.CLAMD,),
+    (Scanner.SPAMD,),
+)
+"""The order in which scanners are asked, the cheapest first; those of one stage are asked together."""
+
 
 class ScanStatus(enum.Enum):
+    """Result of one scanner, in short."""
+
     CLEAN = "clean"
     FOUND = "found"
-    SKIPPED = "skipped"  # by rule: nobody wants it, or a skip rule applies
-    UNCHECKED = "unchecked"  # wanted, but not done: a fault or a limit
+    SKIPPED = "skipped"  # by rule: no recipient has the check, or a skip rule applies
+    UNCHECKED = "unchecked"  # requested, but not done: a fault or a limit
 
 
 @dataclass(frozen=True, slots=True)
 class ScanOutcome:
-    """What one scanner said about one message."""
+    """Result of one scanner for one message."""
 
     scanner: Scanner
     status: ScanStatus
@@ -98,22 +134,22 @@ class ScanOutcome:
     seconds: float = 0.0
     score: float | None = None  # spamd
     threshold: float | None = None  # spamd
-    owner: bytes = b""  # spamd: whose preferences it went by, as the table names them; empty: nobody's
-    database: str = ""  # clamd: one that it had before the scan, where known
-    reused: str = ""  # "kept" or "shared": what was said about an equal message
+    owner: bytes = b""  # spamd: of the preferences that it used, as the table names them; empty: of none
+    database: str = ""  # clamd: its database before the scan, where known
+    reused: str = ""  # "kept" or "shared": the result of an equal message
     rewritten: bytes = field(default=b"", repr=False)  # spamd HEADERS: header block; PROCESS: whole message
 
 
 class Want(enum.Enum):
-    """How much of spamd's answer is needed (domain-spec 4.1)."""
+    """The part of spamd's answer that is needed (domain-spec 4.1)."""
 
     CHECK = "CHECK"  # verdict only
-    HEADERS = "HEADERS"  # SpamAssassin's header block, body stays ours
+    HEADERS = "HEADERS"  # SpamAssassin's header block; the body stays as received
     PROCESS = "PROCESS"  # the whole rewritten message
 
 
 class Action(enum.Enum):
-    """What happens to the whole message."""
+    """Action for the whole message."""
 
     QUEUE = "queue"
     REJECT = "reject"
@@ -122,7 +158,7 @@ class Action(enum.Enum):
 
 
 class Reason(enum.Enum):
-    """Why a message is refused."""
+    """Reason of a refusal."""
 
     NONE = "none"
     VIRUS = "virus"

@@ -1,23 +1,27 @@
-"""The one file that knows the order: plan, scanners (cheapest first), decision, answer.
+"""The pipeline: plan, scanners in their order, decision, disposition. The one file that knows this order.
 
-``examine`` decides and has no effect outside; ``explain`` uses it too. ``handle`` does what the
-decision asks for: it keeps what is not delivered, makes the hook's answer and the one record. The
-daemon never queues a message by itself.
+``examine`` decides and has no effect outside; ``explain`` uses it too. ``handle`` also does what the decision asks
+for: it keeps the messages that are not delivered. It returns the disposition, the record for the log, and the
+detail; the caller logs and answers. The daemon never queues a message by itself.
 """
 
 import asyncio
 import hashlib
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import msgspec
 
 from contentfilter.deadline import Deadline
 from contentfilter.errors import BackendError, Cause
 from contentfilter.model import (
+    STAGES,
     Action,
+    Check,
     Envelope,
     Message,
     Origin,
@@ -31,9 +35,9 @@ from contentfilter.model import (
 from contentfilter.policy.admission import Priority, priority_of
 from contentfilter.policy.budget import attempt_timeout, reserve_for_later
 from contentfilter.policy.bypass import Bypass, bypassed_outcomes, find_bypass
-from contentfilter.policy.decide import Decision, decide, needed, open_owners
+from contentfilter.policy.decide import Decision, decide, open_checks
 from contentfilter.policy.failure import failure_action
-from contentfilter.policy.plan import Lookup, Owners, PlanStep, ScanPlan, Switches, make_plan
+from contentfilter.policy.plan import Lookup, Owners, PlanStep, ScanPlan, Switches, disabled, make_plan, unscanned_plan
 from contentfilter.policy.tolerance import AllowEntry, apply_allowlist
 from contentfilter.scanners.cache import ScanCache, ScanRequest
 from contentfilter.scanners.clamd import ClamdScanner
@@ -42,20 +46,41 @@ from contentfilter.scanners.signatures.engine import Engine
 from contentfilter.scanners.spamd import SpamdScanner
 from contentfilter.scanners.stream import Leave
 from contentfilter.settings import Settings
+from contentfilter.store.poison import keep_poison
 from contentfilter.store.quarantine import Quarantine
 from contentfilter.store.release import released
 from contentfilter.verdict.context import MessageContext
-from contentfilter.verdict.record import MailDetail, MailRecord, fields, make_detail, make_record
-from contentfilter.verdict.reply import answer
-from contentfilter.wire import hook
+from contentfilter.verdict.disposition import Disposition
+from contentfilter.verdict.record import MailDetail, MailRecord, fields, make_detail, make_record, quarantine_facts
+from contentfilter.verdict.reply import make_disposition
 
 MANY_RECIPIENTS = 2_000
-"""Above this the table look-ups leave the event loop."""
+"""Above this, work for each recipient leaves the event loop."""
+POISON = "it killed two workers"
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+class Handled(NamedTuple):
+    """The result for one message."""
+
+    disposition: Disposition
+    record: MailRecord
+    detail: MailDetail
+
+
+class Isolated(NamedTuple):
+    """The result for a message that killed workers, and its copy."""
+
+    handled: Handled
+    copy: str = ""  # path; empty: there is none
+    error: str = ""  # why it could not be written
 
 
 @dataclass(frozen=True, slots=True)
 class Scanners:
-    """All of them, ready to be asked."""
+    """All scanners of one configuration."""
 
     programs: Engine | None  # signatures and loader types; None where both are switched off
     clamd: ClamdScanner
@@ -65,7 +90,7 @@ class Scanners:
 
 
 class Pipeline:
-    """What is done with each message under one configuration and one table snapshot."""
+    """Handles each message under one configuration and one table snapshot."""
 
     def __init__(
         self,
@@ -79,12 +104,14 @@ class Pipeline:
         owners: Owners | None = None,
         bypasses: Callable[[], tuple[Bypass, ...]] = lambda: (),
         recall: ScanCache | None = None,
+        disk: Executor | None = None,
     ) -> None:
-        """``lookup``: None while there are no tables. ``owners``: None where nobody has preferences.
+        """``lookup``: None while there are no tables. ``owners``: None where no recipient has preferences.
 
-        ``bypasses`` is asked for each message: those that are ordered at this moment.
-        ``recall`` knows answers about equal messages; None: every scan is made.
-        ``secret`` proves what was released from quarantine; empty: nothing is taken as released.
+        ``bypasses`` is called for each message and returns those in force.
+        ``recall`` has the results for equal messages; None: every scan is made.
+        ``disk``: threads for calls that a hung disk may block; None: the event loop's.
+        ``secret`` authenticates messages released from quarantine; empty: none is taken as released.
         """
         self.settings = settings
         self.switches = switches
@@ -96,6 +123,7 @@ class Pipeline:
         self.owners = owners
         self.bypasses = bypasses
         self.recall = recall
+        self._disk = disk
         self._kinds = {
             Scanner.CLAMD: hashlib.sha256(msgspec.msgpack.encode(settings.clamd)).digest(),
             Scanner.SPAMD: hashlib.sha256(msgspec.msgpack.encode(settings.spamd)).digest(),
@@ -114,17 +142,38 @@ class Pipeline:
         message: Message,
         origin: Origin,
         deadline: Deadline,
-        emit: Callable[[MailRecord, MailDetail], None],
         attempt: int = 0,
-    ) -> hook.Answer:
-        """The answer for one message, and exactly one record of it, with its account."""
+    ) -> Handled:
+        """Examine the message, and keep it in quarantine where recipients do not get it."""
         started = time.monotonic()
-        case = await self.examine(incident, envelope, message, origin, deadline)
-        if case.decision.quarantined:
-            case = await self._kept(case, deadline)
-        reply = answer(case)
-        emit(make_record(case, attempt, time.monotonic() - started), make_detail(case, reply.text))
-        return reply
+        context = await self.examine(incident, envelope, message, origin, deadline)
+        if context.decision.withheld:
+            context = await self._keep(context, deadline)
+        return await _for_recipients(envelope, _conclude, context, attempt, started)
+
+    async def isolate(
+        self, incident: str, envelope: Envelope, message: Message, origin: Origin, attempt: int, fingerprint: str
+    ) -> Isolated:
+        """Decide about a message that killed workers, without reading it, and keep a copy.
+
+        Each scanner counts as unchecked with the cause ``poison``, for an empty message of the same size, and
+        each recipient as one with both checks. A copy that cannot be written changes nothing for the message.
+        """
+        started = time.monotonic()
+        plan = unscanned_plan(len(envelope.recipients), POISON)
+        outcomes = tuple(
+            [ScanOutcome(scanner, ScanStatus.UNCHECKED, detail=POISON, cause=Cause.POISON) for scanner in Scanner]
+        )
+        stand_in = Message(-1, message.size, b"")
+        context = await self._decide(incident, envelope, stand_in, origin, plan, outcomes)
+        handled = await _for_recipients(envelope, _conclude, context, attempt, started)
+        facts = (self.settings.service.state, fingerprint, message, fields(handled.record))
+        try:
+            return Isolated(
+                handled, copy=await asyncio.get_running_loop().run_in_executor(self._disk, keep_poison, *facts)
+            )
+        except OSError as error:
+            return Isolated(handled, error=str(error))
 
     async def examine(
         self, incident: str, envelope: Envelope, message: Message, origin: Origin, deadline: Deadline
@@ -134,20 +183,33 @@ class Pipeline:
         if not origin.remote_ip and (by := await self._released(message)):  # the token does not count over SMTP
             plan = plan.released_by(by)
         outcomes: tuple[ScanOutcome, ...] = ()
-        for together, ask in self._stages(self.recall) if any(step.run for step in plan.steps) else ():
-            if not any(needed(scanner, plan, outcomes, origin.kind, self.settings) for scanner in together):
+        for stage, ask in self._stages(self.recall) if any(step.run for step in plan.steps) else ():
+            if not any(map(plan.runs, stage)):
                 continue
-            still = self._open(plan, outcomes, origin)
-            bypass = find_bypass(self.bypasses(), together[0], origin.kind, time.time())
+            owners = await _for_recipients(envelope, open_checks, plan, outcomes, origin.kind, self.settings)
+            if not any(plan.runs(scanner) and owners[scanner.check] for scanner in stage):
+                continue
+            open_plan = plan.for_owners(owners[Check.SPAM])
+            bypass = find_bypass(self.bypasses(), stage[0], origin.kind, time.time())
             if bypass is not None:
-                outcomes += tuple(
-                    outcome for scanner in together for outcome in bypassed_outcomes(bypass, scanner, still)
-                )
+                outcomes += _bypassed(bypass, stage, open_plan)
                 continue
-            kept = reserve_for_later(deadline.left(), together[-1], plan, message.size, self.settings)
-            said = await ask(message, still, priority_of(origin, message.size), deadline.before(kept))
-            outcomes += tuple(apply_allowlist(outcome, self.settings, self.allowed, time.time()) for outcome in said)
-        decision = decide(plan, outcomes, origin.kind, len(envelope.recipients), self.settings)
+            reserve = reserve_for_later(deadline.left(), stage[-1], plan, message.size, self.settings)
+            priority = priority_of(origin, message.size)
+            outcomes += self._allowed(await ask(message, open_plan, priority, deadline.before(reserve)))
+        return await self._decide(incident, envelope, message, origin, plan, outcomes)
+
+    async def _decide(
+        self,
+        incident: str,
+        envelope: Envelope,
+        message: Message,
+        origin: Origin,
+        plan: ScanPlan,
+        outcomes: tuple[ScanOutcome, ...],
+    ) -> MessageContext:
+        facts = (plan, outcomes, origin.kind, len(envelope.recipients), self.settings)
+        decision = await _for_recipients(envelope, decide, *facts)
         return MessageContext(
             incident, origin, envelope, message, self.settings, self.switches, plan, outcomes, decision
         )
@@ -155,73 +217,62 @@ class Pipeline:
     async def probe(
         self, message: Message, scanners: tuple[Scanner, ...], deadline: Deadline
     ) -> tuple[ScanOutcome, ...]:
-        """What ``scanners`` say about a canary, as far as they are configured; nobody's tables or switches count."""
-        on = {
-            Scanner.SIGNATURES: self.switches.chksignature,
-            Scanner.LOADERTYPES: self.switches.chkloadertype,
-            Scanner.CLAMD: bool(self.settings.clamd.backends),
-            Scanner.SPAMD: bool(self.settings.spamd.backends),
-        }
-        steps = tuple(PlanStep(scanner, scanner in scanners and on[scanner], "canary") for scanner in Scanner)
+        """The outcomes of ``scanners`` for a canary, as far as they are configured; tables do not matter."""
+        off = dict(disabled(self.settings, self.switches))
+        steps = tuple([PlanStep(scanner, scanner in scanners and not off[scanner], "canary") for scanner in Scanner])
         plan = ScanPlan((), steps, users=((b"", b""),))
         outcomes: tuple[ScanOutcome, ...] = ()
-        for together, ask in self._stages(None):  # a canary asks what holds now
-            if not any(map(plan.runs, together)):
+        for stage, ask in self._stages(None):  # without the cache: a canary asks for the present state
+            if not any(map(plan.runs, stage)):
                 continue
             now = time.time()
-            bypass = next((b for b in self.bypasses() if b.scanner is together[0] and b.active(now)), None)
+            bypass = next((b for b in self.bypasses() if b.scanner is stage[0] and b.active(now)), None)
             if bypass is not None:
-                outcomes += tuple(
-                    outcome for scanner in together for outcome in bypassed_outcomes(bypass, scanner, plan)
-                )
+                outcomes += _bypassed(bypass, stage, plan)
                 continue
-            said = await ask(message, plan, _CANARY, deadline)
-            outcomes += tuple(apply_allowlist(outcome, self.settings, self.allowed, now) for outcome in said)
+            outcomes += self._allowed(await ask(message, plan, _CANARY, deadline))
         return outcomes
 
-    def unopened(self, incident: str, envelope: Envelope, origin: Origin, size: int, why: str) -> MessageContext:
-        """A message of ``size`` bytes that is deferred without a look into it; ``why`` is the rule."""
+    def unopened(self, incident: str, envelope: Envelope, origin: Origin, size: int, rule: str) -> MessageContext:
+        """A message of ``size`` bytes that is deferred by ``rule`` before it is opened."""
         message, plan = Message(-1, size, b""), ScanPlan((), ())
-        decision = Decision(Action.DEFER, Reason.NONE, why)
+        decision = Decision(Action.DEFER, Reason.NONE, rule)
         return MessageContext(incident, origin, envelope, message, self.settings, self.switches, plan, (), decision)
 
-    def _open(self, plan: ScanPlan, outcomes: tuple[ScanOutcome, ...], origin: Origin) -> ScanPlan:
-        """The plan without the owners of preferences for whom it is decided by now."""
-        if len(plan.users) < 2:
-            return plan
-        owners = open_owners(Scanner.SPAMD, plan, outcomes, origin.kind, self.settings)
-        return msgspec.structs.replace(plan, users=tuple(user for user in plan.users if user[0] in owners))
+    def _allowed(self, outcomes: tuple[ScanOutcome, ...]) -> tuple[ScanOutcome, ...]:
+        """The outcomes after the allow-list."""
+        now = time.time()
+        return tuple([apply_allowlist(outcome, self.settings, self.allowed, now) for outcome in outcomes])
 
     async def _plan(self, envelope: Envelope, message: Message, origin: Origin) -> ScanPlan:
         facts = (envelope, message.size, origin, self.settings, self.switches, self.lookup, self.owners)
-        if len(envelope.recipients) > MANY_RECIPIENTS:
-            return await asyncio.to_thread(make_plan, *facts)
         if self.lookup is None or len(envelope.recipients) != 1 or 0 < self.switches.databytes < message.size:
-            return make_plan(*facts)
+            return await _for_recipients(envelope, make_plan, *facts)
         # Most mail of most servers: without row and check the plan is the same for all clients of a kind.
         shared = self._shared.get(origin.kind)
         if shared is not None and self.lookup(envelope.recipients[0]) == (None, None):
             return shared
         plan = make_plan(*facts)
-        (treatment, _), *_ = plan.groups
-        if not (treatment.virus or treatment.spam) and self.lookup(envelope.recipients[0]) == (None, None):
+        (policy, _), *_ = plan.groups
+        if not (policy.virus or policy.spam) and self.lookup(envelope.recipients[0]) == (None, None):
             self._shared[origin.kind] = plan
         return plan
 
     async def _released(self, message: Message) -> str | None:
-        """The incident of a message that an operator let go, whoever forwards it now."""
+        """The incident of a message that an operator released from quarantine; None: it is not such a message."""
         facts = (message.data, self.secret, time.time())
         if message.size > self.settings.signatures.thread_above:
             return await asyncio.to_thread(released, *facts)
         return released(*facts)
 
     def _stages(self, recall: ScanCache | None) -> tuple[tuple[tuple[Scanner, ...], "_Ask"], ...]:
-        """Who is asked together, cheapest first."""
-        return (
-            ((Scanner.SIGNATURES, Scanner.LOADERTYPES), self._programs),
-            ((Scanner.CLAMD,), partial(self._clamd, recall)),
-            ((Scanner.SPAMD,), partial(self._spamd, recall)),
-        )
+        """Each stage with the method that asks its scanners."""
+        ask: dict[Scanner, _Ask] = {
+            Scanner.SIGNATURES: self._programs,
+            Scanner.CLAMD: partial(self._clamd, recall),
+            Scanner.SPAMD: partial(self._spamd, recall),
+        }
+        return tuple([(stage, ask[stage[0]]) for stage in STAGES])
 
     async def _programs(
         self, message: Message, plan: ScanPlan, claim: Priority, deadline: Deadline
@@ -303,19 +354,32 @@ class Pipeline:
         )
         return await recall.ask(question, scan, deadline)
 
-    async def _kept(self, case: MessageContext, deadline: Deadline) -> MessageContext:
-        """Keep what some recipients do not get. Where that fails, everything is deferred: nothing is lost."""
-        envelope = {"sender": case.envelope.sender.hex(), "recipients": [r.hex() for r in case.envelope.recipients]}
-        facts = fields(make_record(case, 0, 0.0)) | {
-            "envelope_hex": envelope,  # bytes as received: the printable fields may have lost some
-            "withheld_from": list(case.decision.quarantined),
-        }
+    async def _keep(self, context: MessageContext, deadline: Deadline) -> MessageContext:
+        """Keep the message for those who do not get it. Where that fails, all is deferred: nothing is lost."""
+        facts = await _for_recipients(context.envelope, quarantine_facts, context)
         try:
-            await self.quarantine.keep(case.incident, case.message, facts, deadline)
+            await self.quarantine.keep(context.incident, context.message, facts, deadline)
         except (OSError, TimeoutError) as error:
             failed = Decision(Action.DEFER, Reason.NONE, f"quarantine: {error or 'out of time'}")
-            return msgspec.structs.replace(case, decision=failed)
-        return case
+            return msgspec.structs.replace(context, decision=failed)
+        return context
+
+
+async def _for_recipients(envelope: Envelope, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """The result of ``function``, whose work grows with the recipients: in a thread where there are many."""
+    if len(envelope.recipients) > MANY_RECIPIENTS:
+        return await asyncio.to_thread(function, *args, **kwargs)
+    return function(*args, **kwargs)
+
+
+def _conclude(context: MessageContext, attempt: int, started: float) -> Handled:
+    disposition = make_disposition(context)
+    record = make_record(context, attempt, time.monotonic() - started)
+    return Handled(disposition, record, make_detail(context, disposition.text))
+
+
+def _bypassed(bypass: Bypass, stage: tuple[Scanner, ...], plan: ScanPlan) -> tuple[ScanOutcome, ...]:
+    return tuple([outcome for scanner in stage for outcome in bypassed_outcomes(bypass, scanner, plan)])
 
 
 async def _asked(scanner: Scanner, scan: Awaitable[ScanOutcome]) -> ScanOutcome:

@@ -23,11 +23,12 @@ from contentfilter.deadline import Deadline
 from contentfilter.errors import ConfigError, Problem
 from contentfilter.model import readable
 from contentfilter.policy.addresses import EXEMPT, candidates, deciding, parse_key
+from contentfilter.policy.options import OPTIONS
 from contentfilter.settings import Settings
 from contentfilter.tables.edit import Edit, change_table, locked
 from contentfilter.tables.files import MAX_SIZE
 from contentfilter.tables.keeper import read_source
-from contentfilter.tables.rows import OPTIONS, TABLES, Rows, parse_table, row_text
+from contentfilter.tables.rows import TABLES, Rows, parse_table, row_text
 
 LOCK_WAIT = 10.0  # seconds
 GLOBALS = {"clamavclients": "clamglobal", "spamdclients": "spamglobal"}

@@ -1,4 +1,4 @@
-"""``contentfilter explain``: what would happen to a message for these recipients from this origin, and why.
+"""``contentfilter explain``: the decision about a message for given recipients and origin, and its reasons.
 
 Reads the same configuration, tables and lists as the daemon and asks the same scanners, but needs no running
 daemon and changes nothing: nothing is queued, kept or logged.
@@ -22,25 +22,34 @@ from contentfilter.doors.origin import classify, resolve
 from contentfilter.model import Action, Envelope, Origin, OriginKind
 from contentfilter.settings import Settings
 from contentfilter.verdict.context import MessageContext
+from contentfilter.verdict.disposition import Disposition
 from contentfilter.verdict.record import context_trace, fields, make_record
-from contentfilter.verdict.reply import answer
-from contentfilter.wire import hook
+from contentfilter.verdict.reply import make_disposition
 from contentfilter.worker.build import PipelineBundle
 
 INCIDENT = "explain"
 ADDRESS_MAX = 1002  # qmail-queue's limit
+LINES_SHOWN = 12  # of the header of each delivery
+LINE_SHOWN = 2000  # bytes of a line
 
 
 @click.command()
-@click.option("--sender", default="", metavar="ADDRESS", help="Envelope sender; none: as of a bounce.")
-@click.option("--recipient", "recipients", multiple=True, required=True, metavar="ADDRESS", help="May be repeated.")
+@click.option("--sender", default="", metavar="ADDRESS", help="Envelope sender. Default: empty, as in a bounce.")
+@click.option(
+    "--recipient",
+    "recipients",
+    multiple=True,
+    required=True,
+    metavar="ADDRESS",
+    help="Envelope recipient; may be repeated.",
+)
 @click.option(
     "--origin",
     type=click.Choice([kind.value for kind in OriginKind]),
-    help="Where the message comes from. Without it: an SMTP client with the variables given by --env.",
+    help="Origin of the message. Default: an SMTP client with the variables given by --env.",
 )
 @click.option("--env", "variables", multiple=True, metavar="NAME=VALUE", help="A variable of the SMTP session.")
-@click.option("--json", "as_json", is_flag=True, help="Print the story as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the trace as JSON.")
 @click.argument("file", type=click.File("rb"))
 @click.pass_obj
 def explain(
@@ -52,42 +61,41 @@ def explain(
     as_json: bool,
     file: Any,
 ) -> None:
-    """Say what would happen to the message in FILE (- is standard input), and why.
+    """Explain what would happen to the message in FILE (- for standard input), and why.
 
-    Exit status: 0 it would be queued or dropped, 1 it would be refused or deferred, 78 bad configuration.
+    Exit status: 0 if it would be queued or dropped, 1 if refused or deferred, 78 for a bad configuration.
     """
     data = file.read()
     environ = dict(_variable(text) for text in variables)
     envelope = Envelope(_address(sender), tuple(_address(r) for r in recipients))
-    case = asyncio.run(_examine(config_path, data, envelope, origin, environ))
-    reply = answer(case)
-    lines = context_trace(case)
+    context, disposition = asyncio.run(_examine(config_path, data, envelope, origin, environ))
+    lines = context_trace(context)
     if as_json:
-        facts = fields(make_record(case, 0, 0.0)) | {"story": lines, "text": reply.text}
+        facts = fields(make_record(context, 0, 0.0)) | {"story": lines, "text": disposition.text}
         click.echo(json.dumps(facts, indent=2))
     else:
-        print_story((*lines, *_answer(reply)))
-    sys.exit(0 if case.decision.action in (Action.QUEUE, Action.DROP) else 1)
+        print_story((*lines, *_result(disposition)))
+    sys.exit(0 if disposition.action in (Action.QUEUE, Action.DROP) else 1)
 
 
 async def _examine(
     config_path: str, data: bytes, envelope: Envelope, origin: str | None, environ: dict[bytes, bytes]
-) -> MessageContext:
-    workbench = await PipelineBundle.open(config_path)
-    async with aclosing(workbench):
-        settings = workbench.pipeline.settings
+) -> tuple[MessageContext, Disposition]:
+    bundle = await PipelineBundle.open(config_path)
+    async with aclosing(bundle):
+        settings = bundle.pipeline.settings
         message = message_of(data)
         try:
             deadline = Deadline.after(settings.service.budget)
-            return await workbench.pipeline.examine(
-                INCIDENT, envelope, message, _origin(origin, environ, settings), deadline
-            )
+            facts = (envelope, message, _origin(origin, environ, settings), deadline)
+            context = await bundle.pipeline.examine(INCIDENT, *facts)
+            return context, make_disposition(context)
         finally:
             message.close()
 
 
 def _origin(name: str | None, environ: dict[bytes, bytes], settings: Settings) -> Origin:
-    """What ``--origin`` says, or what the daemon would make of an SMTP client with these variables."""
+    """The origin of ``--origin``, or the one that the daemon finds for an SMTP client with these variables."""
     rules = resolve(settings.origin)[0]
     uid = min(rules.smtp_uids, default=os.getuid())
     if name is None:
@@ -110,11 +118,13 @@ def _address(text: str) -> bytes:
     return address
 
 
-def _answer(reply: hook.Answer) -> Iterator[tuple[str, str]]:
-    """What the client is told, and the first lines that each submission gets in front."""
-    if reply.text:
-        yield "SMTP text", reply.text
-    for number, submission in enumerate(reply.submissions, 1):
-        head = submission.prepend[:2000].decode("utf-8", "replace").rstrip("\n").split("\n")
-        for text in head[:12]:
-            yield f"header {number}", text
+def _result(disposition: Disposition) -> Iterator[tuple[str, str]]:
+    """The reply to the client, and the header fields that each delivery adds, renames or replaces."""
+    if disposition.text:
+        yield "SMTP text", disposition.text
+    for number, delivery in enumerate(disposition.deliveries, 1):
+        added = b"".join([each.field for each in delivery.added]).splitlines()
+        lines = [line[:LINE_SHOWN] for line in added]
+        lines += [b"(" + change.old.strip() + b" becomes " + change.new.strip() + b")" for change in delivery.changes]
+        for line in lines[:LINES_SHOWN]:
+            yield f"header {number}", line.decode("utf-8", "replace")

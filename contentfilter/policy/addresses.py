@@ -1,7 +1,7 @@
-"""Table keys and the order in which they apply to a recipient. Pure: bytes in, bytes out.
+"""Table keys, and their precedence for a recipient. Pure: bytes in, bytes out.
 
 A canonical key is one of ``user@domain``, ``@domain``, ``.domain`` (sub-domains at any depth, not the domain
-itself) and ``*``. A to Z are folded, nothing else is. For one recipient the first of these that stands in a
+itself) and ``*``. A to Z are folded, nothing else is. For one recipient the first of these keys that is in a
 table decides, whether it protects or exempts: the address; the address with its extension cut off, a piece at
 a time; ``@domain``; the ``.parents`` from the nearest on; ``*``.
 
@@ -11,7 +11,8 @@ control/me); where that is not known only ``*`` can apply.
 
 import enum
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from typing import Protocol
 
 from contentfilter.model import readable
 
@@ -20,7 +21,7 @@ EXEMPT = b"!"
 MAX_KEY = 1000  # bytes; qmail-queue refuses addresses over 1002
 
 PLAIN_KEYS = re.compile(rb"(?:(?:[0-9a-z_+=][0-9a-z_.+=-]*+)?@[0-9a-z-]++(?:\.[0-9a-z-]++)+\n){0,10000}")
-"""Matches as many folded lines (at most ten thousand) as hold a canonical address or @domain beyond doubt.
+"""Matches folded lines (at most ten thousand) that hold nothing but a canonical address or @domain each.
 
 Spares :func:`parse_key` for most rows of a large table.
 """
@@ -31,7 +32,7 @@ _DOMAIN = re.compile(_LABEL + rb"(?:\." + _LABEL + rb")*|\[[0-9a-f.:]+\]")
 
 
 class KeyKind(enum.Enum):
-    """What a key stands for, the most specific first."""
+    """Kinds of keys, the most specific first."""
 
     ADDRESS = "address"
     EXTENSION = "address without extension"
@@ -41,7 +42,7 @@ class KeyKind(enum.Enum):
 
 
 def parse_key(raw: bytes) -> tuple[bytes, str]:
-    """The canonical key for what an administrator wrote (without ``!``), and what is wrong with it.
+    """The canonical key for the text of an administrator (without ``!``), or what is wrong with it.
 
     One of the two is empty. ``domain`` means ``@domain``, and ``@`` means ``*``.
     """
@@ -83,28 +84,66 @@ def _wrong(key: bytes) -> str:
     return ""
 
 
+class KeyShape(Protocol):
+    """What is known about the keys of a table, so that a look-up can skip keys that it cannot have."""
+
+    @property
+    def local_sizes(self) -> Collection[int]:
+        """Lengths of the local parts of its addresses."""
+        ...
+
+    @property
+    def has_domains(self) -> bool:
+        """True if it has a ``@domain``."""
+        ...
+
+    @property
+    def parent_labels(self) -> Collection[int]:
+        """Numbers of labels of its ``.domain`` keys, the largest first."""
+        ...
+
+
+def candidate_keys(address: bytes, at: int, extension: bytes, shape: KeyShape | None = None) -> list[bytes]:
+    """The keys that could decide for ``address``, the most specific first, without ``*``.
+
+    ``address`` is in lower case and has its domain from ``at``, the offset of its last @. ``extension``: see
+    :func:`candidates`. ``shape`` omits keys that are not in the table.
+    """
+    keys = [address]
+    domain = address[at:]
+    end = address.rfind(extension, 0, at) if extension else 0
+    while end > 0:
+        if shape is None or end in shape.local_sizes:
+            keys.append(address[:end] + domain)
+        end = address.rfind(extension, 0, end)
+    if shape is None or shape.has_domains:
+        keys.append(domain)
+    labels = domain[1:].split(b".")
+    counts = range(len(labels) - 1, 0, -1) if shape is None else shape.parent_labels
+    keys += [b"." + b".".join(labels[-count:]) for count in counts if count < len(labels)]
+    return keys
+
+
 def candidates(
     recipient: bytes, extension: bytes = b"", default_domain: bytes = b""
 ) -> Iterator[tuple[KeyKind, bytes]]:
-    """All keys that could decide for ``recipient``, the most specific first.
+    """All keys that could decide for ``recipient``, each with its kind, the most specific first.
 
     ``extension`` is one character or empty; with ``-``, user-a-b@d is also user-a@d and user@d.
     """
     address = recipient.lower()
-    local, at, domain = address.rpartition(b"@")
-    if not at:
-        local, domain = address, default_domain.lower()
-    if domain:
-        yield KeyKind.ADDRESS, local + b"@" + domain
-        end = local.rfind(extension) if extension else -1
-        while end > 0:
-            yield KeyKind.EXTENSION, local[:end] + b"@" + domain
-            end = local.rfind(extension, 0, end)
-        yield KeyKind.DOMAIN, b"@" + domain
-        dot = domain.find(b".")
-        while dot >= 0:
-            yield KeyKind.PARENT, domain[dot:]
-            dot = domain.find(b".", dot + 1)
+    if b"@" not in address:
+        address += b"@" + default_domain.lower()
+    at = address.rfind(b"@")
+    domain = address[at:]
+    if domain != b"@":
+        exact, *others = candidate_keys(address, at, extension)
+        yield KeyKind.ADDRESS, exact
+        for key in others:
+            if key == domain:
+                yield KeyKind.DOMAIN, key
+            else:
+                yield KeyKind.EXTENSION if b"@" in key else KeyKind.PARENT, key
     yield KeyKind.EVERYBODY, EVERYBODY
 
 

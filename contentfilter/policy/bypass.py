@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from contentfilter.errors import Cause
-from contentfilter.model import OriginKind, Scanner, ScanOutcome, ScanStatus, readable
+from contentfilter.model import Check, OriginKind, Scanner, ScanOutcome, ScanStatus, readable
 from contentfilter.policy.plan import ScanPlan
 
 SHORTEST, LONGEST = 60.0, 7 * 86_400.0  # seconds
@@ -50,7 +50,7 @@ def bypassed_outcomes(bypass: Bypass, scanner: Scanner, plan: ScanPlan) -> tuple
         return ()
     detail = readable(f"by {bypass.by} until {utc(bypass.until)}: {bypass.reason}".encode())
     unchecked = ScanStatus.UNCHECKED
-    owners = [owner for owner, _ in plan.users] if scanner is Scanner.SPAMD else [b""]
+    owners = [owner for owner, _ in plan.users] if scanner.check is Check.SPAM else [b""]
     return tuple(ScanOutcome(scanner, unchecked, "", detail, Cause.BYPASSED, owner=owner) for owner in owners)
 
 

@@ -1,20 +1,22 @@
-"""Plan and outcomes become one Decision, with the rule that decided.
+"""Turns the plan and the outcomes of the scanners into one decision, with the rule that decided.
 
 A permanent refusal of the whole message needs the refusal of every recipient. Where only some refuse,
 ``split`` keeps the message for those in quarantine and delivers it to the rest, and ``strictest``
-refuses it for all. A message from qmail-send itself is never refused: it is dropped in place of that.
+refuses it for all. A message from qmail-send itself is never refused: it is dropped instead.
 
 Actions and scores are those of the recipient's rows, else the configuration's. For one recipient the outcomes
-count in the order of the scanners, and the first that withholds the message is final: what comes after it need
-not be asked, and could not change anything. Of spamd's answers each recipient has the one by its own preferences.
+count in the order of the scanners, and the first that withholds the message is final: later scanners need
+not be asked, and could not change anything. Of the spam check each recipient has the result by its own preferences.
 """
 
 import enum
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import msgspec
 
-from contentfilter.model import Action, OriginKind, Reason, Scanner, ScanOutcome, ScanStatus
+from contentfilter.model import Action, Check, OriginKind, Reason, Scanner, ScanOutcome, ScanStatus
 from contentfilter.policy.failure import failure_action
 from contentfilter.policy.options import Options
 from contentfilter.policy.plan import RecipientPolicy, ScanPlan
@@ -23,64 +25,56 @@ from contentfilter.settings import Settings
 from contentfilter.wire.clamd import signature_class
 from contentfilter.wire.hook import SUBMISSIONS_MAX
 
-_VIRUS_SCANNERS = (Scanner.SIGNATURES, Scanner.LOADERTYPES, Scanner.CLAMD)
-
 
 class RecipientAction(enum.Enum):
-    """What becomes of the message for one recipient, weakest first."""
+    """Action for one recipient, the weakest first."""
 
     DELIVER = "deliver"
     MARK = "mark"
-    MOVE = "move"  # deliver it, but to another address
+    MOVE = "move"  # deliver, but to another address
     REMOVE = "remove"
     REJECT = "reject"
     DEFER = "defer"
 
 
-_STRENGTH = {fate: strength for strength, fate in enumerate(RecipientAction)}
+_STRENGTH = {action: strength for strength, action in enumerate(RecipientAction)}
 _WITHHELD = (RecipientAction.REMOVE, RecipientAction.REJECT, RecipientAction.DEFER)
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """What stands against the message for those who asked: the outcome, the fate, the rule."""
+    """A matched rule: the outcome that it applies to, and the action for the recipients whose check it was."""
 
-    fate: RecipientAction
+    action: RecipientAction
     reason: Reason
     rule: str
     outcome: ScanOutcome | None = None
-    to: bytes = b""  # where MOVE goes
+    to: bytes = b""  # the address that MOVE delivers to
 
 
-class Delivery(msgspec.Struct, frozen=True):
+class DeliveryGroup(msgspec.Struct, frozen=True):
     """Recipients (indices) that get the message in one form."""
 
     recipients: tuple[int, ...]
     virus: ScanStatus
     spam: ScanStatus
-    marked: Match | None = None
-    moved_to: bytes = b""  # it goes here, and not to the recipients; empty: to them
-    owner: bytes = b""  # whose preferences spamd's headers in it go by
+    match: Match | None = None
+    moved_to: bytes = b""  # delivered to this address instead of the recipients; empty: to them
+    owner: bytes = b""  # of the preferences that the spam check's headers in it come from
 
 
 class Decision(msgspec.Struct, frozen=True):
-    """What is to be done, and which rule said so."""
+    """The action for the whole message, the deliveries, and the rule that decided."""
 
     action: Action
     reason: Reason
     rule: str
-    finding: Match | None = None
-    deliveries: tuple[Delivery, ...] = ()
-    quarantined: tuple[int, ...] = ()  # recipients for whom the message is kept in place of delivery
+    match: Match | None = None
+    deliveries: tuple[DeliveryGroup, ...] = ()
+    withheld: tuple[int, ...] = ()  # recipients for whom the message is kept in quarantine
 
 
-def status_of(outcomes: tuple[ScanOutcome, ...], scanners: tuple[Scanner, ...]) -> ScanStatus:
-    """One word for several scanners: found beats unchecked beats clean beats skipped."""
-    seen = {outcome.status for outcome in outcomes if outcome.scanner in scanners}
-    for status in (ScanStatus.FOUND, ScanStatus.UNCHECKED, ScanStatus.CLEAN):
-        if status in seen:
-            return status
-    return ScanStatus.SKIPPED
+_Matches = list[tuple[RecipientPolicy, tuple[int, ...], Match | None]]
 
 
 def decide(
@@ -91,128 +85,122 @@ def decide(
         return Decision(Action.REJECT, Reason.SIZE, plan.limit)
     if plan.hold:
         return Decision(Action.DEFER, Reason.NONE, plan.hold)
-    if recipients == 0:  # legal for qmail-queue; nobody to protect
+    if recipients == 0:  # legal for qmail-queue
         return Decision(Action.QUEUE, Reason.NONE, "no recipients", deliveries=(_delivery((), outcomes, None, None),))
 
-    fates = _fates(plan, outcomes, origin, settings)
-    refused = [(members, f) for _, members, f in fates if f is not None and f.fate is RecipientAction.REJECT]
+    matches = _matches(plan, outcomes, origin, settings)
+    refused = [(members, m) for _, members, m in matches if m is not None and m.action is RecipientAction.REJECT]
     if refused and settings.tables.recipients == "strictest":
         return _refusal(refused[0][1], origin, recipients)
-    for _, _, finding in fates:
-        if finding is not None and finding.fate is RecipientAction.DEFER:
-            return Decision(Action.DEFER, finding.reason, finding.rule, finding)
-    removed = [(members, f) for _, members, f in fates if f is not None and f.fate is RecipientAction.REMOVE]
-    kept = [(t, members, f) for t, members, f in fates if f is None or f.fate not in _WITHHELD]
-    if refused and not (kept or removed):
+    for _, _, match in matches:
+        if match is not None and match.action is RecipientAction.DEFER:
+            return Decision(Action.DEFER, match.reason, match.rule, match)
+    removed = [(members, m) for _, members, m in matches if m is not None and m.action is RecipientAction.REMOVE]
+    passed = [each for each in matches if each[2] is None or each[2].action not in _WITHHELD]
+    if refused and not (passed or removed):
         return _refusal(refused[0][1], origin, recipients)
-    deliveries, surplus = _fit(_merge([_delivery(members, outcomes, t, f) for t, members, f in kept], outcomes))
+    groups = [_delivery(members, outcomes, policy, match) for policy, members, match in passed]
+    deliveries, surplus = _limit_forms(_merge(groups, outcomes))
     withheld = refused + removed + surplus
     first = withheld[0][1] if withheld else None
-    quarantined = tuple(sorted(index for members, _ in withheld for index in members))
+    indices = tuple(sorted([index for members, _ in withheld for index in members]))
     if first is not None and not deliveries:
-        return Decision(Action.DROP, first.reason, first.rule, first, quarantined=quarantined)
-    marked = next((d.marked for d in deliveries if d.marked is not None), None)
-    leading = first or marked
+        return Decision(Action.DROP, first.reason, first.rule, first, withheld=indices)
+    leading = first or next((d.match for d in deliveries if d.match is not None), None)
     rule = leading.rule if leading else _plain_rule(plan, outcomes)
-    return Decision(Action.QUEUE, leading.reason if leading else Reason.NONE, rule, leading, deliveries, quarantined)
+    return Decision(Action.QUEUE, leading.reason if leading else Reason.NONE, rule, leading, deliveries, indices)
 
 
-def needed(
-    scanner: Scanner, plan: ScanPlan, outcomes: tuple[ScanOutcome, ...], origin: OriginKind, settings: Settings
-) -> bool:
-    """Whether asking ``scanner`` can still change the decision, after ``outcomes`` so far."""
-    return bool(open_owners(scanner, plan, outcomes, origin, settings))
-
-
-def open_owners(
-    scanner: Scanner, plan: ScanPlan, outcomes: tuple[ScanOutcome, ...], origin: OriginKind, settings: Settings
-) -> frozenset[bytes]:
-    """Owners of preferences for whom asking ``scanner`` can still change the decision; the empty one for all others."""
-    nobody = frozenset[bytes]()
-    if not plan.runs(scanner):
-        return nobody
-    fates = _fates(plan, outcomes, origin, settings)
-    if any(f is not None and f.fate is RecipientAction.DEFER for _, _, f in fates):
-        return nobody
-    if settings.tables.recipients == "strictest" and any(
-        f is not None and f.fate is RecipientAction.REJECT for _, _, f in fates
-    ):
-        return nobody
-    return frozenset(
-        treatment.owner
-        for treatment, _, finding in fates
-        if _wants(treatment, scanner) and (finding is None or finding.fate not in _WITHHELD)
-    )
-
-
-def _wants(treatment: RecipientPolicy, scanner: Scanner) -> bool:
-    return treatment.spam if scanner is Scanner.SPAMD else treatment.virus
-
-
-def _concerns(outcome: ScanOutcome, treatment: RecipientPolicy) -> bool:
-    if outcome.scanner is Scanner.SPAMD and outcome.owner != treatment.owner:
-        return False
-    return _wants(treatment, outcome.scanner)
-
-
-def _fates(
+def open_checks(
     plan: ScanPlan, outcomes: tuple[ScanOutcome, ...], origin: OriginKind, settings: Settings
-) -> list[tuple[RecipientPolicy, tuple[int, ...], Match | None]]:
-    """Each group with what stands against the message for it. Most groups differ only in the row they come from."""
-    known: dict[tuple[bool, bool, Options, bytes], Match | None] = {}
-    fates = []
-    for treatment, members in plan.groups:
-        wish = (treatment.virus, treatment.spam, treatment.options, treatment.owner)
-        if wish not in known:
-            known[wish] = _judge(treatment, outcomes, origin, settings)
-        fates.append((treatment, members, known[wish]))
-    return fates
+) -> dict[Check, frozenset[bytes]]:
+    """For each check, the owners of preferences for whom a scanner of it can still change the decision.
 
-
-def _judge(
-    treatment: RecipientPolicy, outcomes: tuple[ScanOutcome, ...], origin: OriginKind, settings: Settings
-) -> Match | None:
-    """The strongest finding for those who are treated so, up to the first that withholds the message."""
-    worst: Match | None = None
-    for outcome in outcomes:
-        if not _concerns(outcome, treatment):
+    The empty owner is there for all recipients without preferences of their own.
+    """
+    owners: dict[Check, set[bytes]] = {check: set() for check in Check}
+    strictest = settings.tables.recipients == "strictest"
+    for policy, _, match in _matches(plan, outcomes, origin, settings):
+        if match is not None and match.action in _WITHHELD:
+            if match.action is RecipientAction.DEFER or (strictest and match.action is RecipientAction.REJECT):
+                return dict.fromkeys(Check, frozenset())
             continue
-        finding = _fault(outcome, origin, settings) or _finding(outcome, treatment.options, settings)
-        if finding is not None and (worst is None or _STRENGTH[finding.fate] > _STRENGTH[worst.fate]):
-            worst = finding
-        if worst is not None and worst.fate in _WITHHELD:
+        if policy.virus:
+            owners[Check.VIRUS].add(policy.owner)
+        if policy.spam:
+            owners[Check.SPAM].add(policy.owner)
+    return {check: frozenset(found) for check, found in owners.items()}
+
+
+def _has_check(policy: RecipientPolicy, check: Check) -> bool:
+    return policy.spam if check is Check.SPAM else policy.virus
+
+
+def _concerns(outcome: ScanOutcome, policy: RecipientPolicy) -> bool:
+    check = outcome.scanner.check
+    return _has_check(policy, check) and (check is not Check.SPAM or outcome.owner == policy.owner)
+
+
+def _matches(plan: ScanPlan, outcomes: tuple[ScanOutcome, ...], origin: OriginKind, settings: Settings) -> _Matches:
+    """The rule that matched for each kind of recipients; groups that differ only in the row they come from are one."""
+    kinds: dict[tuple[bool, bool, Options, bytes], tuple[RecipientPolicy, list[tuple[int, ...]]]] = {}
+    for policy, members in plan.groups:
+        key = (policy.virus, policy.spam, policy.options, policy.owner)
+        if (known := kinds.get(key)) is None:
+            kinds[key] = policy, [members]
+        else:
+            known[1].append(members)
+    return [
+        (policy, parts[0] if len(parts) == 1 else tuple(chain(*parts)), _strongest(policy, outcomes, origin, settings))
+        for policy, parts in kinds.values()
+    ]
+
+
+def _strongest(
+    policy: RecipientPolicy, outcomes: tuple[ScanOutcome, ...], origin: OriginKind, settings: Settings
+) -> Match | None:
+    """The strongest match under this policy, up to the first that withholds the message."""
+    strongest: Match | None = None
+    for outcome in outcomes:
+        if not _concerns(outcome, policy):
+            continue
+        match = _fault(outcome, origin, settings) or _found(outcome, policy.options, settings)
+        if match is not None and (strongest is None or _STRENGTH[match.action] > _STRENGTH[strongest.action]):
+            strongest = match
+        if strongest is not None and strongest.action in _WITHHELD:
             break
-    return worst
+    return strongest
 
 
-def _finding(outcome: ScanOutcome, options: Options, settings: Settings) -> Match | None:
-    if outcome.scanner is Scanner.SPAMD:
+def _found(outcome: ScanOutcome, options: Options, settings: Settings) -> Match | None:
+    if outcome.scanner.check is Check.SPAM:
         return _spam(outcome, options, settings)
     if outcome.status is not ScanStatus.FOUND:
         return None
     clamd = outcome.scanner is Scanner.CLAMD
     rule, reason = f"{outcome.scanner.value}: {outcome.name}", Reason.VIRUS if clamd else Reason.BANNED
     kind = signature_class(outcome.name) if clamd else None
-    if kind is not None and (action := class_action(kind, settings)):  # the class knows better what it is than the row
+    if kind is not None and (action := class_action(kind, settings)):  # the class is more precise than the row
         return Match(RecipientAction(action), reason, f"{rule} ({kind.value})", outcome)
     action = options.virus or (settings.clamd.action if clamd else settings.signatures.action)
     return Match(RecipientAction(action), reason, rule, outcome, options.virus_to)
 
 
 def _spam(outcome: ScanOutcome, options: Options, settings: Settings) -> Match | None:
+    name = outcome.scanner.value
     score = outcome.score if outcome.score is not None else 0.0
     limit = settings.spamd.reject_score if options.reject_score is None else options.reject_score
     if limit and score >= limit and outcome.status in (ScanStatus.FOUND, ScanStatus.CLEAN):
-        return Match(RecipientAction.REJECT, Reason.SPAM, f"spamd: {score:g} >= reject_score={limit:g}", outcome)
+        return Match(RecipientAction.REJECT, Reason.SPAM, f"{name}: {score:g} >= reject_score={limit:g}", outcome)
     if spam_status(outcome, options) is not ScanStatus.FOUND:
         return None
     threshold = outcome.threshold if options.score is None else options.score
-    rule = f"spamd: {score:g} / {threshold or 0.0:g}"
+    rule = f"{name}: {score:g} / {threshold or 0.0:g}"
     return Match(RecipientAction(options.spam or settings.spamd.action), Reason.SPAM, rule, outcome, options.spam_to)
 
 
 def spam_status(outcome: ScanOutcome, options: Options) -> ScanStatus:
-    """What spamd said, or what its score means to those who have a threshold of their own."""
+    """The status of a spam check for a recipient, whose own threshold comes before the scanner's."""
     if options.score is None or outcome.score is None or outcome.status not in (ScanStatus.FOUND, ScanStatus.CLEAN):
         return outcome.status
     return ScanStatus.FOUND if outcome.score >= options.score else ScanStatus.CLEAN
@@ -227,69 +215,84 @@ def _fault(outcome: ScanOutcome, origin: OriginKind, settings: Settings) -> Matc
     return Match(RecipientAction.DEFER, Reason.NONE, f"{outcome.scanner.value}: {outcome.cause.value}", outcome)
 
 
-def _refusal(finding: Match, origin: OriginKind, recipients: int) -> Decision:
-    if origin is OriginKind.BOUNCE:  # qmail-send would offer it again for ever
+def _refusal(match: Match, origin: OriginKind, recipients: int) -> Decision:
+    if origin is OriginKind.BOUNCE:  # qmail-send would retry it for ever
         everybody = tuple(range(recipients))
-        return Decision(Action.DROP, finding.reason, finding.rule + " (bounce)", finding, quarantined=everybody)
-    return Decision(Action.REJECT, finding.reason, finding.rule, finding)
+        return Decision(Action.DROP, match.reason, match.rule + " (bounce)", match, withheld=everybody)
+    return Decision(Action.REJECT, match.reason, match.rule, match)
 
 
 def _delivery(
     members: tuple[int, ...],
     outcomes: tuple[ScanOutcome, ...],
-    treatment: RecipientPolicy | None,
-    finding: Match | None,
-) -> Delivery:
-    """What this group may read in its headers: only of checks that it asked for."""
+    policy: RecipientPolicy | None,
+    match: Match | None,
+) -> DeliveryGroup:
+    """The delivery to one group, which shows only the results of its own checks."""
     virus = spam = ScanStatus.SKIPPED
-    if treatment is not None and treatment.virus:
-        virus = status_of(outcomes, _VIRUS_SCANNERS)
     owner = b""
-    if treatment is not None and treatment.spam:
-        owner = treatment.owner
-        said = spamd_said(outcomes, owner)
-        spam = spam_status(said, treatment.options) if said else ScanStatus.SKIPPED
-    to = finding.to if finding and finding.fate is RecipientAction.MOVE else b""
-    return Delivery(members, virus, spam, finding, to, owner)
+    if policy is not None and policy.virus:
+        virus = strongest_status(o.status for o in outcomes if o.scanner.check is Check.VIRUS)
+    if policy is not None and policy.spam:
+        owner = policy.owner
+        spam = strongest_status(spam_status(o, policy.options) for o in spam_outcomes(outcomes, owner))
+    to = match.to if match and match.action is RecipientAction.MOVE else b""
+    return DeliveryGroup(members, virus, spam, match, to, owner)
 
 
-def spamd_said(outcomes: tuple[ScanOutcome, ...], owner: bytes) -> ScanOutcome | None:
-    """spamd's answer by the preferences of ``owner``."""
-    return next((o for o in outcomes if o.scanner is Scanner.SPAMD and o.owner == owner), None)
+def strongest_status(statuses: Iterable[ScanStatus]) -> ScanStatus:
+    """One status for several scanners: found beats unchecked beats clean beats skipped."""
+    seen = set(statuses)
+    for status in (ScanStatus.FOUND, ScanStatus.UNCHECKED, ScanStatus.CLEAN):
+        if status in seen:
+            return status
+    return ScanStatus.SKIPPED
 
 
-def _merge(deliveries: list[Delivery], outcomes: tuple[ScanOutcome, ...]) -> tuple[Delivery, ...]:
-    """Recipients with equal outcomes travel together, in the order in which they came, whatever their thresholds.
+def spam_outcomes(outcomes: tuple[ScanOutcome, ...], owner: bytes) -> tuple[ScanOutcome, ...]:
+    """The outcomes of the spam check by the preferences of ``owner``."""
+    return tuple([o for o in outcomes if o.scanner.check is Check.SPAM and o.owner == owner])
 
-    Not where spamd's headers tell them apart: nobody reads what somebody else's preferences did.
+
+def _merge(groups: list[DeliveryGroup], outcomes: tuple[ScanOutcome, ...]) -> tuple[DeliveryGroup, ...]:
+    """One delivery for all recipients with equal results, in the order in which they came, whatever their thresholds.
+
+    Except where the spam check's headers differ: no recipient reads the effect of another one's preferences.
     """
-    headers = {o.owner: (o.status, o.rewritten) for o in outcomes if o.scanner is Scanner.SPAMD and o.rewritten}
-    merged: dict[object, list[Delivery]] = {}
-    for d in deliveries:
-        lines = headers.get(d.owner) if d.spam is not ScanStatus.SKIPPED else None
-        merged.setdefault((d.virus, d.spam, d.marked.fate if d.marked else None, d.moved_to, lines), []).append(d)
-    return tuple(
-        msgspec.structs.replace(
-            first, recipients=tuple(sorted(index for d in (first, *others) for index in d.recipients))
-        )
-        for first, *others in merged.values()
-    )
+    headers: dict[bytes, tuple[object, ...]] = {}
+    for o in outcomes:
+        if o.rewritten:
+            headers[o.owner] = (*headers.get(o.owner, ()), o.status, o.rewritten)
+    merged: dict[object, list[DeliveryGroup]] = {}
+    for group in groups:
+        lines = headers.get(group.owner) if group.spam is not ScanStatus.SKIPPED else None
+        action = group.match.action if group.match else None
+        merged.setdefault((group.virus, group.spam, action, group.moved_to, lines), []).append(group)
+    return tuple([_joined(alike) for alike in merged.values()])
 
 
-def _fit(deliveries: tuple[Delivery, ...]) -> tuple[tuple[Delivery, ...], list[tuple[tuple[int, ...], Match]]]:
-    """No more forms of the message than the hook takes. What should move to still more addresses is kept instead.
+def _joined(groups: list[DeliveryGroup]) -> DeliveryGroup:
+    recipients = tuple(sorted([index for group in groups for index in group.recipients]))
+    return msgspec.structs.replace(groups[0], recipients=recipients)
 
-    Without those that move there are never too many: [spamd] max_users sees to that.
+
+def _limit_forms(
+    groups: tuple[DeliveryGroup, ...],
+) -> tuple[tuple[DeliveryGroup, ...], list[tuple[tuple[int, ...], Match]]]:
+    """No more forms of the message than the hook accepts. Moves to further addresses are kept in quarantine instead.
+
+    Without moves there are never too many: [spamd] max_users limits them.
     """
-    too_many = len(deliveries) - SUBMISSIONS_MAX
-    fitting: list[Delivery] = []
+    too_many = len(groups) - SUBMISSIONS_MAX
+    fitting: list[DeliveryGroup] = []
     surplus: list[tuple[tuple[int, ...], Match]] = []
-    for d in reversed(deliveries):
-        if len(surplus) < too_many and d.moved_to and d.marked is not None:
-            rule = f"{d.marked.rule}, and more than {SUBMISSIONS_MAX} forms of one message"
-            surplus.append((d.recipients, replace(d.marked, fate=RecipientAction.REMOVE, rule=rule, to=b"")))
+    for group in reversed(groups):
+        if len(surplus) < too_many and group.moved_to and group.match is not None:
+            rule = f"{group.match.rule}, and more than {SUBMISSIONS_MAX} forms of one message"
+            removed = replace(group.match, action=RecipientAction.REMOVE, rule=rule, to=b"")
+            surplus.append((group.recipients, removed))
         else:
-            fitting.append(d)
+            fitting.append(group)
     return tuple(reversed(fitting)), surplus
 
 

@@ -1,12 +1,12 @@
-"""The story of a decision, step by step, in words that an administrator can act on.
+"""Trace of a decision: its steps in order, in words that an administrator can act on.
 
-The same story for ``explain`` (what would happen) and for the journal (what happened).
+The same trace serves ``explain`` (what would happen) and the journal (what happened).
 """
 
 import msgspec
 
 from contentfilter.errors import Cause
-from contentfilter.model import Action, Envelope, Origin, OriginKind, Scanner, ScanOutcome, ScanStatus, readable
+from contentfilter.model import Action, Check, Envelope, Origin, OriginKind, ScanOutcome, ScanStatus, readable
 from contentfilter.policy.decide import Decision
 from contentfilter.policy.plan import RecipientPolicy, ScanPlan
 
@@ -17,7 +17,7 @@ GROUPS_SHOWN = 50
 
 
 class TraceLine(msgspec.Struct, frozen=True):
-    """One step: the stage it belongs to, and what happened there."""
+    """One step: its stage, and what happened."""
 
     stage: str
     text: str
@@ -32,7 +32,7 @@ _ORIGINS = {
 }
 _ACTIONS = {
     Action.QUEUE: "the message goes to the real qmail-queue",
-    Action.REJECT: "the message is refused for good",
+    Action.REJECT: "the message is refused permanently",
     Action.DEFER: "the client is asked to try again later",
     Action.DROP: "the message is accepted and not delivered",
 }
@@ -48,8 +48,8 @@ def trace(
         ),
         TraceLine("origin", f"{origin.kind.value}: {_ORIGINS[origin.kind]} (uid {origin.uid})"),
     ]
-    for treatment, members in plan.groups[:GROUPS_SHOWN]:
-        lines.append(TraceLine("recipients", f"{_names(envelope, members)}: {_treatment(treatment)}"))
+    for policy, members in plan.groups[:GROUPS_SHOWN]:
+        lines.append(TraceLine("recipients", f"{_names(envelope, members)}: {_policy(policy)}"))
     if (more := len(plan.groups) - GROUPS_SHOWN) > 0:
         lines.append(TraceLine("recipients", f"{more} more groups of them"))
     if plan.limit:
@@ -57,9 +57,9 @@ def trace(
     if plan.hold:
         lines.append(TraceLine("tables", plan.hold))
     for step in plan.steps:
-        said = [outcome for outcome in outcomes if outcome.scanner is step.scanner]
-        lines += (TraceLine(step.scanner.value, f"{_outcome(o)} ({_asked(o)}: {step.reason})") for o in said)
-        if said:
+        results = [outcome for outcome in outcomes if outcome.scanner is step.scanner]
+        lines += [TraceLine(step.scanner.value, f"{_outcome(o)} ({_asked(o)}: {step.reason})") for o in results]
+        if results:
             continue
         if step.run:
             lines.append(TraceLine(step.scanner.value, "not asked: the decision was certain before"))
@@ -72,21 +72,21 @@ def trace(
         lines.append(TraceLine("deliver", f"to {_names(envelope, delivery.recipients)} with {how}"))
     if (more := len(decision.deliveries) - GROUPS_SHOWN) > 0:
         lines.append(TraceLine("deliver", f"in {more} more forms"))
-    if decision.quarantined:
-        lines.append(TraceLine("quarantine", f"kept in place of delivery to {_names(envelope, decision.quarantined)}"))
+    if decision.withheld:
+        lines.append(TraceLine("quarantine", f"kept in place of delivery to {_names(envelope, decision.withheld)}"))
     return tuple(lines)
 
 
 def _names(envelope: Envelope, members: tuple[int, ...]) -> str:
     named = ", ".join(readable(envelope.recipients[i]) for i in members[:SHOWN])
     more = len(members) - SHOWN
-    return (named or "nobody") + (f" and {more} more" if more > 0 else "")
+    return (named or "no recipients") + (f" and {more} more" if more > 0 else "")
 
 
-def _treatment(treatment: RecipientPolicy) -> str:
-    virus = f"virus check {'yes' if treatment.virus else 'no'} ({treatment.virus_rule})"
-    own = f", by the preferences of {readable(treatment.owner)}" if treatment.owner else ""
-    return f"{virus}, spam check {'yes' if treatment.spam else 'no'} ({treatment.spam_rule}{own})"
+def _policy(policy: RecipientPolicy) -> str:
+    virus = f"virus check {'yes' if policy.virus else 'no'} ({policy.virus_rule})"
+    own = f", by the preferences of {readable(policy.owner)}" if policy.owner else ""
+    return f"{virus}, spam check {'yes' if policy.spam else 'no'} ({policy.spam_rule}{own})"
 
 
 def _asked(outcome: ScanOutcome) -> str:
@@ -95,12 +95,12 @@ def _asked(outcome: ScanOutcome) -> str:
 
 def _outcome(outcome: ScanOutcome) -> str:
     whose = f"by the preferences of {readable(outcome.owner)}: " if outcome.owner else ""
-    return whose + _said(outcome)
+    return whose + _result(outcome)
 
 
-def _said(outcome: ScanOutcome) -> str:
+def _result(outcome: ScanOutcome) -> str:
     took = f"{outcome.seconds * 1000:.1f} ms"
-    if outcome.scanner is Scanner.SPAMD and outcome.score is not None:
+    if outcome.scanner.check is Check.SPAM and outcome.score is not None:
         took = f"{outcome.score:g} of {outcome.threshold or 0.0:g} points, {took}"
     if outcome.status is ScanStatus.FOUND:
         what = " ".join(part for part in (outcome.name, f"({outcome.detail})" if outcome.detail else "") if part)

@@ -1,11 +1,11 @@
-"""The failure table: what a scanner's fault does to a message, for each scanner, cause and origin.
+"""Failure table: the action for a scanner's fault, for each scanner, cause and origin.
 
-A fault never refuses a message for good. It defers it, or lets it pass marked *unchecked*. Bounces
-from qmail-send always pass: a deferral would make qmail-send try again for ever (domain-spec 1.3).
+A fault never refuses a message permanently. It defers it, or lets it pass marked *unchecked*. Bounces
+from qmail-send always pass: a deferral would make qmail-send retry for ever (domain-spec 1.3).
 
-Theory. The table is painted in layers: the keys of ``[failure]``, then its rules, those that name
-fewer columns first, then what is fixed. So the most specific one wins. Rules that name equally
-many columns must not disagree; :func:`complaints` finds those that do, and those that do nothing.
+Theory. The table is filled in layers, and later layers overwrite earlier ones: the keys of ``[failure]``, then its
+rules, those that name fewer columns first, then the fixed rules. So the most specific one wins. Rules that name the
+same number of columns must not disagree; :func:`complaints` finds those that do, and those without effect.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,7 +23,7 @@ FailureKey = tuple[Scanner, Cause, OriginKind]
 
 @dataclass(frozen=True, slots=True)
 class FailureEntry:
-    """What a fault does, and what says so: a key or a rule of ``[failure]``, or a fixed rule."""
+    """The action for a fault, and its source: a key or a rule of ``[failure]``, or a fixed rule."""
 
     action: FaultAction
     source: str
@@ -35,7 +35,7 @@ FailureTable = Mapping[FailureKey, FailureEntry]
 
 @dataclass(frozen=True, slots=True)
 class Meaning:
-    """When a cause is given, and which scanners ever give it."""
+    """Meaning of a cause, and the scanners that can give it."""
 
     text: str
     scanners: tuple[Scanner, ...]
@@ -75,38 +75,38 @@ MEANINGS: Mapping[Cause, Meaning] = MappingProxyType(
 
 
 def failure_action(scanner: Scanner, cause: Cause, origin: OriginKind, settings: Settings) -> FaultAction:
-    """One cell of the table in force."""
+    """The action of one entry under these settings."""
     return failure_table(settings.failure)[scanner, cause, origin].action
 
 
 @lru_cache(8)  # one configuration at a time; a few more while a reload goes on
 def failure_table(failure: FailureSettings) -> FailureTable:
-    """All cells."""
-    cells: dict[FailureKey, FailureEntry] = {}
+    """The whole table."""
+    entries: dict[FailureKey, FailureEntry] = {}
     for layer in _layers(failure):
-        cells.update(dict.fromkeys(layer.cells(), layer.cell))
-    return MappingProxyType(cells)
+        entries.update(dict.fromkeys(layer.covered(), layer.entry))
+    return MappingProxyType(entries)
 
 
 def named(number: int) -> str:
-    """How a rule is called: by its place in the file, from 1."""
+    """The name of a rule: by its position in the file, from 1."""
     return f"[[failure.rule]] {number}"
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """Cells that are painted together. An empty column stands for all of it."""
+    """Entries that are written together. An empty column means all its values."""
 
-    cell: FailureEntry
+    entry: FailureEntry
     scanners: tuple[Scanner, ...] = ()
     causes: tuple[Cause, ...] = ()
     origins: tuple[OriginKind, ...] = ()
 
-    def weight(self) -> int:
-        """How many columns it names."""
+    def specificity(self) -> int:
+        """Number of columns that it names."""
         return sum(map(bool, (self.scanners, self.causes, self.origins)))
 
-    def cells(self) -> Iterator[FailureKey]:
+    def covered(self) -> Iterator[FailureKey]:
         return product(self.scanners or Scanner, self.causes or Cause, self.origins or OriginKind)
 
 
@@ -117,21 +117,21 @@ _FIXED = (
 
 
 def _layers(failure: FailureSettings) -> tuple[_Layer, ...]:
-    """The weakest first."""
-
-    def key(name: str, action: FaultAction) -> FailureEntry:
-        return FailureEntry(action, f"[failure] {name}")
-
+    """All layers, the weakest first."""
     return (
-        _Layer(key("signatures", failure.signatures), scanners=(Scanner.SIGNATURES, Scanner.LOADERTYPES)),
-        _Layer(key("clamd", failure.clamd), scanners=(Scanner.CLAMD,)),
-        _Layer(key("spamd", failure.spamd), scanners=(Scanner.SPAMD,)),
-        _Layer(key("too_big", failure.too_big), causes=(Cause.TOO_BIG,)),
-        _Layer(key("limits", failure.limits), causes=(Cause.LIMITS,)),
-        _Layer(key("poison", failure.poison), causes=(Cause.POISON,)),
-        *sorted(_rules(failure), key=_Layer.weight),
+        _Layer(_key("signatures", failure.signatures), scanners=(Scanner.SIGNATURES, Scanner.LOADERTYPES)),
+        _Layer(_key("clamd", failure.clamd), scanners=(Scanner.CLAMD,)),
+        _Layer(_key("spamd", failure.spamd), scanners=(Scanner.SPAMD,)),
+        _Layer(_key("too_big", failure.too_big), causes=(Cause.TOO_BIG,)),
+        _Layer(_key("limits", failure.limits), causes=(Cause.LIMITS,)),
+        _Layer(_key("poison", failure.poison), causes=(Cause.POISON,)),
+        *sorted(_rules(failure), key=_Layer.specificity),
         *_FIXED,
     )
+
+
+def _key(name: str, action: FaultAction) -> FailureEntry:
+    return FailureEntry(action, f"[failure] {name}")
 
 
 def _rules(failure: FailureSettings) -> tuple[_Layer, ...]:
@@ -150,12 +150,12 @@ def _layer(number: int, rule: FaultRule) -> _Layer:
     )
 
 
-# ---------------------------------------------------------------- what is wrong with the rules
+# ---------------------------------------------------------------- faults of the rules
 
 
 @dataclass(frozen=True, slots=True)
 class Complaint:
-    """``number``: of the rule. ``warning``: it can be used, but perhaps is not as meant."""
+    """A faulty rule, by number. ``warning``: it can be used, but perhaps is not as meant."""
 
     number: int
     text: str
@@ -163,20 +163,20 @@ class Complaint:
 
 
 def complaints(failure: FailureSettings) -> Iterator[Complaint]:
-    """Rules that contradict each other or what is fixed, and rules that change nothing."""
+    """Rules that contradict each other or a fixed rule, and rules without effect."""
     rules = _rules(failure)
     table = failure_table(failure)
     for number, rule in enumerate(rules, 1):
-        if not rule.weight():
+        if not rule.specificity():
             yield Complaint(number, "names no scanner, no cause and no origin; it needs one of them at least")
             continue
-        if OriginKind.BOUNCE in rule.origins and rule.cell.action == "defer":
+        if OriginKind.BOUNCE in rule.origins and rule.entry.action == "defer":
             yield Complaint(number, "bounces always pass: qmail-send would offer a deferred one for ever")
             continue
         if (wrong := _contradiction(rules, number)) is not None:
             yield wrong
             continue
-        decided = [table[key].source for key in rule.cells() if _gives(key)]
+        decided = [table[key].source for key in rule.covered() if _gives(key)]
         if not decided:
             yield Complaint(number, "does nothing: none of these scanners ever gives one of these causes", True)
         elif named(number) not in decided:
@@ -185,18 +185,18 @@ def complaints(failure: FailureSettings) -> Iterator[Complaint]:
 
 
 def _contradiction(rules: tuple[_Layer, ...], number: int) -> Complaint | None:
-    """An earlier rule that names as many columns, covers one of the same cells, and says otherwise."""
+    """A conflict with an earlier rule: as many columns, a common entry, another action."""
     rule = rules[number - 1]
-    mine = set(rule.cells())
+    keys = set(rule.covered())
     for place, other in enumerate(rules[: number - 1], 1):
-        if other.weight() != rule.weight() or other.cell.action == rule.cell.action:
+        if other.specificity() != rule.specificity() or other.entry.action == rule.entry.action:
             continue
-        if both := [key for key in other.cells() if key in mine and key[2] is not OriginKind.BOUNCE]:
+        if both := [key for key in other.covered() if key in keys and key[2] is not OriginKind.BOUNCE]:
             scanner, cause, origin = both[0]
-            cell = f"{scanner.value}, {cause.value}, {origin.value}"
+            common = f"{scanner.value}, {cause.value}, {origin.value}"
             return Complaint(
                 number,
-                f"contradicts {named(place)}, which names as many columns: which holds for {cell}? "
+                f"contradicts {named(place)}, which names as many columns: which holds for {common}? "
                 "Name more in the one that shall win",
             )
     return None

@@ -1,4 +1,4 @@
-"""What a table row may say in place of the configuration's actions and scores. Pure: bytes in, values out.
+"""Options of a table row: actions and scores in place of the configuration's. Pure: bytes in, values out.
 
 In clamavclients ``virus=``, in spamdclients ``spam=``, ``score=`` and ``reject_score=``. An action is one of
 ``mark``, ``remove``, ``reject`` and ``move:ADDRESS``. ``score`` is the number of spamd's points from which mail is
@@ -7,13 +7,18 @@ it is refused whatever the action, 0 for never. A value is checked once, when th
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from contentfilter.model import readable
 from contentfilter.policy.addresses import parse_key
 
-VIRUS_OPTIONS = (b"virus",)  # of clamavclients
-SPAM_OPTIONS = (b"spam", b"score", b"reject_score")  # of spamdclients
+VIRUS_OPTIONS = (b"virus",)
+SPAM_OPTIONS = (b"spam", b"score", b"reject_score")
+OPTIONS = {"clamavclients": VIRUS_OPTIONS, "spamdclients": SPAM_OPTIONS}
+"""Names of the options of each table."""
+ALL_OPTIONS = VIRUS_OPTIONS + SPAM_OPTIONS
 LEVELS = {b"very-aggressive": 2, b"aggressive": 4, b"default": 5, b"normal": 7, b"relaxed": 10, b"permissive": 14}
 MAX_SCORE = 10_000
 
@@ -23,10 +28,10 @@ _NUMBER = re.compile(rb"[0-9]{1,5}(?:\.[0-9]{1,12})?")
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """A row's own wishes. Empty or None: as the configuration says."""
+    """The options of a recipient's rows. Empty or None: as configured."""
 
     virus: str = ""
-    virus_to: bytes = b""  # where ``move`` goes
+    virus_to: bytes = b""  # the address that ``move`` delivers to
     spam: str = ""
     spam_to: bytes = b""
     score: float | None = None
@@ -37,7 +42,7 @@ DEFAULTS = Options()
 
 
 def parse_option(name: bytes, value: bytes) -> tuple[bytes, str]:
-    """The value in its one form, and what is wrong with it. One of the two is empty."""
+    """The canonical value, or what is wrong with it: one of the two is empty."""
     folded = value.lower()
     if name in (b"virus", b"spam"):
         if folded in _ACTIONS:
@@ -46,7 +51,7 @@ def parse_option(name: bytes, value: bytes) -> tuple[bytes, str]:
             return b"", "expected mark, remove, reject or move:ADDRESS"
         key, wrong = parse_key(value[5:])
         if wrong or key.startswith((b"@", b".")) or b"@" not in key:
-            return b"", "after move: the address of a mailbox must stand"
+            return b"", "move: needs the address of a mailbox"
         return b"move:" + value[5:], ""
     if name == b"score" and folded in LEVELS:
         return b"%d" % LEVELS[folded], ""
@@ -59,11 +64,18 @@ def parse_option(name: bytes, value: bytes) -> tuple[bytes, str]:
     return f"{number:.8g}".encode(), ""
 
 
+def format_options(values: Mapping[bytes, bytes]) -> bytes:
+    """The options of a row in their canonical form; ``values`` are canonical, too."""
+    return b" ".join([name + b"=" + values[name] for name in ALL_OPTIONS if name in values])
+
+
+@lru_cache(4096)  # parsed once for each text, not for each message: the rows of a table have few different ones
 def read_options(clamav: bytes, spamd: bytes) -> Options:
-    """The options of a recipient's two rows, as :func:`parse_option` left them. Anything else is passed over."""
+    """The options of a recipient's two rows from their canonical form. Anything else is ignored."""
     if not (clamav or spamd):
         return DEFAULTS
-    virus, virus_to = _action(_words(clamav).get(b"virus", b""))
+    words = _words(clamav)
+    virus, virus_to = _action(words.get(b"virus", b""))
     words = _words(spamd)
     spam, spam_to = _action(words.get(b"spam", b""))
     return Options(virus, virus_to, spam, spam_to, _number(words.get(b"score")), _number(words.get(b"reject_score")))

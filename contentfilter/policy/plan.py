@@ -1,17 +1,17 @@
-"""Who wants what, and what is skipped: tables, H-Sphere's switches and the origin become a ScanPlan.
+"""Scan plan: who has which check, and which scanners run, from the tables, H-Sphere's switches and the origin.
 
-Recipients that are treated alike for the same reasons are one group, so a message with 100,000
+Recipients with the same policy for the same reasons are one group, so a message with 100,000
 recipients costs one decision per distinct table row. Facts: domain-spec 2.2 and 2.3.
 
 The order of the rules, for each of the two checks:
 
 1. skipcachk / skipsachk: 1 skips for authenticated clients, 2 for those and for relays;
-2. clamglobal / spamglobal: everybody is checked, whatever the tables say, and gets the configuration's actions;
+2. clamglobal / spamglobal: all recipients are checked, whatever the tables say, with the configuration's actions;
 3. the most specific row of the table, with its options; an exempting row means no;
 4. no row: no check.
 
 The virus check is chksignature and chkloadertype (where switched on) and clamd; the spam check is spamd, which is
-asked once for each owner of SpamAssassin preferences among those who want it, and once for all others together.
+asked once for each owner of SpamAssassin preferences among those who have it, and once for all others together.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,14 +19,14 @@ from dataclasses import dataclass
 
 import msgspec
 
-from contentfilter.model import Envelope, Origin, OriginKind, Scanner, Want, readable
+from contentfilter.model import Check, Envelope, Origin, OriginKind, Scanner, Want, readable
 from contentfilter.policy.options import DEFAULTS, Options, read_options
 from contentfilter.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
 class Switches:
-    """H-Sphere's parameters as far as they decide who is checked. Sizes in bytes; 0: no limit."""
+    """H-Sphere's parameters for checks, limits and headers. Sizes in bytes; 0: no limit."""
 
     clamglobal: bool = False
     spamglobal: bool = False
@@ -60,18 +60,18 @@ FULL_REWRITES = 64 << 20
 
 
 class RecipientPolicy(msgspec.Struct, frozen=True):
-    """What one recipient gets, and the rule that said so."""
+    """The checks of one recipient, each with the rule that decided, and the options of its rows."""
 
     virus: bool
     spam: bool
     virus_rule: str
     spam_rule: str
     options: Options = DEFAULTS
-    owner: bytes = b""  # of the SpamAssassin preferences that hold; empty: nobody's own
+    owner: bytes = b""  # of the SpamAssassin preferences in force; empty: none of its own
 
 
 class PlanStep(msgspec.Struct, frozen=True):
-    """Whether a scanner is asked, and why (not)."""
+    """One scanner: run or not, and why."""
 
     scanner: Scanner
     run: bool
@@ -79,26 +79,31 @@ class PlanStep(msgspec.Struct, frozen=True):
 
 
 class ScanPlan(msgspec.Struct, frozen=True):
-    """The whole plan for one message. ``groups`` pairs a treatment with indices into the recipients."""
+    """The whole plan for one message. ``groups`` pairs a policy with indices into the recipients."""
 
     groups: tuple[tuple[RecipientPolicy, tuple[int, ...]], ...]
     steps: tuple[PlanStep, ...]
-    users: tuple[tuple[bytes, bytes], ...] = ()  # for spamd: each owner, and the address that stands for it
-    left_out: int = 0  # recipients whose own preferences do not count, because there are too many of them
+    users: tuple[tuple[bytes, bytes], ...] = ()  # for spamd: each owner, and the address that it is asked for
+    left_out: int = 0  # recipients whose own preferences are ignored: there are too many owners
     want: Want = Want.CHECK
-    limit: str = ""  # databytes or maxrecipients, when one of them is exceeded
-    hold: str = ""  # why nobody can say now who wants what
-    released: str = ""  # the incident under which this message was in quarantine, when an operator let it go
+    limit: str = ""  # databytes or maxrecipients, where one of them is exceeded
+    hold: str = ""  # why the policies are not known now
+    released: str = ""  # the incident under which an operator released this message from quarantine
 
     def runs(self, scanner: Scanner) -> bool:
-        """Whether ``scanner`` is to be asked."""
+        """True if ``scanner`` is to be asked."""
         return any(step.run for step in self.steps if step.scanner is scanner)
 
+    def for_owners(self, owners: frozenset[bytes]) -> "ScanPlan":
+        """The plan without the other owners of preferences."""
+        if len(self.users) < 2:
+            return self
+        return msgspec.structs.replace(self, users=tuple([user for user in self.users if user[0] in owners]))
+
     def released_by(self, incident: str) -> "ScanPlan":
-        """The plan for a message that was released: nobody is asked again."""
+        """The plan for a message that was released: no scanner runs again."""
         why = f"released from quarantine ({incident})"
-        steps = tuple(PlanStep(scanner, run=False, reason=why) for scanner in Scanner)
-        return msgspec.structs.replace(self, steps=steps, hold="", released=incident)
+        return msgspec.structs.replace(self, steps=_no_steps(why), hold="", released=incident)
 
 
 NO_TABLES = "the recipient tables are not loaded yet"
@@ -111,113 +116,129 @@ _SKIPPED_FROM = {
 }
 
 
-def _general(origin: Origin, switches: Switches) -> tuple[tuple[bool, str] | None, tuple[bool, str] | None]:
-    """What holds for all recipients alike, for both checks; None where the table decides."""
-    return (
-        _check("clamglobal", switches.clamglobal, "skipcachk", switches.skipcachk, origin.kind),
-        _check("spamglobal", switches.spamglobal, "skipsachk", switches.skipsachk, origin.kind),
+class _Rule(msgspec.Struct, frozen=True):
+    """A recipient has a check or not, and the rule that decided."""
+
+    wanted: bool
+    text: str
+
+
+class _GeneralRules(msgspec.Struct, frozen=True):
+    """The rules for all recipients alike. None: the table decides."""
+
+    virus: _Rule | None
+    spam: _Rule | None
+
+
+def _general_rules(origin: Origin, switches: Switches) -> _GeneralRules:
+    return _GeneralRules(
+        _general_rule("clamglobal", switches.clamglobal, "skipcachk", switches.skipcachk, origin.kind),
+        _general_rule("spamglobal", switches.spamglobal, "skipsachk", switches.skipsachk, origin.kind),
     )
 
 
-def _check(everybody: str, globally: bool, skip: str, level: int, kind: OriginKind) -> tuple[bool, str] | None:
+def _general_rule(switch: str, on: bool, skip: str, level: int, kind: OriginKind) -> _Rule | None:
     if kind in _SKIPPED_FROM[level]:
-        return False, f"{skip}={level}, client is {kind.value}"
-    if globally:
-        return True, everybody
-    return None
+        return _Rule(False, f"{skip}={level}, client is {kind.value}")
+    return _Rule(True, switch) if on else None
 
 
-def _by_row(table: str, row: Row | None) -> tuple[bool, str]:
+def _row_rule(table: str, row: Row | None) -> _Rule:
     if row is None:
-        return False, f"no row in {table}"
+        return _Rule(False, f"no row in {table}")
     if row.exempt:
-        return False, f"exempt by !{readable(row.key)} in {table}"
+        return _Rule(False, f"exempt by !{readable(row.key)} in {table}")
     options = f" with {readable(row.options)}" if row.options else ""
-    return True, f"{readable(row.key)} in {table}{options}"
+    return _Rule(True, f"{readable(row.key)} in {table}{options}")
 
 
-def _own(row: Row | None, decided: object) -> bytes:
-    """The row's options, where it is the row that decides."""
-    return row.options if row is not None and decided is None else b""
+class _Preferences:
+    """The owners of preferences met so far, each with the address that spamd is asked for. No more than ``limit``."""
 
-
-class _Users:
-    """The owners of preferences met so far, each with the address that stands for it. No more than ``most``."""
-
-    def __init__(self, owners: Owners | None, most: int) -> None:
-        self.most = most
+    def __init__(self, owners: Owners | None, limit: int) -> None:
+        self.limit = limit
         self.addresses: dict[bytes, bytes] = {b"": b""}
         self.left_out = 0
         self._owners = owners
 
     def __bool__(self) -> bool:
-        """Whether anybody can have preferences."""
+        """True if any recipient can have preferences."""
         return self._owners is not None
 
     def owner(self, recipient: bytes) -> bytes | None:
-        """Whose preferences hold; None where there is no room for them any more."""
+        """The owner of the recipient's preferences; None where the limit is reached."""
         if self._owners is None:
             return b""
         owner, address = self._owners(recipient)
         if owner not in self.addresses:
-            if len(self.addresses) > self.most:
+            if len(self.addresses) > self.limit:
                 self.left_out += 1
                 return None
             self.addresses[owner] = address
         return owner
 
 
-def _users(settings: Settings, owners: Owners | None) -> _Users:
+def _preferences(settings: Settings, owners: Owners | None) -> _Preferences:
     if settings.spamd.user == "recipient":
-        owners = _everybody_their_own
-    return _Users(None if settings.spamd.user == "none" else owners, settings.spamd.max_users)
+        owners = _each_recipient
+    return _Preferences(None if settings.spamd.user == "none" else owners, settings.spamd.max_users)
 
 
-def _everybody_their_own(recipient: bytes) -> tuple[bytes, bytes]:
+def _each_recipient(recipient: bytes) -> tuple[bytes, bytes]:
     address = recipient.lower()
     return address, address
 
 
-def _nobody(_: bytes) -> tuple[None, None]:
+def _no_rows(_: bytes) -> tuple[None, None]:
     return None, None
 
 
 def _group(
-    recipients: tuple[bytes, ...], origin: Origin, switches: Switches, lookup: Lookup, users: _Users
+    recipients: tuple[bytes, ...], rules: _GeneralRules, lookup: Lookup, preferences: _Preferences
 ) -> dict[RecipientPolicy, list[int]]:
-    """Sort recipients into groups of equal treatment. One look-up each, none where no table can matter."""
-    virus, spam = _general(origin, switches)
+    """Groups of recipients with equal policies. One look-up each, none where no table can matter."""
+    virus, spam = rules.virus, rules.spam
     if virus is not None and spam is not None:
-        if not (spam[0] and users):
-            return {_treatment((None, None), virus, spam, b"", 0): list(range(len(recipients)))}
-        lookup = _nobody
+        if not (spam.wanted and preferences):
+            return {_policy((None, None), rules, b"", 0): list(range(len(recipients)))}
+        lookup = _no_rows
     groups: dict[RecipientPolicy, list[int]] = {}
     members_of: dict[tuple[Row | None, Row | None, bytes | None], list[int]] = {}
-    own = bool(users)
+    own = bool(preferences)
     for index, recipient in enumerate(recipients):
         rows = lookup(recipient)
-        wanted = own and (rows[1] is not None and not rows[1].exempt if spam is None else spam[0])
-        key = (*rows, users.owner(recipient) if wanted else b"")
+        wanted = own and (rows[1] is not None and not rows[1].exempt if spam is None else spam.wanted)
+        key = (*rows, preferences.owner(recipient) if wanted else b"")
         members = members_of.get(key)
         if members is None:
-            treatment = _treatment(rows, virus, spam, key[2], users.most)
-            members = members_of[key] = groups.setdefault(treatment, [])
+            policy = _policy(rows, rules, key[2], preferences.limit)
+            members = members_of[key] = groups.setdefault(policy, [])
         members.append(index)
     return groups
 
 
-def _treatment(
-    rows: tuple[Row | None, Row | None],
-    virus: tuple[bool, str] | None,
-    spam: tuple[bool, str] | None,
-    owner: bytes | None,
-    most: int,
+def _policy(
+    rows: tuple[Row | None, Row | None], rules: _GeneralRules, owner: bytes | None, max_users: int
 ) -> RecipientPolicy:
-    virus_now = virus or _by_row("clamavclients", rows[0])
-    spam_now = spam or _by_row("spamdclients", rows[1])
-    left_out = f", own preferences left out: [spamd] max_users={most}" if owner is None else ""
-    options = read_options(_own(rows[0], virus), _own(rows[1], spam))
-    return RecipientPolicy(virus_now[0], spam_now[0], virus_now[1], spam_now[1] + left_out, options, owner or b"")
+    """``owner`` is None where the recipient's preferences are ignored for the sake of ``max_users``."""
+    virus = rules.virus or _row_rule("clamavclients", rows[0])
+    spam = rules.spam or _row_rule("spamdclients", rows[1])
+    ignored = f", own preferences left out: [spamd] max_users={max_users}" if owner is None else ""
+    options = read_options(
+        rows[0].options if rows[0] is not None and rules.virus is None else b"",
+        rows[1].options if rows[1] is not None and rules.spam is None else b"",
+    )
+    return RecipientPolicy(virus.wanted, spam.wanted, virus.text, spam.text + ignored, options, owner or b"")
+
+
+def disabled(settings: Settings, switches: Switches) -> tuple[tuple[Scanner, str], ...]:
+    """Each scanner in their order with the setting that switches it off; empty where it is on."""
+    return (
+        (Scanner.SIGNATURES, "" if switches.chksignature else "chksignature=0"),
+        (Scanner.LOADERTYPES, "" if switches.chkloadertype else "chkloadertype=0"),
+        (Scanner.CLAMD, "" if settings.clamd.backends else "[clamd] backends is empty"),
+        (Scanner.SPAMD, "" if settings.spamd.backends else "[spamd] backends is empty"),
+    )
 
 
 def make_plan(
@@ -229,68 +250,95 @@ def make_plan(
     lookup: Lookup | None,
     owners: Owners | None = None,
 ) -> ScanPlan:
-    """Decide what is done with a message of ``size`` bytes, before anybody looks at it.
+    """The plan for a message of ``size`` bytes, before any scanner runs.
 
-    Without ``lookup`` there are no tables yet: what they would have to decide is held back, but for bounces.
-    ``owners`` says who has preferences of their own; None: nobody.
+    Without ``lookup`` the tables are not loaded yet: messages that need them are deferred, except bounces.
+    ``owners`` finds the preferences of a recipient; None: no recipient has any.
     """
-    limit = ""
+    recipients = envelope.recipients
+    limit = _exceeded_limit(len(recipients), size, origin, switches)
+    rules = _general_rules(origin, switches)
+    if lookup is None:
+        if not limit and origin.kind is not OriginKind.BOUNCE and _needs_tables(rules, settings):
+            unknown = RecipientPolicy(False, False, NO_TABLES, NO_TABLES)
+            return ScanPlan(((unknown, tuple(range(len(recipients)))),), _no_steps(NO_TABLES), hold=NO_TABLES)
+        lookup = _no_rows
+    preferences = _preferences(settings, owners)
+    found = _group(recipients, rules, lookup, preferences)
+    groups = tuple([(policy, tuple(members)) for policy, members in found.items()])
+    if limit:
+        return ScanPlan(groups, _no_steps(limit), limit=limit)
+
+    virus = _wanted_by([(policy.virus, policy.virus_rule) for policy in found])
+    spam = _wanted_by([(policy.spam, policy.spam_rule) for policy in found])
+    if spam.wanted and (why := _unfit_for_spam_check(size, settings, switches)):
+        spam = _Rule(False, why)
+    steps = tuple(
+        [
+            _step(scanner, spam if scanner.check is Check.SPAM else virus, off)
+            for scanner, off in disabled(settings, switches)
+        ]
+    )
+    asked_for = dict.fromkeys([policy.owner for policy in found if policy.spam])
+    users = tuple([(owner, preferences.addresses[owner]) for owner in asked_for])
+    return ScanPlan(groups, steps, users, preferences.left_out, _want(found, settings, size * len(users)))
+
+
+def unscanned_plan(recipients: int, reason: str) -> ScanPlan:
+    """The plan for a message that no scanner may read: all recipients have both checks, and none is made."""
+    everybody = RecipientPolicy(True, True, reason, reason), tuple(range(recipients))
+    return ScanPlan((everybody,), _no_steps(reason))
+
+
+def _exceeded_limit(recipients: int, size: int, origin: Origin, switches: Switches) -> str:
     if origin.kind in _SMTP:
         if switches.databytes and size > switches.databytes:
-            limit = f"databytes={switches.databytes}"
-        elif switches.maxrecipients and len(envelope.recipients) > switches.maxrecipients:
-            limit = f"maxrecipients={switches.maxrecipients}"
-    if lookup is None:
-        if not limit and origin.kind is not OriginKind.BOUNCE and _needs_tables(_general(origin, switches), settings):
-            steps = tuple(PlanStep(scanner, False, NO_TABLES) for scanner in Scanner)
-            unknown = RecipientPolicy(False, False, NO_TABLES, NO_TABLES)
-            return ScanPlan(((unknown, tuple(range(len(envelope.recipients)))),), steps, hold=NO_TABLES)
-        lookup = _nobody
-    users = _users(settings, owners)
-    found = _group(envelope.recipients, origin, switches, lookup, users)
-    groups = tuple((treatment, tuple(members)) for treatment, members in found.items())
-    if limit:
-        return ScanPlan(groups, tuple(PlanStep(scanner, False, limit) for scanner in Scanner), limit=limit)
-
-    virus = next((t.virus_rule for t in found if t.virus), "")
-    spam = next((t.spam_rule for t in found if t.spam), "")
-    no_virus = next(iter({t.virus_rule for t in found}), "no recipients") if len(found) == 1 else "nobody wants it"
-    no_spam = next(iter({t.spam_rule for t in found}), "no recipients") if len(found) == 1 else "nobody wants it"
-    cap = switches.samsgsize or settings.spamd.max_size
-    if spam and size > cap:
-        name = "samsgsize" if switches.samsgsize else "[spamd] max_size"
-        spam, no_spam = "", f"size {size} > {name}={cap}"
-    elif spam and size == 0:
-        spam, no_spam = "", "empty message"
-    steps = (
-        _step(Scanner.SIGNATURES, virus, no_virus, switches.chksignature, "chksignature=0"),
-        _step(Scanner.LOADERTYPES, virus, no_virus, switches.chkloadertype, "chkloadertype=0"),
-        _step(Scanner.CLAMD, virus, no_virus, bool(settings.clamd.backends), "[clamd] backends is empty"),
-        _step(Scanner.SPAMD, spam, no_spam, bool(settings.spamd.backends), "[spamd] backends is empty"),
-    )
-    asked = tuple((owner, users.addresses[owner]) for owner in dict.fromkeys(t.owner for t in found if t.spam))
-    return ScanPlan(groups, steps, asked, users.left_out, _want(found, settings, size * len(asked)))
+            return f"databytes={switches.databytes}"
+        if switches.maxrecipients and recipients > switches.maxrecipients:
+            return f"maxrecipients={switches.maxrecipients}"
+    return ""
 
 
-def _step(scanner: Scanner, wanted: str, unwanted: str, on: bool, off: str) -> PlanStep:
-    if not wanted:
-        return PlanStep(scanner, False, unwanted)
-    return PlanStep(scanner, True, wanted) if on else PlanStep(scanner, False, off)
+def _no_steps(reason: str) -> tuple[PlanStep, ...]:
+    return tuple([PlanStep(scanner, False, reason) for scanner in Scanner])
 
 
-def _needs_tables(general: tuple[tuple[bool, str] | None, tuple[bool, str] | None], settings: Settings) -> bool:
-    """Whether tables that are not there would have a say: about who is checked, or about whose preferences hold."""
-    spam, db = general[1], settings.mariadb
+def _wanted_by(rules: list[tuple[bool, str]]) -> _Rule:
+    """A check of the message: the first rule by which a recipient has it, else why none has."""
+    rule = next((text for wanted, text in rules if wanted), "")
+    if rule:
+        return _Rule(True, rule)
+    return _Rule(False, "no recipient has this check" if len(rules) != 1 else rules[0][1])
+
+
+def _unfit_for_spam_check(size: int, settings: Settings, switches: Switches) -> str:
+    limit = switches.samsgsize or settings.spamd.max_size
+    if size > limit:
+        return f"size {size} > {'samsgsize' if switches.samsgsize else '[spamd] max_size'}={limit}"
+    return "" if size else "empty message"
+
+
+def _step(scanner: Scanner, rule: _Rule, off: str) -> PlanStep:
+    if not rule.wanted:
+        return PlanStep(scanner, False, rule.text)
+    return PlanStep(scanner, False, off) if off else PlanStep(scanner, True, rule.text)
+
+
+def _needs_tables(rules: _GeneralRules, settings: Settings) -> bool:
+    """True if the missing tables would matter: they decide who is checked, or whose preferences are in force."""
+    if rules.virus is None or rules.spam is None:
+        return True
+    db = settings.mariadb
     listed = settings.tables.source == "mariadb" and (db.prefs_table or db.prefs_query)
-    return None in general or bool(listed and settings.spamd.user == "table" and spam and spam[0])
+    return bool(listed and settings.spamd.user == "table" and rules.spam.wanted)
 
 
-def _want(treatments: Iterable[RecipientPolicy], settings: Settings, rewritten: int) -> Want:
-    """No more than is used: SpamAssassin's headers only where somebody may get spam, marked or moved.
+def _want(policies: Iterable[RecipientPolicy], settings: Settings, rewritten: int) -> Want:
+    """The least that is enough: SpamAssassin's headers only where some recipient may get spam, marked or moved.
 
-    ``rewritten``: bytes of all messages that spamd would give back.
+    ``rewritten``: bytes of all messages that spamd would return.
     """
-    actions = {t.options.spam or settings.spamd.action for t in treatments if t.spam}
+    actions = {policy.options.spam or settings.spamd.action for policy in policies if policy.spam}
     if actions.isdisjoint(("mark", "move")):
         return Want.CHECK
     return Want.PROCESS if settings.spamd.rewrite == "full" and rewritten <= FULL_REWRITES else Want.HEADERS

@@ -7,7 +7,7 @@ might be in the same message stays unseen while that signature is allowed.
 
 from dataclasses import dataclass, replace
 
-from contentfilter.model import Scanner, ScanOutcome, ScanStatus
+from contentfilter.model import Check, Scanner, ScanOutcome, ScanStatus
 from contentfilter.settings import Settings
 from contentfilter.wire.clamd import SignatureClass, signature_class
 
@@ -29,7 +29,7 @@ def apply_allowlist(
     outcome: ScanOutcome, settings: Settings, allowed: tuple[AllowEntry, ...], now: float
 ) -> ScanOutcome:
     """``outcome``, or what is left of it at ``now`` when its finding is let through."""
-    if outcome.status is not ScanStatus.FOUND or outcome.scanner is Scanner.SPAMD:
+    if outcome.status is not ScanStatus.FOUND or outcome.scanner.check is Check.SPAM:
         return outcome
     name = outcome.name.removesuffix(UNOFFICIAL)
     for allowance in allowed:

@@ -9,8 +9,9 @@ import os
 
 from contentfilter.errors import Problem
 from contentfilter.files import SourceState, file_state, first_line, read_file
+from contentfilter.policy.options import OPTIONS
 from contentfilter.tables.owners import PREFS, parse_owners
-from contentfilter.tables.rows import OPTIONS, TABLES, Rows, parse_table
+from contentfilter.tables.rows import TABLES, Rows, parse_table
 
 MAX_SIZE = 256 << 20  # bytes of one table file
 _DOMAIN = ("envnoathost", "me")

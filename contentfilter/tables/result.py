@@ -11,9 +11,9 @@ from contentfilter.errors import ConfigError, Problem
 from contentfilter.files import ProblemCollector
 from contentfilter.model import readable
 from contentfilter.policy.addresses import EXEMPT, MAX_KEY, PLAIN_KEYS, parse_key
-from contentfilter.policy.options import parse_option
+from contentfilter.policy.options import OPTIONS, format_options, parse_option
 from contentfilter.tables.files import MAX_SIZE
-from contentfilter.tables.rows import OPTIONS, Table, short
+from contentfilter.tables.rows import Table, short
 
 # Types of result columns, from the protocol.
 _TEXT = frozenset({15, 247, 249, 250, 251, 252, 253, 254})
@@ -104,7 +104,7 @@ class Builder:
         problems = []
         if exempt not in (None, b"0"):
             problems.append(f"exempt is {short(exempt)}; expected 0 or 1. The row is in force as if it were 0")
-        words = []
+        good = {}
         for name, value in zip(self._names, values, strict=True):
             if not value:
                 continue
@@ -112,5 +112,5 @@ class Builder:
             if wrong:
                 problems.append(f"{readable(name)} is {short(value)}; {wrong}. The row is in force without it")
             else:
-                words.append(name + b"=" + text)
-        return b" ".join(words), tuple(problems)
+                good[name] = text
+        return format_options(good), tuple(problems)

@@ -13,13 +13,9 @@ from contentfilter.errors import Problem
 from contentfilter.files import ProblemCollector, SourceState
 from contentfilter.model import readable
 from contentfilter.policy.addresses import EXEMPT, PLAIN_KEYS, parse_key
-from contentfilter.policy.options import SPAM_OPTIONS, VIRUS_OPTIONS, parse_option
+from contentfilter.policy.options import ALL_OPTIONS, OPTIONS, format_options, parse_option
 
 TABLES = ("clamavclients", "spamdclients")
-OPTIONS = {"clamavclients": VIRUS_OPTIONS, "spamdclients": SPAM_OPTIONS}
-"""Names that may stand after a key, in each table; see :mod:`contentfilter.policy.options`."""
-ALL_OPTIONS = VIRUS_OPTIONS + SPAM_OPTIONS
-
 Table = dict[bytes, bytes]
 """Canonical key -> ``b""`` (check), ``b"!"`` (exempt), or the options, each in its one form."""
 
@@ -137,7 +133,7 @@ def parse_row(
             good[name] = text
     if exempt:
         return key, EXEMPT
-    return key, b" ".join(name + b"=" + good[name] for name in ALL_OPTIONS if name in good)
+    return key, format_options(good)
 
 
 def row_text(key: bytes, value: bytes) -> bytes:

@@ -29,7 +29,7 @@ import msgspec
 
 from contentfilter.errors import ConfigError, Problem
 from contentfilter.files import SourceState, replace_file
-from contentfilter.policy.addresses import EVERYBODY, EXEMPT
+from contentfilter.policy.addresses import EVERYBODY, EXEMPT, candidate_keys
 from contentfilter.policy.plan import Lookup, Owners, Row
 from contentfilter.tables.rows import Rows
 
@@ -203,7 +203,7 @@ def _make_lookup(header: Header, file: mmap.mmap, offsets_at: int, extension: by
             address += default
         clamav, spamd = everybody
         missing = tables
-        for key in (address, address[at:]) if simple else _keys(header, address, at, extension):
+        for key in (address, address[at:]) if simple else candidate_keys(address, at, extension, header):
             start, end = offsets_of(file, offsets_at + ((crc32(key) & mask) << 2))
             found = find(b"\n%b\0" % key, buckets_at + start, buckets_at + end)
             if found < 0 or b"\0" in key:
@@ -234,7 +234,7 @@ def _make_owners(header: Header, file: mmap.mmap, offsets_at: int, extension: by
         if b"@" not in address:
             address += b"@" + default
         at = address.rfind(b"@")
-        for key in _keys(header, address, at, extension):
+        for key in candidate_keys(address, at, extension, header):
             place = offsets_at + ((crc32(key) & (header.buckets - 1)) << 2)
             start, end = _PAIR.unpack_from(file, place)
             found = file.find(b"\n%b\0" % key, buckets_at + start, buckets_at + end)
@@ -258,22 +258,6 @@ def _options(file: mmap.mmap, start: int, limit: int) -> tuple[bytes, bytes]:
     end = file.find(b"\n", start + 1, limit)
     _, clamav, spamd = file[start : limit if end < 0 else end].split(b"\0")
     return clamav[1:], spamd
-
-
-def _keys(header: Header, address: bytes, at: int, extension: bytes) -> list[bytes]:
-    """What :func:`addresses.candidates` says, without ``*`` and without keys that no row can have."""
-    keys = [address]
-    domain = address[at:]
-    end = address.rfind(extension, 0, at) if extension else 0
-    while end > 0:
-        if end in header.local_sizes:
-            keys.append(address[:end] + domain)
-        end = address.rfind(extension, 0, end)
-    if header.has_domains:
-        keys.append(domain)
-    labels = domain[1:].split(b".")
-    keys += [b"." + b".".join(labels[-count:]) for count in header.parent_labels if count < len(labels)]
-    return keys
 
 
 def read_header(path: str) -> Header:

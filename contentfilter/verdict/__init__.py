@@ -1,1 +1,1 @@
-"""What goes back: reply text, headers, quarantine."""
+"""Results of the decision: disposition, reply text, header fields, log record."""

@@ -1,4 +1,4 @@
-"""All that is known about one message once it is decided: what reply, journal and explain are made of."""
+"""Context of a decided message: the input of reply, record and explain."""
 
 import msgspec
 
@@ -9,7 +9,7 @@ from contentfilter.settings import Settings
 
 
 class MessageContext(msgspec.Struct, frozen=True):
-    """One message from intake to decision."""
+    """One message with its plan, outcomes and decision."""
 
     incident: str
     origin: Origin

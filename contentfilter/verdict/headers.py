@@ -1,9 +1,8 @@
-"""The header lines that a delivery gets, and what changes in the ones that were there.
+"""Header fields of a delivery: reads the header block, and finds the changes in the fields that are already there.
 
-The result is ``prepend`` and ``skip``: the delivered message is ``prepend`` followed by the original
-from byte ``skip`` on. As long as nothing that exists must change, ``skip`` is 0 and every byte of the
-original stays. Two things make the header block be rewritten: a subject tag on spam, and forged copies
-of our own headers, which are renamed. The body is never touched here.
+The added fields go in front of the message, and as long as nothing else must change every byte of the original stays.
+Two things change existing fields: the subject tag on spam, and forged copies of our own fields, which are renamed.
+The body is never touched here.
 """
 
 import base64
@@ -13,6 +12,7 @@ import re
 from collections.abc import Iterator
 
 from contentfilter.model import readable
+from contentfilter.verdict.disposition import HeaderChange, RenameHeader, ReplaceText
 
 HEADER_LIMIT = 1 << 20
 """Bytes at the start of a message in which the header block is looked for."""
@@ -29,8 +29,8 @@ _OURS = re.compile(  # readers that drop NULs or take a name with blanks must no
     re.IGNORECASE | re.MULTILINE,
 )
 _OUR_NAMES = (b"x-contentfilter", b"x-virus-", b"x-spam-")
-_FLAG = re.compile(rb"^X-Spam-Flag:[^\n]*\n", re.IGNORECASE | re.MULTILINE)
-_STATUS = re.compile(rb"^(X-Spam-Status:[ \t]*)(Yes|No)\b([^\n]*)", re.IGNORECASE | re.MULTILINE)
+_FLAG = re.compile(rb"X-Spam-Flag:", re.IGNORECASE)
+_STATUS = re.compile(rb"(X-Spam-Status:[ \t]*)(Yes|No)\b([^\n]*)", re.IGNORECASE)
 _REQUIRED = re.compile(rb" required=[0-9.+-]+")
 _SUBJECT = re.compile(rb"^(Subject[ \t]*:)([^\n]*(?:\n[ \t][^\n]*)*)", re.IGNORECASE | re.MULTILINE)
 _WORD = re.compile(rb"=\?([!->@-~]{1,40})\?([bq])\?([ !->@-~]*)\?=", re.IGNORECASE)
@@ -64,72 +64,94 @@ def message_id(block: bytes) -> str:
     return readable(field.group(1)[:MESSAGE_ID_MAX]).rstrip() if field else ""
 
 
-def spam_lines(block: bytes) -> bytes:
-    """SpamAssassin's own fields (X-Spam-…) out of the header block that its HEADERS command returned.
+def spam_fields(block: bytes) -> list[bytes]:
+    """SpamAssassin's own fields (X-Spam-...) from the header block that its HEADERS command returned, each with its LF.
 
     A CR inside a line, where some readers would see another field begin, becomes a blank; a NUL, too.
     """
     text = block.replace(b"\r\n", b"\n").translate(_NO_LINE_ENDS)
-    fields = (m.group(0) for m in _FIELD.finditer(text) if m.group(1)[:7].lower() == b"x-spam-")
-    return b"".join(field if field.endswith(b"\n") else field + b"\n" for field in fields)
+    fields = [m.group(0) for m in _FIELD.finditer(text) if m.group(1)[:7].lower() == b"x-spam-"]
+    return [field if field.endswith(b"\n") else field + b"\n" for field in fields]
 
 
-def overruled(fields: bytes, found: bool) -> bytes:
-    """SpamAssassin's fields with the verdict of a recipient's own threshold in place of its own."""
-    kept = _FLAG.sub(b"", fields)
-    kept = _STATUS.sub(lambda m: m.group(1) + (b"Yes" if found else b"No") + _REQUIRED.sub(b"", m.group(3)), kept)
-    return b"X-Spam-Flag: YES\n" + kept if found else kept
+def overruled(fields: list[bytes], found: bool) -> list[bytes]:
+    """SpamAssassin's fields with the verdict of a recipient's own threshold in place of SpamAssassin's."""
+    word = b"Yes" if found else b"No"
+    kept = [b"X-Spam-Flag: YES\n"] if found else []
+    for field in fields:
+        if status := _STATUS.match(field):
+            end = _REQUIRED.sub(b"", status.group(3)) + field[status.end() :]
+            kept.append(status.group(1) + word + end)
+        elif not _FLAG.match(field):
+            kept.append(field)
+    return kept
 
 
-def correct(original: mmap.mmap | bytes, claimed: frozenset[bytes], subject_tag: bytes = b"") -> tuple[bytes, int]:
-    """The header block to put in place of that of ``original``: forged copies of our fields are renamed in it.
+def correct(
+    original: mmap.mmap | bytes, claimed: frozenset[bytes], subject_tag: bytes = b""
+) -> tuple[bytes, tuple[HeaderChange, ...]]:
+    """The changes in the header block of ``original``: forged copies of our fields are renamed, the subject is tagged.
 
     ``claimed`` says which families of fields speak for us in a delivery (b"contentfilter",
-    b"virus-", b"spam-"): only those are renamed, to ``X-Received-X-…``. ``subject_tag`` (UTF-8) is put
-    in front of each Subject unless it is there already, also behind ``Re:``; a missing Subject is added.
-    Returns (block, bytes of the original that it replaces); (b"", 0) where the original may stay.
+    b"virus-", b"spam-"): only those are renamed, to ``X-Received-X-...``. ``subject_tag`` (UTF-8) is put
+    in front of each Subject unless it is there already, also behind ``Re:``.
+    Returns (a Subject field to add where there is none, else empty; the changes in order of their offset).
     """
-
-    def rename(field: re.Match[bytes]) -> bytes:
-        family = field.group(1).replace(b"\0", b"").lower()
-        return b"X-Received-" + field.group(0) if family in claimed else field.group(0)
-
     block = header_block(original)
     lower = block.replace(b"\0", b"").lower()  # most messages have none of them, and the pattern tries every byte
-    renamed = _OURS.sub(rename, block) if any(name in lower for name in _OUR_NAMES) else block
-    if subject_tag:
-        renamed = _tagged(renamed, subject_tag)
-    return (b"", 0) if renamed == block else (renamed, len(block))
+    changes: list[HeaderChange] = []
+    if any(name in lower for name in _OUR_NAMES):
+        for field in _OURS.finditer(block):
+            if field.group(1).replace(b"\0", b"").lower() in claimed:
+                name = field.group(0)
+                changes.append(RenameHeader(field.start(), name, b"X-Received-" + name))
+    tag = subject_tag.decode("utf-8", "replace").strip()
+    if not tag:
+        return b"", tuple(changes)
+    missing, tagged = _tag_subjects(block, tag)
+    return missing, tuple(sorted([*changes, *tagged], key=_offset) if tagged else changes)
 
 
-def _tagged(block: bytes, tag: bytes) -> bytes:
-    """``block`` with the tag in front of each Subject: readers differ in which of several they show."""
-    text = tag.decode("utf-8", "replace").strip()
-    if not text:
-        return block
-    plain, there = text.encode("utf-8"), re.compile(_REPLY + re.escape(text))
+def _offset(change: HeaderChange) -> int:
+    return change.at
+
+
+def changed_block(original: mmap.mmap | bytes, changes: tuple[HeaderChange, ...]) -> tuple[bytes, int]:
+    """The header block of ``original`` with ``changes`` made, and how many bytes of the original it replaces."""
+    block = header_block(original)
+    pieces: list[bytes] = []
+    end = 0
+    for change in changes:
+        pieces += (block[end : change.at], change.new)
+        end = change.at + len(change.old)
+    return b"".join((*pieces, block[end:])), len(block)
+
+
+def _tag_subjects(block: bytes, text: str) -> tuple[bytes, list[ReplaceText]]:
+    """The tag in front of each Subject: readers differ in which of several they show. Results: see :func:`correct`."""
+    plain, present = text.encode("utf-8"), re.compile(_REPLY + re.escape(text))
     tags = _encoded(text), _encoded(text, before_word=True)
     fold = b"\r\n " if b"\r\n" in block else b"\n "
-
-    def put(field: re.Match[bytes]) -> bytes:
-        value = field.group(2).lstrip(b" \t")
-        if (b"=?" in value or plain in value) and there.match(_readable_subject(value)):
-            return field.group(0)
-        first = tags[_WORD.match(value.lstrip()) is not None]
-        if value[:1] in (b"\r", b"\n"):
-            return field.group(1) + b" " + first + value
-        start = field.group(1) + b" " + first + b" "
-        fits = len(start) - start.rfind(b"\n") - 1 + len(value.split(b"\n", 1)[0].rstrip(b"\r")) <= LINE_MAX
-        return start + value if fits else start[:-1] + fold + value
-
-    tagged, found = _SUBJECT.subn(put, block)
-    return tagged if found else b"Subject: " + tags[0] + b"\n" + block
+    changes = []
+    subject = None
+    for subject in _SUBJECT.finditer(block):
+        value = subject.group(2).lstrip(b" \t")
+        if (b"=?" in value or plain in value) and present.match(_readable_subject(value)):
+            continue
+        name = subject.group(1)
+        new = name + b" " + tags[_WORD.match(value.lstrip()) is not None]
+        if value[:1] not in (b"\r", b"\n"):
+            length = len(new) - new.rfind(b"\n") + len(value.split(b"\n", 1)[0].rstrip(b"\r"))
+            new += b" " if length <= LINE_MAX else fold
+        old = block[subject.start() : subject.end() - len(value)]
+        changes.append(ReplaceText(subject.start(), old, new))
+    return b"" if subject else b"Subject: " + tags[0] + b"\n", changes
 
 
 def _encoded(text: str, before_word: bool = False) -> bytes:
-    """``text`` for a header: as it is, or in RFC 2047's encoded words where it isn't printable ASCII.
+    """``text`` for a header: unchanged if it is printable ASCII, else in RFC 2047's encoded words.
 
-    White space between encoded words is not shown: ``before_word`` puts the space between two into the first.
+    White space between encoded words is not displayed: ``before_word`` puts the space between two into the first.
     """
     if text.isascii() and text.isprintable():
         return text.encode("ascii")

@@ -1,7 +1,7 @@
-"""The one line per message: fixed fields, for the log, the event feed and the journal.
+"""Log record of a message: fixed fields for the log, the event feed and the journal; and its audit detail.
 
-Addresses stand here as printable ASCII; at most RECIPIENTS_SHOWN of them, with the true count beside.
-What is too long for a line is the account: the story as it was told, and what else a message is found by.
+Addresses are printable ASCII; at most RECIPIENTS_SHOWN of them, with the true count beside.
+The detail holds what is too long for a line: the trace of the decision, and what else a message can be found by.
 """
 
 from collections.abc import Iterator
@@ -16,15 +16,15 @@ from contentfilter.verdict.headers import header_block, message_id
 
 RECIPIENTS_SHOWN = 20
 RECIPIENTS_FOUND = 1_000
-"""So many recipients of a message can be searched for."""
+"""Recipients of a message that can be searched for."""
 ADDRESS_SHOWN = 300
-"""Characters of an address in the account."""
-STORY_MAX = 65_536
-"""Characters of a story in the account."""
+"""Characters of an address in the detail."""
+TRACE_MAX = 65_536
+"""Characters of a trace in the detail."""
 
 
 class ScanRecord(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What one scanner said."""
+    """Result of one scanner."""
 
     scanner: str
     status: str
@@ -35,12 +35,12 @@ class ScanRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     backend: str = ""
     score: float | None = None
     threshold: float | None = None
-    reused: str = ""  # kept or shared: it was said about an equal message
-    owner: str = ""  # of the preferences that spamd went by
+    reused: str = ""  # kept or shared: the result of an equal message
+    owner: str = ""  # of the preferences that spamd used
 
 
 class MailRecord(msgspec.Struct, frozen=True):
-    """What happened to one message."""
+    """Result of one message."""
 
     id: str
     origin: str
@@ -61,32 +61,32 @@ class MailRecord(msgspec.Struct, frozen=True):
     ms: float
 
 
-def make_record(case: MessageContext, attempt: int, seconds: float) -> MailRecord:
-    """The line for a decided message that took ``seconds`` from intake to decision."""
-    decision, envelope = case.decision, case.envelope
+def make_record(context: MessageContext, attempt: int, seconds: float) -> MailRecord:
+    """The record of a decided message that took ``seconds`` from intake to decision."""
+    decision, envelope = context.decision, context.envelope
     return MailRecord(
-        id=case.incident,
-        origin=case.origin.kind.value,
-        uid=case.origin.uid,
-        remote=readable(case.origin.remote_ip[:64]),
-        user=readable(case.origin.user[:256]),
+        id=context.incident,
+        origin=context.origin.kind.value,
+        uid=context.origin.uid,
+        remote=readable(context.origin.remote_ip[:64]),
+        user=readable(context.origin.user[:256]),
         sender=readable(envelope.sender),
-        recipients=tuple(readable(r) for r in envelope.recipients[:RECIPIENTS_SHOWN]),
+        recipients=tuple([readable(r) for r in envelope.recipients[:RECIPIENTS_SHOWN]]),
         recipient_count=len(envelope.recipients),
-        size=case.message.size,
-        scans=make_scans(case.outcomes),
+        size=context.message.size,
+        scans=make_scans(context.outcomes),
         decision=decision.action.value,
         reason=decision.reason.value,
         rule=decision.rule,
         submissions=len(decision.deliveries) if decision.action is Action.QUEUE else 0,
-        quarantined=len(decision.quarantined),
+        quarantined=len(decision.withheld),
         attempt=attempt,
         ms=round(seconds * 1000, 3),
     )
 
 
 def make_scans(outcomes: tuple[ScanOutcome, ...]) -> tuple[ScanRecord, ...]:
-    """What the scanners said, in a line's words."""
+    """The outcomes in the form of the record."""
     return tuple(
         ScanRecord(
             o.scanner.value,
@@ -106,56 +106,68 @@ def make_scans(outcomes: tuple[ScanOutcome, ...]) -> tuple[ScanRecord, ...]:
 
 
 def troubled(record: MailRecord) -> bool:
-    """Whether somebody should look: deferred, or let through without the answer of a scanner."""
+    """True for a message that needs attention: deferred, or passed without the result of a scanner."""
     return record.decision == Action.DEFER.value or any(s.status == ScanStatus.UNCHECKED.value for s in record.scans)
 
 
 def ordinary(record: MailRecord) -> bool:
-    """Delivered to everybody, with nothing found and nothing left unchecked."""
-    dull = (ScanStatus.CLEAN.value, ScanStatus.SKIPPED.value)
+    """True for a message that was delivered to all, with nothing found and nothing unchecked."""
+    unremarkable = (ScanStatus.CLEAN.value, ScanStatus.SKIPPED.value)
     delivered = record.decision == Action.QUEUE.value and not record.quarantined
-    return delivered and all(scan.status in dull for scan in record.scans)
+    return delivered and all(scan.status in unremarkable for scan in record.scans)
 
 
 class MailDetail(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What the log line has no room for."""
+    """What is too long for the record."""
 
-    story: tuple[tuple[str, str], ...] = ()  # stage, and what happened there
-    text: str = ""  # what the client was told
+    story: tuple[tuple[str, str], ...] = ()  # the trace: stage and text
+    text: str = ""  # the reply to the client
     message_id: str = ""
     more_recipients: tuple[str, ...] = ()  # those behind the ones in the record
 
 
-def make_detail(case: MessageContext, text: str) -> MailDetail:
-    """The account of a decided message; ``text`` is what the client is told. Bounded, whatever the message is."""
+def make_detail(context: MessageContext, text: str) -> MailDetail:
+    """The detail of a decided message; ``text`` is the reply to the client. Bounded, whatever the message is."""
     return MailDetail(
-        _bounded(context_trace(case)),
+        _bounded(context_trace(context)),
         text,
-        message_id(header_block(case.message.data)),
-        tuple(readable(r[:ADDRESS_SHOWN]) for r in case.envelope.recipients[RECIPIENTS_SHOWN:RECIPIENTS_FOUND]),
+        message_id(header_block(context.message.data)),
+        tuple([readable(r[:ADDRESS_SHOWN]) for r in context.envelope.recipients[RECIPIENTS_SHOWN:RECIPIENTS_FOUND]]),
     )
 
 
-def context_trace(case: MessageContext) -> tuple[tuple[str, str], ...]:
-    """The story as plain pairs."""
-    lines = trace(case.envelope, case.origin, case.message.size, case.plan, case.outcomes, case.decision)
-    return tuple((line.stage, line.text) for line in lines)
+def context_trace(context: MessageContext) -> tuple[tuple[str, str], ...]:
+    """The trace as plain pairs of stage and text."""
+    lines = trace(
+        context.envelope, context.origin, context.message.size, context.plan, context.outcomes, context.decision
+    )
+    return tuple([(line.stage, line.text) for line in lines])
 
 
-def steps(account: MailDetail) -> Iterator[tuple[str, str]]:
-    """The story and what else the log tells step by step, as pairs of a stage and a text."""
-    if account.message_id:
-        yield "message-id", account.message_id
-    yield from account.story
-    if account.text:
-        yield "answer", account.text
+def quarantine_facts(context: MessageContext) -> dict[str, Any]:
+    """The facts about a message that is kept in quarantine, for its sidecar."""
+    envelope = context.envelope
+    return fields(make_record(context, 0, 0.0)) | {
+        # bytes as received: the printable fields may have lost some
+        "envelope_hex": {"sender": envelope.sender.hex(), "recipients": [r.hex() for r in envelope.recipients]},
+        "withheld_from": list(context.decision.withheld),
+    }
+
+
+def steps(detail: MailDetail) -> Iterator[tuple[str, str]]:
+    """The trace and the other facts that the log lists step by step, as pairs of a stage and a text."""
+    if detail.message_id:
+        yield "message-id", detail.message_id
+    yield from detail.story
+    if detail.text:
+        yield "answer", detail.text
 
 
 def _bounded(lines: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
-    if sum(len(text) for _, text in lines) <= STORY_MAX:
+    if sum([len(text) for _, text in lines]) <= TRACE_MAX:
         return lines
-    share = STORY_MAX // len(lines)  # many recipients with long addresses: every line keeps its beginning
-    return tuple((stage, text if len(text) <= share else text[:share] + " ...") for stage, text in lines)
+    share = TRACE_MAX // len(lines)  # many recipients with long addresses: every line keeps its beginning
+    return tuple([(stage, text if len(text) <= share else text[:share] + " ...") for stage, text in lines])
 
 
 def fields(record: MailRecord) -> dict[str, Any]:

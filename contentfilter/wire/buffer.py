@@ -1,7 +1,7 @@
-"""Bytes that have arrived but not yet made a whole line or block.
+"""Receive buffer: bytes that have arrived but are not yet a whole line or block.
 
-Each byte is searched once, however slowly the peer drips: the buffer remembers how far it has
-looked. It also holds the one way in which the codecs show a peer's bytes to people.
+Each byte is searched once, however slowly the peer sends: the buffer remembers how far it has
+searched. This module also has the one function by which the codecs show a peer's bytes to people.
 """
 
 import re
@@ -12,7 +12,7 @@ SHOWN = 200  # characters of a peer's text that reach a log
 
 
 class ReceiveBuffer:
-    """Takes bytes at the end, gives whole lines or exact counts from the front."""
+    """Takes bytes at the end, returns whole lines or exact counts from the front."""
 
     __slots__ = ("_data", "_searched")
 

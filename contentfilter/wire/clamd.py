@@ -1,9 +1,9 @@
-"""clamd's commands and answers as bytes, without I/O.
+"""Codec of clamd's commands and answers, without I/O.
 
 Theory. Commands carry the prefix ``z``, so they and their answers end with NUL; some complaints
 of clamd end with LF even then, so either byte ends an answer. One command per connection: a
-second answer is nonsense. A scan's answer is read from the right, because only its last word
-(OK, FOUND, ERROR) is fixed. Only ``stream: OK`` and ``fd[N]: OK`` mean clean; whatever is
+second answer is an error. A scan's answer is read from the right, because only its last word
+(OK, FOUND, ERROR) is fixed. Only ``stream: OK`` and ``fd[N]: OK`` mean clean; any answer that is
 neither clean, found nor a known complaint is a RemoteProtocolError.
 
 Sources: clamd(8), clamd.conf(5), and the answers of clamd 1.4 to experiments.
@@ -33,7 +33,7 @@ _CLEAN = re.compile(rb"(?:\d{1,10}: )?(?:stream|fd\[\d{1,10}\]): OK")
 _EXTENDED = re.compile(rb"\([0-9a-fA-F]{32,128}:\d{1,20}\)$")
 
 
-# ---------------------------------------------------------------- what we send
+# ---------------------------------------------------------------- commands
 
 
 def command(name: str) -> bytes:
@@ -61,7 +61,7 @@ def instream(data: memoryview) -> Generator[tuple[bytes | memoryview, ...], None
         yield (head + bytes(4),)
 
 
-# ---------------------------------------------------------------- what we hear
+# ---------------------------------------------------------------- answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """clamd gave no verdict and said why. ``refused``: it does not do this command, or not here."""
+    """No verdict, and the reason that clamd gave. ``refused``: it does not support this command, or not here."""
 
     cause: Cause
     text: str
@@ -112,7 +112,7 @@ class Stats:
 
 
 class AnswerReader(Generic[T]):
-    """Reads one answer: feed it bytes, or the end of input, until it gives the event."""
+    """Reader of one answer: feed it bytes, or the end of input, until it returns the event."""
 
     __slots__ = ("_buffer", "_ends", "_limit", "_parse")
 
@@ -249,11 +249,11 @@ def parse_stats(text: bytes) -> Stats:
     return Stats(live, idle, maximum, sum(int(number) for number in _QUEUE.findall(text)))
 
 
-# ---------------------------------------------------------------- what a name means
+# ---------------------------------------------------------------- signature names
 
 
 class SignatureClass(enum.Enum):
-    """Kinds of findings that deserve different treatment; only the first is plainly a virus."""
+    """Classes of signatures, which can have different actions; only the first is plainly a virus."""
 
     MALWARE = "malware"
     PUA = "pua"  # possibly unwanted application
@@ -281,7 +281,7 @@ _CLASSES: tuple[tuple[str, SignatureClass], ...] = (
 
 
 def signature_class(name: str) -> SignatureClass:
-    """The class of a signature's name. Who wrote the signature weighs more than what it claims to be."""
+    """The class of a signature, from its name. Its author counts more than what it claims to be."""
     if name.endswith(".UNOFFICIAL"):
         return SignatureClass.UNOFFICIAL
     for start, kind in _CLASSES:

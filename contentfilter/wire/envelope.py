@@ -1,8 +1,8 @@
-"""qmail-queue's envelope: ``F`` sender NUL, ``T`` recipient NUL for each recipient, one NUL more.
+"""Codec of qmail-queue's envelope: ``F`` sender NUL, ``T`` recipient NUL for each recipient, one NUL more.
 
 Source: qmail-queue(8). An address has at most 1002 bytes. SPAMCONTROL and s/qmail may put
 a record ``Q`` behind the recipients; it is read and dropped. Bytes after the final NUL are
-not looked at. The hook (queue_hook/envelope.c) reads the same grammar.
+ignored. The hook (queue_hook/envelope.c) reads the same grammar.
 """
 
 from contentfilter.errors import EnvelopeError, LocalProtocolError
@@ -54,8 +54,10 @@ def _fault(records: list[bytes], *, complete: bool) -> EnvelopeError:
 
 
 def build(sender: bytes, recipients: tuple[bytes, ...] | list[bytes]) -> bytes:
-    """The bytes of an envelope. Raises LocalProtocolError for an address that cannot stand in one."""
-    for address in (sender, *recipients):
-        if len(address) > ADDRESS_MAX or b"\0" in address:
-            raise LocalProtocolError(f"not an envelope address: {address[:80]!r}")
-    return b"F" + b"\0T".join((sender, *recipients)) + b"\0\0"
+    """The bytes of an envelope. Raises LocalProtocolError for an address that no envelope can hold."""
+    addresses = (sender, *recipients)
+    block = b"F" + b"\0T".join(addresses) + b"\0\0"
+    if max(map(len, addresses)) > ADDRESS_MAX or block.count(b"\0") != len(addresses) + 1:
+        wrong = next(address for address in addresses if len(address) > ADDRESS_MAX or b"\0" in address)
+        raise LocalProtocolError(f"not an envelope address: {wrong[:80]!r}")
+    return block

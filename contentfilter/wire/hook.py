@@ -1,4 +1,4 @@
-"""The protocol between the hook and the daemon, version 1 (docs/hook-protocol.md).
+"""Codec of the protocol between the hook and the daemon, version 1 (docs/hook-protocol.md).
 
 One packet each way on a SEQPACKET socket: a request that comes with the descriptors of
 message and envelope, an answer, and a report where the message was split. Little-endian,
@@ -15,8 +15,8 @@ from contentfilter.model import Action, Reason
 from contentfilter.wire import envelope as envelope_format
 
 VERSION = 1
-PACKET_MAX = 65536  # an answer; what is longer puts its body into a descriptor
-REQUEST_MAX = 32 + 32768  # a request; read with at least this much room, plus one to see an excess
+PACKET_MAX = 65536  # an answer; a longer one passes its body in a descriptor
+REQUEST_MAX = 32 + 32768  # a request; read with one byte more, to detect a longer one
 ENVIRON_MAX = 32768
 TEXT_MAX = 250
 SUBMISSIONS_MAX = 128  # each is a process of the hook and its pipes
@@ -32,26 +32,26 @@ _AS_RECEIVED = 1
 _BODY_IN_DESCRIPTOR = 1
 
 
-_ACTIONS = {Action.QUEUE: 1, Action.REJECT: 2, Action.DEFER: 3, Action.DROP: 4}
-_REASONS = {Reason.NONE: 0, Reason.VIRUS: 1, Reason.SPAM: 2, Reason.BANNED: 3, Reason.SIZE: 4}
+ACTION_CODES = {Action.QUEUE: 1, Action.REJECT: 2, Action.DEFER: 3, Action.DROP: 4}
+REASON_CODES = {Reason.NONE: 0, Reason.VIRUS: 1, Reason.SPAM: 2, Reason.BANNED: 3, Reason.SIZE: 4}
 """Only the dialect ``sqmail`` tells reasons apart, by its exit status."""
-_ACTION_OF = {code: action for action, code in _ACTIONS.items()}
-_REASON_OF = {code: reason for reason, code in _REASONS.items()}
+_ACTION_OF = {code: action for action, code in ACTION_CODES.items()}
+_REASON_OF = {code: reason for reason, code in REASON_CODES.items()}
 
 
 class Request(msgspec.Struct, frozen=True):
-    """One offer of a message. ``budget`` is what is left for the answer, in seconds."""
+    """One offer of a message. ``budget``: seconds left for the answer."""
 
-    attempt: int  # 0 first; each further offer of the same message counts one more
+    attempt: int  # 0 for the first offer of a message, 1 for the second, ...
     budget: float
     message_size: int
     envelope_size: int
-    environ: dict[bytes, bytes]  # of the hook's caller; who may be believed is for the peer's uid to say
-    sent: float | None = None  # on the monotonic clock, seconds; None: an older hook, or no number
+    environ: dict[bytes, bytes]  # of the hook's caller; the uid of the peer decides how far to trust it
+    sent: float | None = None  # when it was sent, seconds of the monotonic clock; None: an older hook, or no number
 
 
 class Submission(msgspec.Struct, frozen=True):
-    """What one real qmail-queue gets: ``prepend`` + message[``skip``:], and an envelope."""
+    """Input of one real qmail-queue: ``prepend`` + message[``skip``:], and an envelope."""
 
     prepend: bytes = b""
     skip: int = 0
@@ -59,7 +59,7 @@ class Submission(msgspec.Struct, frozen=True):
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """The verdict. ``text`` (printable ASCII, at most 250 bytes, no letter in front) is for refusals."""
+    """The answer to a request. ``text`` (printable ASCII, at most 250 bytes, no leading letter) is for refusals."""
 
     action: Action
     reason: Reason = Reason.NONE
@@ -76,7 +76,7 @@ class EncodedAnswer(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How one submission ended: exit status, minus a signal's number, or NEVER_STARTED."""
+    """Result of one submission: exit status, negated signal number, or NEVER_STARTED."""
 
     status: int
     committed: bool
@@ -84,13 +84,13 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class CommitReport:
-    """What became of a message that was split, in the answer's order."""
+    """Results of a message that was split, in the order of the answer."""
 
     results: tuple[Result, ...]
 
 
 def decode_request(packet: bytes) -> Request:
-    """Raises RemoteProtocolError for anything that the hook would not send."""
+    """Decode a request. Raises RemoteProtocolError for anything that the hook would not send."""
     try:
         magic, version, attempt, budget, message, envelope, length = _REQUEST.unpack_from(packet)
     except struct.error:
@@ -115,7 +115,7 @@ def decode_request(packet: bytes) -> Request:
 
 
 def encode_request(request: Request) -> bytes:
-    """The hook's packet; for tests and tools, the hook builds its own."""
+    """Encode a request, for tests and tools; the hook builds its own."""
     block = b"".join(b"%b=%b\0" % item for item in request.environ.items())
     if request.sent is not None:
         block = b"%b=%d\0" % (SENT, round(request.sent * 1000)) + block
@@ -130,7 +130,7 @@ def encode_request(request: Request) -> bytes:
 
 
 def encode_answer(answer: Answer) -> EncodedAnswer:
-    """Raises LocalProtocolError for an answer that the hook would not accept."""
+    """Encode an answer. Raises LocalProtocolError for one that the hook would not accept."""
     text = answer.text.encode("ascii", "replace")
     if len(text) > TEXT_MAX or any(not 32 <= byte < 127 for byte in text):
         raise LocalProtocolError("text of an answer: printable ASCII, at most 250 bytes")
@@ -141,7 +141,7 @@ def encode_answer(answer: Answer) -> EncodedAnswer:
     apart = _ANSWER.size + len(text) + len(body) > PACKET_MAX
     flags = _BODY_IN_DESCRIPTOR if apart else 0
     head = _ANSWER.pack(
-        b"CFA1", VERSION, _ACTIONS[answer.action], _REASONS[answer.reason], len(text), count, flags, len(body)
+        b"CFA1", VERSION, ACTION_CODES[answer.action], REASON_CODES[answer.reason], len(text), count, flags, len(body)
     )
     return EncodedAnswer(head + text, body) if apart else EncodedAnswer(head + text + body)
 
@@ -156,7 +156,7 @@ def _encode_submission(submission: Submission) -> bytes:
 
 
 def decode_answer(packet: bytes, body: bytes | None = None) -> Answer:
-    """What the hook does with an answer, for tests and tools; ``body`` is the descriptor's content."""
+    """Decode an answer as the hook does, for tests and tools; ``body`` is the content of the descriptor."""
     try:
         magic, version, action, reason, text_size, count, flags, length = _ANSWER.unpack_from(packet)
         answered = _ACTION_OF[action]
@@ -199,19 +199,19 @@ def _decode_submission(block: bytes, at: int) -> tuple[Submission, int]:
             envelope_format.parse(given)
         except EnvelopeError as error:
             raise RemoteProtocolError(f"answer with a bad envelope: {error}") from None
-        if given.find(b"\0\0") != len(given) - 2:  # what the hook takes from a client it does not take from us
+        if given.find(b"\0\0") != len(given) - 2:  # from a client the hook accepts more
             raise RemoteProtocolError("answer with an envelope that does not end with its final NUL")
     return Submission(block[at + _SUBMISSION.size : middle], skip, given), end
 
 
 def encode_report(report: CommitReport) -> bytes:
-    """The hook's packet; for tests and tools."""
+    """Encode a report, for tests and tools."""
     head = _REPORT.pack(b"CFR1", VERSION, len(report.results))
     return head + b"".join(_RESULT.pack(r.status, r.committed) for r in report.results)
 
 
 def decode_report(packet: bytes) -> CommitReport:
-    """Raises RemoteProtocolError for anything that the hook would not send."""
+    """Decode a report. Raises RemoteProtocolError for anything that the hook would not send."""
     try:
         magic, version, count = _REPORT.unpack_from(packet)
     except struct.error:

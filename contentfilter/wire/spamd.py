@@ -1,9 +1,9 @@
-"""spamd's requests and responses as bytes, without I/O.
+"""Codec of spamd's requests and responses, without I/O.
 
 Theory. One request per connection: a line, headers, an empty line, the message, end of input.
 The response is a status line; a failure ends there, and so does PING's answer (what follows is
 ignored). A success goes on with headers in any order and case, and an empty line; a body follows
-when Content-length says so. A body is believed only when all of it has arrived, and nothing more.
+when Content-length says so. A body counts only when it is complete and nothing follows.
 
 Sources: SpamAssassin's PROTOCOL text (SPAMC/1.5) and the answers of spamd 4.0 to experiments.
 """
@@ -27,7 +27,7 @@ _NUMBER = rb"(-?\d{1,9}(?:\.\d{1,9})?)"
 _SPAM = re.compile(rb"(true|false|yes|no)\s*;\s*" + _NUMBER + rb"\s*/\s*" + _NUMBER, re.IGNORECASE)
 _LENGTH = re.compile(rb"\d{1,12}")
 
-# sysexits(3) as spamd uses them. 0 is success and stands not here.
+# sysexits(3) as spamd uses them, without 0 (success).
 _CAUSES = {
     64: Cause.BAD_REPLY,  # usage
     65: Cause.BAD_REPLY,  # data
@@ -41,7 +41,7 @@ _CAUSES = {
     73: Cause.DOWN,
     74: Cause.DOWN,
     75: Cause.BUSY,  # "try again later"
-    76: Cause.BAD_REPLY,  # it did not understand us
+    76: Cause.BAD_REPLY,  # it did not understand the request
     77: Cause.DOWN,  # no permission
     78: Cause.DOWN,  # its configuration
     79: Cause.TIMEOUT,
@@ -49,21 +49,21 @@ _CAUSES = {
 
 
 def cause(code: int, text: str = "") -> Cause:
-    """Why a response with this code (not 0) and text holds no verdict."""
+    """The cause of a response without a verdict, from its code (not 0) and text."""
     if "memory" in text.lower():
         return Cause.MEMORY
     return _CAUSES.get(code, Cause.BAD_REPLY)
 
 
 def usable_user(user: bytes) -> bool:
-    """May this name stand in a ``User:`` header? Neither empty, nor long, nor with control characters."""
+    """True if this name may be in a ``User:`` header: not empty, not long, no control characters."""
     return 0 < len(user) <= USER_LIMIT and min(user) >= 32 and 127 not in user
 
 
 def request(command: str, size: int, *, user: bytes = b"", compress: bool = False) -> bytes:
-    """Everything before the message. ``size``: bytes of body that will follow, compressed if so said.
+    """The request line and headers. ``size``: bytes of the body that will follow, after compression.
 
-    The only writer of headers: what could end a line or is not a known command is a LocalProtocolError.
+    Raises LocalProtocolError for an unknown command and for values that could end a line.
     """
     if command not in COMMANDS:
         raise LocalProtocolError(f"{command!r} is not a command that this program gives to spamd")
@@ -83,7 +83,7 @@ def request(command: str, size: int, *, user: bytes = b"", compress: bool = Fals
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """What spamd said. ``code`` 0 is success, and then spam, score and threshold hold (but not for PING)."""
+    """A response of spamd. With ``code`` 0 (success), spam, score and threshold are valid, except for PING."""
 
     code: int
     text: str  # printable ASCII
@@ -94,9 +94,9 @@ class Response:
 
 
 class ResponseReader:
-    """Reads one response: feed it bytes, or the end of input, until it gives the event.
+    """Reader of one response: feed it bytes, or the end of input, until it returns the event.
 
-    ``max_body``: bytes of body that are worth keeping; a longer announcement is refused at once.
+    ``max_body``: largest body in bytes; a longer one is refused as soon as it is announced.
     """
 
     __slots__ = ("_buffer", "_command", "_head", "_length", "_lines", "_max_body", "_spam", "_status")

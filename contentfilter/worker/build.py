@@ -73,6 +73,7 @@ class PipelineBundle:
             owners,
             bypasses,
             recall,
+            disk,
         )
 
     @classmethod

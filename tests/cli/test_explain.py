@@ -64,7 +64,7 @@ def test_a_refusal_says_which_row_scanner_and_rule(ask: Asker) -> None:
     assert "virus check yes (@protected.example in clamavclients)" in result.stdout
     assert "found Eicar-Test-Signature.UNOFFICIAL" in result.stdout
     assert "spamd        not asked: the decision was certain before" in result.stdout
-    assert "reject: the message is refused for good; rule: clamd: Eicar-Test-Signature" in result.stdout
+    assert "reject: the message is refused permanently; rule: clamd: Eicar-Test-Signature" in result.stdout
     assert "SMTP text    message contains a virus" in result.stdout
 
 
@@ -72,6 +72,11 @@ def test_mail_that_passes_shows_its_headers_and_status_0(ask: Asker) -> None:
     result = ask(mails.PLAIN)
     assert result.exit_code == 0
     assert "X-ContentFilter: explain; virus=clean; spam=clean" in result.stdout
+
+
+def test_a_forged_field_is_shown_with_its_new_name(ask: Asker) -> None:
+    result = ask(b"X-Virus-Status: Clean\n" + mails.PLAIN)
+    assert "(X-Virus-Status becomes X-Received-X-Virus-Status)" in result.stdout
 
 
 def test_an_unprotected_recipient_needs_no_scanner(tmp_path: Path) -> None:

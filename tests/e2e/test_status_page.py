@@ -33,7 +33,7 @@ def test_decisions_of_real_messages_are_shown_with_their_story(
     story = browser.text("details[open] dl")
     assert told[2].startswith("D")
     assert told[2][1:] in story
-    assert "reject: the message is refused for good; rule: clamd: " in story
+    assert "reject: the message is refused permanently; rule: clamd: " in story
     assert system.daemon.wait_for("mail.done", 3)[2]["id"] in story
     assert browser.text("#sums").replace("\n", " ").startswith("messages 3 ")
     assert browser.evaluate("document.querySelectorAll('#flow rect.reject').length") == 1

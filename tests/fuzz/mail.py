@@ -66,7 +66,7 @@ def decoders(data: bytes) -> None:
 def header_lines(data: bytes) -> None:
     """Our lines in front, forged ones renamed, the body as it was, and a subject that is tagged once."""
     tag, message = (b"[SPAM]", b"\xe2\x98\xa0 spam")[len(data) % 2], data
-    header, skip = headers.correct(message, ALL, tag)
+    header, skip = corrected(message, tag)
     prepend = b"".join((*LINES, header))
     assert prepend.startswith(LINES[0])
     assert skip in (0, len(headers.header_block(message)))
@@ -77,7 +77,7 @@ def header_lines(data: bytes) -> None:
         assert not any(
             line.replace(b"\0", b"").lower().startswith(name) and b":" in line for line in field_lines(block)
         ), name
-    again, cut = headers.correct(block, ALL, tag)
+    again, cut = corrected(block, tag)
     assert b"".join((*LINES, again)) + block[cut:] == delivered
     parsed = email.parser.BytesHeaderParser(policy=email.policy.compat32).parsebytes(LINES[0] + block)
     assert [value for name, value in parsed.items() if name.lower() == "x-contentfilter"][1:] == []
@@ -85,6 +85,13 @@ def header_lines(data: bytes) -> None:
     assert not text or (text.isprintable() and text.isascii() and len(text) <= headers.MESSAGE_ID_MAX)
     for value in sidecar.described(message).values():
         assert not value or (value.isprintable() and len(value) <= sidecar.FIELD_SHOWN)
+
+
+def corrected(message: bytes, tag: bytes) -> tuple[bytes, int]:
+    """What goes in front of the message, and how many of its bytes that replaces."""
+    missing, changes = headers.correct(message, ALL, tag)
+    header, skip = headers.changed_block(message, changes) if changes else (b"", 0)
+    return missing + header, skip
 
 
 def field_lines(block: bytes) -> list[bytes]:

@@ -72,7 +72,7 @@ def answer(data: bytes) -> None:
 
 def told(read: hook.Answer) -> str:
     """An answer as hook_parsers.c writes it down."""
-    lines = [f"{read.action:d} {read.reason:d} {read.text}\n"]
+    lines = [f"{hook.ACTION_CODES[read.action]} {hook.REASON_CODES[read.reason]} {read.text}\n"]
     for submission in read.submissions:
         total = 0
         for byte in submission.prepend + (submission.envelope or b""):
@@ -167,15 +167,14 @@ def spamd_response(data: bytes) -> None:
 def spam_fields(block: bytes) -> None:
     """Whatever spamd says the header is: only fields of its own, and nobody sees another line begin."""
     own = block.replace(b"|", b"\nX-Spam-")  # the name is hard to come upon by chance
-    for fields in (f(headers.spam_lines(said)) for said in (block, own) for f in (bytes, _overruled)):
-        assert not fields or fields.endswith(b"\n")
-        assert not set(b"\r\0") & set(fields)
-        for line in fields.split(b"\n")[:-1]:
-            assert line[:7].lower() == b"x-spam-" or line[:1] in b" \t"
-
-
-def _overruled(fields: bytes) -> bytes:
-    return headers.overruled(fields, True)
+    for said in (block, own):
+        for fields in (headers.spam_fields(said), headers.overruled(headers.spam_fields(said), True)):
+            for field in fields:
+                assert field.endswith(b"\n")
+                assert not set(b"\r\0") & set(field)
+                first, *folded = field.split(b"\n")[:-1]
+                assert first[:7].lower() == b"x-spam-"
+                assert all(line[:1] in b" \t" for line in folded)
 
 
 def frame(data: bytes) -> None:

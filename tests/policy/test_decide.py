@@ -6,8 +6,8 @@ import msgspec
 import pytest
 
 from contentfilter.errors import Cause
-from contentfilter.model import Action, OriginKind, Reason, Scanner, ScanOutcome, ScanStatus
-from contentfilter.policy.decide import decide, needed, open_owners
+from contentfilter.model import Action, Check, OriginKind, Reason, Scanner, ScanOutcome, ScanStatus
+from contentfilter.policy.decide import decide, open_checks
 from contentfilter.policy.failure import failure_action
 from contentfilter.policy.options import DEFAULTS, Options, read_options
 from contentfilter.policy.plan import PlanStep, RecipientPolicy, ScanPlan
@@ -113,37 +113,37 @@ def test_reject_score_refuses_whatever_the_action():
 def test_split_keeps_for_the_refused_and_delivers_to_the_rest():
     d = run([VIRUS, NONE], [found(Scanner.CLAMD)])
     assert d.action is Action.QUEUE
-    assert d.quarantined == (0,)
+    assert d.withheld == (0,)
     assert [delivery.recipients for delivery in d.deliveries] == [(1,)]
     assert d.rule == "clamd: Name"
 
 
 def test_strictest_refuses_for_all():
     d = run([VIRUS, NONE], [found(Scanner.CLAMD)], tables=TableSettings(recipients="strictest"))
-    assert (d.action, d.deliveries, d.quarantined) == (Action.REJECT, (), ())
+    assert (d.action, d.deliveries, d.withheld) == (Action.REJECT, (), ())
 
 
 def test_remove_keeps_and_drops():
     d = run([VIRUS], [found(Scanner.CLAMD)], clamd=ClamdSettings(action="remove"))
-    assert (d.action, d.quarantined) == (Action.DROP, (0,))
+    assert (d.action, d.withheld) == (Action.DROP, (0,))
 
 
 def test_rejected_beside_removed_is_not_refused_as_a_whole():
     """Some of the recipients would get no message and no refusal otherwise."""
     outcomes = [found(Scanner.CLAMD), found(Scanner.SPAMD, score=9.0, threshold=5.0)]
     d = run([VIRUS, SPAM], outcomes, spamd=SpamdSettings(action="remove"))
-    assert (d.action, d.quarantined) == (Action.DROP, (0, 1))
+    assert (d.action, d.withheld) == (Action.DROP, (0, 1))
 
 
 def test_bounce_is_dropped_never_refused():
     d = run([VIRUS], [found(Scanner.CLAMD)], OriginKind.BOUNCE)
-    assert (d.action, d.quarantined) == (Action.DROP, (0,))
+    assert (d.action, d.withheld) == (Action.DROP, (0,))
 
 
 def test_bounce_is_not_refused_by_strictest_either():
     d = run([VIRUS, NONE], [found(Scanner.CLAMD)], OriginKind.BOUNCE, tables=TableSettings(recipients="strictest"))
     assert d.action in (Action.DROP, Action.QUEUE)
-    assert d.quarantined
+    assert d.withheld
 
 
 def test_marking_a_signature_does_not_hide_a_virus():
@@ -168,9 +168,9 @@ def test_no_recipients_are_queued():
 
 
 def asks(treatments, outcomes, **sections):
-    return [
-        s for s in Scanner if needed(s, plan(*treatments), tuple(outcomes), OriginKind.STRANGER, Settings(**sections))
-    ]
+    p = plan(*treatments)
+    owners = open_checks(p, tuple(outcomes), OriginKind.STRANGER, Settings(**sections))
+    return [scanner for scanner in Scanner if p.runs(scanner) and owners[scanner.check]]
 
 
 def test_nobody_is_asked_after_a_refusal():
@@ -204,11 +204,11 @@ def wishing(clamav=b"", spamd=b""):
 
 def of(decision, index=0):
     """What became of one recipient."""
-    if index in decision.quarantined:
+    if index in decision.withheld:
         return "kept"
     for delivery in decision.deliveries:
         if index in delivery.recipients:
-            return delivery.moved_to or (delivery.marked.fate.value if delivery.marked else "delivered")
+            return delivery.moved_to or (delivery.match.action.value if delivery.match else "delivered")
     return decision.action.value
 
 
@@ -273,13 +273,13 @@ def test_those_who_are_moved_to_one_place_travel_together_and_apart_from_the_res
         (1,): b"two@x",
         (3,): b"",
     }
-    assert d.quarantined == ()
+    assert d.withheld == ()
 
 
 def test_moved_is_not_refused_for_those_who_refuse_unless_strictest():
     to = [wishing(b"virus=move:one@x"), BOTH]
     d = run(to, VIRUS_FOUND)
-    assert (d.action, d.quarantined, of(d, 0)) == (Action.QUEUE, (1,), b"one@x")
+    assert (d.action, d.withheld, of(d, 0)) == (Action.QUEUE, (1,), b"one@x")
     assert run(to, VIRUS_FOUND, tables=TableSettings(recipients="strictest")).action is Action.REJECT
 
 
@@ -313,7 +313,7 @@ def said(owner, score, threshold=5.0, headers=b""):
 def test_each_recipient_has_the_answer_by_its_own_preferences():
     answers = [said(b"anna@x", 3.0, 2.0), said(b"ben@x", -97.0, 2.0), said(b"", 3.0)]
     d = run([ANNA, BEN, SPAM], answers, spamd=SpamdSettings(action="remove"))
-    assert (d.action, d.quarantined, d.rule) == (Action.QUEUE, (0,), "spamd: 3 / 2")
+    assert (d.action, d.withheld, d.rule) == (Action.QUEUE, (0,), "spamd: 3 / 2")
     forms = {delivery.recipients: (delivery.virus, delivery.spam) for delivery in d.deliveries}
     assert forms == {(1, 2): (ScanStatus.SKIPPED, ScanStatus.CLEAN)}
 
@@ -342,11 +342,9 @@ def test_a_fault_of_those_who_are_withheld_anyway_defers_nobody():
     p = plan(strict, BEN)
     heard = (found(Scanner.CLAMD),)
     config = Settings(clamd=ClamdSettings(action="mark"))
-    assert open_owners(Scanner.SPAMD, p, heard, OriginKind.STRANGER, config) == {b"ben@x"}
-    assert needed(Scanner.SPAMD, p, heard, OriginKind.STRANGER, config)
+    assert open_checks(p, heard, OriginKind.STRANGER, config)[Check.SPAM] == {b"ben@x"}
     both = Settings(clamd=ClamdSettings(action="remove"))
-    assert open_owners(Scanner.SPAMD, p, heard, OriginKind.STRANGER, both) == frozenset()
-    assert not needed(Scanner.SPAMD, p, heard, OriginKind.STRANGER, both)
+    assert open_checks(p, heard, OriginKind.STRANGER, both) == dict.fromkeys(Check, frozenset())
 
 
 def test_different_headers_of_spamd_travel_apart_and_equal_ones_together():
@@ -374,14 +372,14 @@ def test_moves_to_more_addresses_than_fit_are_kept_and_nobody_is_lost():
     assert len(d.deliveries) == SUBMISSIONS_MAX
     assert d.deliveries[0].recipients == (0,)
     served = sorted(index for delivery in d.deliveries for index in delivery.recipients)
-    assert sorted((*served, *d.quarantined)) == list(range(201))
-    assert d.quarantined == tuple(range(SUBMISSIONS_MAX, 201))  # the last ones
+    assert sorted((*served, *d.withheld)) == list(range(201))
+    assert d.withheld == tuple(range(SUBMISSIONS_MAX, 201))  # the last ones
     assert d.rule == f"spamd: 9 / 5, and more than {SUBMISSIONS_MAX} forms of one message"
 
 
 def test_as_many_moves_as_fit_are_all_delivered():
     d = run([NONE, *movers(SUBMISSIONS_MAX - 1)], [said(b"", 9.0)])
-    assert (len(d.deliveries), d.quarantined, d.rule) == (SUBMISSIONS_MAX, (), "spamd: 9 / 5")
+    assert (len(d.deliveries), d.withheld, d.rule) == (SUBMISSIONS_MAX, (), "spamd: 9 / 5")
 
 
 def test_the_most_owners_with_everything_that_tells_recipients_apart_still_fit():
@@ -399,6 +397,22 @@ def test_the_most_owners_with_everything_that_tells_recipients_apart_still_fit()
     answers = [found(Scanner.CLAMD), *(said(owner, 9.0, headers=b"X-Spam-Of: %b\n\n" % owner) for owner in owners)]
     d = run(treatments, answers, clamd=ClamdSettings(action="mark"))
     assert len(d.deliveries) == SUBMISSIONS_MAX
-    kept = set(d.quarantined)
+    kept = set(d.withheld)
     assert all(treatments[index].options.spam == "move" for index in kept)
     assert len(kept) + sum(len(delivery.recipients) for delivery in d.deliveries) == len(treatments)
+
+
+# A second engine of the spam check: nothing may depend on which scanner it is
+
+
+def test_another_scanner_of_the_spam_check_is_treated_like_spamd(monkeypatch):
+    monkeypatch.setattr(Scanner.LOADERTYPES, "check", Check.SPAM)
+    score = ScanOutcome(Scanner.LOADERTYPES, ScanStatus.FOUND, score=9.0, threshold=5.0)
+    d = run([SPAM, VIRUS], [score, clean(Scanner.CLAMD), clean(Scanner.SPAMD, score=1.0, threshold=5.0)])
+    assert (d.rule, d.reason) == ("loadertypes: 9 / 5", Reason.SPAM)
+    forms = {delivery.recipients: (delivery.virus, delivery.spam) for delivery in d.deliveries}
+    assert forms == {(0,): (ScanStatus.SKIPPED, ScanStatus.FOUND), (1,): (ScanStatus.CLEAN, ScanStatus.SKIPPED)}
+    assert run([SPAM], [score], spamd=SpamdSettings(reject_score=9.0)).rule == "loadertypes: 9 >= reject_score=9"
+    assert asks([SPAM], []) == [Scanner.LOADERTYPES, Scanner.SPAMD]
+    assert run([VIRUS], [fault(Scanner.LOADERTYPES)]).rule == "passed unchecked: loadertypes"  # concerns nobody here
+    assert run([wishing(b"", b"score=10")], [score]).deliveries[0].spam is ScanStatus.CLEAN

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from contentfilter.errors import Cause
 from contentfilter.model import Action, Envelope, Origin, OriginKind, Scanner, ScanOutcome, ScanStatus
-from contentfilter.policy.decide import decide, needed, open_owners
+from contentfilter.policy.decide import decide, open_checks
 from contentfilter.policy.failure import failure_action
 from contentfilter.policy.plan import Switches, make_plan
 from contentfilter.settings import (
@@ -190,10 +190,9 @@ def test_every_recipient_gets_what_the_rules_say(clamav, spamd, owners, switches
     plan = make_plan(envelope, 100, Origin(origin, 1), config, switches, snapshot.lookup, snapshot.owners)
     heard = ()
     for scanner in Scanner:
-        if needed(scanner, plan, heard, origin, config):
-            asked = open_owners(scanner, plan, heard, origin, config)
+        asked = open_checks(plan, heard, origin, config)[scanner.check] if plan.runs(scanner) else ()
+        if asked:
             assert asked <= {owner for owner, _ in plan.users} or scanner is not Scanner.SPAMD
-            assert asked, "needed, but by nobody"
             heard += tuple(said[owner.decode()] for owner in asked) if scanner is Scanner.SPAMD else (said[scanner],)
     decision = decide(plan, heard, origin, len(recipients), config)
 
@@ -204,14 +203,14 @@ def test_every_recipient_gets_what_the_rules_say(clamav, spamd, owners, switches
         return
     if expected == "drop":
         assert decision.action is Action.DROP
-        assert decision.quarantined == tuple(range(len(recipients)))
+        assert decision.withheld == tuple(range(len(recipients)))
         return
     assert decision.action in (Action.QUEUE, Action.DROP)
-    got = dict.fromkeys(decision.quarantined, "kept")
+    got = dict.fromkeys(decision.withheld, "kept")
     for delivery in decision.deliveries:
         for index in delivery.recipients:
             assert index not in got, "twice"
-            marked = delivery.marked.fate.value if delivery.marked else "deliver"
+            marked = delivery.match.action.value if delivery.match else "deliver"
             got[index] = f"move:{delivery.moved_to.decode()}" if delivery.moved_to else marked
             owner = expected[index][1]
             if owner is not None and delivery.spam is not ScanStatus.SKIPPED:  # nobody reads another one's headers
@@ -221,7 +220,7 @@ def test_every_recipient_gets_what_the_rules_say(clamav, spamd, owners, switches
     assert got == wanted
     headers = {o.owner: o.rewritten for o in heard if o.scanner is Scanner.SPAMD}
     forms = [
-        (d.virus, d.spam, d.marked and d.marked.fate, d.moved_to, d.spam is not ScanStatus.SKIPPED and headers[d.owner])
+        (d.virus, d.spam, d.match and d.match.action, d.moved_to, d.spam is not ScanStatus.SKIPPED and headers[d.owner])
         for d in decision.deliveries
     ]
     assert len(set(forms)) == len(forms), "equal ones travel apart"

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 
-from contentfilter.model import Action, Envelope, Origin, OriginKind, Scanner, Want
+from contentfilter.model import STAGES, Action, Check, Envelope, Origin, OriginKind, Scanner, Want
 from contentfilter.policy.decide import decide
-from contentfilter.policy.plan import FULL_REWRITES, Row, Switches, make_plan
+from contentfilter.policy.plan import FULL_REWRITES, Row, Switches, disabled, make_plan
 from contentfilter.settings import MariaDbSettings, Settings, SpamdSettings, TableSettings
 
 ROW = Row(b"@protected.example", exempt=False)
@@ -31,6 +31,18 @@ def wants(plan):
 
 
 AUTH, RELAY = OriginKind.AUTHENTICATED, OriginKind.RELAY
+
+
+def test_the_stages_are_the_scanners_in_their_order_and_so_are_the_steps():
+    assert tuple(scanner for stage in STAGES for scanner in stage) == tuple(Scanner)
+    assert [step.scanner for step in plan_for().steps] == list(Scanner)
+    assert [scanner for scanner, _ in disabled(Settings(), Switches())] == list(Scanner)
+
+
+def test_a_scanner_runs_for_the_recipients_of_its_check(monkeypatch):
+    monkeypatch.setattr(Scanner.LOADERTYPES, "check", Check.SPAM)
+    spam_only = plan_for(skipcachk=1, kind=AUTH, chksignature=True, chkloadertype=True)
+    assert [step.scanner for step in spam_only.steps if step.run] == [Scanner.LOADERTYPES, Scanner.SPAMD]
 
 
 @pytest.mark.parametrize(

@@ -59,8 +59,8 @@ def test_no_class_softens_malware(kind):
 
 def test_a_class_counts_before_the_row():
     d = decision(NAMES["pua"], Options(virus="reject"), classes=ClassSettings(pua="mark"))
-    assert d.finding is not None
-    assert d.finding.fate is RecipientAction.MARK
+    assert d.match is not None
+    assert d.match.action is RecipientAction.MARK
 
 
 ALLOWED = (AllowEntry("Win.Bad-1.UNOFFICIAL", "anna", "false alarm", 0.0, 100.0),)

@@ -16,10 +16,10 @@ ROOMS: dict[str, str] = {
     "policy": "ground wire",
     "tables": "ground policy",
     "scanners": "ground wire policy",
-    "verdict": "ground wire policy",
+    "verdict": "ground policy",
     "store": "ground wire policy verdict",
     "config": "ground policy scanners store",
-    "pipeline": "ground wire policy scanners verdict store",
+    "pipeline": "ground policy scanners verdict store",
     "doors": "ground wire policy verdict",
     "receiver": "ground wire doors",
     "bus": "ground policy tables scanners verdict config",
@@ -27,7 +27,7 @@ ROOMS: dict[str, str] = {
     "monitor": "ground wire policy tables scanners verdict store doors bus",
     "supervisor": "ground policy tables store config doors bus worker monitor",
     "admin": "ground wire policy tables scanners",
-    "cli": "ground wire policy tables scanners verdict store config doors bus worker monitor supervisor admin",
+    "cli": "ground policy tables scanners verdict store config doors bus worker monitor supervisor admin",
 }
 
 # All that formats and decisions may use of the standard library: nothing here can wait, read or tell the time.

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from contentfilter.verdict.headers import HEADER_LIMIT, correct, header_block, spam_lines
+from contentfilter.verdict.headers import HEADER_LIMIT, changed_block, correct, header_block, spam_fields
 
 ALL = frozenset((b"contentfilter", b"virus-", b"spam-"))
 LINES = [b"X-ContentFilter: id; virus=clean; spam=skipped\n"]
@@ -18,8 +18,9 @@ LINES = [b"X-ContentFilter: id; virus=clean; spam=skipped\n"]
 
 def compose(original: bytes, lines: Iterable[bytes], claimed: frozenset[bytes], tag: bytes = b"") -> tuple[bytes, int]:
     """What goes in front of the original, and how much of that is left out."""
-    header, skip = correct(original, claimed, tag)
-    return b"".join((*lines, header)), skip
+    missing, changes = correct(original, claimed, tag)
+    header, skip = changed_block(original, changes) if changes else (b"", 0)
+    return b"".join((*lines, missing, header)), skip
 
 
 def delivered(original, prepend_skip):
@@ -216,10 +217,10 @@ def test_only_spamassassins_fields_are_taken_from_its_answer():
         b"X-Spam-Status: Yes, score=9\r\n\ttests=A,\r\n\tB\r\n"
         b"Subject: evil\r\nX-Spam-Level: ***\r\n"
     )
-    assert spam_lines(block) == (
+    assert b"".join(spam_fields(block)) == (
         b"X-Spam-Checker-Version: SpamAssassin\nX-Spam-Status: Yes, score=9\n\ttests=A,\n\tB\nX-Spam-Level: ***\n"
     )
 
 
 def test_a_last_field_without_newline_gets_one():
-    assert spam_lines(b"X-Spam-Flag: YES") == b"X-Spam-Flag: YES\n"
+    assert spam_fields(b"X-Spam-Flag: YES") == [b"X-Spam-Flag: YES\n"]

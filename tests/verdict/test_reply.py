@@ -5,9 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from contentfilter.doors.hook_answer import render
 from contentfilter.errors import Cause
 from contentfilter.model import (
     Action,
+    Check,
     Envelope,
     Message,
     Origin,
@@ -24,7 +26,8 @@ from contentfilter.policy.plan import PlanStep, RecipientPolicy, ScanPlan, Switc
 from contentfilter.settings import ClamdSettings, HeaderSettings, Settings, SpamdSettings
 from contentfilter.verdict import headers
 from contentfilter.verdict.context import MessageContext
-from contentfilter.verdict.reply import answer
+from contentfilter.verdict.disposition import AddHeader, Delivery, Disposition, RenameHeader, ReplaceText
+from contentfilter.verdict.reply import make_disposition
 from contentfilter.wire import envelope as envelope_format
 from contentfilter.wire import hook
 
@@ -34,7 +37,16 @@ STEPS = tuple(PlanStep(scanner, run=True, reason="asked") for scanner in Scanner
 CLEAN = tuple(ScanOutcome(s, ScanStatus.CLEAN) for s in (Scanner.SIGNATURES, Scanner.CLAMD))
 
 
-def reply(
+def answer(context):
+    """The disposition as the hook gets it."""
+    return render(make_disposition(context), context.message)
+
+
+def reply(*args, **options):
+    return answer(decided(*args, **options))
+
+
+def decided(
     outcomes=(),
     wants=((True, True),),
     *,
@@ -58,7 +70,7 @@ def reply(
     )
     decision = decide(plan, outcomes, kind, len(wants), settings)
     to = tuple(b"u%d@example.org" % i for i in range(len(wants)))
-    case = MessageContext(
+    return MessageContext(
         ID,
         Origin(kind, 1, remote_ip=remote),
         Envelope(b"s@example.net", to),
@@ -69,7 +81,6 @@ def reply(
         tuple(outcomes),
         decision,
     )
-    return answer(case)
 
 
 def found(scanner, name="Eicar-Test-Signature", **more):
@@ -270,7 +281,7 @@ def test_a_header_is_corrected_once_for_all_deliveries_that_are_alike_in_it(monk
     plan = ((RecipientPolicy(True, False, "v", "s"), (0, 1, 2)),)
     decision = decide(ScanPlan(plan, STEPS), CLEAN, OriginKind.STRANGER, 3, Settings())
     deliveries = tuple(d for d in decision.deliveries for _ in range(50))
-    case = MessageContext(
+    context = MessageContext(
         ID,
         Origin(OriginKind.STRANGER, 1),
         Envelope(b"s@example.net", (b"a@b.example",) * 3),
@@ -281,5 +292,64 @@ def test_a_header_is_corrected_once_for_all_deliveries_that_are_alike_in_it(monk
         CLEAN,
         msgspec.structs.replace(decision, deliveries=deliveries),
     )
-    assert len(answer(case).submissions) == 50 * len(decision.deliveries)
+    assert len(answer(context).submissions) == 50 * len(decision.deliveries)
     assert len(asked) == 1
+
+
+def test_the_texts_and_fields_go_by_the_check_and_not_by_the_scanner(monkeypatch):
+    monkeypatch.setattr(Scanner.LOADERTYPES, "check", Check.SPAM)
+    spam = (found(Scanner.LOADERTYPES, score=15.5, threshold=5.0),)
+    assert "looks like spam (15.5 / 5)" in reply(spam, settings=Settings(spamd=SpamdSettings(action="reject"))).text
+    down = ScanOutcome(Scanner.LOADERTYPES, ScanStatus.UNCHECKED, cause=Cause.TIMEOUT)
+    assert "spam check not possible now" in reply((down,)).text
+    virus = (
+        ScanOutcome(Scanner.CLAMD, ScanStatus.CLEAN),
+        ScanOutcome(Scanner.LOADERTYPES, ScanStatus.CLEAN, score=0.0),
+    )
+    assert b"X-Virus-Scanned: contentfilter (clamd)\n" in only(reply(virus)).prepend
+
+
+# The disposition itself: nothing in it belongs to the hook
+
+
+def test_a_disposition_names_the_edits_and_not_their_bytes_on_the_wire():
+    plain = make_disposition(decided(CLEAN, wants=((True, False),)))
+    assert plain == Disposition(
+        Action.QUEUE,
+        deliveries=(
+            Delivery(
+                added=(
+                    AddHeader(b"X-ContentFilter: %b; virus=clean; spam=skipped\n" % ID.encode()),
+                    AddHeader(b"X-Virus-Scanned: contentfilter (signatures, clamd)\n"),
+                    AddHeader(b"X-Virus-Status: Clean\n"),
+                    AddHeader(b"X-Originating-IP: [192.0.2.1]\n"),
+                ),
+                changes=(RenameHeader(12, b"X-Virus-Status", b"X-Received-X-Virus-Status"),),
+            ),
+        ),
+    )
+    settings = Settings(spamd=SpamdSettings(subject_tag="[SPAM]"))
+    block = b"X-Spam-Flag: YES\r\nX-Spam-Status: Yes,\r\n\tscore=9\r\n\r\n"
+    spam = (found(Scanner.SPAMD, score=9.0, threshold=5.0, rewritten=block),)
+    (tagged,) = make_disposition(decided(spam, wants=((False, True),), settings=settings)).deliveries
+    assert tagged.changes == (ReplaceText(0, b"Subject: ", b"Subject: [SPAM] "),)
+    assert tagged.added[-2:] == (AddHeader(b"X-Spam-Flag: YES\n"), AddHeader(b"X-Spam-Status: Yes,\n\tscore=9\n"))
+
+
+def test_a_disposition_says_who_gets_the_message_and_who_does_not():
+    wants = ((True, False), (False, False))
+    split = make_disposition(decided((found(Scanner.CLAMD),), wants=wants))
+    assert [each.envelope for each in split.deliveries] == [Envelope(b"s@example.net", (b"u1@example.org",))]
+    assert split.withheld == (b"u0@example.org",)
+    moved = make_disposition(decided((found(Scanner.CLAMD),), wants=wants, options=(b"virus=move:jail@x", b"")))
+    assert [each.envelope.recipients for each in moved.deliveries] == [(b"jail@x",), (b"u1@example.org",)]
+    assert moved.withheld == ()
+
+
+def test_equal_changes_are_one_value_for_all_deliveries():
+    context = decided(CLEAN, wants=((True, False),) * 2)
+    groups = context.decision.deliveries * 2
+    decision = msgspec.structs.replace(context.decision, deliveries=groups)
+    one, two = make_disposition(msgspec.structs.replace(context, decision=decision)).deliveries
+    assert one.changes
+    assert one.changes is two.changes

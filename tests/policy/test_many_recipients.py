@@ -1,0 +1,103 @@
+"""A message for 100,000 recipients does not keep the event loop from other mail."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from contentfilter.deadline import Deadline
+from contentfilter.doors.message import message_of
+from contentfilter.model import Action, Envelope, Origin, OriginKind, Scanner, ScanOutcome, ScanStatus
+from contentfilter.pipeline import Handled, Pipeline, Scanners
+from contentfilter.policy.plan import Row, Switches
+from contentfilter.settings import ClamdSettings, ServiceSettings, Settings, SpamdSettings
+from contentfilter.store.quarantine import Quarantine
+
+MANY = 100_000
+LONGEST = 0.05  # seconds of CPU time on the event loop, for all stages together
+RECIPIENTS = tuple(b"user%d@example.com" % number for number in range(MANY))
+ORIGIN = Origin(OriginKind.STRANGER, 1)
+
+
+class Asked:
+    """A scanner, and its limiter, that give one answer."""
+
+    def __init__(self, outcome: ScanOutcome) -> None:
+        self.outcome = outcome
+        self.database = ""
+
+    async def scan(self, *_: Any, **__: Any) -> ScanOutcome:
+        return self.outcome
+
+    async def run(self, _: object, scan: Callable[[], Any], *__: object) -> ScanOutcome:
+        result: ScanOutcome = await scan()
+        return result
+
+
+def own_rows(recipient: bytes) -> tuple[Row, Row]:
+    """The most expensive tables: a row and a group for each recipient, with options of its own."""
+    options = b"" if len(recipient) % 2 else b"score=%d" % len(recipient)
+    return Row(recipient, False), Row(recipient, False, options)
+
+
+def pipeline(state: Path, spam: ScanOutcome, **sections: Any) -> Pipeline:
+    clamd = Asked(ScanOutcome(Scanner.CLAMD, ScanStatus.CLEAN))
+    scanners = Scanners(None, *(cast(Any, each) for each in (clamd, Asked(spam), clamd, Asked(spam))))
+    config = Settings(
+        service=ServiceSettings(state=str(state)),
+        **{"clamd": ClamdSettings(), "spamd": SpamdSettings(user="none")} | sections,
+    )
+    switches = Switches(chksignature=True, chkloadertype=True)
+    return Pipeline(config, switches, own_rows, scanners, Quarantine.of(config))
+
+
+def handled(by: Pipeline, recipients: tuple[bytes, ...] = RECIPIENTS) -> tuple[Handled, float]:
+    """The result, and the CPU time that the thread of the event loop used for it."""
+
+    async def handle() -> tuple[Handled, float]:
+        message = message_of(b"Subject: x\n\nbody\n")
+        started = time.thread_time()
+        try:
+            result = await by.handle("i", Envelope(b"s@x", recipients), message, ORIGIN, Deadline.after(60))
+            return result, time.thread_time() - started
+        finally:
+            message.close()
+
+    return asyncio.run(handle())
+
+
+@pytest.mark.parametrize(
+    ("score", "sections", "withheld"),
+    [
+        (1.0, {}, 0),
+        (30.0, {"spamd": SpamdSettings(user="none", action="remove")}, MANY),
+    ],
+    ids=["delivered", "kept"],
+)
+def test_no_stage_of_a_large_message_runs_on_the_event_loop(
+    tmp_path: Path, score: float, sections: dict[str, Any], withheld: int
+) -> None:
+    status = ScanStatus.FOUND if score > 5 else ScanStatus.CLEAN
+    spam = ScanOutcome(Scanner.SPAMD, status, score=score, threshold=5.0)
+    by = pipeline(tmp_path, spam, **sections)
+    (disposition, record, _), used = handled(by)
+    assert (record.recipient_count, record.quarantined) == (MANY, withheld)
+    assert disposition.action is (Action.DROP if withheld else Action.QUEUE)
+    assert used < LONGEST
+
+
+def test_a_poison_message_for_many_does_not_run_on_the_event_loop_either(tmp_path: Path) -> None:
+    by = pipeline(tmp_path, ScanOutcome(Scanner.SPAMD, ScanStatus.CLEAN))
+
+    async def isolate() -> float:
+        message = message_of(b"Subject: x\n\nbody\n")
+        started = time.thread_time()
+        isolated = await by.isolate("i", Envelope(b"s@x", RECIPIENTS), message, ORIGIN, 0, "f" * 32)
+        used = time.thread_time() - started
+        assert (isolated.handled.record.rule, Path(isolated.copy).name) == ("signatures: poison", "f" * 32 + ".eml")
+        return used
+
+    assert asyncio.run(isolate()) < LONGEST

@@ -62,7 +62,7 @@ class Aviary(System):
         controls = {"options": OPTIONS} | options.pop("controls", {})
         super().__init__(directory, settings=settings, controls=controls, program=program, **options)
 
-    def samples(self) -> dict[str, messages.CanaryResult]:
+    def canary(self) -> dict[str, messages.CanaryResult]:
         """A round now; the results by sample."""
         reply = sockets.ask(str(self.directory), messages.AskCanary(), 120)
         assert isinstance(reply, messages.CanaryRound)

@@ -81,12 +81,12 @@ def sidecar(data: bytes) -> None:
         if not str(error).startswith(incident):
             raise
         return
-    assert sidecar.valid_incident(incident) or not read.incident
+    assert sidecar_format.valid_incident(incident) or not read.incident
     assert len(read.withheld) == len(read.withheld_from)
     assert sidecar_format.parse(incident, msgspec.json.encode(read)) == read
     json.dumps(sidecar_format.plain(read))
-    assert sidecar.Search(incident=incident).matches(read)
-    sidecar.Search("a", "*b?[", "c*", "d", "e").matches(read)
+    assert sidecar_format.Search(incident=incident).matches(read)
+    sidecar_format.Search("a", "*b?[", "c*", "d", "e").matches(read)
 
 
 def queue_conf(data: bytes) -> None:

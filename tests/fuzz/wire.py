@@ -72,7 +72,7 @@ def answer(data: bytes) -> None:
 
 def told(read: hook.Answer) -> str:
     """An answer as hook_parsers.c writes it down."""
-    lines = [f"{read.action:d} {read.reason:d} {read.text}\n"]
+    lines = [f"{hook._ACTIONS[read.action]} {hook._REASONS[read.reason]} {read.text}\n"]
     for submission in read.submissions:
         total = 0
         for byte in submission.prepend + (submission.envelope or b""):

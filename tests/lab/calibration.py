@@ -21,3 +21,8 @@ def work_unit() -> float:
             at = found.end()
         assert len(fields) == 3000
     return time.thread_time() - start
+
+
+def units_since(started: float) -> float:
+    """Work units of CPU time that this thread has used since ``time.thread_time()`` was ``started``."""
+    return (time.thread_time() - started) / work_unit()

@@ -23,6 +23,7 @@ from pathlib import Path
 from figures import Figure, Summary, ratio
 from lab import hook as hook_lab
 from lab.hook import SILENT, FakeDaemon, HookProcess
+from lab.lifeline import end_with_us
 from lab.system import System, installed_hook
 from measure import Alternative, Runs, compile_drivers, of
 
@@ -59,6 +60,7 @@ def start_echo(directory: Path, stack: ExitStack) -> Path:
     subprocess.run(["cc", "-O2", "-o", program, Path(__file__).with_name("echo.c")], check=True)
     echo = stack.enter_context(subprocess.Popen([program, path], stdout=subprocess.PIPE))
     stack.callback(echo.kill)
+    end_with_us(echo.pid)
     assert echo.stdout is not None
     echo.stdout.readline()
     return path

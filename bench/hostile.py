@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests")]
 
 from lab.hostile import SHAPES  # noqa: E402  # the path comes first
+from lab.process import exit_on_sigterm  # noqa: E402
 
 from contentfilter.errors import BackendError  # noqa: E402  # the path comes first
 from contentfilter.scanners.signatures.engine import (  # noqa: E402  # the path comes first
@@ -86,4 +87,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    exit_on_sigterm()
     main()

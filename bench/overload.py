@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from e2e.test_overload import AV, body, network, nothing_bad, slow  # noqa: E402  (tests/ is on the path only now)
 from lab.crowd import Crowd, most_memory  # noqa: E402
 from lab.peers import Peer, read_clamd  # noqa: E402
+from lab.process import exit_on_sigterm  # noqa: E402
 from lab.system import System  # noqa: E402
 
 
@@ -48,4 +49,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    exit_on_sigterm()
     main()

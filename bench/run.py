@@ -35,6 +35,7 @@ import parts  # noqa: E402
 import rates  # noqa: E402
 import stages  # noqa: E402
 from figures import Figure, Summary, markdown  # noqa: E402
+from lab.process import exit_on_sigterm  # noqa: E402
 from measure import Runs, interleaved, of  # noqa: E402
 from plots import Plot, save, text  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -176,4 +177,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    exit_on_sigterm()
     sys.exit(main(sys.argv[1:]))

@@ -39,6 +39,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from e2e.trouble import kill_everything  # noqa: E402  (tests/ is on the path only now)
 from lab.clamd import EICAR, Clamd  # noqa: E402
+from lab.process import exit_on_sigterm  # noqa: E402
 from lab.standin import Queued, Standin  # noqa: E402
 from lab.system import SMTP, System, installed_hook  # noqa: E402
 
@@ -410,4 +411,5 @@ def report(outcome: Outcome) -> None:
 
 
 if __name__ == "__main__":
+    exit_on_sigterm()
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Fixtures that several directories share: the real daemons, started once per test process."""
+"""Fixtures shared by several directories: the real daemons, started once per test process."""
 
 import os
 import shutil
@@ -9,32 +9,43 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from lab import compiler
 from lab.browser import Browser
 from lab.clamd import Clamd
 from lab.daemon import Daemon
 from lab.spamd import Spamd
 from lab.trivial_daemon import Gate, trivial_daemon
 
-# How long an example takes says something about this machine's other jobs, and nothing about the code.
+# The time of an example depends on the other jobs of this machine, not on the code.
 settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy machine")
 
 
-def pytest_configure() -> None:
-    """Started in the background, the tests ignore Ctrl-C, and so would every program that they interrupt."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Set up the signals, and the directory that all processes of this run share.
+
+    Tests started in the background ignore SIGINT, and every program that they start would inherit that. SIGTERM ends a
+    run as Ctrl-C does: fixtures stop their daemons and remove their directories.
+    """
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if not hasattr(config, "workerinput"):  # the first process, not one that xdist started
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        directory = tempfile.mkdtemp(prefix="cf-programs-")
+        os.chmod(directory, 0o755)  # programs run as other users, too
+        os.environ[compiler.SHARED] = directory
+        config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """``-n auto``: half as many again as there are processors, for most tests wait for a daemon much of their time."""
+    """Number of processes for ``-n auto``: 1.5 per processor, because most tests wait for a daemon much of the time."""
     processors = len(os.sched_getaffinity(0))
     return processors + (processors + 1) // 2
 
 
 @pytest.fixture(scope="session")
 def lab_directory() -> Iterator[Path]:
-    """Where daemons under other users live: pytest's own directories are closed to them, and too long for sockets."""
+    """Directory for daemons of other users: pytest's directories are closed to them, and too long for sockets."""
     directory = Path(tempfile.mkdtemp(prefix="cf-"))
     directory.chmod(0o711)
     yield directory
@@ -43,14 +54,14 @@ def lab_directory() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def clamd(lab_directory: Path) -> Iterator[Clamd]:
-    """A real clamd with the lab's signatures. Do not stop it: take a Clamd of your own for that."""
+    """Shared clamd with the lab's signatures. Do not stop it; start another Clamd for that."""
     with Clamd(lab_directory / "clamd") as clamd:
         yield clamd
 
 
 @pytest.fixture(scope="session")
 def spamd(lab_directory: Path) -> Iterator[Spamd]:
-    """A real spamd with two children. Do not stop it: take a Spamd of your own for that."""
+    """Shared spamd with two children. Do not stop it; start another Spamd for that."""
     with Spamd(lab_directory / "spamd") as spamd:
         yield spamd
 
@@ -63,7 +74,7 @@ def started_browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browse
 
 @pytest.fixture
 def browser(started_browser: Browser) -> Browser:
-    """A headless Chromium on an empty page, as it comes: light, and of a desk's width."""
+    """Headless Chromium on an empty page, in light mode and with the width of a desktop."""
     started_browser.open("about:blank")
     started_browser.look()
     started_browser.requests.clear()
@@ -73,13 +84,13 @@ def browser(started_browser: Browser) -> Browser:
 
 @pytest.fixture
 def daemon() -> Callable[..., Daemon]:
-    """Makes a daemon without scanners (not started) that does as each message says: lab/trivial.py."""
+    """Factory of daemons without scanners (not started) that do what each message requests: lab/trivial.py."""
     return trivial_daemon
 
 
 @pytest.fixture
 def gate(tmp_path: Path) -> Iterator[Gate]:
-    """Where a message in such a daemon waits until the test opens."""
+    """Gate at which a message in such a daemon waits until the test opens it."""
     made = Gate(tmp_path)
     yield made
     made.close()

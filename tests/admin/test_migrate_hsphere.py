@@ -7,6 +7,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lab.calibration import units_since
 
 from contentfilter.admin.migrate_hsphere import LISTS, PARAMETERS, QMAIL, READS, migrate
 from contentfilter.admin.migration import CONTROL, ChangeKind, Migration, MigrationNote
@@ -191,6 +192,6 @@ def test_any_bytes_give_a_report_and_controls_in_printable_ascii(old: dict[str, 
 
 
 def test_a_million_odd_bytes_take_linear_time() -> None:
-    started = time.process_time()
+    started = time.thread_time()
     migrate({"options": b"name" + b" " * 1_000_000 + b"\n" + b"\t=" * 500_000, "clamavclients": b"*" * 1_000_000})
-    assert time.process_time() - started < 5
+    assert units_since(started) < 250

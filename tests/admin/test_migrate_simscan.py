@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lab.calibration import units_since
 
 from contentfilter.admin.migrate_simscan import migrate
 from contentfilter.admin.migration import LISTED, ChangeKind, Migration, MigrationNote
@@ -243,9 +244,9 @@ def test_any_bytes_give_a_report_in_printable_ascii(old: dict[str, bytes]) -> No
 
 def test_a_large_file_takes_linear_time_and_counts_what_it_does_not_list() -> None:
     line = b"user%d@example.com:clam=yes,spam=maybe" + b" " * 3000 + b"=\n"
-    started = time.process_time()
+    started = time.thread_time()
     done = migrate({"simcontrol": b"".join(line % n for n in range(5000))})
-    assert time.process_time() - started < 20
+    assert units_since(started) < 1000
     assert len(rows(done, "clamavclients")) == 5000
     assert len(done.differences) < 6 * LISTED
     assert any(d.subject == "9000 more" and d.kind is ChangeKind.CHECK for d in done.differences)

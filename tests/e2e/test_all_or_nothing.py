@@ -7,13 +7,13 @@ import contextlib
 import os
 import select
 import signal
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from lab import hook as hook_lab
+from lab.compiler import compiled
 from lab.scripted import scripted
 from lab.standin import Standin
 from lab.system import Delivered, System
@@ -98,9 +98,8 @@ class Lab:
 def lab(lab_directory: Path) -> Iterator[Lab]:
     place = lab_directory / "all"
     place.mkdir()
-    killer = place / "kill.so"
     source = Path(hook_lab.__file__).with_name("kill.c")
-    subprocess.run(["cc", "-D_GNU_SOURCE", "-O1", "-w", "-shared", "-fPIC", "-o", killer, source, "-ldl"], check=True)
+    killer = compiled(place, "kill.so", ["cc", "-D_GNU_SOURCE", "-O1", "-w", "-shared", "-fPIC", source, "-ldl"])
     program = hook_lab.build(place, "impatient", counts=False)  # dynamically linked
     with scripted(place) as (clamd, spamd):
         options = {"program": program, "clamd": clamd, "spamd": spamd, "controls": CONTROLS}

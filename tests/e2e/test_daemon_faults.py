@@ -7,7 +7,6 @@ import resource
 import shutil
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import zmq
 from e2e.mails import PLAIN, VIRUS
 from e2e.trouble import open_files, waiting_in
 from lab import standin
+from lab.compiler import compiled
 from lab.crowd import most_memory
 from lab.hook import until
 from lab.offer import Offer
@@ -130,9 +130,8 @@ def test_a_state_directory_that_takes_nothing_any_more_costs_entries_and_no_mail
     """A disk that breaks, a file system that the kernel makes read-only, a quota that is used up."""
     state, broken = lab_directory / f"state-{error}", lab_directory / f"broken-{error}"
     state.mkdir()
-    library = lab_directory / f"refuse-{error}.so"
     source = Path(standin.__file__).with_name("refuse.c")
-    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    library = compiled(lab_directory, "refuse.so", ["gcc", "-shared", "-fPIC", "-O1", source, "-ldl"])
     environ = {"LD_PRELOAD": str(library), "REFUSE_UNDER": str(state), "REFUSE_WITH": str(broken)}
     settings = {"service": {"state": str(state)}, "clamd": {"action": "remove"}}
     system = make_system(clamd=clamd, settings=settings, environ=environ)

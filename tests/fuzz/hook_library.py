@@ -2,11 +2,11 @@
 
 import ctypes
 import functools
-import os
-import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from lab.compiler import compiled
 
 SOURCE = Path(__file__).with_name("hook_parsers.c")
 HOOK = SOURCE.parents[2] / "queue_hook"
@@ -51,23 +51,9 @@ class HookParsers:
 
 @functools.cache
 def hook_parsers() -> HookParsers:
-    """Compiled once for each process; some seconds."""
+    """Compile and load the library, once per process."""
+    options = ["-O1", "-std=gnu11", "-D_GNU_SOURCE", "-w", "-shared", "-fPIC", f"-I{HOOK}"]
     with tempfile.TemporaryDirectory() as directory:
-        path = os.path.join(directory, "hook_parsers.so")
-        command = [
-            "gcc",
-            "-O1",
-            "-std=gnu11",
-            "-D_GNU_SOURCE",
-            "-w",
-            "-shared",
-            "-fPIC",
-            f"-I{HOOK}",
-            "-o",
-            path,
-            SOURCE,
-        ]
-        subprocess.run(command, check=True)
-        library = ctypes.CDLL(path)
+        library = ctypes.CDLL(str(compiled(Path(directory), "hook_parsers.so", ["gcc", *options, SOURCE])))
     library.make_request.restype = ctypes.c_size_t
     return HookParsers(library)

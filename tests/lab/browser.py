@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
+from lab.lifeline import end_with_us
+
 WAIT = 60.0  # seconds for anything; a cold start on a busy machine takes some
 QUIET = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-sync",
@@ -47,6 +49,7 @@ class Browser:
             stderr=(directory / "browser.log").open("wb"),
             env={**os.environ, "HOME": str(directory), "TZ": "UTC"},
         )
+        end_with_us(self._process.pid)
         for fd in (reads, writes, *theirs):
             os.close(fd)
 

@@ -20,6 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from lab.lifeline import end_with_us
+
 import contentfilter
 
 WAIT = 30.0  # seconds for anything a daemon is expected to do
@@ -117,6 +119,7 @@ class Daemon:
         self._notify.bind(str(path))
         words, environ = self.command()
         self._process = self._activate(words, environ) if self._activated else self._popen(words, environ)
+        end_with_us(self._process.pid)
         self._reader = threading.Thread(target=self._read, args=(self._process,), daemon=True)
         self._reader.start()
         if wait:

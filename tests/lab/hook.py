@@ -8,14 +8,15 @@ import shutil
 import signal
 import socket
 import struct
-import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from lab.compiler import compiled
+from lab.lifeline import end_with_us
 
 from contentfilter.wire import hook as wire
 
@@ -40,25 +41,23 @@ FINAL = 30.0  # seconds after which a test that waits has failed
 
 
 def build(directory: Path, variant: Variant | None = None, *, counts: bool = bool(GCOV)) -> Path:
-    """Compile the hook into ``directory``, unless it is there. Default: the variant that a user would get.
+    """Compile the hook into ``directory`` if it is missing there. Default: the variant that a user would get.
 
-    ``counts=False``: without gcov, for tests where each call fails in turn: its own calls would be among them.
+    ``counts=False``: without gcov, for tests in which each system call fails in turn: gcov's own would be among them.
     """
     variant = variant or ("musl" if shutil.which("musl-gcc") else "gcc")
-    program = directory / f"contentfilter-queue-{variant.replace(' ', '-')}"
-    if not program.exists():
-        unfinished = directory / f"{program.name}.{os.getpid()}"
-        words = _counted(variant) if counts else COMPILERS[variant]
-        subprocess.run([*words, "-o", unfinished, *SOURCES], check=True)
-        unfinished.replace(program)
-    return program
+    name = f"contentfilter-queue-{variant.replace(' ', '-')}"
+    if counts:
+        return compiled(directory, f"{name}-counted", [*_counted(variant), *SOURCES])
+    return compiled(directory, name, [*COMPILERS[variant], *SOURCES])
 
 
 def _counted(variant: Variant) -> list[str]:
-    """The same hook, counting what is executed, in a directory of this build."""
+    """The command that compiles the same hook with gcov, which counts in a directory of this build."""
     times = [word for word in COMPILERS[variant] if word.startswith("-D")]
     compiler = "musl-gcc" if shutil.which("musl-gcc") else "gcc"
-    counts = Path(tempfile.mkdtemp(dir=GCOV))
+    counts = Path(GCOV) / variant.replace(" ", "-")
+    counts.mkdir(exist_ok=True)
     counts.chmod(0o1777)  # some hooks run as another user
     return [compiler, *STRICT, *times, "-static", *COUNTED, "-dumpdir", f"{counts}/"]
 
@@ -104,6 +103,7 @@ class HookProcess:
         self.pid = os.posix_spawn(
             program, [str(program), *arguments], dict(environ), file_actions=actions, setsigdef=[signal.SIGPIPE]
         )
+        end_with_us(self.pid)
         for fd in (*high.values(), *children.values()):
             os.close(fd)
         for number, fd in ((0, message_end[0]), (1, envelope_end[0])):

@@ -4,12 +4,12 @@ import errno
 import itertools
 import os
 import select
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from lab import hook as hook_lab
+from lab.compiler import compiled
 from lab.hook import FakeDaemon, HookProcess, HookResult, Offer, Reply
 from lab.standin import Queued, Standin
 
@@ -21,13 +21,8 @@ MOVES = ("read", "write", "pread64", "sendfile", "splice")  # what can come shor
 
 
 def build(directory: Path) -> Path:
-    """Compile it into ``directory``, unless it is there."""
-    program = directory / "inject"
-    if not program.exists():
-        unfinished = directory / f"inject.{os.getpid()}"
-        subprocess.run(["cc", "-D_GNU_SOURCE", "-O1", "-Wall", "-Wextra", "-o", unfinished, SOURCE], check=True)
-        unfinished.replace(program)
-    return program
+    """Compile inject.c into ``directory`` if it is missing there."""
+    return compiled(directory, "inject", ["cc", "-D_GNU_SOURCE", "-O1", "-Wall", "-Wextra", SOURCE])
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Starts a real daemon for tests, the demo and the benchmark, waits until it answers, and ends it for sure."""
+"""Real daemons for tests, demo and benchmark: start, wait until they answer, stop; none outlives this process."""
 
 import os
 import pwd
@@ -9,18 +9,30 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
+
+from lab.lifeline import end_with_us
+
+
+def exit_on_sigterm() -> None:
+    """Turn SIGTERM into SystemExit, so that a program of the bench stops its daemons and removes its directories."""
+    signal.signal(signal.SIGTERM, _exit)
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
 
 
 class MissingProgramError(Exception):
-    """A program of a Debian package that is not installed."""
+    """A Debian package with a required program is not installed."""
 
 
 class NotStartedError(Exception):
-    """The daemon ended, or did not answer in time; the text ends with its log."""
+    """The daemon exited or did not answer in time; the text ends with its log."""
 
 
 def find_program(name: str, package: str) -> str:
-    """Full path of ``name``; also looks where daemons live. Raises MissingProgramError naming ``package``."""
+    """Return the full path of ``name``, also from sbin. Raises MissingProgramError, which names ``package``."""
     found = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
     if found is None:
         raise MissingProgramError(f"{name} is not installed: apt-get install {package}")
@@ -28,14 +40,14 @@ def find_program(name: str, package: str) -> str:
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that was free a moment ago."""
+    """Return a TCP port of 127.0.0.1 that is free now."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
         return port
 
 
 def user_who_reaches(directory: Path, *names: str) -> str | None:
-    """As root, the first of ``names`` that exists, if others may walk to ``directory``. None: stay who we are."""
+    """As root, return the first of ``names`` that exists, if others can reach ``directory``. None: keep the user."""
     if os.geteuid() or not all(parent.stat().st_mode & 0o001 for parent in directory.resolve().parents):
         return None
     for name in names:
@@ -56,7 +68,7 @@ def own_name() -> str | None:
 
 
 class Daemon:
-    """A child process in the foreground: its pid, its log, and the ways to end it."""
+    """Daemon that runs in the foreground as a child: its pid, its log, and the ways to end it."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -74,6 +86,7 @@ class Daemon:
             self._process = subprocess.Popen(
                 command, cwd=self.directory, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
+        end_with_us(self._process.pid)
         end = time.monotonic() + seconds
         while not answers():
             if self._process.poll() is not None or time.monotonic() > end:
@@ -82,11 +95,11 @@ class Daemon:
             time.sleep(0.02)
 
     def signal(self, number: int) -> None:
-        """To the daemon itself, e.g. SIGSTOP and SIGCONT."""
+        """Send a signal to the daemon only, not to its children."""
         os.kill(self.pid, number)
 
     def stop(self, seconds: float = 10.0) -> None:
-        """Ask it to end, insist after ``seconds``."""
+        """SIGTERM, and SIGKILL after ``seconds``."""
         if self._process is None:
             return
         self._process.send_signal(signal.SIGCONT)
@@ -98,7 +111,7 @@ class Daemon:
         self.kill()
 
     def kill(self) -> None:
-        """End it and its children at once. Safe to call twice."""
+        """SIGKILL the daemon and its children. Safe to call twice."""
         if self._process is None:
             return
         try:
@@ -110,7 +123,7 @@ class Daemon:
 
 
 def ask(address: str | tuple[str, int], question: bytes, seconds: float = 5.0) -> bytes:
-    """The whole answer to the end of input, or b"" when there is none."""
+    """Send ``question`` and return the answer up to the end of input; b"" if there is none."""
     family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as sock:
         sock.settimeout(seconds)

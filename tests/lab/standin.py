@@ -1,9 +1,9 @@
 """The strict stand-in for qmail-queue (standin.c): built once, and what it recorded."""
 
-import os
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+
+from lab.compiler import compiled
 
 from contentfilter.model import Envelope
 from contentfilter.wire import envelope
@@ -12,14 +12,8 @@ SOURCE = Path(__file__).with_name("standin.c")
 
 
 def build(directory: Path) -> Path:
-    """Compile the stand-in into ``directory``, unless it is there. Safe for several test workers at once."""
-    program = directory / "standin"
-    if not program.exists():
-        unfinished = directory / f"standin.{os.getpid()}"
-        compiler = ["cc", "-std=c11", "-D_GNU_SOURCE", "-O2", "-static"]
-        subprocess.run([*compiler, "-o", unfinished, SOURCE], check=True)
-        unfinished.replace(program)
-    return program
+    """Compile the stand-in into ``directory`` if it is missing there."""
+    return compiled(directory, "standin", ["cc", "-std=c11", "-D_GNU_SOURCE", "-O2", "-static", SOURCE])
 
 
 @dataclass(frozen=True, slots=True)

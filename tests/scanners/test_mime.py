@@ -8,18 +8,18 @@ from hypothesis import strategies as st
 from lab.programs import b64, qp, uu
 
 from contentfilter.scanners.signatures import decoders, mime
-from contentfilter.scanners.signatures.mime import As, Leaf, Marks
+from contentfilter.scanners.signatures.mime import Kind, Leaf, LineStarts
 
-MARKS = Marks((b"TV",))
+LINE_STARTS = LineStarts((b"TV",))
 
 
 def walk(text: bytes) -> list[Leaf]:
-    return list(mime.leaves(text, MARKS, mime.ScanLimits()))
+    return list(mime.leaves(text, LINE_STARTS, mime.ScanLimits()))
 
 
-def contents(text: bytes) -> list[tuple[str, As, bytes]]:
+def contents(text: bytes) -> list[tuple[str, Kind, bytes]]:
     return [
-        (".".join(map(str, leaf.path)), As(leaf.kind), text[leaf.start : leaf.end])
+        (".".join(map(str, leaf.path)), Kind(leaf.kind), text[leaf.start : leaf.end])
         for leaf in walk(text)
         if leaf.declared
     ]
@@ -59,10 +59,10 @@ epilogue
 
 def test_parts_are_numbered_as_in_imap() -> None:
     found = {path: (kind, body) for path, kind, body in contents(TREE) if body.strip()}
-    assert found["1.1"] == (As.PLAIN, b"plain\n")
-    assert found["1.2"] == (As.QUOTED, b"html\n")
-    assert found["2.1"] == (As.BASE64, b"YWJj\n")
-    assert found[""] == (As.COMPOSITE, b"preamble\n")
+    assert found["1.1"] == (Kind.PLAIN, b"plain\n")
+    assert found["1.2"] == (Kind.QUOTED, b"html\n")
+    assert found["2.1"] == (Kind.BASE64, b"YWJj\n")
+    assert found[""] == (Kind.COMPOSITE, b"preamble\n")
 
 
 @pytest.mark.parametrize("newline", [b"\r\n", b"\r"])
@@ -82,8 +82,8 @@ def test_an_undeclared_delimiter_gives_both_readings() -> None:
 def test_a_header_without_an_empty_line_gives_both_readings() -> None:
     text = b"Content-Transfer-Encoding: base64\nAAAA\n\nBBBB\n"
     assert [(text[leaf.start : leaf.end], leaf.kind) for leaf in walk(text)] == [
-        (b"AAAA\n\nBBBB\n", As.BASE64),
-        (b"BBBB\n", As.BASE64),
+        (b"AAAA\n\nBBBB\n", Kind.BASE64),
+        (b"BBBB\n", Kind.BASE64),
     ]
 
 
@@ -105,7 +105,7 @@ def test_a_header_without_an_empty_line_gives_both_readings() -> None:
 )
 def test_boundaries_are_read_as_someone_would_read_them(field: bytes, boundary: bytes) -> None:
     text = b"Content-Type: multipart/mixed; " + field + b"\n\n--" + boundary + b"  \n\none\n--" + boundary + b"--\n"
-    assert ("1", As.PLAIN, b"one\n") in contents(text)
+    assert ("1", Kind.PLAIN, b"one\n") in contents(text)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_boundaries_are_read_as_someone_would_read_them(field: bytes, boundary: 
 )
 def test_an_encoding_is_seen_however_it_is_declared(field: bytes) -> None:
     text = b"X: y\n" + field + b"\nZ: z\n\nYWJj\n"
-    assert (As.BASE64, b"YWJj\n") in [(kind, body) for _, kind, body in contents(text)]
+    assert (Kind.BASE64, b"YWJj\n") in [(kind, body) for _, kind, body in contents(text)]
 
 
 def test_headers_in_headers_end_at_a_depth() -> None:
@@ -136,16 +136,19 @@ def test_after_too_many_parts_the_rest_is_one_leaf(monkeypatch: pytest.MonkeyPat
 
 
 def test_after_too_many_undeclared_delimiters_only_declared_ones_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mime, "LOOSE", 2)
+    monkeypatch.setattr(mime, "UNDECLARED", 2)
     text = b"Content-Type: multipart/mixed; boundary=b\n\n" + b"--x\n\ny\n" * 5 + b"--b\n\nlast\n--b--\n"
-    assert contents(text)[-1] == ("1", As.PLAIN, b"last\n")
+    assert contents(text)[-1] == ("1", Kind.PLAIN, b"last\n")
     assert sum(not leaf.declared for leaf in walk(text)) == 2
 
 
 def test_marks_are_found_across_pieces() -> None:
     for place in range(mime.PIECE - 12, mime.PIECE + 4):
         text = b"x" * place + b"\n--b\nbegin 644 x\n" + b"y" * 100
-        assert list(MARKS.find(text, lambda: False)) == [(Marks.DELIMITER, place + 1), (Marks.BEGIN, place + 5)]
+        assert list(LINE_STARTS.find(text, lambda: False)) == [
+            (LineStarts.DELIMITER, place + 1),
+            (LineStarts.BEGIN, place + 5),
+        ]
 
 
 def test_a_part_after_a_large_base64_part_is_seen() -> None:
@@ -154,7 +157,7 @@ def test_a_part_after_a_large_base64_part_is_seen() -> None:
         + b64(bytes(100_000))
         + b"--b\n\nhello\nbegin 644 x\n#35J0\nend\n--b--\n"
     )
-    assert As.UUENCODE in {As(leaf.kind) for leaf in walk(text)}
+    assert Kind.UUENCODE in {Kind(leaf.kind) for leaf in walk(text)}
 
 
 # ---- decoding

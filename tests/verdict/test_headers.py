@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lab.calibration import units_since
 
 from contentfilter.verdict.headers import HEADER_LIMIT, changed_block, correct, header_block, spam_fields
 
@@ -199,9 +200,9 @@ HOSTILE = {
 
 @pytest.mark.parametrize("header", HOSTILE.values(), ids=HOSTILE)
 def test_a_header_of_a_mebibyte_takes_no_longer_than_it_must(header):
-    started = time.process_time()
+    started = time.thread_time()
     prepend, skip = compose(header + b"\n\nbody", LINES, ALL, "[СПАМ]".encode())
-    assert time.process_time() - started < 2
+    assert units_since(started) < 100
     assert (prepend + (header + b"\n\nbody")[skip:]).endswith(b"\n\nbody")
 
 

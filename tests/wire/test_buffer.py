@@ -6,6 +6,7 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lab.calibration import units_since
 
 from contentfilter.errors import RemoteProtocolError
 from contentfilter.wire.buffer import SHOWN, ReceiveBuffer, printable
@@ -45,11 +46,11 @@ def test_a_line_over_the_limit_is_refused_whole_or_not() -> None:
 
 def test_a_line_that_drips_is_searched_once() -> None:
     """Searching from the start for each byte would look at 20,000,000,000 of them."""
-    buffer, started = ReceiveBuffer(), time.process_time()
+    buffer, started = ReceiveBuffer(), time.thread_time()
     for _ in range(200_000):
         buffer.feed(b"x")
         assert buffer.line(LF, 1_000_000) is None
-    assert time.process_time() - started < 3.0
+    assert units_since(started) < 150
 
 
 def test_what_people_see_is_short_and_printable() -> None:

@@ -5,6 +5,7 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lab.calibration import units_since
 
 from contentfilter.errors import EnvelopeError, LocalProtocolError
 from contentfilter.model import Envelope
@@ -98,7 +99,7 @@ def test_100_000_recipients_take_well_under_a_tenth_of_a_second() -> None:
     data = build(b"s@example.org", [b"recipient%d@example.com" % i for i in range(100_000)])
     started = time.thread_time()
     assert len(parse(data).recipients) == 100_000
-    assert time.thread_time() - started < 0.1
+    assert units_since(started) < 5
 
 
 def test_a_hostile_envelope_costs_no_more() -> None:
@@ -113,4 +114,4 @@ def test_a_hostile_envelope_costs_no_more() -> None:
             parse(data)
         except EnvelopeError:
             pass
-    assert time.thread_time() - started < 2
+    assert units_since(started) < 100

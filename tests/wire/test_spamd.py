@@ -5,6 +5,7 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lab.calibration import units_since
 
 from contentfilter.errors import Cause, LocalProtocolError, RemoteProtocolError
 from contentfilter.wire import spamd
@@ -130,13 +131,13 @@ def test_a_line_that_drips_costs_linear_time() -> None:
     """Twenty megabytes of body in small pieces after a dripped head: far from the square of it."""
     size = 20_000_000
     reader = ResponseReader("PROCESS", size)
-    started = time.process_time()
+    started = time.thread_time()
     for byte in OK + SPAM + b"Content-length: %d\r\n\r\n" % size:
         assert reader.feed(bytes((byte,))) is None
     for _ in range(size // 1000 - 1):
         assert reader.feed(bytes(1000)) is None
     assert reader.feed(bytes(1000)) is not None
-    assert time.process_time() - started < 5.0
+    assert units_since(started) < 250
 
 
 def test_a_request_has_exact_length_and_an_empty_line() -> None:

@@ -1,1 +1,1 @@
-"""chksignature and chkloadertype: programs in attachments, found by their first bytes."""
+"""Signature scanner (chksignature and chkloadertype): programs in attachments, detected by their first bytes."""

@@ -1,8 +1,8 @@
-"""Warlord's scan, as a reference: the rules W1 to W12 of SPAMCONTROL's badmimetypes and badloadertypes.
+"""Warlord-compatible scan: rules W1 to W12 of SPAMCONTROL's badmimetypes and badloadertypes.
 
-One pass over the lines, no MIME tree, no decoding. It finds what Warlord finds and misses what Warlord misses
-(folded or quoted header lines, short first lines, names across a line break, other encodings). Where it departs on
-purpose: the state lives for one message only, and a list's last line counts without a newline too.
+One pass over the lines, no MIME tree, no decoding. It detects what Warlord detects and misses what Warlord misses
+(folded or quoted header lines, short first lines, names across a line break, other encodings). Two intended
+differences: state is never carried over to the next message, and the last line of a list needs no newline.
 """
 
 import re
@@ -13,30 +13,30 @@ from contentfilter.scanners.signatures.mime import WINDOW, Text
 
 SIGNATURE_LETTERS = 9
 LOADER_LETTERS = 5
-FIRST_LINE = 10  # characters that the first data line must have
-DATA_LINE = 6  # characters that any other tested line must have
-CUT = 1000  # characters of a line that are looked at
+FIRST_LINE = 10  # minimum length of the first data line
+DATA_LINE = 6  # minimum length of any other tested line
+LONGEST_LINE = 1000  # characters of a line that are compared
 DECLARATION = b"content-transfer-encoding: base64"
-SENTINEL = b"L"  # Warlord keeps this letter in front of each line
+SENTINEL = b"L"  # Warlord has this letter in front of each line
 
 _LINE = re.compile(rb"[^\n]*+\n?")
 
 
 class Hit(NamedTuple):
-    """What was found, on which line (1-based). ``pattern`` is empty for white space inside base64."""
+    """Matched pattern and its line (1-based). ``pattern`` is empty for white space inside base64."""
 
     loader: bool
     pattern: bytes
     line: int
 
 
-def cut(patterns: tuple[str, ...], letters: int) -> frozenset[bytes]:
-    """W6, W8: keys are cut to their length; shorter lines of a list never become keys."""
+def keys(patterns: tuple[str, ...], letters: int) -> frozenset[bytes]:
+    """Return the search keys (W6, W8): patterns truncated to ``letters``; shorter ones are skipped."""
     return frozenset(p[:letters].encode() for p in patterns if len(p) >= letters)
 
 
 def scan(data: Text, signatures: frozenset[bytes], loaders: frozenset[bytes], whitespace: bool = False) -> Hit | None:
-    """The first hit in a message with LF line ends. ``whitespace`` is Warlord's ``!`` mode (W7)."""
+    """Return the first hit in a message with LF line ends. ``whitespace`` is Warlord's ``!`` mode (W7)."""
     leading = frozenset(pattern[:1] for pattern in loaders)
     declared = inside = False  # W1
     empty_at = -1
@@ -65,6 +65,7 @@ def scan(data: Text, signatures: frozenset[bytes], loaders: frozenset[bytes], wh
 
 
 def _loader(line: bytes, leading: frozenset[bytes], loaders: frozenset[bytes]) -> bytes:
+    """Return the first of ``loaders`` in ``line``, or an empty value."""
     for letter in leading:
         at = line.find(letter)
         while at >= 0:
@@ -75,13 +76,13 @@ def _loader(line: bytes, leading: frozenset[bytes], loaders: frozenset[bytes]) -
 
 
 def _lines(data: Text) -> Iterator[bytes]:
-    """The text between newlines, each cut to what is looked at (W10): a line may be the whole message."""
+    """Yield the lines, each truncated to LONGEST_LINE (W10): a single line may be the complete message."""
     start, size = 0, len(data)
     while start < size:
-        end, ended = start, False
-        while end < size and not ended:
+        end, complete = start, False
+        while end < size and not complete:
             line = _LINE.match(data, end, end + WINDOW)
             end = line.end() if line else size
-            ended = data[end - 1] == 10
-        yield bytes(data[start : min(end - ended, start + CUT)])
+            complete = data[end - 1] == 10
+        yield bytes(data[start : min(end - complete, start + LONGEST_LINE)])
         start = end

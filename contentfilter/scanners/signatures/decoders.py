@@ -1,8 +1,8 @@
-"""Transfer encodings, undone window by window: base64, quoted-printable, uuencode.
+"""Decoders of transfer encodings, window by window: base64, quoted-printable, uuencode.
 
-Each function yields decoded bytes of ``data[start:end]``, a small window first (most content is judged by its start)
-and then at most 96 KiB of input at a time, so memory stays bounded whatever the size. Nothing raises on bad input:
-what no decoder would use is skipped. Time is linear.
+Each function yields decoded bytes of ``data[start:end]``: a small window first (most content is identified by its
+start), then at most 96 KiB of input at a time, so that memory stays bounded. Bad input raises nothing: bytes that no
+decoder would use are skipped. Time is linear.
 """
 
 import binascii
@@ -15,26 +15,29 @@ from contentfilter.scanners.signatures.mime import PIECE, WINDOW, Text
 
 FIRST = 1024  # bytes of the first window
 _GROWTH = 8
-_LOOK_BACK = 1100  # a line's end is sought so far back
+_LINE_SEARCH = 1100  # bytes before a window's end that are searched for a line end
 _UU_LINES = 1000
 _UU_LENGTH = 100
 
 _LETTERS = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
-_JUNK = bytes(set(range(256)) - set(_LETTERS))
+_NO_LETTERS = bytes(set(range(256)) - set(_LETTERS))
 _PADDING = re.compile(rb"=+")
 _LINE = re.compile(rb"([^\r\n]*+)[\r\n]*+")
 _UU_CLEAN = bytes(byte if 32 <= byte <= 96 else 32 for byte in range(256))
 
 
 def raw(data: Text, start: int, end: int) -> Iterator[bytes]:
+    """Yield the bytes unchanged (7bit, 8bit, binary)."""
     for at, stop in _windows(data, start, end):
         yield bytes(data[at:stop])
 
 
 def base64(data: Text, start: int, end: int, *, joined: bool = False) -> Iterator[bytes]:
-    """Line breaks and everything that is no letter are skipped. Padding before the end starts a new group,
-    or, ``joined``, is skipped too: decoders differ."""
-    rest = b""  # letters of a group that is not complete
+    """Decode base64. Line breaks and other bytes outside the alphabet are skipped.
+
+    Padding before the end starts a new group; with ``joined`` it is skipped as well. Decoders differ in this.
+    """
+    rest = b""  # letters of an incomplete group
     for at, stop in _windows(data, start, end):
         piece = bytes(data[at:stop])
         if not rest and b"=" not in piece:
@@ -43,7 +46,7 @@ def base64(data: Text, start: int, end: int, *, joined: bool = False) -> Iterato
                 continue
             except binascii.Error:
                 pass  # the window ends inside a group
-        letters = rest + piece.translate(None, _JUNK)
+        letters = rest + piece.translate(None, _NO_LETTERS)
         if joined or stop == end:
             letters = letters.replace(b"=", b"") if joined else letters.rstrip(b"=")
         *groups, letters = _PADDING.split(letters) if b"=" in letters else (letters,)
@@ -56,20 +59,20 @@ def base64(data: Text, start: int, end: int, *, joined: bool = False) -> Iterato
 
 
 def _group(letters: bytes) -> bytes:
-    """Decode letters without padding; bits that fill no byte are dropped."""
+    """Decode letters without padding; bits that do not fill a byte are dropped."""
     return pybase64.b64decode(letters + b"A" * (-len(letters) % 4))[: len(letters) * 3 // 4]
 
 
 def quoted(data: Text, start: int, end: int) -> Iterator[bytes]:
-    """Quoted-printable (RFC 2045, 6.7); a bad escape stands for itself."""
+    """Decode quoted-printable (RFC 2045, 6.7); an invalid escape is kept unchanged."""
     for at, stop in _windows(data, start, end, escape=True):
         yield binascii.a2b_qp(bytes(data[at:stop]))
 
 
 def uuencode(data: Text, start: int, end: int) -> Iterator[bytes]:
-    """The lines after ``begin``, until ``end`` or another ``begin``. Lines that no encoder writes are skipped."""
+    """Decode uuencode: the lines after ``begin`` up to ``end`` or another ``begin``. Invalid lines are skipped."""
     lines: list[bytes] = []
-    wanted = 4  # lines in a window: the first is small
+    batch = 4  # lines in a window; the first window is small
     while start < end:
         found = _LINE.match(data, start, min(end, start + WINDOW))
         if found is None or found.end() == start:
@@ -82,23 +85,23 @@ def uuencode(data: Text, start: int, end: int) -> Iterator[bytes]:
             continue
         letters = ((line[0] - 32 & 63) * 8 + 5) // 6
         lines.append(binascii.a2b_uu(line[:1] + line[1 : 1 + letters].translate(_UU_CLEAN).ljust(letters)))
-        if len(lines) >= wanted:
+        if len(lines) >= batch:
             yield b"".join(lines)
-            lines, wanted = [], _UU_LINES
+            lines, batch = [], _UU_LINES
     if lines:
         yield b"".join(lines)
 
 
 def _windows(data: Text, start: int, end: int, *, escape: bool = False) -> Iterator[tuple[int, int]]:
-    """Cut into growing windows, at line ends where there are any: there, groups and escapes are complete.
+    """Yield growing windows that end at a line end if there is one: groups and escapes are complete there.
 
-    ``escape``: where there is no line end, don't cut inside ``=XX``.
+    ``escape``: without a line end, never split ``=XX``.
     """
     size = FIRST
     while start < end:
         stop = min(end, start + size)
         if stop < end:
-            tail = bytes(data[max(start, stop - _LOOK_BACK) : stop])
+            tail = bytes(data[max(start, stop - _LINE_SEARCH) : stop])
             newline = tail.rfind(b"\n")
             if newline >= 0:
                 stop -= len(tail) - newline - 1

@@ -1,8 +1,8 @@
-"""The lists that hold when the control directory has no badsignatures or badloadertypes of its own.
+"""Built-in lists, used if the control directory has no badsignatures or badloadertypes.
 
-Each row is a pattern in base64 letters and what it stands for. ``etc/control/badsignatures`` and
-``etc/control/badloadertypes`` show the same rows; a test compares them. Nine letters fix the first
-54 bits of an attachment; five letters fix 30 bits anywhere in it.
+Each row is a pattern in base64 letters and its description. ``etc/control/badsignatures`` and
+``etc/control/badloadertypes`` contain the same rows; a test compares them. Nine letters determine the first
+54 bits of an attachment; five letters determine 30 bits at any position.
 """
 
 SIGNATURES: tuple[tuple[str, str], ...] = (
@@ -25,8 +25,8 @@ SIGNATURES: tuple[tuple[str, str], ...] = (
     ("ZGltIGZpb", "script that begins with dim fil, as Bagle sent it"),
 )
 
-# Base64 takes three bytes at a time and a name such as KERNEL32.dll may begin at any of them, so one name needs
-# three rows, and each way of writing dll its own where it shows.
+# Base64 encodes three bytes at a time and a name such as KERNEL32.dll may start at any of them, so one name needs
+# three rows, and each spelling of dll another row if it changes the letters.
 LOADERTYPES: tuple[tuple[str, str], ...] = (
     ("MzIuZ", "32.d, the 3 first of three bytes"),
     ("MzIuR", "32.D, the 3 first of three bytes"),

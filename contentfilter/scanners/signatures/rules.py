@@ -1,8 +1,8 @@
-"""Rule lists: the text of badsignatures and badloadertypes becomes frozen rules, and rules become bit patterns.
+"""Rule lists: parser of badsignatures and badloadertypes, and the compilation of rules to bit patterns.
 
 One rule per line: ``PATTERN`` or ``PATTERN description``. ``#`` starts a comment, at the start of a line or after
-white space. A pattern is written in base64 letters; in badsignatures ``*`` stands for any one letter. A line that
-cannot be a rule is reported once, with its place, and skipped. Nothing here reads a file.
+white space. A pattern is written in base64 letters; in badsignatures ``*`` matches any one letter. An invalid line is
+reported once, with its number, and skipped. No file is read here.
 """
 
 import string
@@ -14,14 +14,14 @@ from contentfilter.scanners.signatures import lists
 
 LETTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
 SHORTEST = 4
-LONGEST = 80  # letters; 60 bytes are all that is looked at
-LIBRARY = b"32.dll"  # what the loader types are about: user32.dll, KERNEL32.DLL ...
+LONGEST = 80  # letters; only 60 decoded bytes are compared
+LIBRARY = b"32.dll"  # end of the names that loader types match: user32.dll, KERNEL32.DLL ...
 _PRINTABLE = frozenset(range(32, 127))
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One line of a list: the pattern as written and what it stands for."""
+    """One line of a list: the pattern as written and its description."""
 
     pattern: str
     description: str
@@ -29,27 +29,29 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """One list, in the order of its lines, each pattern once."""
+    """One list, in the order of its lines, without duplicates."""
 
     scanner: Scanner
     rules: tuple[Rule, ...]
 
 
 def parse_signatures(text: bytes, path: str) -> tuple[Rules, tuple[Problem, ...]]:
-    """The rules of control/badsignatures and what is wrong with it; ``path`` is only for the problems."""
+    """Parse control/badsignatures. Returns the rules and the problems, which name ``path``."""
     return _parse(text, path, Scanner.SIGNATURES, LETTERS + "*")
 
 
 def parse_loadertypes(text: bytes, path: str) -> tuple[Rules, tuple[Problem, ...]]:
-    """The rules of control/badloadertypes and what is wrong with it."""
+    """Parse control/badloadertypes. Returns the rules and the problems, which name ``path``."""
     return _parse(text, path, Scanner.LOADERTYPES, LETTERS)
 
 
 def default_signatures() -> Rules:
+    """Return the built-in list of signatures."""
     return Rules(Scanner.SIGNATURES, tuple(Rule(*row) for row in lists.SIGNATURES))
 
 
 def default_loadertypes() -> Rules:
+    """Return the built-in list of loader types."""
     return Rules(Scanner.LOADERTYPES, tuple(Rule(*row) for row in lists.LOADERTYPES))
 
 
@@ -62,18 +64,19 @@ def _parse(text: bytes, path: str, scanner: Scanner, letters: str) -> tuple[Rule
             continue
         pattern = words[0]
         end = next((at for at, word in enumerate(words) if word.startswith("#")), len(words))
-        wrong = _wrong(pattern, letters)
-        if wrong:
-            problems.append(Problem(path, number, f"{pattern[:LONGEST]!r}: {wrong}; the line is skipped"))
+        error = _error(pattern, letters)
+        if error:
+            problems.append(Problem(path, number, f"{pattern[:LONGEST]!r}: {error}; the line is skipped"))
         elif pattern in rules:
-            again = f"{pattern!r} stands here twice; the second line is skipped"
-            problems.append(Problem(path, number, again, warning=True))
+            repeated = f"{pattern!r} is listed twice; the second line is skipped"
+            problems.append(Problem(path, number, repeated, warning=True))
         else:
             rules[pattern] = Rule(pattern, " ".join(words[1:end]))
     return Rules(scanner, tuple(rules.values())), tuple(problems)
 
 
-def _wrong(pattern: str, letters: str) -> str:
+def _error(pattern: str, letters: str) -> str:
+    """Return the reason why a pattern is invalid; empty if it is valid."""
     strange = next((c for c in pattern if c not in letters), "")
     if strange:
         return f"{strange!r} is not a base64 letter"
@@ -87,7 +90,7 @@ def _wrong(pattern: str, letters: str) -> str:
 
 
 def _bits(pattern: str) -> tuple[int, int]:
-    """Value and mask of the pattern's 6 bits per letter."""
+    """Return value and mask of a pattern, 6 bits per letter."""
     value = mask = 0
     for letter in pattern:
         fixed = letter != "*"
@@ -98,18 +101,19 @@ def _bits(pattern: str) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """A badsignatures rule, compiled: the bits that the first ``size`` decoded bytes must have."""
+    """Compiled rule of badsignatures: the bits that the first ``size`` decoded bytes must have."""
 
     rule: Rule
-    prefix: bytes  # the whole bytes before the first free bit: a quick first test
+    prefix: bytes  # the complete bytes before the first free bit: a quick test
     value: int
     mask: int
     size: int
-    text: bool  # the prefix is printable: innocent text could begin so
-    base64: bool  # ... and is itself base64: the start of something encoded once more
+    text: bool  # the prefix is printable: harmless text could start with it
+    base64: bool  # the prefix is itself base64: content that was encoded twice
 
     @classmethod
     def compile(cls, rule: Rule) -> "Signature":
+        """Compute the bits of a rule."""
         value, mask = _bits(rule.pattern)
         bits = 6 * len(rule.pattern)
         size = (bits + 7) // 8
@@ -129,25 +133,28 @@ class Signature:
         )
 
     def matches(self, head: bytes) -> bool:
-        """``head`` is the start of decoded content, at least ``size`` bytes unless the content is shorter."""
+        """True if decoded content starts with the signature.
+
+        ``head``: its first bytes, at least ``size`` unless the content is shorter.
+        """
         first = head[: self.size].ljust(self.size, b"\0")
         return len(head) >= len(self.prefix) and int.from_bytes(first, "big") & self.mask == self.value
 
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
-    """A badloadertypes rule, compiled for one of the places in a byte where its first letter can start."""
+    """Compiled rule of badloadertypes, for one of the bit offsets at which its first letter can start."""
 
     rule: Rule
     lead: int  # bits of the pattern that belong to the byte before ``whole``
     whole: bytes
-    tail: int  # bits that belong to the byte after it
+    tail: int  # bits of the pattern that belong to the byte after it
     value: int
-    library: bool  # a piece of 32.dll, in some spelling
+    library: bool  # a substring of 32.dll, in any case
 
     @classmethod
     def compile(cls, rule: Rule) -> "tuple[Fragment, ...]":
-        """The readings of a pattern. Loader types are pieces of names, so the printable ones, if any, are meant."""
+        """Return a fragment per offset. Loader types are parts of names, so printable fragments are preferred."""
         value, _ = _bits(rule.pattern)
         bits = 6 * len(rule.pattern)
         readings = []
@@ -163,7 +170,7 @@ class Fragment:
         )
 
     def matches(self, block: bytes, at: int) -> bool:
-        """Whether all bits of the pattern stand around ``at``, where ``whole`` was found in ``block``."""
+        """True if all bits of the pattern match around ``at``, the position of ``whole`` in ``block``."""
         before = block[at - 1] if at else 0
         after = block[at + len(self.whole) : at + len(self.whole) + 1] or b"\0"
         found = int.from_bytes(bytes((before,)) + self.whole + after, "big") >> 8 - self.tail

@@ -76,7 +76,7 @@ def loaded(settings: Settings, backend: str, directory: Path, self_check: int) -
         return  # clamd without a database is told under clamd
     number, path = newest
     try:
-        asked = ClamdScanner(settings.clamd).probe(Address.parse(backend), Deadline.after(PATIENCE))
+        asked = ClamdScanner(settings.clamd).version(Address.parse(backend), Deadline.after(PATIENCE))
         version: Version = asyncio.run(asked)
     except BackendError:
         return  # told under clamd

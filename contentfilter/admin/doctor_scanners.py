@@ -59,7 +59,7 @@ def _switched_off(scanner: str) -> Iterator[Diagnostic]:
 def clamd(settings: Settings, backend: str) -> Iterator[Diagnostic]:
     scanner = ClamdScanner(settings.clamd)
     try:
-        version = asyncio.run(scanner.probe(Address.parse(backend), Deadline.after(PATIENCE)))
+        version = asyncio.run(scanner.version(Address.parse(backend), Deadline.after(PATIENCE)))
     except BackendError as error:
         yield Diagnostic(ERROR, "clamd", str(error), _RESTART_CLAMD)
         return

@@ -15,7 +15,7 @@ from contentfilter.errors import Cause
 from contentfilter.model import OriginKind, Scanner
 from contentfilter.monitor.probe import Probed
 from contentfilter.policy.failure import failure_action
-from contentfilter.scanners.pool import BackendHealth
+from contentfilter.scanners.health import BackendHealth
 from contentfilter.settings import Settings
 
 STALE = 900.0  # seconds after which a probe's answer outweighs any failure

@@ -115,7 +115,7 @@ class Prober:
         address, deadline = Address.parse(backend), Deadline.after(PATIENCE)
         try:
             if scanner is Scanner.CLAMD:
-                return await self._clamd.probe(address, deadline)
+                return await self._clamd.version(address, deadline)
             await self._spamd.probe(address, deadline)
         except BackendError as error:
             return error

@@ -154,6 +154,10 @@ class AdmissionQueue(Generic[T]):
         self._served += 1
         return ticket
 
+    def hold(self, claim: Priority) -> None:
+        """Take a place without asking :meth:`take`; for who has had its turn."""
+        self._book(claim)
+
     def leave(self, claim: Priority) -> None:
         """Give a place back."""
         self.held -= 1

@@ -101,6 +101,7 @@ class Backend:
     address: Address
     limit: int  # questions at once
     outstanding: int = 0
+    given_up: int = 0  # of those: attempts that go on although the caller stopped waiting
     turn: int = 0  # when it was last chosen: breaks ties, so that equals share the load
     health: Health = field(default_factory=Health)
     watched: bool = False  # PINGs find out about it, so no mail needs to
@@ -110,7 +111,9 @@ class Backend:
     movable: set[asyncio.Timeout] = field(default_factory=set)  # questions that may still be asked elsewhere
 
     def free(self) -> bool:
-        return self.outstanding < (1 if self.health.doubtful() else self.limit)
+        if self.outstanding >= self.limit:
+            return False
+        return not self.health.doubtful() or self.outstanding == self.given_up
 
     @property
     def silent(self) -> bool:

@@ -15,7 +15,7 @@ from contentfilter.doors.canary import ASKED, CanaryMark, answer_for, recognise
 from contentfilter.doors.message import read_envelope
 from contentfilter.errors import EnvelopeError, MessageError
 from contentfilter.model import Action, Envelope
-from contentfilter.scanners.pool import BackendHealth
+from contentfilter.scanners.health import BackendHealth
 from contentfilter.store.poison import isolate
 from contentfilter.store.release import load_secret
 from contentfilter.verdict.record import (

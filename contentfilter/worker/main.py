@@ -36,7 +36,7 @@ from contentfilter.log_target import open_target
 from contentfilter.model import ScanOutcome
 from contentfilter.policy.bypass import Bypass
 from contentfilter.scanners.cache import ScanCache
-from contentfilter.scanners.pool import BackendHealth
+from contentfilter.scanners.health import BackendHealth
 from contentfilter.settings import Settings
 from contentfilter.wire import hook
 from contentfilter.worker.crashes import DEATH_LIMIT, SlotPlace, WorkerSlot, fingerprint

@@ -79,6 +79,7 @@ class _Attempt:
     began: float
     deadline: Deadline  # of the caller, all attempts included
     progress: Progress
+    over: asyncio.Future[None]  # what the caller waits for; a plain future costs less than asyncio.shield
     given_up: bool = False
 
 
@@ -130,7 +131,8 @@ class ScannerLimiter:
         try:
             while True:
                 progress = Progress(backend.address, started)  # the outcome's seconds include earlier attempts
-                attempt = _Attempt(backend, priority, self.clock(), deadline, progress)
+                over = asyncio.get_running_loop().create_future()
+                attempt = _Attempt(backend, priority, self.clock(), deadline, progress, over)
                 try:
                     return await self._attempt(attempt, ask, deadline.within(timeout), owner, movable=not taken)
                 except BackendError as error:
@@ -158,7 +160,8 @@ class ScannerLimiter:
             async with scope:
                 if movable:
                     backend.movable.add(scope)
-                return await asyncio.shield(task)
+                await attempt.over
+            return task.result()
         except TimeoutError:
             if task.done():
                 return task.result()  # at this very moment
@@ -190,6 +193,8 @@ class ScannerLimiter:
                 backend.health = Health()
                 self.heard(backend)
                 backend.answered = backend.heard
+        if not attempt.over.done():
+            attempt.over.set_result(None)
         self._release(backend, attempt.priority)
 
     def describe(self) -> tuple[BackendHealth, ...]:

@@ -390,6 +390,68 @@ def message_mapped() -> bool:
 
 
 @pytest.mark.asyncio
+async def test_a_scan_that_goes_on_keeps_its_slot_until_clamd_has_ended_it(tmp_path, nothing_left) -> None:
+    recall = ScanCache()
+    with Slow(tmp_path) as slow:
+        scanner = ClamdScanner(ClamdSettings(backends=(slow.backend,), proof=0.0, concurrency=2))
+        for number in range(5):
+            await give_up(recall, scanner, message_of(MAIL + b"%d" % number))
+        assert len(slow.asked) == 2, "clamd got more scans at once than it may"
+        assert [b.outstanding for b in scanner.limiter.backends] == [2]
+        slow.says(OK)
+        while recall._abandoned:
+            await asyncio.sleep(0.01)
+        assert [b.outstanding for b in scanner.limiter.backends] == [0]
+        last = message_of(MAIL + b"last")
+        assert (await scanner.scan(last, Deadline.after(5.0))).status is ScanStatus.CLEAN
+        last.close()
+    await recall.aclose()
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+@pytest.mark.asyncio
+async def test_a_scan_goes_on_for_those_who_joined_when_its_first_message_leaves(
+    tmp_path, nothing_left, goes_on: bool
+) -> None:
+    recall = ScanCache()
+    with Slow(tmp_path) as slow:
+        scanner, deadline = clamd_of(slow.backend), Deadline.after(10.0)
+        messages = [message_of(MAIL), message_of(MAIL)]
+        requests = [ScanRequest(b"clamd", message, 9.0, goes_on=goes_on) for message in messages]
+        tasks = []
+        for q in requests:
+            scan = partial(scanner.scan, q.message, deadline, NEUTRAL)
+            tasks.append(asyncio.create_task(recall.get(q, scan, deadline)))
+            while not slow.asked:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        tasks[0].cancel()
+        await asyncio.gather(tasks[0], return_exceptions=True)
+        messages[0].close()
+        slow.says(OK)
+        assert (await tasks[1]).reused == "shared"
+        assert len(slow.asked) == 1
+        messages[1].close()
+        while recall._background:
+            await asyncio.sleep(0.01)
+    await recall.aclose()
+
+
+@pytest.mark.asyncio
+async def test_where_no_retry_comes_a_scan_ends_with_its_last_message(tmp_path, nothing_left) -> None:
+    recall = ScanCache()
+    with Slow(tmp_path) as slow:
+        scanner, message, deadline = clamd_of(slow.backend), message_of(MAIL), Deadline.after(0.2)
+        q = ScanRequest(b"clamd", message, 5.0, goes_on=False)
+        with pytest.raises(BackendError):
+            await recall.get(q, partial(scanner.scan, message, deadline, NEUTRAL), deadline)
+        message.close()
+        await settle()
+        assert not recall._abandoned
+        assert [b.outstanding for b in scanner.limiter.backends] == [0]
+
+
+@pytest.mark.asyncio
 async def test_the_end_of_the_worker_ends_what_goes_on(tmp_path, nothing_left) -> None:
     recall = ScanCache()
     with Slow(tmp_path) as slow:

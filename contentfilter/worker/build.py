@@ -39,7 +39,7 @@ class PipelineBundle:
         recall: ScanCache | None = None,
         shed: Counter[str] | None = None,
     ) -> None:
-        """``secret``, ``bypasses``, ``recall``: see Pipeline; ``shed``: see Turns.
+        """``secret``, ``bypasses``, ``recall``: see Pipeline; ``shed``: see ScannerLimiter.
 
         Raises ConfigError for a snapshot that cannot be used.
         """

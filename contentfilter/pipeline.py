@@ -41,10 +41,8 @@ from contentfilter.policy.plan import Lookup, Owners, PlanStep, ScanPlan, Switch
 from contentfilter.policy.tolerance import AllowEntry, apply_allowlist
 from contentfilter.scanners.cache import ScanCache, ScanRequest
 from contentfilter.scanners.clamd import ClamdScanner
-from contentfilter.scanners.limiter import ScannerLimiter
 from contentfilter.scanners.signatures.engine import Engine
 from contentfilter.scanners.spamd import SpamdScanner
-from contentfilter.scanners.stream import Leave
 from contentfilter.settings import Settings
 from contentfilter.store.poison import keep_poison
 from contentfilter.store.quarantine import Quarantine
@@ -85,8 +83,6 @@ class Scanners:
     programs: Engine | None  # signatures and loader types; None where both are switched off
     clamd: ClamdScanner
     spamd: SpamdScanner
-    clamd_turns: ScannerLimiter
-    spamd_turns: ScannerLimiter
 
 
 class Pipeline:
@@ -103,13 +99,13 @@ class Pipeline:
         allowed: tuple[AllowEntry, ...] = (),
         owners: Owners | None = None,
         bypasses: Callable[[], tuple[Bypass, ...]] = lambda: (),
-        recall: ScanCache | None = None,
+        cache: ScanCache | None = None,
         disk: Executor | None = None,
     ) -> None:
         """``lookup``: None while there are no tables. ``owners``: None where no recipient has preferences.
 
         ``bypasses`` is called for each message and returns those in force.
-        ``recall`` has the results for equal messages; None: every scan is made.
+        ``cache`` has the results for equal messages; None: every scan is made.
         ``disk``: threads for calls that a hung disk may block; None: the event loop's.
         ``secret`` authenticates messages released from quarantine; empty: none is taken as released.
         """
@@ -122,15 +118,15 @@ class Pipeline:
         self.allowed = allowed
         self.owners = owners
         self.bypasses = bypasses
-        self.recall = recall
+        self.cache, self._reuse = cache or ScanCache(), cache is not None
         self._disk = disk
         self._kinds = {
             Scanner.CLAMD: hashlib.sha256(msgspec.msgpack.encode(settings.clamd)).digest(),
             Scanner.SPAMD: hashlib.sha256(msgspec.msgpack.encode(settings.spamd)).digest(),
         }
         self._shared: dict[OriginKind, ScanPlan] = {}  # for one recipient without a row, where that means no check
-        # A scan goes on when its message is given up, but not where that lets the message pass: nobody comes again.
-        self._comes_again = {
+        # A scan goes on when its message is given up, but not if that lets the message pass: there is no retry then.
+        self._goes_on = {
             scanner: failure_action(scanner, Cause.TIMEOUT, OriginKind.STRANGER, settings) == "defer"
             for scanner in self._kinds
         }
@@ -183,7 +179,7 @@ class Pipeline:
         if not origin.remote_ip and (by := await self._released(message)):  # the token does not count over SMTP
             plan = plan.released_by(by)
         outcomes: tuple[ScanOutcome, ...] = ()
-        for stage, ask in self._stages(self.recall) if any(step.run for step in plan.steps) else ():
+        for stage, ask in self._stages() if any(step.run for step in plan.steps) else ():
             if not any(map(plan.runs, stage)):
                 continue
             owners = await _for_recipients(envelope, open_checks, plan, outcomes, origin.kind, self.settings)
@@ -196,7 +192,7 @@ class Pipeline:
                 continue
             reserve = reserve_for_later(deadline.left(), stage[-1], plan, message.size, self.settings)
             priority = priority_of(origin, message.size)
-            outcomes += self._allowed(await ask(message, open_plan, priority, deadline.before(reserve)))
+            outcomes += self._allowed(await ask(message, open_plan, priority, deadline.before(reserve), self._reuse))
         return await self._decide(incident, envelope, message, origin, plan, outcomes)
 
     async def _decide(
@@ -222,7 +218,7 @@ class Pipeline:
         steps = tuple([PlanStep(scanner, scanner in scanners and not off[scanner], "canary") for scanner in Scanner])
         plan = ScanPlan((), steps, users=((b"", b""),))
         outcomes: tuple[ScanOutcome, ...] = ()
-        for stage, ask in self._stages(None):  # without the cache: a canary asks for the present state
+        for stage, ask in self._stages():
             if not any(map(plan.runs, stage)):
                 continue
             now = time.time()
@@ -230,7 +226,8 @@ class Pipeline:
             if bypass is not None:
                 outcomes += _bypassed(bypass, stage, plan)
                 continue
-            outcomes += self._allowed(await ask(message, plan, _CANARY, deadline))
+            # without the cache: a canary asks for the present state
+            outcomes += self._allowed(await ask(message, plan, _CANARY, deadline, False))
         return outcomes
 
     def unopened(self, incident: str, envelope: Envelope, origin: Origin, size: int, rule: str) -> MessageContext:
@@ -265,17 +262,17 @@ class Pipeline:
             return await asyncio.to_thread(released, *facts)
         return released(*facts)
 
-    def _stages(self, recall: ScanCache | None) -> tuple[tuple[tuple[Scanner, ...], "_Ask"], ...]:
+    def _stages(self) -> tuple[tuple[tuple[Scanner, ...], "_Ask"], ...]:
         """Each stage with the method that asks its scanners."""
         ask: dict[Scanner, _Ask] = {
             Scanner.SIGNATURES: self._programs,
-            Scanner.CLAMD: partial(self._clamd, recall),
-            Scanner.SPAMD: partial(self._spamd, recall),
+            Scanner.CLAMD: self._clamd,
+            Scanner.SPAMD: self._spamd,
         }
         return tuple([(stage, ask[stage[0]]) for stage in STAGES])
 
     async def _programs(
-        self, message: Message, plan: ScanPlan, claim: Priority, deadline: Deadline
+        self, message: Message, plan: ScanPlan, priority: Priority, deadline: Deadline, reuse: bool
     ) -> tuple[ScanOutcome, ...]:
         """Both lists in one pass. What is found decides; otherwise both lists say clean."""
         asked = [scanner for scanner in (Scanner.SIGNATURES, Scanner.LOADERTYPES) if plan.runs(scanner)]
@@ -302,57 +299,46 @@ class Pipeline:
         return (first, *(replace(other, seconds=0.0, detail="in the same pass") for other in others))
 
     async def _clamd(
-        self, recall: ScanCache | None, message: Message, plan: ScanPlan, claim: Priority, deadline: Deadline
+        self, message: Message, plan: ScanPlan, priority: Priority, deadline: Deadline, reuse: bool
     ) -> tuple[ScanOutcome, ...]:
-        clamd, turns = self.scanners.clamd, self.scanners.clamd_turns
-
-        def scan(leave: Leave | None = None) -> Awaitable[ScanOutcome]:
-            return turns.run(claim, lambda: clamd.scan(message, deadline, leave), deadline)
-
-        if recall is None or 0 < self.settings.clamd.max_size < message.size:  # what is too big is not looked up
-            return (await _asked(Scanner.CLAMD, scan()),)
-        question = ScanRequest(
+        clamd = self.scanners.clamd
+        request = ScanRequest(
             b"clamd " + self._kinds[Scanner.CLAMD],
             message,
             attempt_timeout(message.size, self.settings.clamd),
-            goes_on=self._comes_again[Scanner.CLAMD],
+            reusable=reuse and not clamd.too_big(message.size),
+            goes_on=self._goes_on[Scanner.CLAMD],
             database=clamd.database,
         )
-        return (await _asked(Scanner.CLAMD, recall.ask(question, scan, deadline)),)
+        scan = partial(clamd.scan, message, deadline, priority)
+        return (await _outcome_of(Scanner.CLAMD, self.cache.get(request, scan, deadline)),)
 
     async def _spamd(
-        self, recall: ScanCache | None, message: Message, plan: ScanPlan, claim: Priority, deadline: Deadline
+        self, message: Message, plan: ScanPlan, priority: Priority, deadline: Deadline, reuse: bool
     ) -> tuple[ScanOutcome, ...]:
-        """One question for each owner of preferences, all in line at once; there are as many places as children."""
+        """One request for each owner of preferences, all in the queue simultaneously."""
         async with asyncio.TaskGroup() as group:
-            scores = [self._score(recall, message, user, plan.want, claim, deadline) for _, user in plan.users]
-            tasks = [group.create_task(_asked(Scanner.SPAMD, score)) for score in scores]
-        said = [replace(task.result(), owner=owner) for (owner, _), task in zip(plan.users, tasks, strict=True)]
-        bypassed_outcomes = (
-            f"also for {plan.left_out} with preferences: [spamd] max_users={self.settings.spamd.max_users}"
-        )
-        return tuple(
-            o if o.owner or o.detail or not plan.left_out else replace(o, detail=bypassed_outcomes) for o in said
-        )
+            scores = [self._score(message, user, plan.want, priority, deadline, reuse) for _, user in plan.users]
+            tasks = [group.create_task(_outcome_of(Scanner.SPAMD, score)) for score in scores]
+        outcomes = [replace(task.result(), owner=owner) for (owner, _), task in zip(plan.users, tasks, strict=True)]
+        if not plan.left_out:
+            return tuple(outcomes)
+        detail = f"also for {plan.left_out} with preferences: [spamd] max_users={self.settings.spamd.max_users}"
+        return tuple(o if o.owner or o.detail else replace(o, detail=detail) for o in outcomes)
 
     async def _score(
-        self, recall: ScanCache | None, message: Message, user: bytes, want: Want, claim: Priority, deadline: Deadline
+        self, message: Message, user: bytes, want: Want, priority: Priority, deadline: Deadline, reuse: bool
     ) -> ScanOutcome:
-        spamd, turns = self.scanners.spamd, self.scanners.spamd_turns
-
-        def scan(leave: Leave | None = None) -> Awaitable[ScanOutcome]:
-            return turns.run(claim, lambda: spamd.scan(message, deadline, leave, user=user, want=want), deadline)
-
-        if recall is None or want is Want.PROCESS:  # a rewritten message holds the Received lines of its own try
-            return await scan()
-        question = ScanRequest(
+        request = ScanRequest(
             b"spamd %s %s %s" % (self._kinds[Scanner.SPAMD], want.value.encode(), user),
             message,
             attempt_timeout(message.size, self.settings.spamd),
+            reusable=reuse and want is not Want.PROCESS,  # a rewritten message has the Received fields of its own try
             by_client=True,
-            goes_on=self._comes_again[Scanner.SPAMD],
+            goes_on=self._goes_on[Scanner.SPAMD],
         )
-        return await recall.ask(question, scan, deadline)
+        scan = partial(self.scanners.spamd.scan, message, deadline, priority, user=user, want=want)
+        return await self.cache.get(request, scan, deadline)
 
     async def _keep(self, context: MessageContext, deadline: Deadline) -> MessageContext:
         """Keep the message for those who do not get it. Where that fails, all is deferred: nothing is lost."""
@@ -382,7 +368,7 @@ def _bypassed(bypass: Bypass, stage: tuple[Scanner, ...], plan: ScanPlan) -> tup
     return tuple([outcome for scanner in stage for outcome in bypassed_outcomes(bypass, scanner, plan)])
 
 
-async def _asked(scanner: Scanner, scan: Awaitable[ScanOutcome]) -> ScanOutcome:
+async def _outcome_of(scanner: Scanner, scan: Awaitable[ScanOutcome]) -> ScanOutcome:
     """The outcome of a backend; its faults become *unchecked* with a cause."""
     started = time.monotonic()
     try:
@@ -395,5 +381,5 @@ def _unchecked(scanner: Scanner, error: BackendError, spent: float) -> ScanOutco
     return ScanOutcome(scanner, ScanStatus.UNCHECKED, "", error.detail, error.cause, error.backend, spent)
 
 
-_Ask = Callable[[Message, ScanPlan, Priority, Deadline], Awaitable[tuple[ScanOutcome, ...]]]
+_Ask = Callable[[Message, ScanPlan, Priority, Deadline, bool], Awaitable[tuple[ScanOutcome, ...]]]
 _CANARY = Priority(("canary", b""), 0, 0)

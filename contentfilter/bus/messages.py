@@ -11,7 +11,7 @@ from contentfilter.errors import RemoteProtocolError
 from contentfilter.model import OriginKind, Scanner
 from contentfilter.policy.bypass import Bypass
 from contentfilter.scanners.cache_entries import CacheEntry, CacheKey
-from contentfilter.scanners.pool import BackendHealth
+from contentfilter.scanners.health import BackendHealth
 from contentfilter.settings import FailureSettings
 from contentfilter.tables.keeper import TableState
 from contentfilter.verdict.record import ScanRecord

@@ -1,7 +1,7 @@
-"""How each backend stands, out of what every worker and the last probe know of it.
+"""Backend states, aggregated from every worker and the last probe.
 
-The newest word counts. A sound answer to any worker outweighs all failures before it. A probe's answer outweighs an
-earlier "nobody is there"; it does not prove that scans work, so other failures count until one does or they are old.
+The newest report counts. A sound answer to any worker outweighs all failures before it. A probe's answer outweighs an
+earlier "nothing listens"; it does not prove that scans work, so other failures count until one does or they are old.
 """
 
 import time
@@ -15,7 +15,7 @@ from contentfilter.errors import Cause
 from contentfilter.model import OriginKind, Scanner
 from contentfilter.monitor.probe import Probed
 from contentfilter.policy.failure import failure_action
-from contentfilter.scanners.pool import BackendHealth
+from contentfilter.scanners.health import BackendHealth
 from contentfilter.settings import Settings
 
 STALE = 900.0  # seconds after which a probe's answer outweighs any failure

@@ -1,7 +1,7 @@
-"""Asks each clamd and spamd whether it is there, apart from all mail: VERSION and PING.
+"""Prober of the supervisor: asks each clamd and spamd, apart from all mail, for VERSION and PING.
 
-With a rhythm for Prometheus, at once for who asks for the status, and every few seconds while one of them does not
-answer or a worker has had trouble with it. A probe has a deadline, and nobody waits for it without one.
+Periodically for Prometheus, immediately when the status is requested, and every few seconds while one of them does not
+answer or a worker reported a failure. A probe has a deadline, and so has every wait for it.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ VERSION_SHOWN = 64  # characters of clamd's version
 
 @dataclass(frozen=True, slots=True)
 class Probed:
-    """What the last probe of one backend came to. Moments are seconds of the monotonic clock."""
+    """Result of the last probe of one backend. Times are seconds of the monotonic clock."""
 
     at: float
     cause: Cause | None = None  # None: it answered
@@ -53,18 +53,18 @@ class Prober:
         self._looked = asyncio.Event()
 
     def changed(self) -> None:
-        """The settings have: what is known is old."""
+        """The settings changed: the results are stale."""
         self._last = float("-inf")
         self._wake.set()
 
     def suspect(self, failed: float) -> None:
-        """A worker could not use a backend, so many seconds ago. Probe soon, if that is news."""
+        """A worker could not use a backend, ``failed`` seconds ago. Probe soon, unless that is known already."""
         if time.monotonic() - failed > self._last:
             self._suspected = True
             self._wake.set()
 
     async def fresh(self, deadline: Deadline) -> None:
-        """Until what is known is young, or the deadline."""
+        """Return when the results are fresh, or at the deadline."""
         if time.monotonic() - self._last < FRESH:
             return
         self._looked.clear()
@@ -115,7 +115,7 @@ class Prober:
         address, deadline = Address.parse(backend), Deadline.after(PATIENCE)
         try:
             if scanner is Scanner.CLAMD:
-                return await self._clamd.probe(address, deadline)
+                return await self._clamd.version(address, deadline)
             await self._spamd.probe(address, deadline)
         except BackendError as error:
             return error
@@ -131,7 +131,7 @@ class Prober:
 
 
 def _samples(scanner: Scanner, backend: str, answer: Version | BackendError | None) -> list[Measurement]:
-    """What a backend says about itself; only that it is not up when it says nothing."""
+    """Metrics of a backend's answer; without one, only that it is not up."""
     labels = (backend,)
     samples: list[Measurement] = [(UP[scanner], labels, not isinstance(answer, BackendError))]
     if isinstance(answer, Version):

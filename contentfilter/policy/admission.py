@@ -154,6 +154,10 @@ class AdmissionQueue(Generic[T]):
         self._served += 1
         return entry
 
+    def acquire(self, priority: Priority) -> None:
+        """Take a slot without :meth:`try_acquire`, for one that has had its turn."""
+        self._acquire(priority)
+
     def release(self, priority: Priority) -> None:
         """Give back a slot."""
         self.in_use -= 1

@@ -1,7 +1,7 @@
-"""What is left out first when the scanners cannot keep up: how long a message may wait for one.
+"""Load shedding: how long a message may wait for a scanner when the scanners cannot keep up.
 
-The order: spamd for large messages, then spamd for all, then clamd. Never the signatures: they need nobody but us.
-What is left out is ``busy`` in the failure table, which lets it pass unchecked or defers it. Times are seconds.
+The order: spamd for large messages, then spamd for all, then clamd. Never the signatures: they need only the worker.
+A scan that is shed is ``busy`` in the failure table, which lets it pass unchecked or defers it. Times are seconds.
 """
 
 from contentfilter.model import Scanner
@@ -9,11 +9,11 @@ from contentfilter.model import Scanner
 LARGE_SHARE = 0.25  # of its max_wait a large message may wait for spamd
 WEIGHT = 0.1  # of the newest answer in the mean
 SHED = ("spamd-large", "spamd", "clamd", "waiting")
-"""What may be left out; ``waiting``: a message that found no place in time and was deferred."""
+"""What may be shed; ``waiting``: a message that got no place in time and was deferred."""
 
 
 def patience(scanner: Scanner, *, large: bool, max_wait: float) -> float:
-    """How long a message may wait for a place at ``scanner``."""
+    """Seconds that a message may wait for a slot at ``scanner``."""
     return max_wait * LARGE_SHARE if large and scanner is Scanner.SPAMD else max_wait
 
 
@@ -23,7 +23,7 @@ def what_is_shed(scanner: Scanner, *, large: bool) -> str:
 
 
 def expected_wait(ahead: int, places: int, mean: float) -> float:
-    """For who comes behind ``ahead`` others, where ``places`` questions at once take ``mean`` seconds each."""
+    """Expected wait behind ``ahead`` others, if ``places`` requests run concurrently and take ``mean`` seconds each."""
     return (ahead + 1) * mean / places
 
 

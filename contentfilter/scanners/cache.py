@@ -1,21 +1,26 @@
-"""Asks a scanner only what is not known: a kept answer serves the retry, equal messages in flight share one scan.
+"""Scan cache: answers that are kept for the retry, and a single scan for equal messages in flight.
 
-What is remembered took long, or came after its message was given up: such a scan goes on for a while, and its answer
-is there when the client comes again. So mail that is scanned quickly costs nothing: nothing is hashed unless a message
-of the same size is in flight, or known.
+An answer is kept if it took long, or came after its message was given up: such a scan goes on for a while, and its
+answer is there when the client retries. So mail that is scanned quickly costs nothing: nothing is hashed unless a
+message of the same size is in flight, or known.
 
-What is answered from memory: the same scanner with the same settings, the same content (content.py), and
+An answer from memory requires the same scanner with the same settings, the same content (content.py), and
 - CLEAN only while clamd says that it still has the database that it had before the scan;
-- FOUND only to the same client: a signature may have met its name, and nobody shall have another's mail refused;
-- never *unchecked*. Bypasses, allow-list and failure table act on what comes out of here, as on any answer.
+- FOUND only to the same client: a signature may have matched its name, and no mail is refused for another client's;
+- never *unchecked*. Bypasses, allow-list and failure table apply to what comes out of here, as to any answer.
 
-In flight a scan is shared within one worker; answers that are kept are told to the others.
+In flight a scan is shared within one worker; answers that are kept are sent to the other workers.
+
+Theory. The cache owns each attempt of a scan as a task, which holds its slot until it ends. The message that began
+the scan waits for the attempt, shielded, until its own deadline; equal messages wait for the scan. While anyone waits,
+attempts go on that the backend has received as a whole. When the last one has gone, they go on for [reuse] late
+seconds if that lets a retry find the answer, and if not too many do; otherwise they are cancelled.
 """
 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from contentfilter.deadline import Deadline
@@ -23,243 +28,308 @@ from contentfilter.errors import BackendError, Cause
 from contentfilter.model import Message, ScanOutcome, ScanStatus
 from contentfilter.scanners.cache_entries import SURE, CacheEntry, CacheKey, Memory
 from contentfilter.scanners.content import Content, Digest
-from contentfilter.scanners.stream import Leave, Pending
+from contentfilter.scanners.limiter import Attempts, cancelled
+from contentfilter.scanners.stream import Progress
 from contentfilter.settings import ReuseSettings
 
 FRESH = 5.0  # seconds since a scan began in which its database need not be asked for again
 
-Scan = Callable[[Leave | None], Awaitable[ScanOutcome]]
+Scan = Callable[[Attempts | None], Awaitable[ScanOutcome]]
+"""The scan, with the owner of its attempts; None: they end with it. Raises BackendError."""
+Place = tuple[bytes, int]  # kind and size: only such requests can be equal
 
 
 @dataclass(frozen=True, slots=True)
 class ScanRequest:
-    """What is asked of a scanner about a message, and what its answer depends on."""
+    """A scan of a message, and what its answer depends on."""
 
-    kind: bytes  # scanner, its settings, and what else is told to it
+    kind: bytes  # scanner, its settings, and everything else that it is told
     message: Message
-    one_try: float  # seconds that one backend may take
+    timeout: float  # seconds for one attempt
+    reusable: bool = True  # False: always scan
     by_client: bool = False  # does the answer depend on who delivers the message?
     goes_on: bool = True  # may the scan go on when its message is given up?
     database: Callable[[str, Deadline], Awaitable[str]] | None = None  # what a backend has now; None: it has none
 
 
 @dataclass(slots=True, eq=False)
-class InFlightScan:
-    """A question that is out."""
+class _Abandoned:
+    """An attempt that its message does not wait for any longer."""
 
-    question: ScanRequest
+    timer: asyncio.TimerHandle | None = None
+    expired: bool = False  # the timer ended it
+
+
+@dataclass(slots=True, eq=False)
+class InFlightScan:
+    """A scan in progress, and the owner of its attempts."""
+
+    cache: "ScanCache"
+    request: ScanRequest
     content: Content
     began: float
-    led: bool = True  # somebody still waits for it who has put it
-    kept: CacheEntry | None = None  # its answer
-    landed: asyncio.Future[CacheEntry | None] | None = None  # made by the first who joins; None in it: no answer
+    place: Place
+    led: bool = True  # the message that began it waits for it
+    waiters: int = 1  # messages that wait for it, that one included
+    entry: CacheEntry | None = None  # its answer
+    completed: asyncio.Future[CacheEntry | None] | None = None  # made by the first that joins; None in it: no answer
+    attempts: dict[asyncio.Task[ScanOutcome], Progress] = field(default_factory=dict)
+
+    def start(self, work: Coroutine[Any, Any, ScanOutcome], progress: Progress) -> asyncio.Task[ScanOutcome]:
+        task = asyncio.create_task(work)
+        self.attempts[task] = progress
+        task.add_done_callback(self._ended)
+        return task
+
+    async def give_up(self, task: asyncio.Task[ScanOutcome]) -> None:
+        if not self.attempts[task].sent:  # it needs the message, which may be closed now
+            await cancelled(task)
+            return
+        self.content.hashing()  # now, for the same reason
+        self.cache.abandon(task)
+
+    def _ended(self, task: asyncio.Task[ScanOutcome]) -> None:
+        self.cache.ended(self, task, self.attempts.pop(task))
 
 
 class ScanCache:
-    """One in each worker; it outlives configurations. ``tell`` carries what is kept to the other workers."""
+    """One in each worker; it outlives configurations. ``publish`` sends what is kept to the other workers."""
 
     def __init__(
         self,
-        tell: Callable[[CacheKey, CacheEntry], None] = lambda key, kept: None,
-        ended: Callable[[ScanOutcome | BackendError, float], None] = lambda outcome, seconds: None,
+        publish: Callable[[CacheKey, CacheEntry], None] = lambda key, entry: None,
+        report: Callable[[ScanOutcome | BackendError, float], None] = lambda outcome, seconds: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``ended`` hears how a scan that went on came to its end, and after how many seconds."""
-        self._tell, self._ended, self._clock = tell, ended, clock
+        """``report`` gets the result of a scan that went on, and its seconds."""
+        self._publish, self._report, self._clock = publish, report, clock
         self._settings = ReuseSettings()
-        self._memory = Memory(self._settings.keep, self._settings.entries)
-        self._flights: dict[tuple[bytes, int], list[InFlightScan]] = {}
-        self._late: dict[asyncio.Task[None], InFlightScan] = {}
-        self._chores: set[asyncio.Task[None]] = set()
+        self._memory = Memory(self._settings.keep, self._settings.entries, clock)
+        self._in_flight: dict[Place, list[InFlightScan]] = {}
+        self._abandoned: dict[asyncio.Task[ScanOutcome], _Abandoned] = {}
+        self._background: set[asyncio.Task[None]] = set()
 
     def change(self, settings: ReuseSettings) -> None:
-        """Other settings hold from now on. What other scanners or other settings of theirs said, nobody asks for."""
+        """Apply other settings. Answers of other scanners, or with other settings of theirs, match no request."""
         self._settings = settings
         self._memory.change(settings.keep, settings.entries)
 
-    def learn(self, key: CacheKey, kept: CacheEntry) -> None:
-        """What another worker has to tell."""
-        self._memory.put(key, kept, self._clock())
+    def learn(self, key: CacheKey, entry: CacheEntry) -> None:
+        """Keep an answer from another worker."""
+        self._memory.put(key, entry)
 
     async def aclose(self) -> None:
-        """Give up what goes on. Nobody asks any more."""
-        tasks = [*self._late, *self._chores]
+        """Cancel what goes on."""
+        tasks = [*self._abandoned, *self._background]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def ask(self, question: ScanRequest, scan: Scan, deadline: Deadline) -> ScanOutcome:
-        """The answer, from ``scan`` or not. Raises BackendError, as ``scan`` does."""
-        if not self._settings.keep or not question.message.size:
+    async def get(self, request: ScanRequest, scan: Scan, deadline: Deadline) -> ScanOutcome:
+        """The answer, from ``scan`` if it is not known. Raises BackendError, as ``scan`` does."""
+        if not (self._settings.keep and request.reusable and request.message.size):
             return await scan(None)
-        started = self._clock()
-        content = Content(question.message)
-        place = question.kind, content.size
+        started, content = self._clock(), Content(request.message)
+        place = request.kind, content.size
+        if place in self._in_flight or self._memory.may_know(*place):
+            known = await self._find(request, content, place, started, deadline)
+            if known is not None:
+                return known
+        flight = InFlightScan(self, request, content, self._clock(), place)
+        self._in_flight.setdefault(place, []).append(flight)
+        try:
+            outcome = await scan(flight)
+        except BackendError:
+            if flight.entry is not None:  # an attempt that was given up had the answer, and the next one has not
+                return flight.entry.outcome
+            raise
+        else:
+            entry = self._complete(flight, outcome)
+            if entry is not None and entry.at - flight.began >= self._settings.slow:
+                hashing = content.hashing()  # now: the message is closed when it is answered
+                self._run(self._remember(flight, entry, hashing))
+            return outcome
+        finally:
+            flight.led = False
+            self._leave(flight)
+
+    # Answers of other scans
+
+    async def _find(
+        self, request: ScanRequest, content: Content, place: Place, started: float, deadline: Deadline
+    ) -> ScanOutcome | None:
+        """An answer from memory, or of an equal scan in flight."""
+        digest = await content.digest()
+        if digest is None:
+            return None
+        key = _key(request, content, digest)
         joined: list[InFlightScan] = []
         # for others' scans together; they may hang, and time must be left for a scan of our own
-        patience = deadline.within(min(question.one_try, deadline.left() / 2))
+        patience = deadline.within(min(request.timeout, deadline.left() / 2))
         while True:
-            flights = self._flights.get(place, ())
-            if not flights and not self._memory.may_know(*place):
-                break
-            digest = await content.digest()
-            if digest is None:
-                break
-            key = _key(question, content, digest)
-            kept = self._memory.get(key, self._clock())
-            if kept is not None and await self._counts(kept, question, digest, deadline):
-                return self._reused(kept, "kept", started)
-            flight = await self._equal(question, place, digest, joined)
+            entry = self._memory.get(key)
+            if entry is not None and await self._valid(entry, request, digest, deadline):
+                return self._reused(entry, "kept", started)
+            flight = await self._equal(request, place, digest, joined)
             if flight is None:
-                break
+                return None
             joined.append(flight)
-            shared = await self._join(flight, patience)
+            entry = await self._join(flight, patience)
             fresh = self._clock() - flight.began < FRESH
-            if shared is not None and await self._counts(shared, question, digest, deadline, fresh=fresh):
-                return self._reused(shared, "shared", started)
+            if entry is not None and await self._valid(entry, request, digest, deadline, fresh=fresh):
+                return self._reused(entry, "shared", started)
             if deadline.expired():
                 raise BackendError(Cause.TIMEOUT, "", "no answer about an equal message in time")
-        return await self._lead(question, content, place, scan, started)
 
-    async def _counts(
-        self, kept: CacheEntry, question: ScanRequest, digest: Digest, deadline: Deadline, *, fresh: bool = False
+    async def _valid(
+        self, entry: CacheEntry, request: ScanRequest, digest: Digest, deadline: Deadline, *, fresh: bool = False
     ) -> bool:
-        """Whether it is an answer to this question, too."""
-        outcome = kept.outcome
-        if question.database is None:
+        """Is it an answer to this request, too?"""
+        outcome = entry.outcome
+        if request.database is None:
             return True
         if outcome.status is ScanStatus.FOUND:
-            return kept.client == digest.client
+            return entry.client == digest.client
         return fresh or (
-            bool(outcome.database) and outcome.database == await question.database(outcome.backend, deadline)
+            bool(outcome.database) and outcome.database == await request.database(outcome.backend, deadline)
         )
 
-    def _reused(self, kept: CacheEntry, how: Literal["kept", "shared"], started: float) -> ScanOutcome:
+    def _reused(self, entry: CacheEntry, how: Literal["kept", "shared"], started: float) -> ScanOutcome:
         now = self._clock()
-        detail = f"answer kept from {now - kept.at:.0f} s ago"
+        detail = f"answer kept from {now - entry.at:.0f} s ago"
         if how == "shared":
-            detail = f"shared with an equal message, asked {now - kept.began:.0f} s ago"
-        return replace(kept.outcome, detail=detail, reused=how, seconds=now - started)
-
-    # In flight
+            detail = f"shared with an equal message, asked {now - entry.began:.0f} s ago"
+        return replace(entry.outcome, detail=detail, reused=how, seconds=now - started)
 
     async def _equal(
-        self, question: ScanRequest, place: tuple[bytes, int], digest: Digest, joined: list[InFlightScan]
+        self, request: ScanRequest, place: Place, digest: Digest, joined: list[InFlightScan]
     ) -> InFlightScan | None:
-        """Somebody else's question that is this one."""
-        for flight in tuple(self._flights.get(place, ())):
+        """A scan in flight, not yet ``joined``, that answers this request."""
+        for flight in tuple(self._in_flight.get(place, ())):
             if flight in joined:
                 continue
             other = await flight.content.digest()
             same = other is not None and other.core == digest.core
-            if same and (not question.by_client or other == digest) and flight in self._flights.get(place, ()):
+            if same and (not request.by_client or other == digest) and flight in self._in_flight.get(place, ()):
                 return flight
         return None
 
     async def _join(self, flight: InFlightScan, deadline: Deadline) -> CacheEntry | None:
         """Wait for its answer. None: there is none, or not in time."""
-        if flight.landed is None:
-            flight.landed = asyncio.get_running_loop().create_future()
+        if flight.completed is None:
+            flight.completed = asyncio.get_running_loop().create_future()
+        flight.waiters += 1
         try:
             async with deadline.timeout():
-                return await asyncio.shield(flight.landed)
+                return await asyncio.shield(flight.completed)
         except TimeoutError:
             return None
+        finally:
+            self._leave(flight)
 
-    async def _lead(
-        self, question: ScanRequest, content: Content, place: tuple[bytes, int], scan: Scan, started: float
-    ) -> ScanOutcome:
-        flight = InFlightScan(question, content, self._clock())
-        self._flights.setdefault(place, []).append(flight)
-        try:
-            outcome = await scan(lambda pending: self._left(flight, pending))
-        except BaseException as error:
-            flight.led = False
-            if flight.kept is not None and isinstance(error, BackendError):
-                return flight.kept.outcome  # a backend that was given up had the answer, and the next one has not
-            if flight not in self._late.values():
-                self._land(flight, None)
-            raise
-        kept = self._landed(flight, outcome)
-        if kept is not None and kept.at - flight.began >= self._settings.slow:
-            hashing = content.hashing()  # now: the message is closed when it is answered
-            self._chore(self._remember(flight, kept, hashing))
-        return outcome
+    # The end of scans
 
-    def _landed(self, flight: InFlightScan, outcome: ScanOutcome) -> CacheEntry | None:
-        """An answer has come: whoever waits for it gets it."""
-        kept = None
-        if outcome.status in SURE:
-            kept = flight.kept = CacheEntry(outcome, b"", flight.began, self._clock())
-        self._land(flight, kept)
-        for task, late in tuple(self._late.items()):
-            if late is flight and task is not asyncio.current_task():
-                task.cancel()
-        return kept
+    def _leave(self, flight: InFlightScan) -> None:
+        """A message stops waiting for the scan."""
+        flight.waiters -= 1
+        if not flight.waiters:
+            for task in tuple(flight.attempts):
+                if task in self._abandoned:
+                    self._limit(flight, task, self._abandoned[task])
+        self._resolve_if_over(flight)
 
-    def _land(self, flight: InFlightScan, kept: CacheEntry | None) -> None:
-        place = flight.question.kind, flight.content.size
-        flights = self._flights.get(place, [])
+    def abandon(self, task: asyncio.Task[ScanOutcome]) -> None:
+        """An attempt goes on without the message that began it; for how long, :meth:`_limit` decides."""
+        self._abandoned[task] = _Abandoned()
+
+    def _limit(self, flight: InFlightScan, task: asyncio.Task[ScanOutcome], abandoned: _Abandoned) -> None:
+        """No message waits for the attempt: limit its time, or cancel it."""
+        settings = self._settings
+        limited = sum(other.timer is not None for other in self._abandoned.values())
+        if not (flight.request.goes_on and settings.late) or limited >= settings.late_scans:
+            del self._abandoned[task]
+            task.cancel()
+        elif abandoned.timer is None:
+            abandoned.timer = asyncio.get_running_loop().call_later(settings.late, self._expire, task, abandoned)
+
+    def _expire(self, task: asyncio.Task[ScanOutcome], abandoned: _Abandoned) -> None:
+        abandoned.expired = True
+        task.cancel()
+
+    def ended(self, flight: InFlightScan, task: asyncio.Task[ScanOutcome], progress: Progress) -> None:
+        """An attempt has ended. If it was abandoned, its answer is for those who joined, and for the retry."""
+        abandoned = self._abandoned.pop(task, None)
+        if abandoned is not None:
+            if abandoned.timer is not None:
+                abandoned.timer.cancel()
+            self._finish(flight, task, progress, abandoned)
+        self._resolve_if_over(flight)
+
+    def _finish(
+        self, flight: InFlightScan, task: asyncio.Task[ScanOutcome], progress: Progress, abandoned: _Abandoned
+    ) -> None:
+        seconds = self._clock() - flight.began
+        if task.cancelled():
+            if abandoned.expired:
+                self._report(progress.timed_out(), seconds)
+            return
+        error = task.exception()
+        if error is None:
+            entry = self._complete(flight, task.result())
+            if entry is not None:
+                self._run(self._remember(flight, entry, flight.content.hashing()))
+            self._report(task.result(), seconds)
+        elif isinstance(error, BackendError):
+            self._report(error, seconds)
+
+    def _complete(self, flight: InFlightScan, outcome: ScanOutcome) -> CacheEntry | None:
+        """An answer has come: everyone who waits for it gets it. None: it is unsure, or not the first."""
+        if outcome.status not in SURE or flight.entry is not None:
+            return None
+        flight.entry = CacheEntry(outcome, b"", flight.began, self._clock())
+        self._resolve(flight, flight.entry)
+        return flight.entry
+
+    def _resolve_if_over(self, flight: InFlightScan) -> None:
+        if not flight.led and not flight.attempts:
+            self._resolve(flight, None)
+
+    def _resolve(self, flight: InFlightScan, entry: CacheEntry | None) -> None:
+        """The scan is over for those who joined it, and no other message joins it."""
+        flights = self._in_flight.get(flight.place, [])
         if flight not in flights:
-            return  # another backend was quicker
+            return
         flights.remove(flight)
         if not flights:
-            del self._flights[place]
-        landed = flight.landed
-        if landed is None:
+            del self._in_flight[flight.place]
+        if flight.completed is None:
             return
-        if kept is None:
-            landed.set_result(None)
+        if entry is None:
+            flight.completed.set_result(None)
         else:
-            self._chore(self._share(flight, kept, landed))
+            self._run(self._share(flight, entry, flight.completed))
 
-    async def _share(self, flight: InFlightScan, kept: CacheEntry, landed: "asyncio.Future[CacheEntry | None]") -> None:
-        digest = await flight.content.digest()  # who has joined has had it made
-        landed.set_result(None if digest is None else replace(kept, client=digest.client))
+    async def _share(
+        self, flight: InFlightScan, entry: CacheEntry, completed: "asyncio.Future[CacheEntry | None]"
+    ) -> None:
+        digest = await flight.content.digest()  # the first message that joined had it computed
+        completed.set_result(None if digest is None else replace(entry, client=digest.client))
 
-    # What is remembered, and what goes on
-
-    async def _remember(self, flight: InFlightScan, kept: CacheEntry, hashing: "asyncio.Future[Digest | None]") -> None:
+    async def _remember(
+        self, flight: InFlightScan, entry: CacheEntry, hashing: "asyncio.Future[Digest | None]"
+    ) -> None:
         digest = await hashing
         if digest is None:
             return
-        key, kept = _key(flight.question, flight.content, digest), replace(kept, client=digest.client)
-        self._memory.put(key, kept, self._clock())
-        self._tell(key, kept)
+        key, entry = _key(flight.request, flight.content, digest), replace(entry, client=digest.client)
+        self._memory.put(key, entry)
+        self._publish(key, entry)
 
-    def _left(self, flight: InFlightScan, pending: Pending) -> None:
-        """A scan whose message is given up, or which is asked elsewhere by now."""
-        settings = self._settings
-        if not (flight.question.goes_on and settings.late) or len(self._late) >= settings.late_scans:
-            pending.close()
-            return
-        hashing = flight.content.hashing()
-        task = asyncio.get_running_loop().create_task(self._go_on(flight, pending, hashing))
-        self._late[task] = flight
-        task.add_done_callback(lambda task: self._over(task, flight, pending))
-
-    async def _go_on(self, flight: InFlightScan, pending: Pending, hashing: "asyncio.Future[Digest | None]") -> None:
-        try:
-            outcome = await pending.finish(Deadline.after(self._settings.late))
-        except BackendError as error:
-            self._ended(error, self._clock() - flight.began)
-            return
-        kept = self._landed(flight, outcome)
-        if kept is not None:
-            await self._remember(flight, kept, hashing)
-        self._ended(outcome, self._clock() - flight.began)
-
-    def _over(self, task: asyncio.Task[None], flight: InFlightScan, pending: Pending) -> None:
-        pending.close()  # it may not have begun
-        del self._late[task]
-        if not flight.led and flight not in self._late.values():
-            self._land(flight, None)
-
-    def _chore(self, work: Coroutine[Any, Any, None]) -> None:
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
-        self._chores.add(task)
-        task.add_done_callback(self._chores.discard)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
 
-def _key(question: ScanRequest, content: Content, digest: Digest) -> CacheKey:
-    return CacheKey(question.kind, content.size, digest.core + digest.client if question.by_client else digest.core)
+def _key(request: ScanRequest, content: Content, digest: Digest) -> CacheKey:
+    return CacheKey(request.kind, content.size, digest.core + digest.client if request.by_client else digest.core)

@@ -1,23 +1,22 @@
-"""Answers of scanners that are kept for a while: the pure part, with a clock that is handed in.
+"""Memory of the scan cache: bounded in entries, bytes and age. What may be answered from it is decided in cache.py."""
 
-Bounded in number, bytes and time; the one that was used least recently goes first. What may be answered
-from here is decided in recall.py.
-"""
-
-from collections import Counter, OrderedDict
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from cachetools import TLRUCache
 
 from contentfilter.model import ScanOutcome, ScanStatus
 
-WEIGHT = 1_000  # bytes of an answer, about
-BYTES = 16 * 1024 * 1024  # of all answers together
+WEIGHT = 1_000  # bytes of an entry, about
+BYTES = 16 * 1024 * 1024  # of all entries together
 REWRITTEN = 65_536  # bytes of SpamAssassin's headers; an answer with more is not kept
 SURE = (ScanStatus.CLEAN, ScanStatus.FOUND)
 
 
 @dataclass(frozen=True, slots=True)
 class CacheKey:
-    """To which question. ``size`` and ``digest`` are those of scanners/content.py."""
+    """Identifies a scan request. ``size`` and ``digest`` are those of scanners/content.py."""
 
     kind: bytes  # scanner, its settings, and what else the answer depends on
     size: int
@@ -26,11 +25,11 @@ class CacheKey:
 
 @dataclass(frozen=True, slots=True)
 class CacheEntry:
-    """An answer, CLEAN or FOUND. Moments are seconds of the monotonic clock, which all processes of a machine share."""
+    """An answer, CLEAN or FOUND. Times are seconds of the monotonic clock, which all processes of a machine share."""
 
     outcome: ScanOutcome
     client: bytes  # the digest of what the message says about who delivered it
-    began: float  # when the question was put
+    began: float  # when the request was made
     at: float  # when the answer came
 
     def weight(self) -> int:
@@ -38,64 +37,45 @@ class CacheEntry:
 
 
 class Memory:
-    """``keep``: seconds for which an answer counts; ``entries``: how many there may be."""
+    """Entries for ``keep`` seconds, at most ``entries`` of them; the least recently used one goes first."""
 
-    def __init__(self, keep: float, entries: int) -> None:
-        self._kept: OrderedDict[CacheKey, CacheEntry] = OrderedDict()
-        self._sizes: Counter[tuple[bytes, int]] = Counter()
-        self._weight = 0
-        self.change(keep, entries)
+    def __init__(self, keep: float, entries: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._known = _cache(keep, entries, clock)
+        self._sizes: frozenset[tuple[bytes, int]] = frozenset()
 
     def change(self, keep: float, entries: int) -> None:
-        self._keep, self._entries = keep, entries
-        self._trim()
+        """Apply other limits."""
+        old, self._known = self._known, _cache(keep, entries, self._clock)
+        self._known.update(old)
+        self._count()
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._known)
 
     def may_know(self, kind: bytes, size: int) -> bool:
-        """Whether a digest is worth its price."""
+        """Is it worth computing a digest?"""
         return (kind, size) in self._sizes
 
-    def put(self, key: CacheKey, kept: CacheEntry, now: float) -> None:
-        """Keep an answer, in place of an older one. Nothing that is not an answer, and nothing old or too large."""
-        if kept.outcome.status not in SURE or len(kept.outcome.rewritten) > REWRITTEN or not self._young(kept, now):
+    def put(self, key: CacheKey, entry: CacheEntry) -> None:
+        """Keep an answer. Not one that is unsure, too large, from the future, or older than the one that is known."""
+        if entry.outcome.status not in SURE or len(entry.outcome.rewritten) > REWRITTEN or entry.at > self._clock():
             return
-        if key in self._kept:
-            if self._kept[key].at > kept.at:
-                return
-            self.drop(key)
-        for old in [key for key, other in self._kept.items() if not self._young(other, now)]:
-            self.drop(old)
-        self._kept[key] = kept
-        self._sizes[key.kind, key.size] += 1
-        self._weight += kept.weight()
-        self._trim()
+        known = self._known.get(key)
+        if known is None or known.at <= entry.at:
+            self._known[key] = entry
+            self._count()
 
-    def get(self, key: CacheKey, now: float) -> CacheEntry | None:
-        kept = self._kept.get(key)
-        if kept is None:
-            return None
-        if not self._young(kept, now):
-            self.drop(key)
-            return None
-        self._kept.move_to_end(key)
-        return kept
+    def get(self, key: CacheKey) -> CacheEntry | None:
+        return self._known.get(key)
 
-    def drop(self, key: CacheKey) -> None:
-        """Forget an answer, if there is one."""
-        kept = self._kept.pop(key, None)
-        if kept is None:
-            return
-        self._weight -= kept.weight()
-        where = key.kind, key.size
-        self._sizes[where] -= 1
-        if not self._sizes[where]:
-            del self._sizes[where]
+    def _count(self) -> None:
+        """Answers are kept rarely, and looked for with every message."""
+        self._sizes = frozenset((key.kind, key.size) for key in self._known)
 
-    def _young(self, kept: CacheEntry, now: float) -> bool:
-        return 0 <= now - kept.at < self._keep
 
-    def _trim(self) -> None:
-        while self._kept and (len(self._kept) > self._entries or self._weight > BYTES):
-            self.drop(next(iter(self._kept)))
+def _cache(keep: float, entries: int, clock: Callable[[], float]) -> TLRUCache[CacheKey, CacheEntry]:
+    """An entry weighs at least its share of the bytes, so that one limit bounds both number and bytes."""
+    least = max(1, BYTES // entries)
+    limit = least * entries
+    return TLRUCache(limit, lambda key, entry, now: entry.at + keep, clock, lambda entry: max(least, entry.weight()))

@@ -1,11 +1,11 @@
-"""When two messages are the same to a scanner: equal bytes, but for what each try gets anew.
+"""Message digests: two messages are equal to a scanner if only the volatile parts of their Received fields differ.
 
-A client that comes again brings the same message, and our own qmail-smtpd writes a new Received field on top of it:
-another date, perhaps another name and address of the client (large providers try again from another host). Those
-words are cut out, if they have a strict form; all else is in the digest (SHA-256), and so is where the holes are.
+A client that retries sends the same message, and our own qmail-smtpd writes a new Received field on top of it:
+another date, perhaps another name and address of the client (large providers retry from another host). Those
+words are cut out if they have a strict form; all else is in the digest (SHA-256), and so is where the holes are.
 
 What can an attacker hide in the words that are cut out? A date, a host name, an address: letters, digits and
-``._:@+-[]``, 255 bytes at most for each, in the first Received field only; nothing that anybody takes for content. The
+``._:@+-[]``, 255 bytes at most for each, in the first Received field only; nothing that is content to anyone. The
 client's words have a digest of their own, for answers that depend on who delivers the message.
 """
 
@@ -31,14 +31,14 @@ _DATE = re.compile(_DAY + rb" \d\d:\d\d:\d\d [+-]\d{4}(?: \([A-Z]{1,5}\))?(?=\r?
 
 @dataclass(frozen=True, slots=True)
 class Digest:
-    """``core``: all but the words that differ from try to try. ``client``: those about who delivers it."""
+    """``core``: all but the words that differ between tries. ``client``: those about who delivers it."""
 
     core: bytes
     client: bytes
 
 
 class VolatileSpans(NamedTuple):
-    """The words that a try gets anew: where they are, from and to."""
+    """Positions of the words that are different in each try: from, to."""
 
     client: tuple[int, int] | None = None
     date: tuple[int, int] | None = None
@@ -51,7 +51,7 @@ NONE = VolatileSpans()
 
 
 def volatile_spans(data: BytesLike) -> VolatileSpans:
-    """Where they are in a message, whatever it is; linear in LOOK."""
+    """Find them in any message; linear in LOOK."""
     head = bytes(data[:LOOK])
     field = _FIRST.match(head)
     if field is None:
@@ -68,7 +68,7 @@ def volatile_spans(data: BytesLike) -> VolatileSpans:
 def digest(data: BytesLike, words: VolatileSpans) -> Digest:
     """The digests of a message with its own words."""
     removed = 0
-    holes: dict[str, int] = {}  # where they are when they are out: what goes in there is all that can differ
+    holes: dict[str, int] = {}  # positions after removal: what goes in there is all that can differ
     for name, span in (("client", words.client), ("date", words.date)):
         if span is not None:
             holes[name] = span[0] - removed
@@ -85,7 +85,7 @@ def digest(data: BytesLike, words: VolatileSpans) -> Digest:
 
 
 class Content:
-    """One message to be compared with others. Hashed only when it is asked for, and once."""
+    """One message to be compared with others. Hashed on demand, and only once."""
 
     def __init__(self, message: Message) -> None:
         self._message = message
@@ -95,7 +95,7 @@ class Content:
         self._digest: asyncio.Future[Digest | None] | None = None
 
     def hashing(self) -> "asyncio.Future[Digest | None]":
-        """The digest, now or soon; None if the message had been closed. Begins at once: it may be closed after this."""
+        """The digest, now or soon; None if the message had been closed. Begins immediately."""
         if self._digest is None:
             loop, data = asyncio.get_running_loop(), self._message.data
             if len(data) > THREAD_ABOVE:

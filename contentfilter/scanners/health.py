@@ -1,8 +1,9 @@
-"""What the answers of a backend say about it, and whom to ask next. Pure: no clock, no socket, no wait.
+"""Circuit breaker of a backend, and the choice between backends. Pure: no clock, no socket, no wait.
 
-Three marks, each with its own remedy. *Resting*: it failed three times in a row and is left alone, longer each
-time. *Doubtful*: rested, one question at a time until one is answered (half-open). *Silent*: it takes connections
-but answers no PING, as a clamd does that reloads its database; new questions go elsewhere while there is an elsewhere.
+Three states besides well, each with its own remedy. *Resting* (open): it failed three times in a row and gets no
+requests, longer each time. *Doubtful* (half-open): rested, one request at a time until one is answered. *Silent*
+(unresponsive): it accepts connections but answers no PING, as a clamd does that reloads its database; new requests go
+elsewhere while another backend is well.
 """
 
 import asyncio
@@ -21,15 +22,15 @@ _NOT_ITS_FAULT = frozenset({Cause.TOO_BIG, Cause.LIMITS, Cause.BUSY, Cause.RELOA
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long a backend may be silent, in seconds. Answers to mail are words too, so a busy one gets no PING."""
+    """Limits of a backend's silence, in seconds. Answers to mail count too, so a busy one gets no PING."""
 
-    look: float = 0.5  # between two looks whether a PING is due
-    suspect: float = 1.0  # without a word until a PING: from one that failed or is silent
-    quiet: float = 3.0  # … from one that holds questions
-    idle: float = 30.0  # … from one that nobody asks
+    look: float = 0.5  # between two checks whether a PING is due
+    suspect: float = 1.0  # without an answer until a PING: to one that failed or is silent
+    quiet: float = 3.0  # … to one that holds requests
+    idle: float = 30.0  # … to one that is idle
     short: float = 2.0  # without an answer to PING until no more mail is sent there
-    move: float = 10.0  # … until the questions that it holds are asked elsewhere
-    long: float = 30.0  # one PING waits so long: its answer tells at once that a reload has ended
+    move: float = 10.0  # … until the requests that it holds are sent elsewhere
+    long: float = 30.0  # one PING waits so long: its answer says immediately that a reload has ended
 
 
 USUAL = Patience()
@@ -37,7 +38,7 @@ USUAL = Patience()
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """What the last answers say about a backend. Times are seconds of the pool's clock."""
+    """State of the breaker, by the last answers. Times are seconds of the limiter's clock."""
 
     failures: int = 0  # in a row
     rest_until: float = 0.0
@@ -45,19 +46,19 @@ class Health:
     since: float = 0.0  # when the first of them was
     last: float = 0.0
     proven: bool = False  # it answered a PING since
-    absent: bool = False  # the last failure: nobody was there to ask
+    absent: bool = False  # the last failure: nothing listened there
 
     def resting(self, now: float) -> bool:
         return now < self.rest_until
 
     def doubtful(self) -> bool:
-        """Rested, but not yet proven well: one question at a time."""
+        """Rested, but not yet proven well: one request at a time."""
         return self.failures >= REST_AFTER
 
     def failed(self, cause: Cause, now: float, seconds: float, *, absent: bool = False) -> "Health":
-        """After a failure that took ``seconds``. ``absent``: the question never left.
+        """After a failure that took ``seconds``. ``absent``: the request was never sent.
 
-        Failures during a rest are questions that were already under way: one crash, counted once.
+        Failures during a rest are requests that were already under way: one crash, counted once.
         """
         if cause in _NOT_ITS_FAULT or self.resting(now) or (cause is Cause.TIMEOUT and seconds < FAIR_TRY):
             return self
@@ -76,7 +77,7 @@ class Health:
 
 @dataclass(frozen=True, slots=True)
 class BackendHealth:
-    """How one backend stands, for whoever watches. Times are seconds that have passed."""
+    """State of one backend for status and monitoring. Times are seconds that have passed."""
 
     scanner: str
     backend: str
@@ -90,34 +91,37 @@ class BackendHealth:
     answered: float | None  # its last sound answer; None: there was none yet
     outstanding: int
     limit: int
-    waiting: int  # questions that wait for a place at any backend of this scanner
+    waiting: int  # requests that wait for a slot at any backend of this scanner
     wanted: bool = True  # there is mail that needs this scanner
 
 
 @dataclass(slots=True, eq=False)
 class Backend:
-    """One endpoint and the state of our dealings with it."""
+    """One endpoint, its slots and its breaker."""
 
     address: Address
-    limit: int  # questions at once
+    limit: int  # concurrent requests
     outstanding: int = 0
+    given_up: int = 0  # of those: attempts that go on although the caller stopped waiting
     turn: int = 0  # when it was last chosen: breaks ties, so that equals share the load
     health: Health = field(default_factory=Health)
     watched: bool = False  # PINGs find out about it, so no mail needs to
-    heard: float = float("-inf")  # the last word from it, or the question that began its silence
+    heard: float = float("-inf")  # its last answer, or the request that began its silence
     answered: float | None = None  # when it last gave a sound answer
     silent_since: float | None = None  # when it left a PING unanswered
-    movable: set[asyncio.Timeout] = field(default_factory=set)  # questions that may still be asked elsewhere
+    movable: set[asyncio.Timeout] = field(default_factory=set)  # requests that may still be sent elsewhere
 
     def free(self) -> bool:
-        return self.outstanding < (1 if self.health.doubtful() else self.limit)
+        if self.outstanding >= self.limit:
+            return False
+        return not self.health.doubtful() or self.outstanding == self.given_up
 
     @property
     def silent(self) -> bool:
         return self.silent_since is not None
 
     def trusted(self) -> bool:
-        """Mail may go there without paying for the finding that it is not well."""
+        """Mail may go there without paying for the discovery that it is not well."""
         return not self.silent and not (self.watched and self.unproven())
 
     def unproven(self) -> bool:
@@ -125,7 +129,7 @@ class Backend:
 
 
 def due(backend: Backend, now: float, patience: Patience) -> bool:
-    """Has it been silent for so long that a PING is worth its price?"""
+    """Has it been silent long enough for a PING?"""
     if backend.health.resting(now) and not backend.health.absent:
         return False
     if backend.silent or (backend.health.failures and not backend.health.proven):
@@ -136,19 +140,19 @@ def due(backend: Backend, now: float, patience: Patience) -> bool:
 
 
 def usable(backends: Sequence[Backend], now: float, avoid: Collection[Backend] = ()) -> list[Backend]:
-    """Those that may be asked now or as soon as they have room. Trusted ones only, if there are any."""
+    """Backends that may be asked now or as soon as they have a free slot. Trusted ones only, if there are any."""
     rested = [b for b in backends if b not in avoid and not b.health.resting(now)]
     return [b for b in rested if b.trusted()] or rested
 
 
 def choose(backends: Sequence[Backend], now: float, avoid: Collection[Backend] = ()) -> Backend | None:
-    """The best one with room: proven before unproven, then the least outstanding, then the longest unused."""
+    """The best one with a free slot: proven before unproven, then the least outstanding, then the longest unused."""
     free = [b for b in usable(backends, now, avoid) if b.free()]
     return min(free, key=lambda b: (b.unproven(), b.outstanding, b.turn), default=None)
 
 
 def describe(service: str, backend: Backend, now: float, silence: Cause, waiting: int) -> BackendHealth:
-    """``silence``: what a backend that answers no PING is called."""
+    """``silence``: the cause reported for a backend that answers no PING."""
     health, silent = backend.health, backend.silent_since
     since, last, cause = (health.since, health.last, health.cause) if silent is None else (silent, silent, silence)
     sick = health.failures > 0 or silent is not None

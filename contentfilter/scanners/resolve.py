@@ -1,91 +1,93 @@
-"""Host names of backends to addresses, without mail ever waiting twice for a name server.
+"""Resolver cache: host names of backends to addresses, so that mail never waits twice for a name server.
 
-A look-up runs in a thread of its own, one at a time for each name, that nobody joins: the C library may take as long
-as it likes, and the threads that other work needs stay free. What was found is kept. When it is old, it is used
-while a new look-up is under way, and it stays in force when that fails: a name server's bad hour is not the scanners'.
+One look-up at a time for each name, by asyncio's getaddrinfo. A result is kept. When it is stale, it is used while
+a new look-up runs, and it stays in force if that fails: the scanners outlive a name server's outage.
 """
 
 import asyncio
 import socket
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 Addresses = list[tuple[int, Any]]
 """(family, socket address) in the order in which they should be tried."""
-LookUp = Callable[[str, int], Addresses]
+Key = tuple[str, int]
 
-FRESH = 30.0  # seconds for which an answer is used without a new look-up
+FRESH = 30.0  # seconds for which a result is used without a new look-up
 AGAIN = 5.0  # seconds between two look-ups that fail, for a name that is known
 
 
-def look_up(host: str, port: int) -> Addresses:
-    """getaddrinfo(3), which blocks. Raises OSError, or UnicodeError for what is no host name."""
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+async def look_up(host: str, port: int) -> Addresses:
+    """getaddrinfo(3) in a thread. Raises OSError, or UnicodeError for what is not a host name."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    if not found:
+        raise OSError(f"no address for {host}")
     return [(family, where) for family, _, _, _, where in found]
 
 
 class Resolver:
-    """For one event loop. ``look_up`` is called in a thread."""
+    """Cache of one event loop."""
 
-    def __init__(self, look_up: LookUp = look_up, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        look_up: Callable[[str, int], Awaitable[Addresses]] = look_up,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._look_up = look_up
         self._clock = clock
-        self._known: dict[tuple[str, int], Addresses] = {}
-        self._old_at: dict[tuple[str, int], float] = {}
-        self._asking: dict[tuple[str, int], asyncio.Future[Addresses]] = {}
+        self._known: dict[Key, Addresses] = {}
+        self._stale_at: dict[Key, float] = {}
+        self._pending: dict[Key, asyncio.Future[Addresses]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def find(self, host: str, port: int) -> Addresses:
-        """Never empty. Raises OSError or UnicodeError; a wait ends only when it is cancelled."""
-        numeric = _numeric(host, port)
-        if numeric:
+        """Addresses, at least one. Raises OSError or UnicodeError; the caller limits the wait."""
+        if numeric := _numeric(host, port):
             return numeric
         key = (host, port)
         known = self._known.get(key)
-        if known is None or self._clock() >= self._old_at[key]:
-            asking = self._asking.get(key) or self._ask(key)
+        if known is None or self._clock() >= self._stale_at[key]:
+            pending = self._pending.get(key) or self._start(key)
             if known is None:
-                return await asyncio.shield(asking)
+                return await asyncio.shield(pending)
         return known
 
-    def _ask(self, key: tuple[str, int]) -> asyncio.Future[Addresses]:
+    def _start(self, key: Key) -> asyncio.Future[Addresses]:
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[Addresses] = loop.create_future()
-        answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # told, even if nobody waits
-        self._asking[key] = answer
+        pending = self._pending[key] = loop.create_future()
+        pending.add_done_callback(_retrieve)
+        loop.call_soon(self._run, key)  # not from here: a look-up is not part of the message that needs it
+        return pending
 
-        def settle(found: Addresses, error: Exception | None) -> None:
-            del self._asking[key]
-            self._old_at[key] = self._clock() + (FRESH if found else AGAIN)
-            if found:
-                self._known[key] = found
-            if not answer.done():
-                if error is None:
-                    answer.set_result(found)
-                else:
-                    answer.set_exception(error)
+    def _run(self, key: Key) -> None:
+        task = asyncio.get_running_loop().create_task(self._refresh(key))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-        def work() -> None:
-            found: Addresses = []
-            error: Exception | None = None
-            try:
-                found = self._look_up(*key)
-                if not found:
-                    error = OSError(f"no address for {key[0]}")
-            except (OSError, UnicodeError) as e:
-                error = e.with_traceback(None)
-            try:
-                loop.call_soon_threadsafe(settle, found, error)
-            except RuntimeError:
-                pass  # the loop is closed: nobody asks any more
+    async def _refresh(self, key: Key) -> None:
+        """The waiters get the result or the error of one look-up."""
+        pending = self._pending[key]
+        try:
+            found = self._known[key] = await self._look_up(*key)
+        except (OSError, UnicodeError) as error:
+            self._stale_at[key] = self._clock() + AGAIN
+            pending.set_exception(error)
+        else:
+            self._stale_at[key] = self._clock() + FRESH
+            pending.set_result(found)
+        finally:
+            del self._pending[key]
 
-        threading.Thread(target=work, name=f"look up {key[0]}", daemon=True).start()
-        return answer
+
+def _retrieve(pending: "asyncio.Future[Addresses]") -> None:
+    """An error that no one waits for is not worth a warning."""
+    if not pending.cancelled():
+        pending.exception()
 
 
 def _numeric(host: str, port: int) -> Addresses:
-    """The address itself where ``host`` is one: that costs no look-up."""
+    """The address itself if ``host`` is one: it needs no look-up."""
     for family in (socket.AF_INET, socket.AF_INET6):
         try:
             socket.inet_pton(family, host)

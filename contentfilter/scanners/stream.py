@@ -1,33 +1,38 @@
-"""One question to one daemon over a fresh stream socket, and every way in which it goes wrong.
+"""One request to a scanner daemon over a fresh stream connection, and every way in which it fails.
 
-:func:`converse` connects, writes, reads and closes, all before the deadline, and raises nothing but
-:class:`BackendError`. Writing and reading go on together: a peer that answers early, or stops
-taking what we send, cannot hold us. No task is started, and without TLS no byte of the message is copied.
+:func:`request` connects, sends, reads and closes. It raises nothing but :class:`BackendError`, and it sets no limit
+for the answer: the caller does, and learns from :class:`Progress` how far the attempt is. Sending and reading go on
+together, so a peer that answers early, or stops reading, cannot block us.
+
+asyncio's socket calls, not its streams. Its transports copy what the socket does not take, and drop an answer that is
+there to be read when a write fails, which is how clamd refuses a message that is too large. Its TLS has no half close,
+which spamd needs; a read after our close_notify fails there, and an answer that is decrypted already is lost.
 """
 
 import asyncio
 import errno
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 from contentfilter.deadline import Deadline
 from contentfilter.endpoint import Address
 from contentfilter.errors import BackendError, Cause, RemoteProtocolError
-from contentfilter.model import ScanOutcome
 from contentfilter.scanners.resolve import Resolver
-from contentfilter.scanners.tls import Tls, TlsSocket, explain
+from contentfilter.scanners.tls import Tls, TlsConnection, explain
 
 T = TypeVar("T", covariant=True)
 R = TypeVar("R")
 Batch = tuple[bytes | memoryview, ...]  # buffers for one sendmsg
 
-RECEIVE = 65_536  # bytes asked for at once
-QUANTUM = 1_048_576  # bytes written before the event loop gets its turn
+RECEIVE = 65_536  # bytes read in one call
 FIRST_PAUSE, LONGEST_PAUSE = 0.002, 0.1  # seconds between tries while a listen queue is full
+KEEPALIVE = ((socket.TCP_KEEPIDLE, 20), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
+"""A host that vanished is noticed after 50 seconds: a scan that nobody limits must not hold its slot."""
 
 # Errors that say "not now" and nothing about the peer's health; most of them are our own limits.
 _BUSY = frozenset(
@@ -37,200 +42,144 @@ _HANG_UP = (BrokenPipeError, ConnectionResetError)
 
 
 @dataclass(frozen=True, slots=True)
-class StreamLimits:
-    """Seconds for each step of a conversation; the message's deadline ends it earlier."""
+class StreamContext:
+    """Shared by all requests to one scanner: its connect limit (seconds), name resolution, and TLS."""
 
     connect: float
-    answer: float
-
-
-@dataclass(frozen=True, slots=True)
-class StreamContext:
-    """What conversations share: how names are found, and whom ``tls:`` backends must prove to be."""
-
-    resolver: Resolver
+    resolver: Resolver = field(default_factory=Resolver)
     tls: Tls | None = None
 
 
 class ClosedError(BackendError):
-    """The peer took the connection and closed it without a byte: overload, a restart, a killed child."""
+    """The peer accepted the connection and closed it without a byte: overload, a restart, a killed child."""
 
 
 class UnreachableError(BackendError):
-    """Not connected, or not with whom we want: nobody has seen the question."""
+    """Not connected, or not to the right peer: the request was never sent."""
 
 
-class Endpoint(Protocol):
-    """A connected socket that does not block, plain or under TLS."""
+@dataclass(slots=True, eq=False)
+class Progress:
+    """State of one attempt, written by :func:`request`. ``sent``: the message is no longer needed."""
 
-    def fileno(self) -> int: ...
+    address: Address
+    began: float = field(default_factory=time.monotonic)  # the first attempt of the scan, as monotonic time
+    awaited: str = "connect"
+    cause: Cause = Cause.TIMEOUT  # of a time-out in this state
+    connected: bool = False
+    sent: bool = False
 
-    def sendmsg(self, buffers: list[bytes | memoryview], /) -> int: ...
-
-    def recv(self, size: int, /) -> bytes: ...
-
-    def shutdown(self, how: int, /) -> None: ...
-
-    def close(self) -> None: ...
+    def timed_out(self) -> BackendError:
+        """The error of an attempt that is given up now."""
+        kind = BackendError if self.connected else UnreachableError
+        return kind(self.cause, str(self.address), f"no {self.awaited} in time")
 
 
 class Reader(Protocol[T]):
-    """A codec's side of the conversation (wire/clamd, wire/spamd)."""
+    """Decoder of the response (wire/clamd, wire/spamd)."""
 
     def feed(self, data: bytes) -> T | None: ...
 
     def end(self) -> T: ...
 
 
-@dataclass(slots=True, eq=False)
-class Late(Generic[R]):
-    """A question that the daemon has as a whole, and whose asker did not wait. It needs nothing of the message."""
+class Connection(Protocol):
+    """A connected stream, plain or under TLS."""
 
-    address: Address
-    sock: socket.socket
-    reader: Reader[R]
+    async def send(self, batch: Batch) -> None: ...
 
-    async def answer(self, deadline: Deadline) -> R:
-        """What the daemon says at last; once. Raises BackendError."""
-        try:
-            async with deadline.timeout():
-                return (await _exchange(self.sock, iter(()), self.reader, -1, False))[0]
-        except (OSError, EOFError, RemoteProtocolError) as error:  # TimeoutError is an OSError
-            cause = Cause.TIMEOUT if isinstance(error, TimeoutError) else Cause.DOWN
-            raise BackendError(cause, str(self.address), str(error) or "no answer, however late") from error
-        finally:
-            self.close()
+    async def receive(self) -> bytes:
+        """Empty at the end of the stream."""
+        ...
 
-    def close(self) -> None:
-        self.sock.close()
+    async def end_sending(self) -> None: ...
+
+    def abort(self) -> None:
+        """Make :meth:`receive` return the end of the stream."""
+        ...
+
+    def close(self) -> None: ...
 
 
-Left = Callable[[Late[R]], None]
-"""Takes over a question, or closes it. Never waits."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pending:
-    """A scan that goes on although nobody waits for it."""
-
-    late: Late[Any]
-    judge: Callable[[Any, Deadline], Awaitable[ScanOutcome]]
-
-    async def finish(self, deadline: Deadline) -> ScanOutcome:
-        """CLEAN or FOUND. Once. Raises BackendError."""
-        return await self.judge(await self.late.answer(deadline), deadline)
-
-    def close(self) -> None:
-        self.late.close()
-
-
-Leave = Callable[[Pending], None]
-"""Takes over a scan, or closes it. Never waits."""
+async def query(
+    address: Address,
+    command: bytes,
+    reader: Reader[R],
+    context: StreamContext,
+    deadline: Deadline,
+    *,
+    half_close: bool = False,
+) -> R:
+    """The answer to a short command that carries no message. Raises BackendError."""
+    progress, batches = Progress(address), iter([(command,)])
+    try:
+        async with deadline.timeout():
+            answer, _ = await request(address, batches, reader, context, progress, half_close=half_close)
+    except TimeoutError:
+        raise progress.timed_out() from None
+    return answer
 
 
 async def request(
     address: Address,
     batches: Iterator[Batch],
     reader: Reader[R],
-    limits: StreamLimits,
-    deadline: Deadline,
+    context: StreamContext,
+    progress: Progress,
     *,
     descriptor: int = -1,
     half_close: bool = False,
-    around: StreamContext | None = None,
-    leave: Left[R] | None = None,
 ) -> tuple[R, bool]:
-    """Ask one question: (answer, whether all of ``batches`` was taken before it came).
+    """One request and its response: (response, whether all of ``batches`` was sent before it came).
 
-    ``descriptor`` travels with the first batch (Unix sockets only). ``half_close`` ends our
-    direction after the last byte. ``leave`` gets a question that was put when the waiting ended (not with TLS).
-    Raises BackendError only: UnreachableError where the question never left.
+    ``descriptor`` travels with the first and only batch (Unix sockets only). ``half_close`` ends our direction after
+    the last byte. Raises BackendError only: UnreachableError if the request was never sent.
     """
-    sock: Endpoint | None = None
-    failure: type[BackendError] = UnreachableError
+    connection: Connection | None = None
     try:
-        sock = await _connect(address, limits, deadline, around or StreamContext(Resolver()))
-        failure = BackendError
-        async with deadline.within(limits.answer).timeout():
-            return await _exchange(sock, batches, reader, descriptor, half_close, address, leave)
-    except TimeoutError as error:
-        step = "connect" if sock is None else "answer"
-        raise failure(Cause.TIMEOUT, str(address), str(error) or f"no {step} in time") from None
+        if address.path:
+            sock = await _connect_unix(address.path, progress)
+            connection = PlainConnection(sock)
+        else:
+            connection = await _connect(address, context, progress)
+        progress.connected, progress.awaited = True, "answer"
+        if descriptor >= 0:
+            socket.send_fds(sock, next(batches), [descriptor])
+            progress.sent = True
+            return await _receive(connection, reader), True
+        return await _exchange(connection, batches, reader, half_close, progress)
+    except TimeoutError:
+        raise progress.timed_out() from None
     except RemoteProtocolError as error:
         raise BackendError(Cause.BAD_REPLY, str(address), str(error)) from error
     except EOFError:
         raise ClosedError(Cause.DOWN, str(address), "closed without an answer") from None
     except ssl.SSLError as error:
-        # Who can forge a certificate could as well cut the line: it counts as down.
-        name = around.tls.name if around and around.tls else ""
-        raise failure(Cause.DOWN, str(address), explain(error, name or address.host)) from error
+        # Whoever can forge a certificate could as well cut the line: it counts as down.
+        name = context.tls.name if context.tls else ""
+        raise _failure(progress)(Cause.DOWN, str(address), explain(error, name or address.host)) from error
     except OSError as error:
         cause = Cause.BUSY if error.errno in _BUSY else Cause.DOWN
-        step = "connect" if sock is None else "answer"
-        raise failure(cause, str(address), f"{step}: {error.strerror or error}") from error
+        step = "answer" if progress.connected else "connect"
+        raise _failure(progress)(cause, str(address), f"{step}: {error.strerror or error}") from error
     except UnicodeError as error:
-        raise failure(Cause.DOWN, str(address), "not a host name") from error
+        raise UnreachableError(Cause.DOWN, str(address), "not a host name") from error
     finally:
-        if sock is not None:
-            sock.close()
+        if connection is not None:
+            connection.close()
 
 
-async def _connect(address: Address, limits: StreamLimits, deadline: Deadline, around: StreamContext) -> Endpoint:
-    if address.path:
-        return await _connect_unix(address.path, deadline.within(limits.answer))
-    end = deadline.within(limits.connect)
-    try:
-        async with end.timeout():
-            found = await around.resolver.find(address.host, address.port)
-    except TimeoutError:
-        raise TimeoutError(f"no address for {address.host} in time") from None
-    last = OSError(f"no address for {address.host}")
-    for position, (family, where) in enumerate(found):
-        share = end.left() / (len(found) - position)  # one that swallows packets must leave time for the others
-        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        endpoint: Endpoint = sock
-        try:
-            async with end.within(share).timeout():
-                # Small last pieces must not wait for the peer's delayed acknowledgement.
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                await asyncio.get_running_loop().sock_connect(sock, where)
-                if address.tls:
-                    endpoint = await _under_tls(sock, address, around.tls)
-        except OSError as error:  # a TimeoutError is one
-            endpoint.close()
-            last = error
-        except BaseException:
-            endpoint.close()
-            raise
-        else:
-            return endpoint
-    raise last
+def _failure(progress: Progress) -> type[BackendError]:
+    return BackendError if progress.connected else UnreachableError
 
 
-async def _under_tls(sock: socket.socket, address: Address, tls: Tls | None) -> TlsSocket:
-    if tls is None:
-        raise OSError(f"{address}: TLS is not set up for it")
-    try:
-        endpoint = TlsSocket(sock, tls, address.host)
-    except ValueError as error:
-        raise OSError(f"TLS: not a name for a certificate: {error}") from error
-    try:
-        while True:
-            try:
-                endpoint.shake_hands()
-            except BlockingIOError:
-                await _ready(endpoint, writing=endpoint.unsent)
-            else:
-                return endpoint
-    except BaseException:
-        endpoint.close()
-        raise
+# Connecting
 
 
-async def _connect_unix(path: str, deadline: Deadline) -> socket.socket:
-    """EAGAIN means that the listen queue is full: wait, do not call the peer down.
+async def _connect_unix(path: str, progress: Progress) -> socket.socket:
+    """EAGAIN means that the listen queue is full: wait, do not report the peer as down.
 
-    asyncio's own sock_connect takes EAGAIN for "under way" and would return an unconnected socket.
+    asyncio's own sock_connect takes EAGAIN for "in progress" and would return an unconnected socket.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     pause = FIRST_PAUSE
@@ -239,117 +188,155 @@ async def _connect_unix(path: str, deadline: Deadline) -> socket.socket:
             try:
                 sock.connect(path)
             except BlockingIOError:
-                if deadline.expired():
-                    raise
+                progress.awaited, progress.cause = "place in its listen queue", Cause.BUSY
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
             else:
+                progress.cause = Cause.TIMEOUT
                 return sock
-            await asyncio.sleep(min(pause, deadline.left()))
-            pause = min(2 * pause, LONGEST_PAUSE)
     except BaseException:
         sock.close()
         raise
 
 
-async def _exchange(
-    sock: Endpoint,
-    batches: Iterator[Batch],
-    reader: Reader[R],
-    descriptor: int,
-    half_close: bool,
-    address: Address | None = None,
-    leave: Left[R] | None = None,
-) -> tuple[R, bool]:
-    """Write and read until the reader has its event. EOFError: closed without a byte."""
-    pending: list[bytes | memoryview] = []  # what is left of the batch being written
-    writing, complete, heard = True, False, False
+async def _connect(address: Address, context: StreamContext, progress: Progress) -> Connection:
+    """The first address of the host that accepts, within the connect limit. Raises OSError, UnicodeError."""
+    end = Deadline.after(context.connect)
+    progress.awaited = f"address for {address.host}"
+    async with end.timeout():
+        found = await context.resolver.find(address.host, address.port)
+    progress.awaited = "connect"
+    last = OSError(f"no address for {address.host}")
+    for position, (family, where) in enumerate(found):
+        share = end.left() / (len(found) - position)  # one that swallows packets must leave time for the others
+        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            async with end.within(share).timeout():
+                # Small last pieces must not wait for the peer's delayed acknowledgement.
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for option, value in KEEPALIVE:
+                    sock.setsockopt(socket.IPPROTO_TCP, option, value)
+                await asyncio.get_running_loop().sock_connect(sock, where)
+                return await _under_tls(sock, address, context.tls) if address.tls else PlainConnection(sock)
+        except OSError as error:  # a TimeoutError is one
+            sock.close()
+            last = error
+        except BaseException:
+            sock.close()
+            raise
+    raise last
+
+
+async def _under_tls(sock: socket.socket, address: Address, tls: Tls | None) -> TlsConnection:
+    if tls is None:
+        raise OSError(f"{address}: TLS is not set up for it")
     try:
-        while True:
-            if writing:
-                try:
-                    if descriptor >= 0 and isinstance(sock, socket.socket):
-                        pending.extend(next(batches))
-                        _drop(pending, socket.send_fds(sock, pending, [descriptor]))
-                        descriptor = -1
-                    complete = _flush(sock, batches, pending)
-                    writing = not complete
-                    if complete and half_close:
-                        sock.shutdown(socket.SHUT_WR)
-                except _HANG_UP:
-                    writing = False  # an answer may still be there to be read
-                except OSError as error:
-                    if error.errno != errno.ENOTCONN:  # shutdown on what the peer has reset
-                        raise
-            try:
-                data = sock.recv(RECEIVE)
-            except BlockingIOError:
-                await _ready(sock, writing=writing or _unsent(sock))
-                continue
-            except ConnectionResetError:
-                data = b""
-            if not data:
-                if not heard:
-                    raise EOFError
-                return reader.end(), complete and not _unsent(sock)
-            heard = True
-            event = reader.feed(data)
-            if event is not None:
-                return event, complete and not _unsent(sock)
-            await asyncio.sleep(0)  # a peer that floods must not hold the loop
-    except asyncio.CancelledError:
-        if leave is not None and address is not None and complete and isinstance(sock, socket.socket):
-            with suppress(OSError):  # out of descriptors: then not
-                leave(Late(address, sock.dup(), reader))
+        connection = TlsConnection(sock, tls, address.host)
+    except ValueError as error:
+        raise OSError(f"TLS: not a name for a certificate: {error}") from error
+    await connection.handshake()
+    return connection
+
+
+# Sending and receiving
+
+
+async def _exchange(
+    connection: Connection, batches: Iterator[Batch], reader: Reader[R], half_close: bool, progress: Progress
+) -> tuple[R, bool]:
+    """Send and read until the reader has its event. EOFError: closed without a byte."""
+    sending = asyncio.create_task(_send(connection, batches, half_close, progress))
+    try:
+        return await _receive(connection, reader), progress.sent
+    except EOFError:
+        if sending.done() and (error := sending.exception()) is not None:
+            raise error from None
         raise
     finally:
-        pending.clear()  # an exception keeps this frame alive, and the views would keep the message mapped
+        if not sending.done():
+            sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
 
 
-def _unsent(sock: Endpoint) -> bool:
-    """Does TLS hold back what we have given it?"""
-    return isinstance(sock, TlsSocket) and sock.unsent
-
-
-def _flush(sock: Endpoint, batches: Iterator[Batch], pending: list[bytes | memoryview]) -> bool:
-    """Write what the socket takes now, at most a QUANTUM; True when everything is out."""
-    left = QUANTUM
-    while left > 0:
-        if not pending:
-            pending.extend(next(batches, ()))
-            if not pending:
-                return True
-        try:
-            sent = sock.sendmsg(pending)
-        except BlockingIOError:
-            return False
-        _drop(pending, sent)
-        left -= sent
-    return False
-
-
-def _drop(pending: list[bytes | memoryview], sent: int) -> None:
-    """Take the first ``sent`` bytes out of ``pending``."""
-    while pending and sent >= len(pending[0]):
-        sent -= len(pending.pop(0))
-    if sent:
-        pending[0] = memoryview(pending[0])[sent:]
-
-
-async def _ready(sock: Endpoint, *, writing: bool) -> None:
-    """Wait until something can be read, or written where we have more to write."""
-    loop = asyncio.get_running_loop()
-    ready: asyncio.Future[None] = loop.create_future()
-
-    def wake() -> None:
-        if not ready.done():
-            ready.set_result(None)
-
-    fd = sock.fileno()
-    loop.add_reader(fd, wake)
-    if writing:
-        loop.add_writer(fd, wake)
+async def _send(connection: Connection, batches: Iterator[Batch], half_close: bool, progress: Progress) -> None:
     try:
-        await ready
-    finally:
-        loop.remove_reader(fd)
-        if writing:
-            loop.remove_writer(fd)
+        for batch in batches:
+            await connection.send(batch)
+            del batch  # it has views of the message
+            await asyncio.sleep(0)  # a peer that takes everything must not hold the loop
+        if half_close:
+            await connection.end_sending()
+        progress.sent = True
+    except _HANG_UP:
+        pass  # an answer may still be there to be read
+    except OSError:
+        connection.abort()
+        raise
+
+
+async def _receive(connection: Connection, reader: Reader[R]) -> R:
+    heard = False
+    while True:
+        try:
+            data = await connection.receive()
+        except ConnectionResetError:
+            data = b""
+        if not data:
+            if not heard:
+                raise EOFError
+            return reader.end()
+        heard = True
+        event = reader.feed(data)
+        if event is not None:
+            return event
+        await asyncio.sleep(0)  # a peer that floods must not hold the loop
+
+
+class PlainConnection:
+    """A TCP or Unix socket. No byte of the message is copied."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._loop = asyncio.get_running_loop()
+
+    async def send(self, batch: Batch) -> None:
+        """Not by asyncio's sock_sendall: when that fails, a cycle of references keeps the message mapped."""
+        pending = [memoryview(buffer) for buffer in batch]
+        while pending:
+            try:
+                sent = self._sock.sendmsg(pending)
+            except BlockingIOError:
+                await self._writable()
+                continue
+            while pending and sent >= len(pending[0]):
+                sent -= len(pending.pop(0))
+            if sent:
+                pending[0] = pending[0][sent:]
+
+    async def _writable(self) -> None:
+        ready: asyncio.Future[None] = self._loop.create_future()
+        self._loop.add_writer(self._sock, _settle, ready)
+        try:
+            await ready
+        finally:
+            self._loop.remove_writer(self._sock)
+
+    async def receive(self) -> bytes:
+        return await self._loop.sock_recv(self._sock, RECEIVE)
+
+    async def end_sending(self) -> None:
+        with suppress(OSError):  # the peer has reset the connection
+            self._sock.shutdown(socket.SHUT_WR)
+
+    def abort(self) -> None:
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+def _settle(ready: "asyncio.Future[None]") -> None:
+    if not ready.done():
+        ready.set_result(None)

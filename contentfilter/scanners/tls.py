@@ -1,9 +1,10 @@
-"""TLS for backends on other machines: certificates are always verified, and so is the name in them.
+"""TLS contexts for backends on other machines: certificates are always verified, and so is the name in them.
 
-There is no setting that turns the verification off: who stands between could then read all mail and call all of
-it ham. A context is made once for each configuration, never for a connection.
+There is no setting that turns the verification off: a man in the middle could then read all mail and call all of it
+ham. A context is made once for each configuration, never for a connection.
 """
 
+import asyncio
 import socket
 import ssl
 from contextlib import suppress
@@ -12,24 +13,24 @@ from dataclasses import dataclass
 from contentfilter.errors import ConfigError, Problem
 from contentfilter.settings import SpamdSettings
 
-PIECE = 65_536  # bytes that are encrypted or received at once
+PIECE = 65_536  # bytes encrypted or received in one step
 
 
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """What a ``tls:`` backend needs: a context, and the name that its certificate must carry (empty: its host's)."""
+    """TLS parameters of a ``tls:`` backend: the context, and the name in its certificate (empty: the host's)."""
 
     context: ssl.SSLContext
     name: str = ""
 
 
 def tls_for(config: SpamdSettings) -> Tls | None:
-    """None where no backend speaks TLS. Raises ConfigError."""
+    """The parameters, or None if no backend speaks TLS. Raises ConfigError."""
     return client(config) if any(backend.startswith("tls:") for backend in config.backends) else None
 
 
 def client(config: SpamdSettings, section: str = "spamd") -> Tls:
-    """Raises ConfigError that names the key and the file."""
+    """A client's parameters. Raises ConfigError that names the key and the file."""
     context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION
@@ -39,14 +40,14 @@ def client(config: SpamdSettings, section: str = "spamd") -> Tls:
         try:
             context.load_cert_chain(config.tls_cert, config.tls_key or None, password=_no_password)
         except (OSError, ValueError) as error:
-            # OpenSSL does not tell which of the two files it means.
+            # OpenSSL does not say which of the two files it means.
             both = f"{config.tls_cert} with tls_key {config.tls_key or '(the same file)'}"
             raise _wrong(config.tls_cert, f"[{section}] tls_cert: {both}", error) from error
     return Tls(context, config.tls_name)
 
 
 def _only(authorities: str, section: str) -> ssl.SSLContext:
-    """A context that trusts these authorities and no others."""
+    """A context that trusts only these authorities."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # verifies certificate and name
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION
@@ -74,7 +75,7 @@ def _wrong(path: str, what: str, error: Exception) -> ConfigError:
 
 
 def explain(error: ssl.SSLError, name: str) -> str:
-    """What went wrong, for the log. ``name``: the one that the certificate should carry."""
+    """Text of a TLS error for the log. ``name``: the expected name in the certificate."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate verify failed: {error.verify_message.rstrip('.')} (expected is {name})"
     reason = (error.reason or "closed in the middle").lower().replace("_", " ")
@@ -82,87 +83,75 @@ def explain(error: ssl.SSLError, name: str) -> str:
     return f"TLS: {reason}{hint}"
 
 
-class TlsSocket:
-    """A connected socket under TLS with the few methods that the conversation uses.
+class TlsConnection:
+    """A connected socket under TLS.
 
-    What cannot go on now is BlockingIOError, as with a plain socket. An end without TLS's own farewell is
-    ConnectionResetError: somebody may have cut the answer short. OpenSSL works on memory here, because its farewell on
-    a socket also reads, and would throw away an answer that is there already.
+    OpenSSL works on memory: its close_notify on a socket also reads, and would discard an answer that is there
+    already. One task may send while another receives.
     """
 
     def __init__(self, sock: socket.socket, tls: Tls, host: str) -> None:
+        """Raises ValueError if ``host`` cannot be the name in a certificate."""
         self._sock = sock
+        self._loop = asyncio.get_running_loop()
         self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = tls.context.wrap_bio(self._in, self._out, server_hostname=tls.name or host)
-        self._unsent = b""  # encrypted, but not yet taken by the socket
 
-    def fileno(self) -> int:
-        return self._sock.fileno()
-
-    @property
-    def unsent(self) -> bool:
-        return bool(self._unsent or self._out.pending)
-
-    def shake_hands(self) -> None:
-        """BlockingIOError: wait for the peer, then call again. Raises OSError; ssl.SSLError is one."""
+    async def handshake(self) -> None:
+        """Raises OSError; ssl.SSLError is one."""
         while True:
             try:
                 self._tls.do_handshake()
             except ssl.SSLWantReadError:
-                self._push()
-                self._pull()
+                await self._flush()
+                await self._fill()
             except ssl.SSLEOFError as error:
                 raise ConnectionResetError("closed in the TLS handshake") from error
             except ssl.SSLError:
-                self._push()  # the alert tells the other side what is wrong
+                await self._flush()  # the alert tells the other side what is wrong
                 raise
             else:
-                self._push()
-                return
+                return await self._flush()
 
-    def sendmsg(self, buffers: list[bytes | memoryview]) -> int:
-        self._push()
-        if self._unsent:
-            raise BlockingIOError
-        buffer = next(filter(len, buffers), b"")
-        sent = self._tls.write(buffer[:PIECE]) if buffer else 0
-        self._push()
-        return sent
+    async def send(self, batch: tuple[bytes | memoryview, ...]) -> None:
+        for buffer in batch:
+            for start in range(0, len(buffer), PIECE):
+                self._tls.write(buffer[start : start + PIECE])
+                await self._flush()
 
-    def recv(self, size: int) -> bytes:
-        with suppress(OSError):  # who takes no more may still have answered
-            self._push()
+    async def receive(self) -> bytes:
+        """Empty at the end. An end without TLS's close_notify is ConnectionResetError: it may have been cut."""
         while True:
             try:
-                return self._tls.read(size)
+                return self._tls.read(PIECE)
             except ssl.SSLWantReadError:
-                self._pull()
+                await self._fill()
+            except ssl.SSLZeroReturnError:
+                return b""
             except ssl.SSLEOFError as error:
                 raise ConnectionResetError("closed in the middle of TLS") from error
 
-    def shutdown(self, how: int) -> None:
-        """Say that we send no more; the answer may still come."""
-        try:
+    async def end_sending(self) -> None:
+        """Send close_notify; the answer may still come."""
+        with suppress(ssl.SSLError):  # it waits for the peer's, which comes after the answer
             self._tls.unwrap()
-        except ssl.SSLError:
-            pass  # it waits for the peer's farewell, which comes behind the answer
-        self._push()
+        await self._flush()
+
+    def abort(self) -> None:
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._sock.close()
 
-    def _push(self) -> None:
-        """Send what is encrypted, as far as the socket takes it."""
-        try:
-            while self.unsent:
-                self._unsent = self._unsent or self._out.read()
-                self._unsent = self._unsent[self._sock.send(self._unsent) :]
-        except BlockingIOError:
-            pass
+    async def _flush(self) -> None:
+        """Send what is encrypted."""
+        if self._out.pending:
+            await self._loop.sock_sendall(self._sock, self._out.read())
 
-    def _pull(self) -> None:
-        """Take what has arrived. BlockingIOError: nothing."""
-        data = self._sock.recv(PIECE)
+    async def _fill(self) -> None:
+        """Wait for more from the peer."""
+        data = await self._loop.sock_recv(self._sock, PIECE)
         if data:
             self._in.write(data)
         else:

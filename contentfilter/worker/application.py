@@ -18,7 +18,7 @@ from contentfilter.doors.hook_answer import render
 from contentfilter.doors.message import read_envelope
 from contentfilter.errors import EnvelopeError, MessageError
 from contentfilter.model import Action, Envelope
-from contentfilter.scanners.pool import BackendHealth
+from contentfilter.scanners.health import BackendHealth
 from contentfilter.store.release import load_secret
 from contentfilter.verdict.disposition import Disposition
 from contentfilter.verdict.record import (

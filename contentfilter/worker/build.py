@@ -13,13 +13,11 @@ from contentfilter.config.controls import read_controls
 from contentfilter.config.load import load_settings
 from contentfilter.config.runtime import Runtime, make_runtime, worker_count
 from contentfilter.errors import ConfigError
-from contentfilter.model import Scanner
 from contentfilter.pipeline import Pipeline, Scanners
 from contentfilter.policy.bypass import Bypass
 from contentfilter.scanners.cache import ScanCache
 from contentfilter.scanners.clamd import ClamdScanner
-from contentfilter.scanners.limiter import ScannerLimiter
-from contentfilter.scanners.pool import BackendHealth
+from contentfilter.scanners.health import BackendHealth
 from contentfilter.scanners.signatures.engine import Engine
 from contentfilter.scanners.spamd import SpamdScanner
 from contentfilter.store.bypass import read_bypasses
@@ -53,13 +51,10 @@ class PipelineBundle:
         lists = (runtime.signatures, runtime.loadertypes)
         # spamdchildren counts for the whole machine; each worker keeps to its share
         children = max(1, runtime.spamdchildren // worker_count(settings))
-        clamd, spamd = settings.clamd, settings.spamd
         scanners = Scanners(
             Engine(*lists, settings.signatures.mode) if any(lists) else None,
-            ClamdScanner(clamd),
-            SpamdScanner(spamd, children),
-            ScannerLimiter(Scanner.CLAMD, len(clamd.backends) * clamd.concurrency, clamd.max_wait, shed),
-            ScannerLimiter(Scanner.SPAMD, len(spamd.backends) * children, spamd.max_wait, shed),
+            ClamdScanner(settings.clamd, shed=shed),
+            SpamdScanner(settings.spamd, children, shed=shed),
         )
         lookup, owners = (self.snapshot.lookup, self.snapshot.owners) if self.snapshot else (None, None)
         self.pipeline = Pipeline(
@@ -108,8 +103,8 @@ class PipelineBundle:
         scanners = self.pipeline.scanners
         return tuple(
             dataclasses.replace(health, wanted=wanted)
-            for pool, wanted in ((scanners.clamd.pool, clamd), (scanners.spamd.pool, spamd))
-            for health in pool.describe()
+            for limiter, wanted in ((scanners.clamd.limiter, clamd), (scanners.spamd.limiter, spamd))
+            for health in limiter.describe()
         )
 
     async def watch(self) -> None:

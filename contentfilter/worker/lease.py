@@ -15,7 +15,7 @@ from contentfilter.doors.watermarks import Watermarks
 from contentfilter.log import Logger
 from contentfilter.policy.bypass import Bypass
 from contentfilter.scanners.cache import ScanCache
-from contentfilter.scanners.pool import BackendHealth
+from contentfilter.scanners.health import BackendHealth
 from contentfilter.settings import Settings
 from contentfilter.wire import hook
 from contentfilter.worker.crashes import DEATH_LIMIT, CrashAttribution, WorkerSlot, fingerprint

@@ -4,7 +4,6 @@ import asyncio
 import email
 import json
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,11 @@ from contentfilter.doors.message import message_of
 from contentfilter.errors import BackendError, Cause
 from contentfilter.model import Envelope, Message, Origin, OriginKind, Scanner, ScanOutcome, ScanStatus, Want
 from contentfilter.pipeline import Pipeline, Scanners
+from contentfilter.policy.admission import Priority
 from contentfilter.policy.plan import Row, Switches
 from contentfilter.scanners.clamd import ClamdScanner
-from contentfilter.scanners.limiter import ScannerLimiter
+from contentfilter.scanners.limiter import NEUTRAL, Attempts
 from contentfilter.scanners.spamd import SpamdScanner
-from contentfilter.scanners.stream import Leave
 from contentfilter.settings import ServiceSettings, Settings
 from contentfilter.settings import SpamdSettings as Section
 from contentfilter.store.quarantine import Quarantine
@@ -231,7 +230,8 @@ def test_all_owners_are_asked_at_the_same_time_and_a_fault_is_its_owners_alone(t
             self,
             message: Message,
             deadline: Deadline,
-            leave: Leave | None = None,
+            priority: Priority = NEUTRAL,
+            attempts: Attempts | None = None,
             *,
             user: bytes = b"",
             want: Want = Want.CHECK,
@@ -243,8 +243,7 @@ def test_all_owners_are_asked_at_the_same_time_and_a_fault_is_its_owners_alone(t
             return ScanOutcome(Scanner.SPAMD, ScanStatus.CLEAN, score=1.0, threshold=5.0)
 
     config = Settings(spamd=Section(user="recipient"), service=ServiceSettings(state=str(tmp_path)))
-    turns = [ScannerLimiter(scanner, 3, 60.0, Counter()) for scanner in (Scanner.CLAMD, Scanner.SPAMD)]
-    scanners = Scanners(None, ClamdScanner(config.clamd), Asked(config.spamd, 3), *turns)
+    scanners = Scanners(None, ClamdScanner(config.clamd), Asked(config.spamd, 3))
     row = Row(b"@x", False)
     pipeline = Pipeline(config, Switches(), lambda _: (None, row), scanners, Quarantine.of(config))
     envelope, origin = Envelope(b"", (b"a@x", b"b@x", b"c@x")), Origin(OriginKind.STRANGER, 1)

@@ -20,5 +20,5 @@ async def nothing_leaks() -> AsyncIterator[None]:
     """Fails when the block leaves a descriptor open or a task running."""
     before, tasks = descriptors(), asyncio.all_tasks() - {asyncio.current_task()}
     yield
-    assert descriptors() == before
+    assert descriptors() == before, set(descriptors()) ^ set(before)
     assert asyncio.all_tasks() - {asyncio.current_task()} == tasks

@@ -17,7 +17,7 @@ from contentfilter.doors.admission import AcceptedMessage, PendingMessage
 from contentfilter.doors.listening_socket import SocketError
 from contentfilter.errors import ConfigError, Problem
 from contentfilter.model import Action
-from contentfilter.scanners.pool import BackendHealth
+from contentfilter.scanners.health import BackendHealth
 from contentfilter.settings import Settings
 from contentfilter.supervisor.source import Loaded
 from contentfilter.supervisor.supervisor import Supervisor

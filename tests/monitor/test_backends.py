@@ -11,7 +11,7 @@ from contentfilter.errors import Cause
 from contentfilter.model import Scanner
 from contentfilter.monitor.backends import STALE, backend_statuses
 from contentfilter.monitor.probe import Probed
-from contentfilter.scanners.pool import BackendHealth
+from contentfilter.scanners.health import BackendHealth
 from contentfilter.settings import ClamdSettings, FailureSettings, Settings, SpamdSettings
 
 CLAMD = "unix:/c"

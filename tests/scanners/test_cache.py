@@ -6,6 +6,7 @@ import mmap
 import os
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from contentfilter.model import Message, Scanner, ScanOutcome, ScanStatus
 from contentfilter.scanners.cache import ScanCache, ScanRequest
 from contentfilter.scanners.cache_entries import CacheEntry, CacheKey
 from contentfilter.scanners.clamd import ClamdScanner
+from contentfilter.scanners.limiter import NEUTRAL
 from contentfilter.settings import ClamdSettings, ReuseSettings
 
 MAIL = b"Subject: hello\n\nletter\n"
@@ -39,7 +41,7 @@ class Scans:
         self.asked = 0
         self._answers: list[asyncio.Future[ScanOutcome]] = []
 
-    async def __call__(self, leave: object) -> ScanOutcome:
+    async def __call__(self, attempts: object) -> ScanOutcome:
         self.asked += 1
         self._answers.append(asyncio.get_running_loop().create_future())
         return await self._answers[-1]
@@ -58,7 +60,7 @@ async def settle() -> None:
 
 
 def start(recall: ScanCache, q: ScanRequest, scans: Scans, seconds: float = 5.0) -> "asyncio.Task[ScanOutcome]":
-    return asyncio.create_task(recall.ask(q, scans, Deadline.after(seconds)))
+    return asyncio.create_task(recall.get(q, scans, Deadline.after(seconds)))
 
 
 class Clock:
@@ -142,11 +144,11 @@ async def test_however_many_equal_scans_hang_time_is_left_for_one_of_our_own() -
     recall, scans = ScanCache(), Scans()
     hung = []
     for count in (1, 2, 3):
-        hung.append(start(recall, replace(question(MAIL), one_try=0.01), scans))
+        hung.append(start(recall, replace(question(MAIL), timeout=0.01), scans))
         while scans.asked < count:
             await asyncio.sleep(0.01)
     deadline = Deadline.after(2.0)
-    other = asyncio.create_task(recall.ask(question(MAIL), scans, deadline))
+    other = asyncio.create_task(recall.get(question(MAIL), scans, deadline))
     while scans.asked < 4:
         await asyncio.sleep(0.01)
     assert deadline.left() > 0.5
@@ -158,11 +160,11 @@ async def test_however_many_equal_scans_hang_time_is_left_for_one_of_our_own() -
 
 
 @pytest.mark.asyncio
-async def test_a_joined_scan_that_hangs_is_waited_for_as_long_as_one_try_and_not_longer() -> None:
+async def test_a_joined_scan_that_hangs_is_waited_for_as_long_as_timeout_and_not_longer() -> None:
     recall, scans = ScanCache(), Scans()
     leader = start(recall, question(MAIL), scans)
     await settle()
-    other = asyncio.create_task(recall.ask(replace(question(MAIL), one_try=0.05), scans, Deadline.after(5.0)))
+    other = asyncio.create_task(recall.get(replace(question(MAIL), timeout=0.05), scans, Deadline.after(5.0)))
     while scans.asked < 2:
         await asyncio.sleep(0.01)
     scans.say(FOUND)
@@ -203,12 +205,12 @@ def test_nobody_ever_gets_an_answer_about_other_content(mails: list[tuple[bytes,
         recall = ScanCache(clock=clock)
 
         async def ask(data: bytes, slow: bool) -> None:
-            async def scan(leave: object) -> ScanOutcome:
+            async def scan(attempts: object) -> ScanOutcome:
                 await asyncio.sleep(0)
                 clock.now += 10 * slow
                 return replace(FOUND, name=data.hex())
 
-            said = await recall.ask(question(tried(data, 1)), scan, Deadline.after(5.0))
+            said = await recall.get(question(tried(data, 1)), scan, Deadline.after(5.0))
             assert said.name == data.hex()
 
         await asyncio.gather(*(ask(*mail) for mail in mails))
@@ -224,7 +226,7 @@ async def test_clean_counts_while_the_database_is_the_same() -> None:
     clock = Clock()
     recall, scans = ScanCache(clock=clock), Scans()
     await kept_in(recall, clock, MAIL, CLEAN)
-    said = await recall.ask(question(MAIL, database=has("1")), scans, Deadline.after(5.0))
+    said = await recall.get(question(MAIL, database=has("1")), scans, Deadline.after(5.0))
     assert (said.reused, scans.asked) == ("kept", 0)
     for other in ("2", ""):
         task = start(recall, question(MAIL, database=has(other)), scans)
@@ -267,7 +269,7 @@ async def test_found_is_for_the_same_client() -> None:
     clock = Clock()
     recall, scans = ScanCache(clock=clock), Scans()
     await kept_in(recall, clock, tried(MAIL, 1), FOUND)
-    same = await recall.ask(question(tried(MAIL, 2), database=has("")), scans, Deadline.after(5.0))
+    same = await recall.get(question(tried(MAIL, 2), database=has("")), scans, Deadline.after(5.0))
     assert (same.status, same.name, same.reused) == (ScanStatus.FOUND, "Worm", "kept")
     task = start(recall, question(tried(MAIL, 2, "other.example"), database=has("1")), scans)
     await settle()
@@ -282,7 +284,7 @@ async def test_where_the_client_matters_nothing_of_another_ones_is_used() -> Non
     recall, scans = ScanCache(clock=clock), Scans()
     spam = {"kind": b"spamd", "by_client": True}
     await kept_in(recall, clock, tried(MAIL, 1), CLEAN, **spam)
-    same = await recall.ask(question(tried(MAIL, 2), **spam), scans, Deadline.after(5.0))
+    same = await recall.get(question(tried(MAIL, 2), **spam), scans, Deadline.after(5.0))
     assert same.reused == "kept"
     tasks = [start(recall, question(tried(MAIL, 2, ip=ip), **spam), scans) for ip in ("198.51.100.1", "198.51.100.2")]
     await settle()
@@ -315,14 +317,14 @@ async def test_mail_that_is_scanned_quickly_is_never_hashed(monkeypatch: pytest.
     monkeypatch.setattr("contentfilter.scanners.content.digest", never)
     recall = ScanCache()
 
-    async def scan(leave: object) -> ScanOutcome:
+    async def scan(attempts: object) -> ScanOutcome:
         await asyncio.sleep(0)
         return CLEAN
 
     for _ in range(3):
-        assert await recall.ask(question(MAIL), scan, Deadline.after(5.0)) == CLEAN
+        assert await recall.get(question(MAIL), scan, Deadline.after(5.0)) == CLEAN
     mails = (question(MAIL + b"x" * n) for n in range(5))
-    await asyncio.gather(*(recall.ask(q, scan, Deadline.after(5.0)) for q in mails))
+    await asyncio.gather(*(recall.get(q, scan, Deadline.after(5.0)) for q in mails))
 
 
 @pytest.mark.asyncio
@@ -332,7 +334,7 @@ async def test_what_one_worker_keeps_another_learns() -> None:
     await kept_in(recall, clock, MAIL, CLEAN)
     other, scans = ScanCache(clock=clock), Scans()
     other.learn(*told[0])
-    said = await other.ask(question(MAIL, database=has("1")), scans, Deadline.after(5.0))
+    said = await other.get(question(MAIL, database=has("1")), scans, Deadline.after(5.0))
     assert (said.reused, scans.asked) == ("kept", 0)
 
 
@@ -347,7 +349,7 @@ async def give_up(recall: ScanCache, scanner: ClamdScanner, message: Message, se
     q = ScanRequest(b"clamd", message, 5.0, database=scanner.database)
     deadline = Deadline.after(seconds)
     with pytest.raises(BackendError):
-        await recall.ask(q, lambda leave: scanner.scan(message, deadline, leave), deadline)
+        await recall.get(q, partial(scanner.scan, message, deadline, NEUTRAL), deadline)
     message.close()
 
 
@@ -363,18 +365,18 @@ async def test_a_scan_that_goes_on_holds_nothing_of_its_message(tmp_path, nothin
     data = tried(MAIL + b"x" * size, 1)
     message = message_of(data)
     ended = asyncio.Event()
-    recall = ScanCache(ended=lambda said, seconds: ended.set())
+    recall = ScanCache(report=lambda said, seconds: ended.set())
     with Slow(tmp_path) as slow:
         scanner = clamd_of(slow.backend)
         await give_up(recall, scanner, message)
-        assert recall._late
+        assert recall._abandoned
         while message_mapped():
             await asyncio.sleep(0.01)
             gc.collect()
         slow.says(OK)
         await ended.wait()
         again = Message(-1, len(data), data)
-        said = await recall.ask(
+        said = await recall.get(
             ScanRequest(b"clamd", again, 5.0, database=scanner.database), Scans(), Deadline.after(5.0)
         )
         assert said.reused == "kept"
@@ -388,13 +390,75 @@ def message_mapped() -> bool:
 
 
 @pytest.mark.asyncio
+async def test_a_scan_that_goes_on_keeps_its_slot_until_clamd_has_ended_it(tmp_path, nothing_left) -> None:
+    recall = ScanCache()
+    with Slow(tmp_path) as slow:
+        scanner = ClamdScanner(ClamdSettings(backends=(slow.backend,), proof=0.0, concurrency=2))
+        for number in range(5):
+            await give_up(recall, scanner, message_of(MAIL + b"%d" % number))
+        assert len(slow.asked) == 2, "clamd got more scans at once than it may"
+        assert [b.outstanding for b in scanner.limiter.backends] == [2]
+        slow.says(OK)
+        while recall._abandoned:
+            await asyncio.sleep(0.01)
+        assert [b.outstanding for b in scanner.limiter.backends] == [0]
+        last = message_of(MAIL + b"last")
+        assert (await scanner.scan(last, Deadline.after(5.0))).status is ScanStatus.CLEAN
+        last.close()
+    await recall.aclose()
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+@pytest.mark.asyncio
+async def test_a_scan_goes_on_for_those_who_joined_when_its_first_message_leaves(
+    tmp_path, nothing_left, goes_on: bool
+) -> None:
+    recall = ScanCache()
+    with Slow(tmp_path) as slow:
+        scanner, deadline = clamd_of(slow.backend), Deadline.after(10.0)
+        messages = [message_of(MAIL), message_of(MAIL)]
+        requests = [ScanRequest(b"clamd", message, 9.0, goes_on=goes_on) for message in messages]
+        tasks = []
+        for q in requests:
+            scan = partial(scanner.scan, q.message, deadline, NEUTRAL)
+            tasks.append(asyncio.create_task(recall.get(q, scan, deadline)))
+            while not slow.asked:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        tasks[0].cancel()
+        await asyncio.gather(tasks[0], return_exceptions=True)
+        messages[0].close()
+        slow.says(OK)
+        assert (await tasks[1]).reused == "shared"
+        assert len(slow.asked) == 1
+        messages[1].close()
+        while recall._background:
+            await asyncio.sleep(0.01)
+    await recall.aclose()
+
+
+@pytest.mark.asyncio
+async def test_where_no_retry_comes_a_scan_ends_with_its_last_message(tmp_path, nothing_left) -> None:
+    recall = ScanCache()
+    with Slow(tmp_path) as slow:
+        scanner, message, deadline = clamd_of(slow.backend), message_of(MAIL), Deadline.after(0.2)
+        q = ScanRequest(b"clamd", message, 5.0, goes_on=False)
+        with pytest.raises(BackendError):
+            await recall.get(q, partial(scanner.scan, message, deadline, NEUTRAL), deadline)
+        message.close()
+        await settle()
+        assert not recall._abandoned
+        assert [b.outstanding for b in scanner.limiter.backends] == [0]
+
+
+@pytest.mark.asyncio
 async def test_the_end_of_the_worker_ends_what_goes_on(tmp_path, nothing_left) -> None:
     recall = ScanCache()
     with Slow(tmp_path) as slow:
         await give_up(recall, clamd_of(slow.backend), message_of(MAIL))
-        assert recall._late
+        assert recall._abandoned
         await recall.aclose()
-        assert not recall._late
+        assert not recall._abandoned
 
 
 @pytest.mark.parametrize(
@@ -403,7 +467,7 @@ async def test_the_end_of_the_worker_ends_what_goes_on(tmp_path, nothing_left) -
 @pytest.mark.asyncio
 async def test_what_is_no_verdict_is_none_when_it_comes_late(tmp_path, nothing_left, answer: bytes) -> None:
     ends: list[object] = []
-    recall = ScanCache(ended=lambda said, seconds: ends.append(said))
+    recall = ScanCache(report=lambda said, seconds: ends.append(said))
     hold = asyncio.Event()
 
     def talk(peer: Peer, sock) -> None:  # type: ignore[no-untyped-def]
@@ -439,7 +503,7 @@ async def test_a_message_that_clamd_has_not_got_as_a_whole_is_not_waited_for(tmp
         scanner = clamd_of(peer.backend)
         scanner._databases = {address: ("", float("inf")) for address in scanner._databases}
         await give_up(recall, scanner, Message(-1, len(data), data))
-        assert not recall._late
+        assert not recall._abandoned
     await recall.aclose()
 
 
@@ -451,13 +515,13 @@ async def test_settings_switch_it_off(tmp_path, nothing_left) -> None:
         scanner = clamd_of(peer.backend)
         scanner._databases = {address: ("", float("inf")) for address in scanner._databases}
         await give_up(recall, scanner, Message(-1, len(MAIL), MAIL))
-        assert not recall._late
+        assert not recall._abandoned
     recall.change(ReuseSettings(keep=0))
     with Peer(tmp_path, says(b"stream: OK\0"), read_clamd) as peer:
         scanner = clamd_of(peer.backend)
         message = Message(-1, len(MAIL), MAIL)
         for _ in range(2):
             deadline = Deadline.after(5.0)
-            said = await recall.ask(question(MAIL), lambda leave, d=deadline: scanner.scan(message, d, leave), deadline)
+            said = await recall.get(question(MAIL), partial(scanner.scan, message, deadline, NEUTRAL), deadline)
             assert said.reused == ""
         assert len(peer.seen) == 2, "not even the database is asked for"

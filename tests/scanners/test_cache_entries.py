@@ -24,14 +24,15 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.memory, self.now, self.told = Memory(KEEP, ENTRIES), 1000.0, dict[CacheKey, CacheEntry]()
+        self.now, self.told = 1000.0, dict[CacheKey, CacheEntry]()
+        self.memory = Memory(KEEP, ENTRIES, lambda: self.now)
         self.number = 0
 
     @rule(key=KEYS, age=st.floats(-5, 150), status=st.sampled_from(ScanStatus), size=st.sampled_from([0, 70_000]))
     def put(self, key: CacheKey, age: float, status: ScanStatus, size: int) -> None:
         self.number += 1
         answer = kept(self.now - age, status, b"x" * size, str(self.number))
-        self.memory.put(key, answer, self.now)
+        self.memory.put(key, answer)
         sure = status in (ScanStatus.CLEAN, ScanStatus.FOUND)
         newer = key not in self.told or self.told[key].at <= answer.at
         if sure and not size and 0 <= self.now - answer.at < KEEP and newer:
@@ -43,7 +44,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(key=KEYS)
     def get(self, key: CacheKey) -> None:
-        found = self.memory.get(key, self.now)
+        found = self.memory.get(key)
         assert found is None or (found == self.told[key] and self.now - found.at < KEEP)
         if found is not None:
             assert self.memory.may_know(key.kind, key.size)
@@ -51,8 +52,8 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def bounded(self) -> None:
         assert len(self.memory) <= ENTRIES
-        assert len(self.memory._sizes) <= len(self.memory)
-        assert self.memory._weight == sum(k.weight() for k in self.memory._kept.values())
+        assert len(self.memory._sizes) <= ENTRIES
+        assert self.memory._known.currsize <= cache_entries.BYTES
 
 
 Machine.TestCase.settings = settings(max_examples=60, deadline=None)
@@ -63,35 +64,47 @@ def keys() -> Iterator[CacheKey]:
     return (CacheKey(b"clamd", number, b"x") for number in range(10_000))
 
 
+class Clock:
+    def __init__(self, now: float = 0.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
 def test_the_one_that_was_used_least_recently_goes_first() -> None:
-    store, some = Memory(KEEP, 2), keys()
+    clock = Clock()
+    store, some = Memory(KEEP, 2, clock), keys()
     a, b, c = next(some), next(some), next(some)
-    store.put(a, kept(0.0), 0.0)
-    store.put(b, kept(0.0), 0.0)
-    assert store.get(a, 1.0)
-    store.put(c, kept(1.0), 1.0)
-    assert store.get(b, 1.0) is None
-    assert store.get(a, 1.0)
-    assert not store.may_know(b.kind, b.size), "who is forgotten costs nobody a digest"
+    store.put(a, kept(0.0))
+    store.put(b, kept(0.0))
+    clock.now = 1.0
+    assert store.get(a)
+    store.put(c, kept(1.0))
+    assert store.get(b) is None
+    assert store.get(a)
+    assert not store.may_know(b.kind, b.size), "an entry that is dropped costs no digest"
 
 
 def test_bytes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_entries, "BYTES", 100_000)
-    store = Memory(KEEP, 10_000)
+    store = Memory(KEEP, 10_000, Clock())
     for key, _ in zip(keys(), range(50), strict=False):
-        store.put(key, kept(0.0, rewritten=b"x" * 60_000), 0.0)
+        store.put(key, kept(0.0, rewritten=b"x" * 60_000))
     assert len(store) == 1
 
 
-def test_less_room_makes_it_forget_at_once() -> None:
-    store = Memory(KEEP, 100)
+def test_lower_limits_drop_entries_immediately() -> None:
+    store = Memory(KEEP, 100, Clock())
     for key, _ in zip(keys(), range(50), strict=False):
-        store.put(key, kept(0.0), 0.0)
+        store.put(key, kept(0.0))
     store.change(KEEP, 3)
     assert len(store) == 3
 
 
 def test_an_answer_from_another_workers_future_is_not_kept() -> None:
-    store, key = Memory(KEEP, 2), next(keys())
-    store.put(key, kept(50.0), 10.0)
-    assert store.get(key, 60.0) is None
+    clock = Clock(10.0)
+    store, key = Memory(KEEP, 2, clock), next(keys())
+    store.put(key, kept(50.0))
+    clock.now = 60.0
+    assert store.get(key) is None

@@ -108,11 +108,11 @@ async def test_many_scans_at_once_are_each_answered_for_themselves(clamd: Clamd,
     assert [o.status is ScanStatus.FOUND for o in outcomes] == [number % 3 == 0 for number in range(300)]
 
 
-async def test_version_and_probe_agree(clamd: Clamd) -> None:
+async def test_the_clamd_package_reads_the_same_version(clamd: Clamd) -> None:
     both = scanner(clamd.backend, clamd.tcp_backend)
-    versions = [await both.probe(backend.address, Deadline.after(5)) for backend in both.pool.backends]
-    versions.append(await both.version(Deadline.after(5)))
-    assert len(set(versions)) == 1
+    versions = [await both.version(backend.address, Deadline.after(5)) for backend in both.limiter.backends]
+    second = clamd_package.ClamdUnixSocket(clamd.socket).version()
+    assert set(versions) == {wire.parse_version(second.encode())}
     assert versions[0].product.startswith("ClamAV ")
 
 
@@ -313,42 +313,36 @@ async def test_a_client_that_goes_away_leaves_nothing_behind(tmp_path: Path, mes
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-        assert one.pool.backends[0].outstanding == 0
+        assert one.limiter.backends[0].outstanding == 0
 
 
-async def test_a_hanging_probe_holds_one_thread_and_no_more(tmp_path: Path) -> None:
-    peer = Peer(tmp_path, peers.says(b"ClamAV 9.9/123/Tue Dec 24 09:31:02 2024\n"), read_clamd, backlog=1)
+async def test_a_clamd_whose_listen_queue_is_full_says_its_version_in_time_or_is_busy(tmp_path: Path) -> None:
+    peer = Peer(tmp_path, peers.says(b"ClamAV 9.9/123/Tue Dec 24 09:31:02 2024\0"), read_clamd, backlog=1)
     taken = peers.fill_listen_queue(peer.path)
     one = scanner(peer.backend)
-    address = one.pool.backends[0].address
-    for text in ("no answer to the probe in time", "the previous probe still hangs"):
-        with pytest.raises(BackendError, match=text) as caught:
-            await one.probe(address, Deadline.after(0.1))
-        assert caught.value.cause is Cause.TIMEOUT
+    address = one.limiter.backends[0].address
+    for _ in range(2):
+        with pytest.raises(BackendError, match="no place in its listen queue in time") as caught:
+            await one.version(address, Deadline.after(0.1))
+        assert caught.value.cause is Cause.BUSY
     for sock in taken:
         sock.close()
     with peer:
-        version = None
-        while version is None:  # until the first thread has come back
-            (said,) = await asyncio.gather(one.probe(address, Deadline.after(5)), return_exceptions=True)
-            if isinstance(said, BackendError):
-                assert said.detail == "the previous probe still hangs"
-            else:
-                version = said
+        version = await one.version(address, Deadline.after(5))
     assert (version.product, version.database) == ("ClamAV 9.9", 123)
 
 
 @pytest.mark.parametrize(
-    ("answer", "cause"), [(b"", Cause.BAD_REPLY), (b"what?/\n", Cause.BAD_REPLY), (b"sorry ERROR\n", Cause.DOWN)]
+    ("answer", "cause"), [(b"", Cause.DOWN), (b"what?/\n", Cause.BAD_REPLY), (b"sorry ERROR\n", Cause.DOWN)]
 )
 async def test_a_probe_of_a_sick_clamd_says_so(tmp_path: Path, answer: bytes, cause: Cause) -> None:
     with Peer(tmp_path, peers.says(answer), read_clamd) as peer:
         one = scanner(peer.backend)
         with pytest.raises(BackendError) as caught:
-            await one.probe(one.pool.backends[0].address, Deadline.after(5))
+            await one.version(one.limiter.backends[0].address, Deadline.after(5))
         assert caught.value.cause is cause
     with pytest.raises(BackendError) as caught:
-        await one.probe(one.pool.backends[0].address, Deadline.after(5))
+        await one.version(one.limiter.backends[0].address, Deadline.after(5))
     assert caught.value.cause is Cause.DOWN
 
 

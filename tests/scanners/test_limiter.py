@@ -3,14 +3,17 @@
 import asyncio
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from contentfilter.deadline import Deadline
+from contentfilter.endpoint import Address
 from contentfilter.errors import BackendError, Cause
 from contentfilter.model import Scanner
 from contentfilter.policy.admission import LARGE, Priority
 from contentfilter.scanners.limiter import ScannerLimiter
+from contentfilter.scanners.stream import Progress
 
 pytestmark = pytest.mark.asyncio
 
@@ -31,14 +34,16 @@ class Bench:
 
     def __init__(self, places: int = 1, max_wait: float = 60.0, scanner: Scanner = Scanner.SPAMD) -> None:
         self.clock, self.shed = Clock(), Counter[str]()
-        self.turns = ScannerLimiter(scanner, places, max_wait, self.shed, self.clock)
+        self.turns = ScannerLimiter(
+            scanner, (Address(path="/a"),), places, max_wait=max_wait, shed=self.shed, clock=self.clock
+        )
         self.running: list[str] = []
         self._ends: dict[str, asyncio.Event] = {}
 
-    def start(self, name: str, claim: Priority = SMALL, seconds: float = 600.0) -> "asyncio.Task[str]":
+    def start(self, name: str, claim: Priority = SMALL, seconds: float = 600.0) -> "asyncio.Task[Any]":
         end = self._ends[name] = asyncio.Event()
 
-        async def scan() -> str:
+        async def scan(address: Address, progress: Progress) -> Any:
             self.running.append(name)
             try:
                 await end.wait()
@@ -46,7 +51,7 @@ class Bench:
                 self.running.remove(name)
             return name
 
-        return asyncio.ensure_future(self.turns.run(claim, scan, Deadline.after(seconds)))
+        return asyncio.ensure_future(self.turns.run(claim, scan, 1e6, Deadline.after(seconds)))
 
     async def end(self, name: str, after: float = 0.0) -> None:
         self.clock.now += after

@@ -62,7 +62,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def states(one: ClamdScanner) -> list[str]:
-    return [each.state for each in one.pool.describe()]
+    return [each.state for each in one.limiter.describe()]
 
 
 async def scan_all(one: ClamdScanner, message: Message, count: int, seconds: float = WAIT) -> list[ScanOutcome]:
@@ -101,7 +101,7 @@ async def test_a_hanging_backend_takes_its_own_share_and_no_more(three: list[Cla
     tasks = [asyncio.create_task(one.scan(letter, Deadline.after(WAIT))) for _ in range(120)]
     await until(lambda: sum(task.done() for task in tasks) == 116)  # all but concurrency, while it hangs
     assert {task.result().backend for task in tasks if task.done()} == {each.backend for each in three[1:]}
-    assert [b.outstanding for b in one.pool.backends] == [4, 0, 0]
+    assert [b.outstanding for b in one.limiter.backends] == [4, 0, 0]
     three[0].signal(signal.SIGCONT)
     outcomes = await asyncio.gather(*tasks)
     assert Counter(o.backend for o in outcomes)[three[0].backend] == 4
@@ -112,7 +112,7 @@ async def test_one_at_a_time_a_hanging_backend_is_met_once(three: list[Clamd], m
     one, letter = scanner(*(each.backend for each in three)), message(LETTER)
     three[0].signal(signal.SIGSTOP)
     stuck = asyncio.create_task(one.scan(letter, Deadline.after(WAIT)))
-    await until(lambda: one.pool.backends[0].outstanding == 1)
+    await until(lambda: one.limiter.backends[0].outstanding == 1)
     others = [await one.scan(letter, Deadline.after(WAIT)) for _ in range(30)]
     assert {o.backend for o in others} == {each.backend for each in three[1:]}
     assert not stuck.done()
@@ -127,7 +127,7 @@ async def test_a_silent_clamd_is_set_aside_and_its_questions_are_asked_elsewhere
         outcomes = await scan_all(one, letter, 60)  # ends while it is stopped: what it held was moved
         assert {o.backend for o in outcomes} == {each.backend for each in three[1:]}
         assert states(one) == ["silent", "well", "well"]
-        assert one.pool.describe()[0].cause == "reloading"
+        assert one.limiter.describe()[0].cause == "reloading"
         assert (await scan_all(one, letter, 8))[0].status is ScanStatus.CLEAN
         three[0].signal(signal.SIGCONT)
         await until(lambda: states(one) == ["well"] * 3)  # the PING that it held back says so
@@ -177,12 +177,12 @@ async def test_a_restarted_clamd_is_found_by_ping_and_no_mail_pays(three: list[C
         await scan_all(one, letter, 8)
         three[0].kill()
         await until(lambda: states(one) == ["resting", "well"])  # no mail came: PINGs have found it
-        in_vain = one.pool.backends[0].turn
+        in_vain = one.limiter.backends[0].turn
         for _ in range(10):
             await scan_all(one, letter, 8)
-        assert one.pool.backends[0].turn == in_vain  # never chosen
+        assert one.limiter.backends[0].turn == in_vain  # never chosen
         three[0].start()
-        await until(lambda: one.pool.backends[0].health.proven)
+        await until(lambda: one.limiter.backends[0].health.proven)
         outcomes = await scan_all(one, letter, 8)
         assert three[0].backend in {o.backend for o in outcomes}
         assert states(one) == ["well", "well"]

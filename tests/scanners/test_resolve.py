@@ -4,6 +4,7 @@ import asyncio
 import socket
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from lab import peers
@@ -13,7 +14,7 @@ from contentfilter.deadline import Deadline
 from contentfilter.endpoint import Address
 from contentfilter.errors import BackendError, Cause
 from contentfilter.scanners.resolve import AGAIN, FRESH, Addresses, Resolver
-from contentfilter.scanners.stream import StreamContext, StreamLimits, UnreachableError, request
+from contentfilter.scanners.stream import StreamContext, UnreachableError, query
 from contentfilter.wire import clamd
 
 pytestmark = pytest.mark.asyncio
@@ -33,7 +34,10 @@ class Names:
         self.alive = threading.Event()
         self.alive.set()
 
-    def __call__(self, host: str, port: int) -> Addresses:
+    async def __call__(self, host: str, port: int) -> Addresses:
+        return await asyncio.to_thread(self._answer)
+
+    def _answer(self) -> Addresses:
         self.calls += 1
         self._inside += 1
         self.most = max(self.most, self._inside)
@@ -52,10 +56,8 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 async def ask(address: Address, around: StreamContext, connect: float = 5.0, seconds: float = 5.0) -> clamd.ScanAnswer:
-    batches = iter([(clamd.command("PING"),)])
-    limits, deadline = StreamLimits(connect, 5.0), Deadline.after(seconds)
-    answer, _ = await request(address, batches, clamd.scan_reader(), limits, deadline, around=around)
-    return answer
+    context = replace(around, connect=connect)
+    return await query(address, clamd.command("PING"), clamd.scan_reader(), context, Deadline.after(seconds))
 
 
 @pytest.mark.parametrize("host", ["192.0.2.9", "2001:db8::1"])
@@ -68,7 +70,7 @@ async def test_an_address_costs_no_look_up(host: str) -> None:
 async def test_a_dead_name_server_is_told_in_time_and_holds_one_thread_only() -> None:
     names = Names(ONE)
     names.alive.clear()
-    around = StreamContext(Resolver(names))
+    around = StreamContext(5.0, Resolver(names))
     try:
         for _ in range(5):
             with pytest.raises(UnreachableError, match=r"no address for scan\.example in time") as caught:
@@ -91,7 +93,7 @@ async def test_what_is_old_is_used_while_it_is_looked_up_again() -> None:
     names.alive.clear()
     assert await resolver.find("scan.example", 783) == ONE  # at once: nobody waits for the new one
     names.alive.set()
-    await until(lambda: not resolver._asking)
+    await until(lambda: not resolver._pending)
     assert await resolver.find("scan.example", 783) == TWO
 
 
@@ -103,14 +105,14 @@ async def test_what_was_known_survives_a_name_server_that_fails() -> None:
     for _ in range(5):
         now[0] += FRESH
         assert await resolver.find("scan.example", 783) == ONE
-        await until(lambda: not resolver._asking)
+        await until(lambda: not resolver._pending)
         now[0] += AGAIN - 1 - FRESH
         assert await resolver.find("scan.example", 783) == ONE
     assert names.calls < 7
 
 
 async def test_a_name_that_nobody_knows_is_down_with_the_reason() -> None:
-    around = StreamContext(Resolver(Names(socket.gaierror(socket.EAI_NONAME, "Name or service not known"))))
+    around = StreamContext(5.0, Resolver(Names(socket.gaierror(socket.EAI_NONAME, "Name or service not known"))))
     with pytest.raises(UnreachableError, match="Name or service not known") as caught:
         await ask(Address(host="scan.example", port=1), around)
     assert caught.value.cause is Cause.DOWN
@@ -128,10 +130,10 @@ async def test_of_several_addresses_the_next_is_tried_in_time() -> None:
     with Peer(None, peers.says(b"stream: OK\0"), read_clamd) as peer:
         well = Address.parse(peer.backend)
         found: Addresses = [(socket.AF_INET, where) for where in (closed, full.getsockname(), (well.host, well.port))]
-        around = StreamContext(Resolver(Names(found)))
+        around = StreamContext(5.0, Resolver(Names(found)))
         assert await ask(Address(host="scan.example", port=1), around, connect=1.0) == clamd.Clean()
         assert peer.connections == 1
-        around = StreamContext(Resolver(Names(found[:2])))
+        around = StreamContext(5.0, Resolver(Names(found[:2])))
         with pytest.raises(BackendError) as caught:
             await ask(Address(host="scan.example", port=1), around, connect=0.1)
         assert caught.value.cause is Cause.TIMEOUT

@@ -157,10 +157,10 @@ async def test_no_more_at_once_than_there_are_children(tmp_path: Path, message) 
         await until(lambda: peer.connections == 2)
         for _ in range(20):
             await asyncio.sleep(0)
-        assert (peer.connections, one.pool.backends[0].outstanding) == (2, 2)
+        assert (peer.connections, one.limiter.backends[0].outstanding) == (2, 2)
         go.set()
         assert all(outcome.status is ScanStatus.CLEAN for outcome in await asyncio.gather(*tasks))
-        assert (peer.connections, one.pool.backends[0].outstanding) == (20, 0)
+        assert (peer.connections, one.limiter.backends[0].outstanding) == (20, 0)
 
 
 # ---------------------------------------------------------------- its bad days

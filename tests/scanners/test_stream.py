@@ -6,12 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 
+from contentfilter.endpoint import Address
 from contentfilter.scanners import stream
-from contentfilter.scanners.stream import Batch
+from contentfilter.scanners.stream import Batch, Progress
 from contentfilter.wire import clamd
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("nothing_left")]
 
+ADDRESS = Address(path="/nowhere")
 Pair = tuple[socket.socket, socket.socket]
 
 
@@ -23,11 +25,16 @@ def pair() -> Iterator[Pair]:
         yield ours, theirs
 
 
+async def exchange(sock: socket.socket, batches: Iterator[Batch]) -> tuple[clamd.ScanAnswer, bool]:
+    connection, progress = stream.PlainConnection(sock), Progress(ADDRESS)
+    return await stream._exchange(connection, batches, clamd.scan_reader(), True, progress)
+
+
 async def test_an_answer_is_read_even_when_nothing_can_be_written_any_more(pair: Pair) -> None:
     ours, theirs = pair
     theirs.sendall(b"INSTREAM size limit exceeded. ERROR\0")
     theirs.close()
-    answer, complete = await stream._exchange(ours, iter([(b"question",)]), clamd.scan_reader(), -1, True)
+    answer, complete = await exchange(ours, iter([(b"question",)]))
     assert isinstance(answer, clamd.Failed)
     assert not complete
 
@@ -36,7 +43,7 @@ async def test_a_peer_that_closed_without_a_byte_is_the_end_of_input(pair: Pair)
     ours, theirs = pair
     theirs.close()
     with pytest.raises(EOFError):
-        await stream._exchange(ours, iter([(b"question",)]), clamd.scan_reader(), -1, True)
+        await exchange(ours, iter([(b"question",)]))
 
 
 @pytest.mark.parametrize("size", [1, 100_000, 5_000_000])
@@ -56,7 +63,7 @@ async def test_every_byte_arrives_in_order_through_a_slow_reader(pair: Pair, siz
         await loop.sock_sendall(theirs, b"stream: OK\0")
 
     task = asyncio.create_task(peer())
-    answer = await stream._exchange(ours, batches(), clamd.scan_reader(), -1, True)
+    answer = await exchange(ours, batches())
     await task
     assert answer == (clamd.Clean(), True)
     assert heard == b"".join(b"".join(batch) for batch in batches())
@@ -65,13 +72,20 @@ async def test_every_byte_arrives_in_order_through_a_slow_reader(pair: Pair, siz
 
 
 async def test_writing_leaves_the_event_loop_its_turn() -> None:
-    """A peer that takes everything at once must not hold the worker: a write pass is bounded."""
-    endless = iter(lambda: (bytes(65_536),), None)
+    """A peer that takes everything must not hold the worker: each batch is one turn."""
 
     class Bottomless:
-        """Stands for the socket: takes whatever it is given."""
+        """In place of the connection: takes whatever it is given."""
 
-        def sendmsg(self, buffers: list[bytes]) -> int:
-            return sum(map(len, buffers))
+        taken = 0
 
-    assert stream._flush(Bottomless(), endless, []) is False  # type: ignore[arg-type]
+        async def send(self, batch: Batch) -> None:
+            self.taken += 1
+
+    connection, endless = Bottomless(), iter(lambda: (bytes(65_536),), None)
+    sending = asyncio.create_task(stream._send(connection, endless, False, Progress(ADDRESS)))  # type: ignore[arg-type]
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert 5 < connection.taken < 15
+    sending.cancel()
+    await asyncio.gather(sending, return_exceptions=True)

@@ -4,13 +4,14 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
+from lab.pool import Pool
 
 from contentfilter.deadline import Deadline
 from contentfilter.endpoint import Address
 from contentfilter.errors import BackendError, Cause
 from contentfilter.scanners.health import REST_AFTER, USUAL, Backend, Health, Patience, choose, due, usable
-from contentfilter.scanners.pool import BackendPool
 from contentfilter.scanners.stream import ClosedError, UnreachableError
+from contentfilter.scanners.watch import check, watch
 
 pytestmark = pytest.mark.asyncio
 
@@ -73,15 +74,15 @@ async def test_nothing_is_known_at_first_so_everybody_is_asked() -> None:
 
 
 async def test_a_backend_that_answers_mail_gets_no_ping() -> None:
-    pool, pings = BackendPool("x", (A,), 4, patience=Patience(look=0.001, idle=5.0, quiet=5.0)), Pings()
-    watching = asyncio.create_task(pool.watch(pings))
+    pool, pings = Pool((A,), 4, patience=Patience(look=0.001, idle=5.0, quiet=5.0)), Pings()
+    watching = asyncio.create_task(watch(pool, pings))
     await until(lambda: len(pings.asked) == 1)  # the first one
 
     async def answer(address: Address) -> None:
         await asyncio.sleep(0.001)
 
     for _ in range(100):
-        await pool.run(answer, soon())
+        await pool.ask(answer, soon())
     watching.cancel()
     assert len(pings.asked) == 1
 
@@ -111,7 +112,7 @@ async def test_an_answer_to_ping_forgives_no_failed_scan() -> None:
 
 async def test_one_that_answers_ping_but_no_scan_costs_one_question_for_each_rest() -> None:
     now = [1000.0]
-    pool, pings = BackendPool("x", (A, B), 4, clock=lambda: now[0]), Pings()
+    pool, pings = Pool((A, B), 4, clock=lambda: now[0]), Pings()
     asked: list[Address] = []
 
     async def scan(address: Address) -> Address:
@@ -123,20 +124,20 @@ async def test_one_that_answers_ping_but_no_scan_costs_one_question_for_each_res
     for backend in pool.backends:
         backend.watched = True
     for _ in range(20):
-        assert await pool.run(scan, soon()) == B
+        assert await pool.ask(scan, soon()) == B
     assert asked.count(A) == REST_AFTER
     for rest in (1.0, 2.0, 4.0, 8.0, 10.0, 10.0):
         now[0] += rest
         asked.clear()
-        await pool.probe(pool.backends[0], pings)
+        await check(pool, pool.backends[0], pings)
         for _ in range(20):
-            assert await pool.run(scan, soon()) == B
+            assert await pool.ask(scan, soon()) == B
         assert asked.count(A) == 1
 
 
 async def test_while_its_ping_fails_no_mail_is_sent_there() -> None:
     now = [1000.0]
-    pool, pings = BackendPool("x", (A, B), 4, clock=lambda: now[0]), Pings()
+    pool, pings = Pool((A, B), 4, clock=lambda: now[0]), Pings()
     pings.wrong[A] = refused()
     for backend in pool.backends:
         backend.watched = True
@@ -147,23 +148,23 @@ async def test_while_its_ping_fails_no_mail_is_sent_there() -> None:
 
     for _ in range(40):
         if due(pool.backends[0], now[0], USUAL):
-            await pool.probe(pool.backends[0], pings)
+            await check(pool, pool.backends[0], pings)
         if pool.backends[0].health.failures >= REST_AFTER:
-            await pool.run(scan, soon())
+            await pool.ask(scan, soon())
         now[0] += 1.0
     assert set(asked) == {B}
     assert len(pings.asked) == 40  # it costs next to nothing to learn that nobody is there
     del pings.wrong[A]
     assert pool.backends[0].health.resting(now[0])
-    await pool.probe(pool.backends[0], pings)
-    await pool.run(scan, soon())
+    await check(pool, pool.backends[0], pings)
+    await pool.ask(scan, soon())
     assert asked[-1] == A, "one that is back rests no longer"
 
 
 async def test_questions_of_a_silent_backend_move_once_and_only_to_one_that_answers() -> None:
-    pool, pings = BackendPool("x", (A, B), 8, silence=Cause.RELOADING, patience=HASTY), Pings()
+    pool, pings = Pool((A, B), 8, silence=Cause.RELOADING, patience=HASTY), Pings()
     pings.hung = {A, B}
-    watching = asyncio.create_task(pool.watch(pings))
+    watching = asyncio.create_task(watch(pool, pings))
     await until(lambda: all(backend.silent for backend in pool.backends))
     asked: list[Address] = []
 
@@ -173,19 +174,19 @@ async def test_questions_of_a_silent_backend_move_once_and_only_to_one_that_answ
             await asyncio.Event().wait()
         return address
 
-    task = asyncio.create_task(pool.run(scan, soon()))
+    task = asyncio.create_task(pool.ask(scan, soon()))
     await until(lambda: asked == [A])
     await asyncio.sleep(2 * HASTY.move)
     assert asked == [A]  # the other one is as silent: better to wait here
     watching.cancel()
     pool.backends[1].silent_since = None
-    pool._move(pool.backends[0], pool.backends[0].heard)
+    pool.move(pool.backends[0], pool.backends[0].heard)
     assert await task == B
     assert asked == [A, B]
 
 
 async def test_a_question_that_has_moved_stays_where_it_is() -> None:
-    pool = BackendPool("x", (A, B, C), 8, patience=HASTY)
+    pool = Pool((A, B, C), 8, patience=HASTY)
     asked: list[Address] = []
 
     async def scan(address: Address) -> Address:
@@ -193,12 +194,12 @@ async def test_a_question_that_has_moved_stays_where_it_is() -> None:
         await asyncio.Event().wait()
         return address
 
-    task = asyncio.create_task(pool.run(scan, soon()))
+    task = asyncio.create_task(pool.ask(scan, soon()))
     await until(lambda: len(asked) == 1)
     for number, address in enumerate((A, B), 1):
         backend = next(b for b in pool.backends if b.address == address)
         backend.silent_since = 0.0
-        pool._move(backend, backend.heard)
+        pool.move(backend, backend.heard)
         await until(lambda expected=number: len(asked) >= min(expected + 1, 2))  # type: ignore[misc]
     await asyncio.sleep(0.02)
     assert asked == [A, B]
@@ -217,7 +218,7 @@ async def test_nobody_there_costs_no_try_but_two_that_took_the_question_are_enou
             raise refused()
         return address
 
-    assert await BackendPool("x", addresses, 4).run(only_d, soon()) == addresses[3]
+    assert await Pool(addresses, 4).ask(only_d, soon()) == addresses[3]
     assert asked == list(addresses)
     asked.clear()
 
@@ -226,13 +227,13 @@ async def test_nobody_there_costs_no_try_but_two_that_took_the_question_are_enou
         raise ClosedError(Cause.DOWN, str(address), "killed by it")
 
     with pytest.raises(BackendError):
-        await BackendPool("x", addresses, 4).run(poison, soon())
+        await Pool(addresses, 4).ask(poison, soon())
     assert len(asked) == 2
 
 
 async def test_a_silent_one_is_described_with_its_cause() -> None:
     now = [100.0]
-    pool = BackendPool("clamd", (A,), 4, lambda: now[0], Cause.RELOADING)
+    pool = Pool((A,), 4, lambda: now[0], Cause.RELOADING)
     pool.backends[0].silent_since = 97.0
     found = pool.describe()[0]
     assert (found.state, found.cause, found.since, found.failures) == ("silent", "reloading", 3.0, 1)
@@ -240,14 +241,14 @@ async def test_a_silent_one_is_described_with_its_cause() -> None:
 
 async def test_a_slow_connection_counts_although_it_is_shorter_than_a_fair_try() -> None:
     """connect_timeout = 2: the backend's fault, as long as the message has time left."""
-    pool = BackendPool("x", (A,), 4)
+    pool = Pool((A,), 4)
 
     async def scan(address: Address) -> None:
         raise UnreachableError(Cause.TIMEOUT, "a", "no connect in time")
 
     with pytest.raises(BackendError):
-        await pool.run(scan, soon())
+        await pool.ask(scan, soon())
     assert pool.backends[0].health.failures == 1
     with pytest.raises(BackendError):
-        await pool.run(scan, Deadline.after(-1))
+        await pool.ask(scan, Deadline.after(-1))
     assert pool.backends[0].health.failures == 1

@@ -264,6 +264,8 @@ class Status(BusMessage, frozen=True):
     drain: Drain | None = None
     canary: tuple[CanaryResult, ...] = ()  # empty: off, or no round yet
     poison: tuple[str, ...] = ()  # fingerprints of messages that killed two workers and are isolated
+    refused: dict[str, int] = {}  # connections lately refused for a local user's limits, by user
+    refused_total: int = 0  # since the start
     orders_problem: str = ""  # why overrides do not survive a restart, or why older ones are not in force
 
 

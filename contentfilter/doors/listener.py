@@ -12,6 +12,8 @@ from typing import Any
 
 from contentfilter.deadline import Deadline
 from contentfilter.doors.admission import Callbacks, Counters, IntakeLimits, IntakeState
+from contentfilter.doors.handover import HandOver
+from contentfilter.doors.hook_socket import peer_credentials
 from contentfilter.doors.queue import Connection
 from contentfilter.log import Logger, RateLimiter
 
@@ -30,12 +32,15 @@ class Listener:
         limits: IntakeLimits,
         log: Logger,
         emit: Callable[[str, dict[str, Any]], None] = lambda name, fields: None,
+        receiver: socket.socket | None = None,
     ) -> None:
+        """``receiver``: takes over connections of untrusted users; None: they are served here."""
         self._socket = listener
         self._log = log
         self._loop = asyncio.get_running_loop()
         callbacks = Callbacks(self._closed, self._resume_if_room, emit)
         self._state = IntakeState(self._loop, log, limits, callbacks)
+        self._hand_over = None if receiver is None else HandOver(self._loop, receiver)
         self._open: set[Connection] = set()
         self._accepting = False
         self._stopped = False
@@ -116,6 +121,10 @@ class Listener:
         hook's retry wakes another worker, because this one is not listening any longer.
         """
         for _ in range(PER_WAKEUP):
+            if self._hand_over is not None and self._hand_over.full():
+                self._suspend()
+                self._pause = self._pause or self._loop.call_later(PAUSE, self._unpause)
+                return
             try:
                 accepted, _ = self._socket.accept()
             except (BlockingIOError, ConnectionAbortedError, InterruptedError):
@@ -124,6 +133,9 @@ class Listener:
                 self._accept_failed(error)
                 return
             self._state.counters.accepted += 1
+            if self._hand_over is not None and not self._state.is_trusted(peer_credentials(accepted)[1]):
+                self._hand_over.take(accepted)
+                continue
             connection = Connection(self._state, accepted)
             self._open.add(connection)
             self._empty.clear()

@@ -54,6 +54,15 @@ def resolve(rules: OriginSettings, look_up: Callable[[str], int] = uid_of) -> tu
     return ResolvedOrigin(uids(rules.smtp_users), uids(rules.bounce_users), tuple(auth)), tuple(unknown)
 
 
+def represented(uid: int, pid: int, environ: dict[bytes, bytes], own: int) -> tuple[int, int]:
+    """The uid and pid that a message counts for: those that the receiver names, else the peer's. Removes its entry."""
+    named = environ.pop(PEER, None)
+    if named is None or uid != own:
+        return uid, pid
+    first, _, second = named.partition(b" ")
+    return (int(first), int(second)) if first.isdigit() and second.isdigit() else (uid, pid)
+
+
 def classify(uid: int, pid: int, environ: Mapping[bytes, bytes], rules: ResolvedOrigin) -> Origin:
     """The origin of a message from process ``pid`` of user ``uid`` with ``environ``, which may be forged."""
     if uid in rules.bounce_uids:  # first, so that a bounce is never refused

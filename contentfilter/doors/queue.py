@@ -24,7 +24,7 @@ from contentfilter.doors.hook_socket import (
     unexpected_event,
 )
 from contentfilter.doors.message import open_pair
-from contentfilter.doors.origin import classify
+from contentfilter.doors.origin import classify, represented
 from contentfilter.errors import LocalProtocolError, MessageError, ProtocolError
 from contentfilter.model import Message
 from contentfilter.policy.admission import QueueEntry, priority_of
@@ -152,6 +152,7 @@ class Connection:
         self._untrack_idle()
         self.incident, self.size = new_incident(), request.message_size
         pid, uid = peer_credentials(self._socket)
+        uid, pid = represented(uid, pid, request.environ, self._state.own_uid)
         origin = classify(uid, pid, request.environ, self._state.limits.origin)
         self._pending = PendingMessage(request, fds, origin, priority_of(origin, self.size), self.incident)
         self._admit(self._pending)

@@ -64,7 +64,10 @@ def diagnose(status: Status, now: float) -> Diagnosis:
     oldest = oldest_message(status.workers)
     found = (*_service(status, now), *_scanners(status, now), *_deferrals(status), *_slow(status, oldest))
     troubles = tuple(
-        sorted((*found, *_poison(status), *_configuration(status)), key=lambda issue: _ORDER[issue.effect])
+        sorted(
+            (*found, *_poison(status), *_refused(status), *_configuration(status)),
+            key=lambda issue: _ORDER[issue.effect],
+        )
     )
     stopped = next((issue.what for issue in troubles if issue.effect == "stops"), "")
     unchecked = [issue.what for issue in troubles if issue.effect == "unchecked"]
@@ -248,6 +251,14 @@ def _poison(status: Status) -> Iterator[Issue]:
         yield Issue(
             what, "contentfilter tail, and the directory poison in the state directory", "A message kills workers"
         )
+
+
+def _refused(status: Status) -> Iterator[Issue]:
+    """Local users who offer more than one user may."""
+    if status.refused:
+        users = ", ".join(f"{user} ({count})" for user, count in status.refused.items())
+        what = f"connections were refused within five minutes because a local user has too many: {users}"
+        yield Issue(what, "ps -fu USER, and end what floods the socket", "A local user floods the socket")
 
 
 def _configuration(status: Status) -> Iterator[Issue]:

@@ -242,6 +242,7 @@ class Monitor:
             yield "contentfilter_table_rows", ("spamdclients",), tables.spamd_rows
             yield "contentfilter_tables_checked_timestamp_seconds", (), time.time() - tables.age
         yield "contentfilter_quarantine_quota_bytes", (), settings.quarantine.quota
+        yield "contentfilter_refused_connections_total", (), status.refused_total
         yield "contentfilter_journal_lost_total", (), status.not_recorded
 
 

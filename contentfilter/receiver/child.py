@@ -59,7 +59,7 @@ def serve(
     end = Deadline.after(max(0.0, request.budget - spent))
     signal.setitimer(signal.ITIMER_REAL, min(end.left(), 3600.0) + COMMIT_WAIT)
     environ = {**request.environ, PEER: b"%d %d" % (uid, pid)}
-    offered = msgspec.structs.replace(request, budget=end.left(), environ=environ)
+    offered = msgspec.structs.replace(request, budget=end.left(), environ=environ, sent=time.monotonic())
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as worker:
         worker.connect(queue)
         _send(worker, hook.encode_request(offered), copies)

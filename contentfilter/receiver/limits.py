@@ -50,8 +50,8 @@ class Usage:
         self._bytes += Counter()
 
     def refuse(self, uid: int) -> None:
-        """Count a refusal. Bounded: what exceeds 1,000 different uids is counted as uid -1."""
-        self.refused[uid if uid in self.refused or len(self.refused) < 1000 else -1] += 1
+        """Count a refusal. Bounded: what exceeds 100 different uids is counted as uid -1."""
+        self.refused[uid if uid in self.refused or len(self.refused) < 100 else -1] += 1
 
     def take_refused(self) -> dict[int, int]:
         """Refused connections by uid since the last call."""

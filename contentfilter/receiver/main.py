@@ -19,10 +19,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
+import msgspec
+
 from contentfilter.hardening import give_up_privileges
 from contentfilter.receiver.child import COPY_WAIT, REQUEST_WAIT, serve
 from contentfilter.receiver.limits import ReceiverLimits, Usage
 
+NICE = 5  # a flood must not take the processor from the mail of others
 LIFETIME = 3700.0  # seconds after which a child is killed, whatever it waits for
 COPY_LIMIT = REQUEST_WAIT + COPY_WAIT + 1.0  # seconds after which a child that has not made its copies is killed
 END_WAIT = 2.0  # seconds that a child may need to end
@@ -243,18 +246,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="contentfilter receiver", description="Started by contentfilter serve only.")
     for name in ("queue", "spool"):
         parser.add_argument(f"--{name}", required=True)
-    for name in ("handover", "lifeline"):
+    for name in ("handover", "lifeline", "report"):
         parser.add_argument(f"--{name}", type=int, required=True)
     options = parser.parse_args(arguments)
     give_up_privileges()
+    os.nice(NICE)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(OSError):  # the service's unit forbids it, and has set enough
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     handover = socket.socket(fileno=options.handover)
 
     def report(refused: dict[int, int]) -> None:
-        with suppress(OSError):
-            handover.send(repr(refused).encode("ascii")[:4096], socket.MSG_DONTWAIT)
+        with suppress(OSError):  # a full pipe: the supervisor learns of the next ones
+            os.write(options.report, msgspec.json.encode(refused) + b"\n")
 
     receiver = Receiver(handover, options.lifeline, options.queue, options.spool, ReceiverLimits())
     receiver.run(report)

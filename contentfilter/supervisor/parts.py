@@ -1,8 +1,7 @@
 """The supervisor's parts, constructed in the order in which they depend on each other."""
 
 import os
-import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +18,7 @@ from contentfilter.supervisor.control import ControlHandler, ControlServer
 from contentfilter.supervisor.overrides import OverrideManager
 from contentfilter.supervisor.pool import WorkerPool
 from contentfilter.supervisor.process import WorkerProcess
+from contentfilter.supervisor.receiver import Inherited, ReceiverProcess
 from contentfilter.supervisor.recorder import Recorder
 from contentfilter.supervisor.remote_feed import RemoteFeed
 from contentfilter.supervisor.source import ConfigSource, Loaded
@@ -32,22 +32,19 @@ LOOK_WAIT = 1.0  # seconds that a question for the status waits for the scanners
 RESTART_WAIT = 30.0  # seconds for every slot to have its new worker
 
 
-@dataclass(frozen=True, slots=True)
-class Inherited:
-    """Descriptors that every worker inherits, and the first words of its command line."""
-
-    worker: Sequence[str]
-    listener: socket.socket
-    lifeline: int  # at its end when the supervisor is gone
-
-
 class Spawner:
     """Starts workers under the configuration and the overrides in force."""
 
     def __init__(
-        self, inherited: Inherited, crashes: CrashTable, configuration: Configuration, overrides: OverrideManager
+        self,
+        inherited: Inherited,
+        crashes: CrashTable,
+        configuration: Configuration,
+        overrides: OverrideManager,
+        receiver: ReceiverProcess,
     ) -> None:
         self._inherited = inherited
+        self._receiver = receiver
         self._crashes = crashes
         self._configuration = configuration
         self._overrides = overrides
@@ -63,6 +60,7 @@ class Spawner:
                 "runtime": runtime,
                 "orders": orders,
                 "suspects": self._crashes.fd,
+                "receiver": self._receiver.worker_end.fileno(),
             }
             place = self._crashes.enlist()
             argv = command_line(
@@ -159,6 +157,7 @@ class Parts:
     reporter: StatusReporter
     monitor: Monitor
     feed: RemoteFeed
+    receiver: ReceiverProcess
     operations: Operations
     control: ControlServer
 
@@ -183,11 +182,12 @@ def compose(
     configuration = Configuration(source, first, log, workers)
     overrides = OverrideManager(log, configuration.settings, workers, bus.publish)
     recorder = Recorder(log, first.settings)
-    spawner = Spawner(inherited, crashes, configuration, overrides)
+    receiver = ReceiverProcess(log, configuration.settings, inherited)
+    spawner = Spawner(inherited, crashes, configuration, overrides, receiver)
     pool = WorkerPool(spawner.spawn, log, workers)
     canary = Canary(log, configuration.canary, partial(effective_state, lifecycle, overrides))
     reporter = StatusReporter(
-        lifecycle, malformed, source, crashes, workers, configuration, overrides, recorder, pool, canary
+        lifecycle, malformed, source, crashes, workers, configuration, overrides, recorder, pool, canary, receiver
     )
     monitor = Monitor(log, configuration.settings, reporter.status, inherited.listener)
     feed = RemoteFeed(log, configuration.settings, inherited.lifeline)
@@ -196,7 +196,7 @@ def compose(
     control = ControlServer(first.settings.service.run, handlers, log, malformed.note)
     parts = Parts(
         bus, malformed, crashes, workers, configuration, overrides, recorder, pool, canary, reporter, monitor, feed,
-        operations, control,
+        receiver, operations, control,
     )  # fmt: skip
     configuration.observe(parts.looked)
     return parts

@@ -13,6 +13,7 @@ from contentfilter.monitor.canary import Canary
 from contentfilter.supervisor.configuration import Configuration
 from contentfilter.supervisor.overrides import OverrideManager
 from contentfilter.supervisor.pool import WorkerPool
+from contentfilter.supervisor.receiver import ReceiverProcess
 from contentfilter.supervisor.recorder import Recorder
 from contentfilter.supervisor.source import ConfigSource
 from contentfilter.supervisor.workers import Workers
@@ -63,6 +64,7 @@ class StatusReporter:
     recorder: Recorder
     pool: WorkerPool
     canary: Canary
+    receiver: ReceiverProcess
 
     def summary(self) -> str:
         """One line for the service manager."""
@@ -91,6 +93,8 @@ class StatusReporter:
             orders_problem=self.overrides.problem,
             canary=self.canary.results,
             poison=self.crashes.isolated(),
+            refused=self.receiver.refused(),
+            refused_total=self.receiver.refused_total,
         )
 
 

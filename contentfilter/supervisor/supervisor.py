@@ -20,7 +20,8 @@ from contentfilter.log import Logger, RateLimiter, adopt_standard_logging, make_
 from contentfilter.log_target import open_target
 from contentfilter.settings import Settings
 from contentfilter.supervisor.maintenance import MaintenanceJob, run_maintenance
-from contentfilter.supervisor.parts import Inherited, Parts, compose
+from contentfilter.supervisor.parts import Parts, compose
+from contentfilter.supervisor.receiver import Inherited
 from contentfilter.supervisor.source import ConfigSource
 from contentfilter.supervisor.status import Lifecycle
 from contentfilter.supervisor.systemd import Notifier, listen_fds, watchdog_interval
@@ -110,6 +111,7 @@ class Daemon:
         loop.add_signal_handler(signal.SIGHUP, self._reload_wanted.set)
         try:
             await parts.control.start()
+            parts.receiver.start()
             parts.pool.resize(worker_count(settings()))
             async with asyncio.TaskGroup() as group:
                 background = [
@@ -136,6 +138,7 @@ class Daemon:
                 await self._read_report()
         finally:
             parts.pool.kill()
+            parts.receiver.close()
             await parts.control.close()
             parts.recorder.close(RECORD_WAIT)
             parts.bus.close()

@@ -22,7 +22,7 @@ from contentfilter.worker.crashes import SlotPlace
 from contentfilter.worker.lease import Build
 from contentfilter.worker.worker import Options, run_worker
 
-DESCRIPTORS = ("listen", "lifeline", "runtime", "orders", "suspects")
+DESCRIPTORS = ("listen", "lifeline", "runtime", "orders", "suspects", "receiver")
 
 
 class ExclusiveSelector(selectors.EpollSelector):

@@ -8,6 +8,7 @@ import asyncio
 import gc
 import os
 import signal
+import socket
 from dataclasses import asdict, dataclass
 
 from contentfilter.bus.messages import OVERRIDES, CacheUpdate, Event, Heartbeat, InFlight, Overrides, decode
@@ -33,7 +34,7 @@ DISK_THREADS = 8
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """From the command line; the last five are inherited descriptors."""
+    """From the command line; the last six are inherited descriptors."""
 
     run: str  # directory of the bus
     generation: int  # of the configuration
@@ -43,6 +44,7 @@ class Options:
     runtime: int  # the configuration
     orders: int  # overrides
     suspects: int  # the crash table
+    receiver: int  # socket that connections of untrusted users are handed over on
 
 
 class StopRequest:
@@ -116,12 +118,18 @@ class ApplicationFactory:
 class Worker:
     """From the first accepted connection to the last answer."""
 
-    def __init__(self, log: Logger, bus: WorkerBus, factory: ApplicationFactory, lease: ApplicationLease, listen: int):
+    def __init__(
+        self, log: Logger, bus: WorkerBus, factory: ApplicationFactory, lease: ApplicationLease, options: Options
+    ):
         self._loop = asyncio.get_running_loop()
         self._log, self._bus, self._factory, self._lease = log, bus, factory, lease
         self._refused = 0  # generation of the newest configuration that could not be used
         self._listener = Listener(
-            inherited_socket(listen), lease.limits(), log, lambda name, fields: factory.events.emit(Event(name, fields))
+            inherited_socket(options.listen),
+            lease.limits(),
+            log,
+            lambda name, fields: factory.events.emit(Event(name, fields)),
+            socket.socket(fileno=options.receiver),
         )
         self._resources = ResourceMonitor(
             lambda: self._lease.watermarks(),
@@ -242,7 +250,7 @@ async def run_worker(options: Options, build: Build, log: Logger) -> None:
     try:
         factory = ApplicationFactory(options, build, log, bus)
         lease = await factory.lease(options.generation, read_all(options.runtime))
-        worker = Worker(log, bus, factory, lease, options.listen)
+        worker = Worker(log, bus, factory, lease, options)
         gc.collect()
         gc.freeze()  # modules and configuration stay; collections need not visit them
         await worker.run(stop)

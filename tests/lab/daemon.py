@@ -47,6 +47,13 @@ def _zombie(pid: str) -> bool:
         return True
 
 
+def _receiver(pid: str) -> bool:
+    try:
+        return b"contentfilter.receiver" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
 class Daemon:
     """Started by :meth:`start` or ``with``; stopped and checked for tracebacks at the end.
 
@@ -169,9 +176,9 @@ class Daemon:
         return self._process.pid
 
     def workers(self) -> list[int]:
-        """The pids of the supervisor's children."""
+        """The pids of the workers."""
         text = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
-        return [int(word) for word in text.split() if not _zombie(word)]
+        return [int(word) for word in text.split() if not _zombie(word) and not _receiver(word)]
 
     def reload(self) -> None:
         """SIGHUP. Wait for what it brings with :meth:`wait_for`."""

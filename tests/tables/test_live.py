@@ -221,7 +221,7 @@ def test_most_rows_gone_is_refused_shown_and_accepted(db: MariaDb, start: Callab
 def test_the_command_line_reads_the_database_and_changes_it_not(db: MariaDb, start: Callable[..., System]) -> None:
     db.run("INSERT INTO clamavclients (address, virus) VALUES ('@x.example', 'mark')")
     system = start(db, run=False)
-    assert command(system, "clients", "list").stdout == "clamavclients\t@x.example virus=mark\n"
+    assert command(system, "clients", "list").stdout == "Table\tRow\nclamavclients\t@x.example virus=mark\n"
     assert "yes, by @x.example" in command(system, "clients", "lookup", "user@x.example").stdout
     said = command(system, "clients", "add", "new@x.example")
     assert said.returncode == 78

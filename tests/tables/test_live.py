@@ -230,6 +230,6 @@ def test_the_command_line_reads_the_database_and_changes_it_not(db: MariaDb, sta
     assert "1 clamavclients rows" in checked
     assert "chmod 600" not in checked
     (system.directory / "password").chmod(0o644)
-    assert "everybody here can read it; chmod 600" in command(system, "check").stdout
+    assert "readable for every user; chmod 600" in command(system, "check").stdout
     db.run("DROP TABLE spamdclients")
     assert "doesn't exist" in command(system, "check").stdout

@@ -5,6 +5,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,10 @@ def pytest_configure(config: pytest.Config) -> None:
         os.chmod(directory, 0o755)  # programs run as other users, too
         os.environ[compiler.SHARED] = directory
         config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2:  # what a shell or a build service left open is not for the programs under test
+            with suppress(OSError):
+                os.set_inheritable(int(name), False)
 
 
 def pytest_xdist_auto_num_workers() -> int:

@@ -367,4 +367,4 @@ def test_tail_on_another_machine_sees_the_daemons_mail(daemon: Make, tmp_path: P
         refused = run(*words)
         assert (refused.returncode, "refused" in refused.stderr) == (1, True)
     usage = run("tail", "--connect", listen)
-    assert (usage.returncode, "go together" in usage.stderr) == (2, True)
+    assert (usage.returncode, "used together" in usage.stderr) == (2, True)

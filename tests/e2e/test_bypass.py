@@ -81,8 +81,8 @@ def test_clamd_is_down_and_mail_must_flow(make_system: Make, own_clamd: Clamd) -
     assert get(address(system.daemon), "/ready")[0] == 200, "a bypass is no reason to send no mail here"
     (listed,) = json.loads(run(system, "bypass", "--json"))["bypasses"]
     assert (listed["scanner"], listed["reason"]) == ("clamd", "clamd broke, ticket 7")
-    assert run(system, "bypass").startswith("clamd\tall mail\t")
-    assert "clamd is bypassed by " in run(system, "status", status=1)
+    assert run(system, "bypass").splitlines()[1].startswith("clamd\tall mail\t")
+    assert "clamd is bypassed for all mail until " in run(system, "status", status=1)
 
     assert run(system, "bypass", "end", "all") == "every scanner is asked again\n"
     assert system.deliver(PLAIN).text.startswith("Zvirus check not possible now (down)")
@@ -257,7 +257,7 @@ def test_a_drain_under_load_loses_and_refuses_nothing(make_system: Make) -> None
         code, text = get(address(system.daemon), "/ready")
         assert (code, text.split(":")[0]) == (503, "draining")
         assert scrape(system.daemon).value("drained") == 1
-        assert run(system, "bypass", "list").startswith("drained\tall mail\tresume\t")
+        assert run(system, "bypass", "list").splitlines()[1].startswith("drained\tall mail\tresume\t")
         came = len(load.results)
 
         os.kill(system.daemon.workers()[0], signal.SIGKILL)

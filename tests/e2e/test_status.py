@@ -53,8 +53,8 @@ def test_all_is_well_and_the_first_line_says_so(make_system: Callable[..., Syste
     assert found["window"]["decisions"] == {"queue": 1, "reject": 1, "defer": 0, "drop": 0}
     done = command(system, "status")
     assert (done.returncode, done.stdout.splitlines()[0]) == (0, "mail is flowing")
-    assert f"clamd {clamd.backend}: well" in done.stdout
-    assert f"spamd {spamd.backend}: well" in done.stdout
+    assert f"clamd {clamd.backend}: healthy" in done.stdout
+    assert f"spamd {spamd.backend}: healthy" in done.stdout
     assert "\x1b" not in done.stdout
 
 
@@ -104,7 +104,7 @@ def test_a_scanner_that_no_recipient_wants_worries_nobody(make_system: Callable[
     system = make_system(controls=controls, settings=settings, clamd=clamd)
     code, found = status(system)
     assert (code, backend(found, "spamd")["state"], found["troubles"]) == (0, "failing", [])
-    assert "no recipient wants it" in command(system, "status").stdout
+    assert "not used by any recipient" in command(system, "status").stdout
 
 
 def test_a_stopped_spamd_lets_mail_pass_and_the_verdict_says_unchecked(
@@ -138,7 +138,7 @@ def test_hooks_that_wait_for_a_stuck_worker_are_told(make_system: Callable[..., 
     try:
         waiting = [system.start_hook(mails.PLAIN, (NOBODY,)) for _ in range(3)]
         status_until(system, lambda s: s["waiting"] == 3)
-        assert "3 hooks wait" in command(system, "status").stdout
+        assert "3 hooks are waiting" in command(system, "status").stdout
     finally:
         os.kill(worker, signal.SIGCONT)
     assert [system.delivered(process.wait(), standin).status for process, standin in waiting] == [0, 0, 0]

@@ -150,7 +150,7 @@ def test_a_disk_that_takes_nothing_disturbs_no_mail(make_system: Callable[..., S
     assert line["dropped"] >= 1
     status = json.loads(command(system, "status", "--json").stdout)
     assert (status["state"], status["not_recorded"] >= 1) == ("ready", True)
-    assert "not in the journal" in command(system, "status").stdout
+    assert "missing from the journal" in command(system, "status").stdout
     assert json.loads(command(system, "why", "--since", "1h", "--json").stdout)
 
 

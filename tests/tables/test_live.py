@@ -221,7 +221,7 @@ def test_most_rows_gone_is_refused_shown_and_accepted(db: MariaDb, start: Callab
 def test_the_command_line_reads_the_database_and_changes_it_not(db: MariaDb, start: Callable[..., System]) -> None:
     db.run("INSERT INTO clamavclients (address, virus) VALUES ('@x.example', 'mark')")
     system = start(db, run=False)
-    assert command(system, "clients", "list").stdout == "clamavclients\t@x.example virus=mark\n"
+    assert command(system, "clients", "list").stdout == "Table\tRow\nclamavclients\t@x.example virus=mark\n"
     assert "yes, by @x.example" in command(system, "clients", "lookup", "user@x.example").stdout
     said = command(system, "clients", "add", "new@x.example")
     assert said.returncode == 78
@@ -230,6 +230,6 @@ def test_the_command_line_reads_the_database_and_changes_it_not(db: MariaDb, sta
     assert "1 clamavclients rows" in checked
     assert "chmod 600" not in checked
     (system.directory / "password").chmod(0o644)
-    assert "everybody here can read it; chmod 600" in command(system, "check").stdout
+    assert "readable for every user; chmod 600" in command(system, "check").stdout
     db.run("DROP TABLE spamdclients")
     assert "doesn't exist" in command(system, "check").stdout

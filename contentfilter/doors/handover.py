@@ -18,6 +18,7 @@ class HandOver:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, target: socket.socket) -> None:
         self._loop = loop
+        target.setblocking(False)  # send_fds of Python 3.11 ignores its flags
         self._target = target
         self._pending: deque[socket.socket] = deque()
         self._timer: asyncio.TimerHandle | None = None
@@ -36,7 +37,7 @@ class HandOver:
         self._timer = None
         while self._pending:
             try:
-                socket.send_fds(self._target, [b"c"], [self._pending[0].fileno()], socket.MSG_DONTWAIT)
+                socket.send_fds(self._target, [b"c"], [self._pending[0].fileno()])
             except OSError:  # full, or out of descriptors in flight: our copy must not be the last, so it is kept
                 self._timer = self._loop.call_later(RETRY, self._flush)
                 return

@@ -10,6 +10,8 @@ class ReceiverLimits:
 
     connections: int = 32  # of one uid
     all_connections: int = 256
+    rate: float = 50.0  # new connections of one uid in a second, on average
+    burst: int = 64  # and at once, after a pause
     bytes: int = 256 * 1024 * 1024  # of messages and envelopes that one uid has under way
     all_bytes: int = 1024 * 1024 * 1024
 
@@ -21,17 +23,30 @@ class Usage:
         self._limits = limits
         self._connections: Counter[int] = Counter()
         self._bytes: Counter[int] = Counter()
+        self._tokens: dict[int, tuple[float, float]] = {}  # by uid: new connections left, and when that was so
         self.refused: Counter[int] = Counter()
         """Connections that were refused since the last :meth:`take_refused`."""
 
-    def connect(self, uid: int) -> bool:
-        """Count a connection of ``uid``. False: it has too many, or there are too many."""
+    def connect(self, uid: int, now: float) -> bool:
+        """Count a connection of ``uid`` at ``now`` (monotonic). False: it has too many, or there are too many."""
         limits = self._limits
-        if self._connections[uid] >= limits.connections or self._connections.total() >= limits.all_connections:
+        many = self._connections[uid] >= limits.connections or self._connections.total() >= limits.all_connections
+        if many or not self._spend(uid, now):
             self.refuse(uid)
             return False
         self._connections[uid] += 1
         return True
+
+    def _spend(self, uid: int, now: float) -> bool:
+        """A token bucket for each uid; those that are full again are forgotten."""
+        limits = self._limits
+        if len(self._tokens) > 1000:
+            full = limits.burst / limits.rate
+            self._tokens = {uid: state for uid, state in self._tokens.items() if now - state[1] < full}
+        tokens, since = self._tokens.get(uid, (float(limits.burst), now))
+        tokens = min(float(limits.burst), tokens + (now - since) * limits.rate)
+        self._tokens[uid] = (max(0.0, tokens - 1.0), now)
+        return tokens >= 1.0
 
     def reserve(self, uid: int, size: int) -> bool:
         """Count ``size`` bytes for ``uid``. False: it would have too many, or there would be too many."""

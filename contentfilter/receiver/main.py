@@ -32,6 +32,7 @@ END_WAIT = 2.0  # seconds that a child may need to end
 SINK_WAIT = 2.0  # seconds that the sink may need for one connection
 REPORT_EVERY = 1.0  # seconds between two reports of refusals to the supervisor
 TICK = 0.5
+TAKE_AT_ONCE = 64  # connections, before children are looked after
 _CREDENTIALS = struct.Struct("=iII")
 _SIZE = struct.Struct("=Q")
 
@@ -64,7 +65,7 @@ class Sink:
             self._start()
         assert self._socket is not None  # noqa: S101 - just started
         try:
-            socket.send_fds(self._socket, [b"."], [connection.fileno()], socket.MSG_DONTWAIT)
+            socket.send_fds(self._socket, [b"."], [connection.fileno()])
         except OSError:  # it is full, so it hangs, or it is gone
             self.replace()
             return self.take(connection)
@@ -109,6 +110,7 @@ class Sink:
                     theirs.send(b".")
             os._exit(0)
         theirs.close()
+        ours.setblocking(False)
         self._socket = ours
 
 
@@ -116,6 +118,7 @@ class Receiver:
     """The loop: connections in, children out."""
 
     def __init__(self, handover: socket.socket, lifeline: int, queue: str, spool: str, limits: ReceiverLimits) -> None:
+        handover.setblocking(False)  # recv_fds and send_fds of Python 3.11 ignore their flags
         self._handover, self._lifeline = handover, lifeline
         self._queue, self._spool = queue, spool
         self._usage = Usage(limits)
@@ -131,7 +134,7 @@ class Receiver:
         while True:
             for key, _ in self._selector.select(TICK):
                 if key.fileobj is self._handover:
-                    self._take()
+                    self._take_all()
                 elif key.fileobj == self._lifeline:
                     self._end()
                     return
@@ -144,15 +147,22 @@ class Receiver:
                 if refused := self._usage.take_refused():
                     report(refused)
 
-    def _take(self) -> None:
-        """One connection from a worker. Receiving it cannot block: it is a socket that a worker accepted."""
-        _, fds, _, _ = socket.recv_fds(self._handover, 1, 1)
+    def _take_all(self) -> None:
+        """Connections from workers, a bounded number. Receiving them cannot block: workers accepted these sockets."""
+        for _ in range(TAKE_AT_ONCE):
+            try:
+                _, fds, _, _ = socket.recv_fds(self._handover, 1, 1)
+            except BlockingIOError:
+                return
+            self._take(fds)
+
+    def _take(self, fds: list[int]) -> None:
         for fd in fds:
             connection = socket.socket(fileno=fd)
             pid, uid, _ = _CREDENTIALS.unpack(
                 connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
             )
-            if self._usage.connect(uid):
+            if self._usage.connect(uid, time.monotonic()):
                 self._fork(connection, uid, pid)
             else:
                 self._sink.take(connection)

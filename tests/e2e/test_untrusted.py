@@ -88,7 +88,7 @@ ATTACKS = {
                     os.open("/dev/zero", os.O_RDONLY), os.open("/etc/passwd", os.O_PATH)):
             for packet in (request, garbage):
                 send(connect(), packet, bad, file(ENVELOPE))
-                send(connect(), packet, file(b"x" * 17), bad)
+                send(connect(), packet, file(b"x" * 18), bad)
     """,
     "connections that say nothing": """
         for _ in range(1500):
@@ -110,7 +110,7 @@ ATTACKS = {
 
 @contextmanager
 def attack(name: str, path: str) -> Iterator[subprocess.Popen[str]]:
-    request = hook.encode_request(hook.Request(0, 600.0, 19, 28, {})).hex()
+    request = hook.encode_request(hook.Request(0, 600.0, 18, 27, {})).hex()
     program = COMMON + textwrap.dedent(ATTACKS[name]) + "\nprint('ready', flush=True)\ntime.sleep(600)\n"
     process = subprocess.Popen([sys.executable, "-c", program, path, request], stdout=subprocess.PIPE, text=True)
     try:
@@ -140,7 +140,7 @@ def test_a_hostile_user_holds_up_no_mail_of_others(make_system: Callable[..., An
 def test_the_mail_of_an_untrusted_user_is_scanned_and_counts_as_local(make_system: Callable[..., Any]) -> None:
     system = make_system(settings={"listen": {"mode": "0666"}})
     os.chmod(system.directory, 0o755)
-    request = hook.encode_request(hook.Request(0, 60.0, 19, 28, {b"RELAYCLIENT": b""})).hex()
+    request = hook.encode_request(hook.Request(0, 60.0, 18, 27, {b"RELAYCLIENT": b""})).hex()
     program = COMMON + "c = connect(); send(c, request, file(b'Subject: x\\n\\nhello\\n'), file(ENVELOPE)); "
     program += "print(c.recv(70000)[:4])"
     done = subprocess.run(

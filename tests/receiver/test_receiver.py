@@ -1,5 +1,6 @@
 """The receiver process beside a worker that the test plays: what gets through, and what hurts only its sender."""
 
+import json
 import os
 import select
 import socket
@@ -56,13 +57,23 @@ class Bench:
         self.worker.settimeout(WAIT)
         self._handover, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         reader, self._lifeline = os.pipe()
+        self.reports, writer = os.pipe()
         words = ["--queue", self.queue, "--spool", str(directory), f"--handover={theirs.fileno()}"]
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "contentfilter.receiver", *words, f"--lifeline={reader}"],
-            pass_fds=(theirs.fileno(), reader),
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                "contentfilter.receiver",
+                *words,
+                f"--lifeline={reader}",
+                f"--report={writer}",
+            ],
+            pass_fds=(theirs.fileno(), reader, writer),
         )
         theirs.close()
         os.close(reader)
+        os.close(writer)
 
     def connect(self) -> socket.socket:
         """A hook's connection that a worker has handed over."""
@@ -108,6 +119,7 @@ class Bench:
         assert self.process.wait(WAIT) == 0
         self._handover.close()
         self.worker.close()
+        os.close(self.reports)
 
 
 @pytest.fixture
@@ -193,6 +205,9 @@ def test_one_user_gets_no_more_than_its_connections_and_the_rest_is_closed(bench
     assert idle[59].recv(1) == b""  # before the first one is out of time
     assert idle[40].recv(1) == b""
     assert not select.select([idle[31]], [], [], 0.0)[0]
+    assert select.select([bench.reports], [], [], WAIT)[0]
+    refused = json.loads(os.read(bench.reports, 4096).partition(b"\n")[0])
+    assert list(refused) == [str(os.getuid())]
 
 
 def test_the_bytes_of_one_user_are_bounded(bench: Bench) -> None:

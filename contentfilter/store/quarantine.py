@@ -110,10 +110,15 @@ class Quarantine:
         return name
 
     def _keep_message(self, incident: str, message: Message) -> str:
-        """Off the loop: hash, then link the very bytes that are here already, or copy."""
+        """Off the loop: store the bytes, which stay valid even if the message is closed meanwhile."""
+        with message.view() as view:
+            return self._keep_bytes(incident, view)
+
+    def _keep_bytes(self, incident: str, view: memoryview) -> str:
+        """Hash, then link the very bytes that are here already, or copy."""
         digest = hashlib.sha256()
-        for start in range(0, message.size, _PIECE):
-            digest.update(message.data[start : start + _PIECE])
+        for start in range(0, len(view), _PIECE):
+            digest.update(view[start : start + _PIECE])
         name = digest.hexdigest()
         entries = self._below("entries")
         master = self._below("messages", name[:2]) / f"{name}.eml"
@@ -123,7 +128,7 @@ class Quarantine:
         link.unlink(missing_ok=True)  # of an earlier attempt that ended half-way
         try:
             os.link(master, link, follow_symlinks=False)
-            if link.lstat().st_size == message.size:
+            if link.lstat().st_size == len(view):
                 return name
             link.unlink()
         except OSError as error:
@@ -132,8 +137,9 @@ class Quarantine:
         temporary = master.with_name(NEW + secrets.token_hex(8))
         try:
             with open(temporary, "xb", opener=_private) as file:
-                for start in range(0, message.size, _PIECE):
-                    file.write(message.data[start : start + _PIECE])
+                written = sum(file.write(view[start : start + _PIECE]) for start in range(0, len(view), _PIECE))
+                if written != len(view):
+                    raise OSError(errno.EIO, f"{written} of {len(view)} bytes written")
                 file.flush()
                 os.fsync(file.fileno())
             os.link(temporary, link)  # before the master has its name: never seen without a reference
@@ -145,7 +151,7 @@ class Quarantine:
         return name
 
     async def _put_sidecar(self, incident: str, sidecar: dict[str, Any], kept: float) -> None:
-        """Write or replace a sidecar in one step; the entry is there for good when this returns."""
+        """Write or replace a sidecar in one step; the entry is durable when this returns."""
         temporary = self._entries / (NEW + secrets.token_hex(8))
         try:
             async with aiofiles.open(temporary, "xb", opener=_private, executor=self._disk) as file:

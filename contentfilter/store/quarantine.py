@@ -1,4 +1,4 @@
-"""What is not delivered is kept: message and sidecar, complete or absent, readable by nobody else.
+"""Quarantine of withheld messages: message and sidecar, complete or absent, readable only by their owner.
 
 ``DIR/messages/ab/SHA256.eml`` holds bytes under their hash, ``DIR/entries/INCIDENT.eml`` is a hard link to
 them, ``DIR/entries/INCIDENT.json`` says what they were and is written last: an entry exists when its
@@ -47,7 +47,7 @@ _PIECE = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Expired:
-    """What :meth:`Quarantine.expire` removed, and what is left."""
+    """Result of :meth:`Quarantine.expire`: removed entries and remaining bytes."""
 
     entries: tuple[str, ...]  # incidents
     stray: int  # unreferenced messages and unfinished files
@@ -55,7 +55,7 @@ class Expired:
 
 
 class Quarantine:
-    """The quarantine below one directory. Several processes may use it at once."""
+    """The quarantine below one directory. Several processes may use it simultaneously."""
 
     def __init__(
         self,

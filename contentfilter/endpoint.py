@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a daemon listens: a Unix socket's ``path``, or ``host`` and ``port``, with or without TLS."""
+    """Address of a daemon: a Unix socket's ``path``, or ``host`` and ``port``, with or without TLS."""
 
     path: str = ""
     host: str = ""

@@ -101,4 +101,4 @@ class JournalError(ContentFilterError):
 
 
 class RefusedError(ContentFilterError):
-    """What was asked for would break something, or cannot be done; the text says the remedy."""
+    """The request would break something, or cannot be done; the text says the remedy."""

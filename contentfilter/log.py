@@ -2,7 +2,7 @@
 
 A line is written at once and is at most PIPE_BUF long, so the lines of several workers on one pipe
 never mix; where they go is a matter of log_target.py. docs/logs.md describes every event and field. Nothing here
-is global: whoever starts a process makes its logger.
+is global: the code that starts a process makes its logger.
 """
 
 import json
@@ -101,7 +101,7 @@ EVENTS: Mapping[str, str] = {
 
 
 class Writer:
-    """What structlog calls last, with the finished line and its level."""
+    """Last step of structlog: writes the finished line at its level."""
 
     def __init__(self, target: Target) -> None:
         self._target = target

@@ -1,4 +1,4 @@
-"""Where log lines go: a descriptor, journald behind one, or the local syslog. Writing never waits and never raises.
+"""Targets of log lines: a descriptor, journald behind one, or the local syslog. Writing never waits and never raises.
 
 Sources: sd-daemon(3) for the ``<6>`` in front of a line and systemd.exec(5) for JOURNAL_STREAM; syslog(3) and RFC 3164
 for what a local syslogd reads from /dev/log.
@@ -100,13 +100,13 @@ class Syslog:
 def open_target(
     to: Literal["stderr", "syslog"], path: str, facility: str, environ: Mapping[str, str], fd: int = 2
 ) -> Target:
-    """What ``[log] to`` and ``socket`` and sysfacility ask for; ``fd`` is standard error."""
+    """Open the target that ``[log] to`` and ``socket`` and sysfacility select; ``fd`` is standard error."""
     stream = Stream(fd, marked=is_journal(fd, environ))
     return Syslog(path, facility, stream) if to == "syslog" else stream
 
 
 def is_journal(fd: int, environ: Mapping[str, str]) -> bool:
-    """Whether systemd connected ``fd`` with journald, and nobody has put something else there since."""
+    """Return True if ``fd`` is still the connection to journald that systemd made."""
     try:
         about = os.fstat(fd)
     except OSError:

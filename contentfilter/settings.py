@@ -1,4 +1,4 @@
-"""What ``contentfilter.toml`` may say: every section, key, default and range.
+"""Settings of ``contentfilter.toml``: every section, key, default and range.
 
 The defaults here are the ones that ``etc/contentfilter.toml`` shows; a test compares the two.
 Times are seconds, sizes are bytes. Nothing in this file reads a file or opens a socket.
@@ -27,7 +27,7 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 class ListenSettings(Section, frozen=True):
     socket: str = "/run/contentfilter/queue.sock"
-    mode: Annotated[str, Meta(pattern="^0[0-7]{3}$")] = "0666"  # whoever may run qmail-inject must reach it
+    mode: Annotated[str, Meta(pattern="^0[0-7]{3}$")] = "0666"  # all users that may run qmail-inject must reach it
     backlog: Count = 1024
 
 
@@ -65,7 +65,7 @@ class TableSettings(Section, frozen=True):
 
 
 class MariaDbSettings(Section, frozen=True):
-    """Where the tables are when ``[tables] source`` is ``"mariadb"``; MySQL will do too."""
+    """Location of the tables when ``[tables] source`` is ``"mariadb"``; MySQL works too."""
 
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=1, le=65535)] = 3306
@@ -87,7 +87,7 @@ class MariaDbSettings(Section, frozen=True):
     clamav_query: str = ""  # a SELECT of the administrator's own, in place of table and columns
     spamd_query: str = ""
     updated_column: str = "updated_at"  # tells a change at the price of an index; empty: whole rows are summed up
-    prefs_table: str = ""  # SpamAssassin's userpref: whoever stands there has preferences; empty: nobody
+    prefs_table: str = ""  # SpamAssassin's userpref: users in it have preferences; empty: none
     prefs_column: str = "username"
     prefs_query: str = ""  # the owners, in one column, in place of table and column
     fingerprint_query: str = ""  # one row that differs whenever the tables do
@@ -144,7 +144,7 @@ class ReuseSettings(Section, frozen=True):
 
 
 class ClassSettings(Section, frozen=True):
-    """What clamd's finding does by the class of its signature. Empty: the same as malware."""
+    """Action for a detection of clamd, by the class of its signature. Empty: the same as malware."""
 
     pua: ClassAction = ""  # possibly unwanted applications
     phishing: ClassAction = ""
@@ -156,7 +156,7 @@ class ClassSettings(Section, frozen=True):
 
 
 class FaultRule(Section, frozen=True):
-    """Some cells of the failure table. A column that is left out means all of it."""
+    """Some cells of the failure table. A column that is omitted means all of its values."""
 
     action: FaultAction
     scanner: FaultScanner | tuple[FaultScanner, ...] = ()
@@ -165,7 +165,7 @@ class FaultRule(Section, frozen=True):
 
 
 class FailureSettings(Section, frozen=True):
-    """What a scanner's fault does to the message: defer it, or pass it marked unchecked."""
+    """Action for the message when a scanner fails: defer it, or pass it marked unchecked."""
 
     clamd: FaultAction = "defer"
     spamd: FaultAction = "pass"

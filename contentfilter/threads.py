@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 async def in_thread(act: Callable[[], T]) -> T:
-    """What ``act`` returns or raises, from a thread that nobody waits for at the end of the process."""
+    """Run ``act`` in a thread that does not delay the end of the process; return or raise its result."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
 

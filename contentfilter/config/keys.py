@@ -29,7 +29,7 @@ class Keys:
 
 
 def listens(text: str) -> bool:
-    """Whether the feed goes over the network. Raises ValueError that says what ``[events] listen`` takes."""
+    """Return True if the feed goes over the network. Raises ValueError that says what ``[events] listen`` takes."""
     if text == "off":
         return False
     match = _LISTEN.fullmatch(text)

@@ -151,7 +151,7 @@ class _Reader:
         return tuple(found) if len(found) == len(rows) else ()
 
     def cross_check(self, settings: Settings) -> None:
-        """What only shows when values are seen together, or is not a matter of types."""
+        """Check values against each other, and limits that types cannot express."""
         service = settings.service
         if service.heartbeat * 2 > service.stuck_after:
             self._note(
@@ -265,7 +265,7 @@ def _row_type(field: Any) -> type[msgspec.Struct] | None:
 
 
 def _in_words(kind: inspect.Type) -> str:
-    """What values a field takes."""
+    """Describe the values that a field takes."""
     match kind:
         case inspect.BoolType():
             return "true or false"

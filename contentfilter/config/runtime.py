@@ -23,7 +23,7 @@ from contentfilter.store.allow import read_allowed
 
 
 class Runtime(msgspec.Struct, frozen=True):
-    """All that a worker needs to know."""
+    """The configuration of a worker."""
 
     settings: Settings
     switches: Switches
@@ -37,7 +37,7 @@ class Runtime(msgspec.Struct, frozen=True):
 
 
 def unusable(settings: Settings) -> tuple[Problem, ...]:
-    """What is wrong with the certificates and keys that the settings name."""
+    """Problems of the certificates and keys that the settings name."""
     found: list[Problem] = []
     for load in (lambda: tls_for(settings.spamd), lambda: load_keys(settings.events)):
         try:
@@ -45,7 +45,7 @@ def unusable(settings: Settings) -> tuple[Problem, ...]:
         except ConfigError as error:
             found += error.problems
         except ValueError:
-            pass  # the settings' own check has told
+            pass  # the settings' own check has reported it
     return tuple(found)
 
 

@@ -57,7 +57,7 @@ JournalEvent = tuple[float, str, dict[str, Any], bytes]
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """What a message must have.
+    """Conditions that a message must meet.
 
     ``words``: pairs of a kind (incident, sender, recipient, message-id, signature, decision, remote) and a value,
     in which ``*`` and ``?`` are wild.
@@ -83,7 +83,7 @@ class Mail:
 
 
 def outcome_of(report: tuple[str, ...]) -> str:
-    """What the hook said about its several qmail-queues, in words."""
+    """Describe the hook's report about its qmail-queue submissions."""
     queued = report.count("0+")
     if not report:
         return "none: the hook ended without saying what became of the submissions"
@@ -233,7 +233,7 @@ class Journal:
     # Reading
 
     def find(self, query: Query, limit: int) -> list[Mail]:
-        """What matches, newest first. Raises JournalError."""
+        """Yield matching messages, newest first. Raises JournalError."""
         with _told(self.path):
             return [_mail(*row) for row in self._connection.execute(*statement(query, limit))]
 
@@ -252,7 +252,7 @@ def statement(query: Query, limit: int) -> tuple[str, tuple[object, ...]]:
 
 
 def words_of(fields: dict[str, Any], account: MailDetail) -> set[tuple[str, str]]:
-    """All that a message is found by."""
+    """Return the words under which a message is indexed."""
     found = {("incident", fields["id"]), ("sender", fields.get("sender", "")), ("decision", fields.get("decision", ""))}
     found |= {("recipient", address) for address in (*fields.get("recipients", ()), *account.more_recipients)}
     names = [scan.get("name") for scan in fields.get("scans", ()) if scan.get("status") == ScanStatus.FOUND.value]

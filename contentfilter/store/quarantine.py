@@ -1,4 +1,4 @@
-"""What is not delivered is kept: message and sidecar, complete or absent, readable by nobody else.
+"""Quarantine of withheld messages: message and sidecar, complete or absent, readable only by their owner.
 
 ``DIR/messages/ab/SHA256.eml`` holds bytes under their hash, ``DIR/entries/INCIDENT.eml`` is a hard link to
 them, ``DIR/entries/INCIDENT.json`` says what they were and is written last: an entry exists when its
@@ -47,7 +47,7 @@ _PIECE = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Expired:
-    """What :meth:`Quarantine.expire` removed, and what is left."""
+    """Result of :meth:`Quarantine.expire`: removed entries and remaining bytes."""
 
     entries: tuple[str, ...]  # incidents
     stray: int  # unreferenced messages and unfinished files
@@ -55,7 +55,7 @@ class Expired:
 
 
 class Quarantine:
-    """The quarantine below one directory. Several processes may use it at once."""
+    """The quarantine below one directory. Several processes may use it simultaneously."""
 
     def __init__(
         self,
@@ -110,10 +110,15 @@ class Quarantine:
         return name
 
     def _keep_message(self, incident: str, message: Message) -> str:
-        """Off the loop: hash, then link the very bytes that are here already, or copy."""
+        """Off the loop: store the bytes, which stay valid even if the message is closed meanwhile."""
+        with message.view() as view:
+            return self._keep_bytes(incident, view)
+
+    def _keep_bytes(self, incident: str, view: memoryview) -> str:
+        """Hash, then link the very bytes that are here already, or copy."""
         digest = hashlib.sha256()
-        for start in range(0, message.size, _PIECE):
-            digest.update(message.data[start : start + _PIECE])
+        for start in range(0, len(view), _PIECE):
+            digest.update(view[start : start + _PIECE])
         name = digest.hexdigest()
         entries = self._below("entries")
         master = self._below("messages", name[:2]) / f"{name}.eml"
@@ -123,7 +128,7 @@ class Quarantine:
         link.unlink(missing_ok=True)  # of an earlier attempt that ended half-way
         try:
             os.link(master, link, follow_symlinks=False)
-            if link.lstat().st_size == message.size:
+            if link.lstat().st_size == len(view):
                 return name
             link.unlink()
         except OSError as error:
@@ -132,8 +137,9 @@ class Quarantine:
         temporary = master.with_name(NEW + secrets.token_hex(8))
         try:
             with open(temporary, "xb", opener=_private) as file:
-                for start in range(0, message.size, _PIECE):
-                    file.write(message.data[start : start + _PIECE])
+                written = sum(file.write(view[start : start + _PIECE]) for start in range(0, len(view), _PIECE))
+                if written != len(view):
+                    raise OSError(errno.EIO, f"{written} of {len(view)} bytes written")
                 file.flush()
                 os.fsync(file.fileno())
             os.link(temporary, link)  # before the master has its name: never seen without a reference
@@ -145,7 +151,7 @@ class Quarantine:
         return name
 
     async def _put_sidecar(self, incident: str, sidecar: dict[str, Any], kept: float) -> None:
-        """Write or replace a sidecar in one step; the entry is there for good when this returns."""
+        """Write or replace a sidecar in one step; the entry is durable when this returns."""
         temporary = self._entries / (NEW + secrets.token_hex(8))
         try:
             async with aiofiles.open(temporary, "xb", opener=_private, executor=self._disk) as file:

@@ -4,7 +4,7 @@ In front of the original bytes stands one line,
 ``X-ContentFilter-Released: INCIDENT; by=USER; expires=UNIX-TIME; sha256=HEX; mac=HEX``.
 When qmail-local forwards the message it passes the hook again, with Received and Delivered-To lines
 above ours; :func:`released` knows it by that line. The HMAC-SHA256 covers the line, and the line names
-the hash of every byte below it. The MAC is checked first, so only our own tokens cost a hash. Whoever
+the hash of every byte below it. The MAC is checked first, so only our own tokens cost a hash. Anyone who
 can read a released message could send the same bytes again until the token ends: honour it only for
 messages that do not come in over SMTP.
 """

@@ -1,4 +1,4 @@
-"""What in the quarantine may go: entries by age and by quota, oldest first; then what belongs to no entry.
+"""Retention of the quarantine: entries by age and by quota, oldest first; then what belongs to no entry.
 
 Looks at names, sizes and times only. Sizes count once for equal messages, which share an inode.
 """
@@ -28,7 +28,7 @@ class RetentionLimits:
 
 
 class StoredEntry(NamedTuple):
-    """What expiry needs of an entry; the oldest sorts first."""
+    """Size, age and name of an entry, for expiry; the oldest sorts first."""
 
     kept: float  # seconds since 1970
     incident: str
@@ -97,7 +97,7 @@ def outdated(found: Survey, now: float, limits: RetentionLimits, room: int) -> t
 
 
 def scan(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """Names and states. A folder that is not there is empty; a file that vanishes is left out."""
+    """Names and states. A folder that is not there is empty; a file that vanishes is skipped."""
     try:
         with os.scandir(folder) as files:
             for file in files:

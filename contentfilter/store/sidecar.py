@@ -1,4 +1,4 @@
-"""What the quarantine knows about one kept message, and how it is found again. Nothing here does I/O.
+"""Sidecar of a quarantined message, and the search for one. Nothing here does I/O.
 
 The sidecar is JSON: the fields of the message's record, and beside them the envelope as hexadecimal
 bytes, because the printable addresses may have lost some. Fields that this version does not know stay
@@ -68,7 +68,7 @@ class Sidecar(msgspec.Struct, frozen=True):
 
     @property
     def recipients(self) -> tuple[bytes, ...]:
-        """All that the message was for."""
+        """All recipients of the message."""
         return tuple(bytes.fromhex(text) for text in self.envelope_hex.recipients)
 
     @property
@@ -84,7 +84,7 @@ class Sidecar(msgspec.Struct, frozen=True):
 
 
 def valid_incident(text: str) -> bool:
-    """Whether ``text`` may stand in a file name of the quarantine: no separator, no leading dot."""
+    """Return True if ``text`` may be part of a file name of the quarantine: no separator, no leading dot."""
     return _INCIDENT.fullmatch(text) is not None
 
 
@@ -127,7 +127,7 @@ def plain(entry: Sidecar) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """What an entry must have; an empty field asks for nothing.
+    """Conditions that an entry must meet; an empty field asks for nothing.
 
     Case does not matter. ``*`` and ``?`` stand for any text and any character; without them a pattern
     may stand anywhere in an address, Message-ID or Subject, and must be the whole name of a signature.
@@ -157,7 +157,7 @@ class Search:
 
 
 def _some(pattern: str, values: Iterable[str], whole: bool = False) -> bool:
-    """Whether one of ``values`` fits."""
+    """Return True if one of ``values`` matches."""
     if not pattern:
         return True
     wanted = pattern.lower()

@@ -29,7 +29,7 @@ class Loaded:
 
 
 class ConfigSource(Protocol):
-    """Where configurations come from. Loading raises ConfigError."""
+    """Source of configurations. Loading raises ConfigError."""
 
     async def load(self) -> Loaded:
         """Read everything again."""
@@ -90,7 +90,7 @@ class ConfigLoader:
             raise ConfigError(wrong)
         controls, problems = await read_controls(settings.service.control)
         runtime, more = make_runtime(settings, controls, "")
-        _, table_problems = await self._keeper.update(settings, anew=True)
+        _, table_problems = await self._keeper.update(settings, reread=True)
         self._runtime, self._problems = runtime, (*problems, *more)
         return self._loaded(runtime, table_problems)
 
@@ -99,7 +99,7 @@ class ConfigLoader:
         runtime = self._runtime
         if runtime is None:
             return None
-        changed, problems = await self._keeper.update(runtime.settings, anew=False)
+        changed, problems = await self._keeper.update(runtime.settings, reread=False)
         allowed, wrong = read_allowances(runtime.settings)
         if allowed != runtime.allowed:
             self._runtime = runtime = msgspec.structs.replace(runtime, allowed=allowed)

@@ -1,1 +1,1 @@
-"""Where recipient rows come from, and the snapshot that the workers map."""
+"""Sources of recipient rows, and the snapshot that the workers map."""

@@ -27,7 +27,7 @@ _NEW_MODE = 0o644
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """How many rows a change added, changed, removed and found as wanted."""
+    """Result of an edit: how many rows a change added, changed, removed and found as wanted."""
 
     added: int = 0
     changed: int = 0

@@ -23,7 +23,7 @@ def sources(control: str) -> tuple[SourceState, ...]:
 
 
 async def load_tables(control: str) -> tuple[Rows, tuple[Problem, ...]]:
-    """Both tables and the list of owners from the directory ``control``, and lines that were left out or look odd.
+    """Both tables and the list of owners from the directory ``control``, and lines that were skipped or look odd.
 
     A million rows take about a second, off the event loop. Raises ConfigError where a file cannot be read.
     """

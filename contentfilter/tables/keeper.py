@@ -52,11 +52,11 @@ class Keeper:
         age = max(0.0, time.time() - self._checked) if self._header else 0.0
         return TableState(self._source, self._header is not None, *rows, round(age, 1), self._trouble)
 
-    async def update(self, settings: Settings, *, anew: bool) -> tuple[bool, tuple[Problem, ...]]:
-        """Bring the snapshot up to date. Returns whether it is another one now, and the rows that were left out.
+    async def update(self, settings: Settings, *, reread: bool) -> tuple[bool, tuple[Problem, ...]]:
+        """Bring the snapshot up to date. Returns whether it is another one now, and the rows that were skipped.
 
-        ``anew`` reads the source even where it looks unchanged. Raises ConfigError with ``anew`` for what does not mend
-        itself: a table file that cannot be read, a snapshot that cannot be written. Everything else is a trouble,
+        ``reread`` reads the source even where it looks unchanged. Raises ConfigError with ``reread`` for what does not
+        mend itself: a table file that cannot be read, a snapshot that cannot be written. Everything else is a trouble,
         and so is a full disk at the start where an earlier run left a sound snapshot.
         """
         path = os.path.join(settings.service.state, FILE)
@@ -65,13 +65,13 @@ class Keeper:
             self._path = path
             self._header, self._checked = await asyncio.to_thread(_present, path)
         self._source = settings.tables.source
-        known = () if anew or self._header is None else self._held or self._header.sources
+        known = () if reread or self._header is None else self._held or self._header.sources
         try:
             found = await read_source(settings, known)
             if found is not None:
                 return await self._take(settings, *found)
         except ConfigError as error:
-            if anew and settings.tables.source == "files":
+            if reread and settings.tables.source == "files":
                 raise
             self._trouble = str(error)
         except OSError as error:
@@ -79,7 +79,7 @@ class Keeper:
             problem = Problem(path, 0, self._trouble)
             if start and self._header is not None:
                 return True, (problem,)
-            if anew:
+            if reread:
                 raise ConfigError((problem,)) from error
         else:
             if self._held:

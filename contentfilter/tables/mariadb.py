@@ -35,7 +35,7 @@ _BINARY = "utf8mb4"  # addresses come as UTF-8, or as they are where the column 
 
 
 def server_name(settings: MariaDbSettings) -> str:
-    """How this source is called in problems and in a snapshot's header. Never with the password."""
+    """Name of this source in problems and in a snapshot's header. Never with the password."""
     place = settings.socket or f"{settings.host}:{settings.port}"
     return f"mariadb {settings.user}@{place}/{settings.database}"
 
@@ -43,7 +43,7 @@ def server_name(settings: MariaDbSettings) -> str:
 async def read_tables(
     settings: Settings, known: tuple[SourceState, ...] = ()
 ) -> tuple[Rows, tuple[Problem, ...]] | None:
-    """Both tables, and the rows that were left out; None where nothing changed since the state ``known``.
+    """Both tables, and the rows that were skipped; None where nothing changed since the state ``known``.
 
     Raises ConfigError when they cannot be had within ``load_timeout``.
     """
@@ -119,7 +119,7 @@ class _Connection(aiomysql.Connection):  # type: ignore[misc]  # aiomysql has no
 
 @dataclass(frozen=True, slots=True)
 class _Session:
-    """What is asked of the server, each wait with its limit."""
+    """Queries to the server, each wait with its limit."""
 
     connection: _Connection
     db: MariaDbSettings
@@ -137,7 +137,7 @@ class _Session:
                 await self.connection.query(text)
 
     async def fingerprint(self) -> str:
-        """What differs whenever the tables do; empty where there is no way to tell."""
+        """A value that differs whenever the tables do; empty where there is no way to tell."""
         query = fingerprint_query(self.db)
         if not query:
             return ""
@@ -158,7 +158,7 @@ class _Session:
         return builder.table, builder.report.problems()
 
     async def owners(self) -> tuple[Collection[bytes], tuple[Problem, ...]]:
-        """Whoever has preferences in SpamAssassin's table."""
+        """Owners of preferences in SpamAssassin's table."""
         query = owners_query(self.db)
         owners = OwnerBuilder()
         if query:

@@ -1,4 +1,4 @@
-"""Result rows of a database become a table: strictly, and with a problem for each row that is left out.
+"""Result rows of a database become a table: strictly, and with a problem for each row that is skipped.
 
 Values come as the bytes that the server sent, and columns go by their names: ``address``, ``exempt`` and the options
 of the table. A row that is not plain costs microseconds; a batch of plain ones, as most are, next to nothing.

@@ -1,7 +1,7 @@
 """Rows of the recipient tables, and the text they are written in.
 
 One row per line: ``[!]key [name=value ...]``; ``#`` starts a comment, at the start of a line or after white space.
-Keys: :mod:`contentfilter.policy.addresses`. A line that cannot be a row is reported and left out. Where a key
+Keys: :mod:`contentfilter.policy.addresses`. A line that cannot be a row is reported and skipped. Where a key
 stands twice the last line counts, and that is reported too. A million rows take about a second.
 """
 

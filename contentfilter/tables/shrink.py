@@ -49,7 +49,7 @@ def accept(state: str, name: str) -> None:
 
 
 def forget(state: str) -> None:
-    """What was confirmed is in force."""
+    """Forget a confirmation once it is in force."""
     try:
         os.unlink(os.path.join(state, FILE))
     except OSError:

@@ -50,7 +50,7 @@ Found = tuple[Row | None, Row | None]
 
 
 class Header(msgspec.Struct, frozen=True):
-    """What a snapshot says about itself."""
+    """Header of a snapshot."""
 
     created: float  # seconds since 1970
     sources: tuple[SourceState, ...]
@@ -163,7 +163,7 @@ class Snapshot:
             os.close(fd)
 
     def rows(self) -> Rows:
-        """What it was made of, in another order: to be compared with what the source has now. Needs memory for all."""
+        """The rows it was made of, in another order, for comparison with the source. Needs memory for all."""
         clamav: dict[bytes, bytes] = {}
         spamd: dict[bytes, bytes] = {}
         prefs = []
@@ -261,7 +261,7 @@ def _options(file: mmap.mmap, start: int, limit: int) -> tuple[bytes, bytes]:
 
 
 def read_header(path: str) -> Header:
-    """What the snapshot at ``path`` says about itself; its rows are not looked at. Raises OSError or ConfigError."""
+    """Read the header of the snapshot at ``path``; its rows are not read. Raises OSError or ConfigError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         return _header(fd)[0]

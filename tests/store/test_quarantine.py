@@ -115,6 +115,28 @@ def test_what_the_pipeline_records_can_be_read_back(tmp_path):
     assert incidents(quarantine, signature="Win.Bad", sender="s@there", recipient="a@here") == ["id1"]
 
 
+def test_a_message_that_is_closed_while_it_is_kept_is_complete(tmp_path, monkeypatch):
+    quarantine, message = Quarantine(tmp_path), message_of(MAIL)
+    below = quarantine._below
+
+    def close(*names):
+        message.close()  # as when the deadline passed: between the hash and the copy
+        return below(*names)
+
+    monkeypatch.setattr(quarantine, "_below", close)
+    name = asyncio.run(quarantine.keep("id1", message, facts_of(), Deadline.after(20)))
+    assert name == hashlib.sha256(MAIL).hexdigest()
+    assert quarantine.message("id1").read() == MAIL
+
+
+def test_a_message_that_is_closed_already_is_not_kept_as_an_empty_one(tmp_path):
+    message = message_of(MAIL)
+    message.close()
+    with pytest.raises(OSError, match="has been closed"):
+        asyncio.run(Quarantine(tmp_path).keep("id1", message, facts_of(), Deadline.after(20)))
+    assert files(tmp_path) == []
+
+
 def test_equal_messages_share_their_bytes(tmp_path):
     quarantine = Quarantine(tmp_path)
     keep(quarantine, "a")

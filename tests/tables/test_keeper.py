@@ -32,8 +32,8 @@ class Place:
     def write(self, *keys: str) -> None:
         (self.control / "clamavclients").write_text("".join(f"{key}\n" for key in keys))
 
-    def update(self, *, anew: bool = False) -> bool:
-        return asyncio.run(self.keeper.update(self.settings, anew=anew))[0]
+    def update(self, *, reread: bool = False) -> bool:
+        return asyncio.run(self.keeper.update(self.settings, reread=reread))[0]
 
     def rows(self) -> set[bytes]:
         snapshot = Snapshot.open(self.keeper.path)
@@ -55,10 +55,10 @@ def test_the_snapshot_follows_the_source_and_only_a_change_counts(place: Place) 
     assert place.keeper.path == ""
     assert not place.keeper.state().loaded
     place.write("a@x.example")
-    assert place.update(anew=True)
+    assert place.update(reread=True)
     assert place.rows() == {b"a@x.example"}
     assert not place.update()
-    assert not place.update(anew=True), "the same rows again"
+    assert not place.update(reread=True), "the same rows again"
     place.write("a@x.example", "b@x.example")
     assert place.update()
     state = place.keeper.state()
@@ -68,7 +68,7 @@ def test_the_snapshot_follows_the_source_and_only_a_change_counts(place: Place) 
 
 def test_a_source_that_cannot_be_read_leaves_the_last_tables_and_says_since_when(place: Place) -> None:
     place.write(*TEN)
-    place.update(anew=True)
+    place.update(reread=True)
     os.utime(place.keeper.path, (1000, 1000))
     (place.control / "clamavclients").unlink()
     (place.control / "clamavclients").mkdir()
@@ -77,7 +77,7 @@ def test_a_source_that_cannot_be_read_leaves_the_last_tables_and_says_since_when
     assert len(place.rows()) == 10
     place.restart()
     with pytest.raises(ConfigError):  # at a start and at a reload somebody is there to be told
-        place.update(anew=True)
+        place.update(reread=True)
     assert len(place.rows()) == 10
     assert place.keeper.state().age > 1_000_000, "the age of the snapshot survives a restart"
     (place.control / "clamavclients").rmdir()
@@ -89,12 +89,12 @@ def test_a_source_that_cannot_be_read_leaves_the_last_tables_and_says_since_when
 
 def test_a_damaged_snapshot_is_as_none(place: Place) -> None:
     place.write(*TEN)
-    place.update(anew=True)
+    place.update(reread=True)
     path = Path(place.keeper.path)
     path.write_bytes(path.read_bytes()[:-1])
     place.restart()
     place.write("a@x.example")
-    assert place.update(anew=True), "nothing to compare with, so nothing shrinks"
+    assert place.update(reread=True), "nothing to compare with, so nothing shrinks"
     assert place.rows() == {b"a@x.example"}
 
 
@@ -117,20 +117,20 @@ def test_what_is_suspicious(old: tuple[int, int], new: tuple[int, int], refused:
 
 def test_a_table_that_shrinks_waits_for_a_word_about_exactly_these_rows(place: Place) -> None:
     place.write(*TEN)
-    place.update(anew=True)
+    place.update(reread=True)
     place.write("a@x.example")
-    for anew in (False, False, True):
-        assert not place.update(anew=anew)
+    for reread in (False, False, True):
+        assert not place.update(reread=reread)
         assert len(place.rows()) == 10
         trouble = place.keeper.state().trouble
         assert "clamavclients would shrink from 10 to 1 rows" in trouble
     place.restart()
-    assert not place.update(anew=True), "a restart is no way around"
+    assert not place.update(reread=True), "a restart is no way around"
     shrink.accept(str(place.state), trouble.split()[-1])
     place.write("b@x.example")
-    assert not place.update(anew=True), "other rows than those that were accepted"
+    assert not place.update(reread=True), "other rows than those that were accepted"
     place.write("a@x.example")
-    assert place.update(anew=True)
+    assert place.update(reread=True)
     assert place.rows() == {b"a@x.example"}
     assert place.keeper.state().trouble == ""
     place.write(*TEN)
@@ -141,7 +141,7 @@ def test_a_table_that_shrinks_waits_for_a_word_about_exactly_these_rows(place: P
 
 def test_a_table_that_comes_back_by_itself_needs_no_word(place: Place) -> None:
     place.write(*TEN)
-    place.update(anew=True)
+    place.update(reread=True)
     place.write()
     assert not place.update()
     place.write(*TEN, "new@x.example")
@@ -151,7 +151,7 @@ def test_a_table_that_comes_back_by_itself_needs_no_word(place: Place) -> None:
 
 def test_a_fault_while_a_table_is_held_back_does_not_hide_it(place: Place) -> None:
     place.write(*TEN)
-    place.update(anew=True)
+    place.update(reread=True)
     place.write("a@x.example")
     place.update()
     (place.control / "me").mkdir()

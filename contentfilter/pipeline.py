@@ -30,11 +30,10 @@ from contentfilter.model import (
 )
 from contentfilter.policy.admission import Priority, priority_of
 from contentfilter.policy.budget import attempt_timeout, reserve_for_later
-from contentfilter.policy.bypass import Bypass, bypassed_outcomes, find_bypass
 from contentfilter.policy.decide import Decision, decide, needed, open_owners
 from contentfilter.policy.failure import failure_action
+from contentfilter.policy.overrides import AllowEntry, Bypass, apply_allowlist, bypassed_outcomes, find_bypass
 from contentfilter.policy.plan import Lookup, Owners, PlanStep, ScanPlan, Switches, make_plan
-from contentfilter.policy.tolerance import AllowEntry, apply_allowlist
 from contentfilter.scanners.cache import ScanCache, ScanRequest
 from contentfilter.scanners.clamd import ClamdScanner
 from contentfilter.scanners.limiter import ScannerLimiter
@@ -75,14 +74,14 @@ class Pipeline:
         scanners: Scanners,
         quarantine: Quarantine,
         secret: bytes = b"",
-        allowed: tuple[AllowEntry, ...] = (),
+        allowed: Callable[[], tuple[AllowEntry, ...]] = tuple,
         owners: Owners | None = None,
         bypasses: Callable[[], tuple[Bypass, ...]] = lambda: (),
         recall: ScanCache | None = None,
     ) -> None:
         """``lookup``: None while there are no tables. ``owners``: None where nobody has preferences.
 
-        ``bypasses`` is asked for each message: those that are ordered at this moment.
+        ``bypasses`` and ``allowed`` are called for each message: the overrides in force at this moment.
         ``recall`` knows answers about equal messages; None: every scan is made.
         ``secret`` proves what was released from quarantine; empty: nothing is taken as released.
         """
@@ -146,7 +145,7 @@ class Pipeline:
                 continue
             kept = reserve_for_later(deadline.left(), together[-1], plan, message.size, self.settings)
             said = await ask(message, still, priority_of(origin, message.size), deadline.before(kept))
-            outcomes += tuple(apply_allowlist(outcome, self.settings, self.allowed, time.time()) for outcome in said)
+            outcomes += tuple(apply_allowlist(outcome, self.settings, self.allowed(), time.time()) for outcome in said)
         decision = decide(plan, outcomes, origin.kind, len(envelope.recipients), self.settings)
         return MessageContext(
             incident, origin, envelope, message, self.settings, self.switches, plan, outcomes, decision
@@ -176,7 +175,7 @@ class Pipeline:
                 )
                 continue
             said = await ask(message, plan, _CANARY, deadline)
-            outcomes += tuple(apply_allowlist(outcome, self.settings, self.allowed, now) for outcome in said)
+            outcomes += tuple(apply_allowlist(outcome, self.settings, self.allowed(), now) for outcome in said)
         return outcomes
 
     def unopened(self, incident: str, envelope: Envelope, origin: Origin, size: int, why: str) -> MessageContext:

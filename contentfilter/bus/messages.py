@@ -9,7 +9,7 @@ import msgspec
 
 from contentfilter.errors import RemoteProtocolError
 from contentfilter.model import OriginKind, Scanner
-from contentfilter.policy.bypass import Bypass
+from contentfilter.policy.overrides import AllowEntry, Bypass, Drain
 from contentfilter.scanners.cache_entries import CacheEntry, CacheKey
 from contentfilter.scanners.pool import BackendHealth
 from contentfilter.settings import FailureSettings
@@ -102,21 +102,13 @@ WorkerReport = Heartbeat | EventBatch | CacheUpdate
 # Supervisor to workers
 
 
-class Drain(msgspec.Struct, frozen=True):
-    """An order to accept no mail for a while. Times are seconds since 1970."""
-
-    since: float
-    until: float | None  # None: until somebody ends it
-    reason: str
-    by: str
-
-
 class Overrides(BusMessage, frozen=True):
-    """What operators ordered, as it holds from now on. Repeated until every worker has it."""
+    """All overrides in force from now on. Repeated until every worker has them."""
 
     number: int  # grows with each change
     bypasses: tuple[Bypass, ...] = ()
     drain: Drain | None = None
+    allowed: tuple[AllowEntry, ...] = ()
 
 
 class Configure(BusMessage, frozen=True):
@@ -185,8 +177,25 @@ class AskResume(BusMessage, frozen=True):
     claimed: str = ""
 
 
-Question = Ping | AskStatus | AskFailures | AskCanary | AskReload | AskBypass | AskBypassEnd | AskDrain | AskResume
-CHANGES = (AskReload, AskBypass, AskBypassEnd, AskDrain, AskResume)
+class AskAllow(BusMessage, frozen=True):
+    """Let a signature pass for ``seconds``. Replaces an earlier entry for the same signature."""
+
+    signature: str
+    seconds: float
+    reason: str
+    owner: str
+
+
+class AskAllowEnd(BusMessage, frozen=True):
+    """Block a signature again."""
+
+    signature: str
+    claimed: str = ""
+
+
+Override = AskBypass | AskBypassEnd | AskDrain | AskResume | AskAllow | AskAllowEnd
+Question = Ping | AskStatus | AskFailures | AskCanary | AskReload | Override
+CHANGES = (AskReload, AskBypass, AskBypassEnd, AskDrain, AskResume, AskAllow, AskAllowEnd)
 """Questions that change something: for root and the user of the daemon only. The rest is for their group, too."""
 
 

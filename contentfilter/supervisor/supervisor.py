@@ -200,7 +200,7 @@ class Supervisor:
 
     def _in_force(self) -> tuple[Settings, tuple[Sample, ...]]:
         loaded = self._configuration.loaded
-        return loaded.settings, loaded.samples
+        return loaded.settings, loaded.samples(self._glass.allowed())
 
     def _adopt(self, loaded: Loaded) -> None:
         self._recorder.change(loaded.settings)

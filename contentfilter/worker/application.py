@@ -46,7 +46,9 @@ class Application:
         self._context = surroundings
         self._secret, self._uid = self._load_secret(), os.geteuid()
         around = surroundings
-        self._bundle = PipelineBundle(runtime, self._secret, around.bypasses, around.recall, around.shed)
+        self._bundle = PipelineBundle(
+            runtime, self._secret, around.bypasses, around.allowed, around.recall, around.shed
+        )
         surroundings.recall.change(self.settings.reuse)
         self._watching = asyncio.create_task(self._watch())
 

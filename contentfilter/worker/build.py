@@ -6,7 +6,6 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 
 from contentfilter.config.controls import read_controls
 from contentfilter.config.load import load_settings
@@ -14,7 +13,7 @@ from contentfilter.config.runtime import Runtime, make_runtime, worker_count
 from contentfilter.errors import ConfigError
 from contentfilter.model import Scanner
 from contentfilter.pipeline import Pipeline, Scanners
-from contentfilter.policy.bypass import Bypass
+from contentfilter.policy.overrides import AllowEntry, Bypass
 from contentfilter.scanners.cache import ScanCache
 from contentfilter.scanners.clamd import ClamdScanner
 from contentfilter.scanners.limiter import ScannerLimiter
@@ -23,7 +22,7 @@ from contentfilter.scanners.signatures.engine import (
     Engine,
 )
 from contentfilter.scanners.spamd import SpamdScanner
-from contentfilter.store.bypass import read_bypasses
+from contentfilter.store.overrides import read_usable
 from contentfilter.store.quarantine import Quarantine
 from contentfilter.tables.keeper import read_source
 from contentfilter.tables.snapshot import FILE as SNAPSHOT
@@ -38,10 +37,11 @@ class PipelineBundle:
         runtime: Runtime,
         secret: bytes = b"",
         bypasses: Callable[[], tuple[Bypass, ...]] = tuple,
+        allowed: Callable[[], tuple[AllowEntry, ...]] = tuple,
         recall: ScanCache | None = None,
         shed: Counter[str] | None = None,
     ) -> None:
-        """``secret``, ``bypasses``, ``recall``: see Pipeline; ``shed``: see Turns.
+        """``secret``, ``bypasses``, ``allowed``, ``recall``: see Pipeline; ``shed``: see Turns.
 
         Raises ConfigError for a snapshot that cannot be used.
         """
@@ -69,7 +69,7 @@ class PipelineBundle:
             scanners,
             Quarantine.of(settings),
             secret,
-            runtime.allowed,
+            allowed,
             owners,
             bypasses,
             recall,
@@ -82,9 +82,7 @@ class PipelineBundle:
         Tables that cannot be read are those that the daemon goes on with, if there are any.
         """
         settings = load_settings(config_path)
-        bypasses: tuple[Bypass, ...] = ()
-        with suppress(ConfigError):  # a damaged file bypasses nothing; the daemon tells about it
-            bypasses = read_bypasses(settings.service.state)
+        bypasses, allowed, _ = read_usable(settings.service.state)  # the daemon logs the problems
         controls, _ = await read_controls(settings.service.control)
         try:
             found = await read_source(settings)
@@ -92,12 +90,12 @@ class PipelineBundle:
             kept = os.path.join(settings.service.state, SNAPSHOT)
             if not os.path.exists(kept):  # noqa: ASYNC240 - one look, and nobody else is on this loop
                 raise
-            return cls(make_runtime(settings, controls, kept)[0], bypasses=lambda: bypasses)
+            return cls(make_runtime(settings, controls, kept)[0], bypasses=lambda: bypasses, allowed=lambda: allowed)
         assert found is not None, "nothing was known"  # noqa: S101
         with tempfile.TemporaryDirectory(prefix="contentfilter-") as directory:
             runtime, _ = make_runtime(settings, controls, os.path.join(directory, SNAPSHOT))
             compile_snapshot(found[0], runtime.snapshot)
-            return cls(runtime, bypasses=lambda: bypasses)
+            return cls(runtime, bypasses=lambda: bypasses, allowed=lambda: allowed)
 
     def backends(self) -> tuple[BackendHealth, ...]:
         """How clamd and spamd stand, and whether there is mail that needs them."""

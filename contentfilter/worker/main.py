@@ -34,7 +34,7 @@ from contentfilter.hardening import give_up_privileges
 from contentfilter.log import Logger, adopt_standard_logging, make_logger
 from contentfilter.log_target import open_target
 from contentfilter.model import ScanOutcome
-from contentfilter.policy.bypass import Bypass
+from contentfilter.policy.overrides import AllowEntry, Bypass
 from contentfilter.scanners.cache import ScanCache
 from contentfilter.scanners.pool import BackendHealth
 from contentfilter.settings import Settings
@@ -75,7 +75,8 @@ class WorkerContext:
 
     log: Logger
     emit: Callable[[Event], None]  # to the supervisor and the event feed; never waits
-    bypasses: Callable[[], tuple[Bypass, ...]] = tuple  # those that are ordered at this moment
+    bypasses: Callable[[], tuple[Bypass, ...]] = tuple  # in force at this moment
+    allowed: Callable[[], tuple[AllowEntry, ...]] = tuple  # in force at this moment
     recall: ScanCache = field(default_factory=ScanCache)  # the worker's, whatever the configuration
     shed: Counter[str] = field(default_factory=Counter)  # what was left out for want of time, to be counted there
 
@@ -193,12 +194,15 @@ class Worker:
         self._log.info("worker.stop")
 
     async def _built(self, generation: int, blob: bytes) -> ApplicationLease:
-        around = WorkerContext(self._log, self._emit, self._bypasses, self._cache, self._load.shed)
+        around = WorkerContext(self._log, self._emit, self._bypasses, self._allowed, self._cache, self._load.shed)
         application = await self._build(blob, around)
         return ApplicationLease(application, generation, self._lane)
 
     def _bypasses(self) -> tuple[Bypass, ...]:
         return self._orders.bypasses
+
+    def _allowed(self) -> tuple[AllowEntry, ...]:
+        return self._orders.allowed
 
     def _late(self, said: ScanOutcome | BackendError, seconds: float) -> None:
         """The end of a scan whose message was given up."""

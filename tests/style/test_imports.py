@@ -18,7 +18,7 @@ ROOMS: dict[str, str] = {
     "scanners": "ground wire policy",
     "verdict": "ground wire policy",
     "store": "ground wire policy verdict",
-    "config": "ground policy scanners store",
+    "config": "ground policy scanners",
     "pipeline": "ground wire policy scanners verdict store",
     "doors": "ground wire policy verdict",
     "bus": "ground policy tables scanners verdict config",

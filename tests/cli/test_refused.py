@@ -61,3 +61,20 @@ def test_who_may_not_ask_is_told_so_and_not_that_nobody_is_there(config: Path, m
     monkeypatch.setattr(sockets, "ask", lambda *_: None)
     monkeypatch.setattr("os.access", lambda *_: False)
     assert "try again as root" in run(config, "resume").output
+
+
+def test_a_daemon_that_starts_during_the_write_gets_the_order(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+
+    def ask(_run: str, question: messages.Question, _seconds: float) -> messages.Reply | None:
+        given.append(type(question).__name__)
+        if len(given) == 1:
+            return None
+        if isinstance(question, messages.AskAllow):
+            return messages.Ordered((), None)
+        return messages.Status("", 1, "ready", 1, 1.0, "", 0, 0, (), ())
+
+    monkeypatch.setattr(sockets, "ask", ask)
+    done = run(config, "allow", "add", "Sig.1", "--for", "1h", "--reason", "r")
+    assert (done.exit_code, given) == (0, ["AskAllow", "AskStatus", "AskAllow"])
+    assert "in force in every worker" in done.output

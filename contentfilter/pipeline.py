@@ -34,11 +34,10 @@ from contentfilter.model import (
 )
 from contentfilter.policy.admission import Priority, priority_of
 from contentfilter.policy.budget import attempt_timeout, reserve_for_later
-from contentfilter.policy.bypass import Bypass, bypassed_outcomes, find_bypass
 from contentfilter.policy.decide import Decision, decide, open_checks
 from contentfilter.policy.failure import failure_action
+from contentfilter.policy.overrides import AllowEntry, Bypass, apply_allowlist, bypassed_outcomes, find_bypass
 from contentfilter.policy.plan import Lookup, Owners, PlanStep, ScanPlan, Switches, disabled, make_plan, unscanned_plan
-from contentfilter.policy.tolerance import AllowEntry, apply_allowlist
 from contentfilter.scanners.cache import ScanCache, ScanRequest
 from contentfilter.scanners.clamd import ClamdScanner
 from contentfilter.scanners.signatures.engine import Engine
@@ -96,7 +95,7 @@ class Pipeline:
         scanners: Scanners,
         quarantine: Quarantine,
         secret: bytes = b"",
-        allowed: tuple[AllowEntry, ...] = (),
+        allowed: Callable[[], tuple[AllowEntry, ...]] = tuple,
         owners: Owners | None = None,
         bypasses: Callable[[], tuple[Bypass, ...]] = lambda: (),
         cache: ScanCache | None = None,
@@ -104,7 +103,7 @@ class Pipeline:
     ) -> None:
         """``lookup``: None while there are no tables. ``owners``: None where no recipient has preferences.
 
-        ``bypasses`` is called for each message and returns those in force.
+        ``bypasses`` and ``allowed`` are called for each message and return those in force.
         ``cache`` has the results for equal messages; None: every scan is made.
         ``disk``: threads for calls that a hung disk may block; None: the event loop's.
         ``secret`` authenticates messages released from quarantine; empty: none is taken as released.
@@ -238,8 +237,8 @@ class Pipeline:
 
     def _allowed(self, outcomes: tuple[ScanOutcome, ...]) -> tuple[ScanOutcome, ...]:
         """The outcomes after the allow-list."""
-        now = time.time()
-        return tuple([apply_allowlist(outcome, self.settings, self.allowed, now) for outcome in outcomes])
+        now, allowed = time.time(), self.allowed()
+        return tuple([apply_allowlist(outcome, self.settings, allowed, now) for outcome in outcomes])
 
     async def _plan(self, envelope: Envelope, message: Message, origin: Origin) -> ScanPlan:
         facts = (envelope, message.size, origin, self.settings, self.switches, self.lookup, self.owners)

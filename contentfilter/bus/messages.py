@@ -9,7 +9,7 @@ import msgspec
 
 from contentfilter.errors import RemoteProtocolError
 from contentfilter.model import OriginKind, Scanner
-from contentfilter.policy.bypass import Bypass
+from contentfilter.policy.overrides import AllowEntry, Bypass, Drain
 from contentfilter.scanners.cache_entries import CacheEntry, CacheKey
 from contentfilter.scanners.health import BackendHealth
 from contentfilter.settings import FailureSettings
@@ -102,21 +102,13 @@ WorkerReport = Heartbeat | EventBatch | CacheUpdate
 # Supervisor to workers
 
 
-class Drain(msgspec.Struct, frozen=True):
-    """An override: accept no mail. Times are seconds since 1970."""
-
-    since: float
-    until: float | None  # None: until it is ended
-    reason: str
-    by: str
-
-
 class Overrides(BusMessage, frozen=True):
     """All overrides in force."""
 
     number: int  # grows with each change
     bypasses: tuple[Bypass, ...] = ()
     drain: Drain | None = None
+    allowed: tuple[AllowEntry, ...] = ()
 
 
 class Configure(BusMessage, frozen=True):
@@ -185,8 +177,25 @@ class AskResume(BusMessage, frozen=True):
     claimed: str = ""
 
 
-Question = Ping | AskStatus | AskFailures | AskCanary | AskReload | AskBypass | AskBypassEnd | AskDrain | AskResume
-CHANGES = (AskReload, AskBypass, AskBypassEnd, AskDrain, AskResume)
+class AskAllow(BusMessage, frozen=True):
+    """Let a signature pass for ``seconds``. Replaces an earlier entry for the same signature."""
+
+    signature: str
+    seconds: float
+    reason: str
+    owner: str
+
+
+class AskAllowEnd(BusMessage, frozen=True):
+    """Block a signature again."""
+
+    signature: str
+    claimed: str = ""
+
+
+Override = AskBypass | AskBypassEnd | AskDrain | AskResume | AskAllow | AskAllowEnd
+Question = Ping | AskStatus | AskFailures | AskCanary | AskReload | Override
+CHANGES = (AskReload, AskBypass, AskBypassEnd, AskDrain, AskResume, AskAllow, AskAllowEnd)
 """Questions that change something: for root and the daemon's user only. The others are for its group, too."""
 
 
@@ -266,6 +275,7 @@ class Status(BusMessage, frozen=True):
     poison: tuple[str, ...] = ()  # fingerprints of messages that killed two workers and are isolated
     refused: dict[str, int] = {}  # connections lately refused for a local user's limits, by user
     refused_total: int = 0  # since the start
+    allowed: tuple[AllowEntry, ...] = ()  # in force now
     orders_problem: str = ""  # why overrides do not survive a restart, or why older ones are not in force
 
 

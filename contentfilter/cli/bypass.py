@@ -15,7 +15,7 @@ from contentfilter.bus import messages, sockets
 from contentfilter.cli.common import print_rows, printable, span, when
 from contentfilter.config.load import read_settings
 from contentfilter.model import OriginKind, Scanner
-from contentfilter.policy.bypass import SCANNERS, Bypass, objection
+from contentfilter.policy.overrides import SCANNERS, Bypass
 
 WAIT = 30.0  # seconds; the daemon itself waits up to 15 for its workers and the disk
 
@@ -124,7 +124,7 @@ def resume(config_path: str, as_json: bool) -> None:
 
 def _check(seconds: float | None, reason: str, *, needed: bool = False) -> None:
     """Wrong usage is told before the daemon is asked."""
-    if why := objection(seconds, reason):
+    if why := Bypass.objection(seconds, reason):
         raise click.UsageError(why)
     if needed and not reason.strip():
         raise click.UsageError("a bypass needs a reason")
@@ -165,6 +165,7 @@ def _answer(reply: messages.Ordered, as_json: bool, text: str) -> None:
 
 
 def _order(config_path: str, question: messages.Question) -> messages.Ordered:
+    """Send an order to the daemon. Ends the program with status 1 when it is refused or not answered."""
     reply = _ask(config_path, question)
     assert isinstance(reply, messages.Ordered)  # noqa: S101 - see above
     return reply

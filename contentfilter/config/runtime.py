@@ -9,7 +9,6 @@ from contentfilter.config.controls import Controls
 from contentfilter.config.keys import load_keys
 from contentfilter.errors import ConfigError, Problem
 from contentfilter.policy.plan import Switches
-from contentfilter.policy.tolerance import AllowEntry
 from contentfilter.scanners.signatures.engine import (
     Rules,
     default_loadertypes,
@@ -19,7 +18,6 @@ from contentfilter.scanners.signatures.engine import (
 )
 from contentfilter.scanners.tls import tls_for
 from contentfilter.settings import Settings
-from contentfilter.store.allow import read_allowed
 
 
 class Runtime(msgspec.Struct, frozen=True):
@@ -31,7 +29,6 @@ class Runtime(msgspec.Struct, frozen=True):
     signatures: Rules | None  # None where the switch is off
     loadertypes: Rules | None
     snapshot: str  # empty: there are no tables yet
-    allowed: tuple[AllowEntry, ...] = ()
     smtplog: int = 0
     sysfacility: str = ""
 
@@ -47,14 +44,6 @@ def unusable(settings: Settings) -> tuple[Problem, ...]:
         except ValueError:
             pass  # the settings' own check has reported it
     return tuple(found)
-
-
-def read_allowances(settings: Settings) -> tuple[tuple[AllowEntry, ...], tuple[Problem, ...]]:
-    """The allow-list. A damaged one allows nothing; mail does not wait for its repair."""
-    try:
-        return read_allowed(settings.service.state), ()
-    except ConfigError as error:
-        return (), error.problems
 
 
 def make_runtime(settings: Settings, controls: Controls, snapshot: str) -> tuple[Runtime, tuple[Problem, ...]]:
@@ -74,7 +63,6 @@ def make_runtime(settings: Settings, controls: Controls, snapshot: str) -> tuple
         rules(controls.badsignatures, "badsignatures"),
         rules(controls.badloadertypes, "badloadertypes"),
     )
-    allowed, damaged = read_allowances(settings)
     runtime = Runtime(
         settings,
         switches,
@@ -82,11 +70,10 @@ def make_runtime(settings: Settings, controls: Controls, snapshot: str) -> tuple
         signatures if switches.chksignature else None,
         loadertypes if switches.chkloadertype else None,
         snapshot,
-        allowed,
         controls.values["smtplog"],
         controls.values["sysfacility"],
     )
-    return runtime, (*problems, *damaged)
+    return runtime, tuple(problems)
 
 
 def worker_count(settings: Settings) -> int:

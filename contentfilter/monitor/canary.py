@@ -72,7 +72,7 @@ def judge(sample: Sample, ended: Ended, seen: CanarySeen | None) -> tuple[str, s
     for scan in seen.scans:
         if scan.status != ScanStatus.CLEAN.value:
             return "unchecked", f"{scan.scanner}: {scan.cause or scan.status} {scan.detail} {_at(scan)}".rstrip()
-    let_through = [f"; {scan.detail}" for scan in seen.scans if " passed, " in scan.detail]  # policy.tolerance
+    let_through = [f"; {scan.detail}" for scan in seen.scans if " passed, " in scan.detail]  # policy.overrides
     return "passed", f"{', '.join(scan.scanner for scan in seen.scans)} found nothing{''.join(let_through)}"
 
 

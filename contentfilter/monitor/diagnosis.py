@@ -14,6 +14,7 @@ from contentfilter.bus.messages import BackendStatus, Status, WorkerStatus
 from contentfilter.doors.canary import CLEAN
 from contentfilter.errors import Cause
 from contentfilter.model import OriginKind, Scanner
+from contentfilter.store.overrides import ALLOW_FILE
 
 SILENT = 10.0  # seconds without a heartbeat after which a worker is not counted as accepting mail
 SLOW = 60.0  # seconds after which a message in flight is an issue
@@ -270,7 +271,10 @@ def _configuration(status: Status) -> Iterator[Issue]:
     if status.tables is not None and status.tables.loaded and status.tables.trouble:
         what = f"the recipient tables have not been current for {length(status.tables.age)}: {status.tables.trouble}"
         yield Issue(what, "contentfilter clients diff", "The tables are old")
-    if status.orders_problem:
+    if ALLOW_FILE in status.orders_problem:
+        remedy = "contentfilter allow add, for each signature that must pass"
+        yield Issue(status.orders_problem, remedy, "A bad signature refuses honest mail")
+    elif status.orders_problem:
         yield Issue(status.orders_problem, "contentfilter bypass list", "The disk is full")
 
 

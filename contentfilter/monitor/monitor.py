@@ -30,7 +30,7 @@ from contentfilter.monitor.measure import Measurement, backlog, measure
 from contentfilter.monitor.metrics import Metrics, Registry
 from contentfilter.monitor.page import PATHS, make_pages
 from contentfilter.monitor.probe import UP, Prober
-from contentfilter.policy.bypass import SCANNERS
+from contentfilter.policy.overrides import SCANNERS
 from contentfilter.settings import Settings
 
 MEASURE_EVERY = 30.0  # seconds between two measurements of the disk

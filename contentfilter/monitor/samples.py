@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from email.utils import formatdate
 
 from contentfilter.doors.canary import CLEAN, EICAR, GTUBE, SIGNATURE
-from contentfilter.policy.tolerance import AllowEntry
+from contentfilter.policy.overrides import AllowEntry
 from contentfilter.scanners.signatures.rules import LIBRARY, Fragment, Rule, Rules, Signature
 from contentfilter.settings import Settings
 

@@ -19,8 +19,8 @@ import msgspec
 from contentfilter.model import Action, Check, OriginKind, Reason, Scanner, ScanOutcome, ScanStatus
 from contentfilter.policy.failure import failure_action
 from contentfilter.policy.options import Options
+from contentfilter.policy.overrides import class_action
 from contentfilter.policy.plan import RecipientPolicy, ScanPlan
-from contentfilter.policy.tolerance import class_action
 from contentfilter.settings import Settings
 from contentfilter.wire.clamd import signature_class
 from contentfilter.wire.hook import SUBMISSIONS_MAX

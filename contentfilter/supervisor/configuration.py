@@ -15,6 +15,7 @@ from contentfilter.doors.origin import resolve
 from contentfilter.errors import ConfigError
 from contentfilter.log import Logger
 from contentfilter.monitor.samples import Sample
+from contentfilter.policy.overrides import AllowEntry
 from contentfilter.settings import Settings
 from contentfilter.supervisor.source import ConfigSource, Loaded, Staleness
 from contentfilter.supervisor.workers import Workers
@@ -52,9 +53,9 @@ class Configuration:
         """The settings in force."""
         return self.loaded.settings
 
-    def canary(self) -> tuple[Settings, tuple[Sample, ...]]:
-        """The settings in force, and the canary's samples for them."""
-        return self.loaded.settings, self.loaded.samples
+    def canary(self, allowed: tuple[AllowEntry, ...]) -> tuple[Settings, tuple[Sample, ...]]:
+        """The settings in force, and the canary's samples for them and for these allow entries."""
+        return self.loaded.settings, self.loaded.samples(allowed)
 
     async def reload(self) -> tuple[str, ...]:
         """Read everything again. Returns the workers that have not taken the new one in time, as text.

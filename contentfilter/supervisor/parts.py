@@ -185,7 +185,9 @@ def compose(
     receiver = ReceiverProcess(log, configuration.settings, inherited)
     spawner = Spawner(inherited, crashes, configuration, overrides, receiver)
     pool = WorkerPool(spawner.spawn, log, workers)
-    canary = Canary(log, configuration.canary, partial(effective_state, lifecycle, overrides))
+    canary = Canary(
+        log, lambda: configuration.canary(overrides.allowed()), partial(effective_state, lifecycle, overrides)
+    )
     reporter = StatusReporter(
         lifecycle, malformed, source, crashes, workers, configuration, overrides, recorder, pool, canary, receiver
     )

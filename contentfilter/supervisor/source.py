@@ -1,16 +1,19 @@
 """Sources of the configuration, and the log about tables that are not current."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import msgspec
 
 from contentfilter.config.controls import read_controls
 from contentfilter.config.load import load_settings
-from contentfilter.config.runtime import Runtime, make_runtime, read_allowances, unusable
+from contentfilter.config.runtime import Runtime, make_runtime, unusable
 from contentfilter.errors import ConfigError, Problem
 from contentfilter.log import Logger, RateLimiter
 from contentfilter.monitor.samples import Sample, make_samples
+from contentfilter.policy.overrides import AllowEntry
 from contentfilter.settings import Settings
 from contentfilter.tables.keeper import Keeper, TableState
 
@@ -24,7 +27,7 @@ class Loaded:
     settings: Settings
     blob: bytes  # all that a worker needs; only the application knows what is in it
     problems: tuple[Problem, ...] = ()  # bad lines that were skipped
-    samples: tuple[Sample, ...] = ()  # of the canary
+    samples: Callable[[tuple[AllowEntry, ...]], tuple[Sample, ...]] = lambda allowed: ()  # of the canary
     sysfacility: str = ""  # of a log in syslog
 
 
@@ -100,11 +103,7 @@ class ConfigLoader:
         if runtime is None:
             return None
         changed, problems = await self._keeper.update(runtime.settings, reread=False)
-        allowed, wrong = read_allowances(runtime.settings)
-        if allowed != runtime.allowed:
-            self._runtime = runtime = msgspec.structs.replace(runtime, allowed=allowed)
-            changed = True
-        return self._loaded(runtime, (*problems, *wrong)) if changed else None
+        return self._loaded(runtime, problems) if changed else None
 
     def tables(self) -> TableState:
         """The state of the tables in force."""
@@ -113,5 +112,5 @@ class ConfigLoader:
     def _loaded(self, runtime: Runtime, table_problems: tuple[Problem, ...]) -> Loaded:
         runtime = msgspec.structs.replace(runtime, snapshot=self._keeper.path)
         blob = msgspec.msgpack.encode(runtime)
-        samples = make_samples(runtime.settings, runtime.signatures, runtime.loadertypes, runtime.allowed)
+        samples = partial(make_samples, runtime.settings, runtime.signatures, runtime.loadertypes)
         return Loaded(runtime.settings, blob, (*self._problems, *table_problems), samples, runtime.sysfacility)

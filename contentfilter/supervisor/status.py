@@ -90,6 +90,7 @@ class StatusReporter:
             tables=self.source.tables(),
             bypasses=self.overrides.bypasses(),
             drain=self.overrides.orders.drain,
+            allowed=self.overrides.allowed(),
             orders_problem=self.overrides.problem,
             canary=self.canary.results,
             poison=self.crashes.isolated(),

@@ -54,7 +54,7 @@ class Application:
         self._context = context
         self._secret, self._uid = self._load_secret(), os.geteuid()
         self._bundle = PipelineBundle(
-            runtime, self._secret, context.bypasses, context.recall, context.shed, context.disk
+            runtime, self._secret, context.bypasses, context.allowed, context.recall, context.shed, context.disk
         )
         context.recall.change(self.settings.reuse)
         self._watching = asyncio.create_task(self._watch())

@@ -7,20 +7,19 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor
-from contextlib import suppress
 
 from contentfilter.config.controls import read_controls
 from contentfilter.config.load import load_settings
 from contentfilter.config.runtime import Runtime, make_runtime, worker_count
 from contentfilter.errors import ConfigError
 from contentfilter.pipeline import Pipeline, Scanners
-from contentfilter.policy.bypass import Bypass
+from contentfilter.policy.overrides import AllowEntry, Bypass
 from contentfilter.scanners.cache import ScanCache
 from contentfilter.scanners.clamd import ClamdScanner
 from contentfilter.scanners.health import BackendHealth
 from contentfilter.scanners.signatures.engine import Engine
 from contentfilter.scanners.spamd import SpamdScanner
-from contentfilter.store.bypass import read_bypasses
+from contentfilter.store.overrides import read_usable
 from contentfilter.store.quarantine import Quarantine
 from contentfilter.tables.keeper import read_source
 from contentfilter.tables.snapshot import FILE as SNAPSHOT
@@ -35,11 +34,14 @@ class PipelineBundle:
         runtime: Runtime,
         secret: bytes = b"",
         bypasses: Callable[[], tuple[Bypass, ...]] = tuple,
+        allowed: Callable[[], tuple[AllowEntry, ...]] = tuple,
         recall: ScanCache | None = None,
         shed: Counter[str] | None = None,
         disk: Executor | None = None,
     ) -> None:
-        """``secret``, ``bypasses``, ``recall``: see Pipeline; ``shed``: see ScannerLimiter; ``disk``: see Quarantine.
+        """``secret``, ``bypasses``, ``allowed``, ``recall``: see Pipeline; ``shed``: see ScannerLimiter.
+
+        ``disk``: see Quarantine.
 
         Raises ConfigError for a snapshot that cannot be used.
         """
@@ -64,7 +66,7 @@ class PipelineBundle:
             scanners,
             Quarantine.of(settings, disk),
             secret,
-            runtime.allowed,
+            allowed,
             owners,
             bypasses,
             recall,
@@ -78,9 +80,7 @@ class PipelineBundle:
         If the tables cannot be read, the snapshot that the daemon uses is taken, if there is one. Raises ConfigError.
         """
         settings = load_settings(config_path)
-        bypasses: tuple[Bypass, ...] = ()
-        with suppress(ConfigError):  # a damaged file bypasses nothing; the daemon reports it
-            bypasses = read_bypasses(settings.service.state)
+        bypasses, allowed, _ = read_usable(settings.service.state)  # the daemon logs the problems
         controls, _ = await read_controls(settings.service.control)
         try:
             found = await read_source(settings)
@@ -88,12 +88,14 @@ class PipelineBundle:
             snapshot = os.path.join(settings.service.state, SNAPSHOT)
             if not os.path.exists(snapshot):  # noqa: ASYNC240 - a single call, and the loop has no other task
                 raise
-            return cls(make_runtime(settings, controls, snapshot)[0], bypasses=lambda: bypasses)
+            return cls(
+                make_runtime(settings, controls, snapshot)[0], bypasses=lambda: bypasses, allowed=lambda: allowed
+            )
         assert found is not None, "there was no earlier state that could be unchanged"  # noqa: S101
         with tempfile.TemporaryDirectory(prefix="contentfilter-") as directory:
             runtime, _ = make_runtime(settings, controls, os.path.join(directory, SNAPSHOT))
             compile_snapshot(found[0], runtime.snapshot)
-            return cls(runtime, bypasses=lambda: bypasses)
+            return cls(runtime, bypasses=lambda: bypasses, allowed=lambda: allowed)
 
     def backends(self) -> tuple[BackendHealth, ...]:
         """State of clamd's and spamd's backends, and whether any mail needs them."""

@@ -13,7 +13,7 @@ from contentfilter.doors.message import Spool
 from contentfilter.doors.origin import resolve
 from contentfilter.doors.watermarks import Watermarks
 from contentfilter.log import Logger
-from contentfilter.policy.bypass import Bypass
+from contentfilter.policy.overrides import AllowEntry, Bypass
 from contentfilter.scanners.cache import ScanCache
 from contentfilter.scanners.health import BackendHealth
 from contentfilter.settings import Settings
@@ -51,6 +51,7 @@ class WorkerContext:
     log: Logger
     emit: Callable[[Event], None]  # to the supervisor and the event feed; never waits
     bypasses: Callable[[], tuple[Bypass, ...]] = tuple  # those in force at this moment
+    allowed: Callable[[], tuple[AllowEntry, ...]] = tuple  # likewise
     recall: ScanCache = field(default_factory=ScanCache)  # the worker's, across configurations
     shed: Counter[str] = field(default_factory=Counter)  # the application counts here what it skips under load
     disk: Executor | None = None  # for calls that a hung disk may block; None: the event loop's threads

@@ -20,7 +20,7 @@ from contentfilter.doors.watermarks import ResourceMonitor
 from contentfilter.errors import BackendError, RemoteProtocolError
 from contentfilter.log import Logger
 from contentfilter.model import ScanOutcome
-from contentfilter.policy.bypass import Bypass
+from contentfilter.policy.overrides import AllowEntry, Bypass
 from contentfilter.scanners.cache import ScanCache
 from contentfilter.threads import DaemonExecutor
 from contentfilter.worker.crashes import CrashAttribution, SlotPlace, WorkerSlot
@@ -103,11 +103,16 @@ class ApplicationFactory:
 
     async def lease(self, generation: int, blob: bytes) -> ApplicationLease:
         """Raises anything that a build may raise."""
-        shared = WorkerContext(self._log, self.events.emit, self._bypasses, self.cache, self.load.shed, self._disk)
+        shared = WorkerContext(
+            self._log, self.events.emit, self._bypasses, self._allowed, self.cache, self.load.shed, self._disk
+        )
         return ApplicationLease(await self._build(blob, shared), generation, self._slot, self._attribution)
 
     def _bypasses(self) -> tuple[Bypass, ...]:
         return self.overrides.bypasses
+
+    def _allowed(self) -> tuple[AllowEntry, ...]:
+        return self.overrides.allowed
 
     def _late_scan(self, result: ScanOutcome | BackendError, seconds: float) -> None:
         """The end of a scan whose message was given up."""

@@ -30,13 +30,6 @@ def run(config: Path, *words: str) -> Result:
     return CliRunner().invoke(cli, ["--config", str(config), *words])
 
 
-def test_allow_says_that_it_is_saved_but_not_live(config: Path) -> None:
-    done = run(config, "allow", "add", "Sig.1", "--for", "1h", "--reason", "r")
-    assert done.exit_code == 1
-    assert f"saved, but not live yet: {WHY}" in done.output
-    assert "Sig.1" in (config.parent / "state" / "allow.json").read_text()
-
-
 def test_accept_says_that_it_is_noted_but_not_in_force(config: Path) -> None:
     checksum = json.loads(run(config, "clients", "diff", "--json").output)["checksum"]
     done = run(config, "clients", "accept", checksum)
@@ -52,11 +45,15 @@ def test_accept_says_that_it_is_noted_but_not_in_force(config: Path) -> None:
         ("bypass", "list"),
         ("drain",),
         ("resume",),
+        ("allow", "add", "Sig.1", "--for", "1h", "--reason", "r"),
+        ("allow", "remove", "Sig.1"),
+        ("allow", "list"),
     ],
 )
 def test_an_order_that_is_refused_says_why(config: Path, words: tuple[str, ...]) -> None:
     done = run(config, *words)
     assert (done.exit_code, done.output) == (1, f"contentfilter: {WHY}\n")
+    assert not list((config.parent / "state").iterdir())
 
 
 def test_who_may_not_ask_is_told_so_and_not_that_nobody_is_there(config: Path, monkeypatch: Any) -> None:
@@ -64,3 +61,20 @@ def test_who_may_not_ask_is_told_so_and_not_that_nobody_is_there(config: Path, m
     monkeypatch.setattr(sockets, "ask", lambda *_: None)
     monkeypatch.setattr("os.access", lambda *_: False)
     assert "try again as root" in run(config, "resume").output
+
+
+def test_a_daemon_that_starts_during_the_write_gets_the_order(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+
+    def ask(_run: str, question: messages.Question, _seconds: float) -> messages.Reply | None:
+        given.append(type(question).__name__)
+        if len(given) == 1:
+            return None
+        if isinstance(question, messages.AskAllow):
+            return messages.Ordered((), None)
+        return messages.Status("", 1, "ready", 1, 1.0, "", 0, 0, (), ())
+
+    monkeypatch.setattr(sockets, "ask", ask)
+    done = run(config, "allow", "add", "Sig.1", "--for", "1h", "--reason", "r")
+    assert (done.exit_code, given) == (0, ["AskAllow", "AskStatus", "AskAllow"])
+    assert "in force in every worker" in done.output

@@ -22,7 +22,9 @@ def run(system: System, *words: str, status: int = 0) -> str:
 def test_allow_is_live_at_once_and_ends_when_it_is_removed(make_system, clamd) -> None:
     system = make_system(clamd=clamd, settings={"tables": {"refresh": 3600}})
     assert system.deliver(VIRUS).status == 82
-    assert "passes until" in run(system, "add", EICAR_NAME, "--for", "1h", "--reason", "test of the test")
+    said = run(system, "add", EICAR_NAME, "--for", "1h", "--reason", "test of the test")
+    assert "passes until" in said
+    assert "in force in every worker" in said
     d = system.deliver(VIRUS)
     assert d.status == 0
     assert b"virus=clean" in d.only.message
@@ -39,11 +41,20 @@ def test_allow_is_live_at_once_and_ends_when_it_is_removed(make_system, clamd) -
 
 def test_a_damaged_list_allows_nothing_and_stops_no_mail(make_system, clamd) -> None:
     system = make_system(clamd=clamd)
+    system.daemon.stop()
     (system.directory / "state" / "allow.json").write_text("{not json")
-    system.daemon.reload()
+    system.daemon.start()
     system.daemon.wait_for("service.problem", where=lambda line: "allow.json" in line["path"])
     assert system.deliver(VIRUS).status == 82
     assert "damaged" in run(system, "list", status=78)
+
+
+def test_allow_while_the_daemon_is_stopped_holds_from_its_start(make_system, clamd) -> None:
+    system = make_system(clamd=clamd)
+    system.daemon.stop()
+    assert "from its next start" in run(system, "add", EICAR_NAME, "--for", "1h", "--reason", "r")
+    system.daemon.start()
+    assert system.deliver(VIRUS).status == 0
 
 
 def test_wrong_use(make_system) -> None:

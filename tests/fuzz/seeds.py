@@ -11,6 +11,7 @@ from lab.programs import disguises, made
 
 from contentfilter.bus import messages
 from contentfilter.model import Action, Reason, Scanner
+from contentfilter.policy.overrides import Drain
 from contentfilter.store.sidecar import EnvelopeHex, Release, Sidecar
 from contentfilter.verdict.record import ScanRecord
 from contentfilter.wire import envelope, hook
@@ -57,7 +58,7 @@ def _wire() -> dict[str, list[bytes]]:
     apart = bytearray(packets[1])
     apart[12] = 1
     edges = [b"F%b\0T%b\0\0" % (b"s" * first, b"r" * second) for first, second in ((1002, 1), (1003, 1), (1, 1003))]
-    orders = messages.Overrides(3, (), messages.Drain(1.0, None, "why", "root"))
+    orders = messages.Overrides(3, (), Drain(1.0, None, "why", "root"))
     return {
         "request": [hook.encode_request(hook.Request(1, 9.5, 100, 20, {b"TCPREMOTEIP": b"192.0.2.1", b"EXTRA": b""}))],
         "answer": [*(b"\0\0\0" + packet for packet in packets), b"\1\0\x18" + apart],

@@ -11,7 +11,7 @@ from contentfilter.bus.messages import BackendStatus, CanaryResult, Drain, InFli
 from contentfilter.cli.status import lines
 from contentfilter.model import OriginKind, Scanner
 from contentfilter.monitor.diagnosis import consequence, diagnose, length
-from contentfilter.policy.bypass import Bypass
+from contentfilter.policy.overrides import Bypass
 from contentfilter.tables.keeper import TableState
 
 NOW = 1_790_000_000.0
@@ -45,7 +45,9 @@ def status(**more: Any) -> Status:
 
 
 def bypass(*origins: OriginKind) -> Bypass:
-    return Bypass(Scanner.CLAMD, NOW - 60, NOW + 600, "it is broken", "joe", origins)
+    return Bypass(
+        scanner=Scanner.CLAMD, since=NOW - 60, until=NOW + 600, reason="it is broken", by="joe", origins=origins
+    )
 
 
 def canary(sample: str, result: str, *, ok: bool | None) -> CanaryResult:
@@ -118,6 +120,7 @@ WRONG = {
         "not been current for 8 min: no server",
     ),
     "orders": (status(orders_problem="cannot be saved"), "cannot be saved"),
+    "allow-list": (status(orders_problem="/s/allow.json: damaged"), "damaged"),
     "many hooks": (status(waiting=300), "300 hooks wait for a worker, of at most 1024"),
     "slow": (
         status(workers=(msgspec.structs.replace(WORKER, in_flight=(InFlight("abc", "handling", 75.0),)),)),

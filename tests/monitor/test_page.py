@@ -21,7 +21,7 @@ from contentfilter.monitor.history import History
 from contentfilter.monitor.http import Application
 from contentfilter.monitor.http_server import HttpServer
 from contentfilter.monitor.page import PATHS, make_pages
-from contentfilter.policy.bypass import Bypass
+from contentfilter.policy.overrides import Bypass
 from contentfilter.tables.keeper import TableState
 
 HTML = resources.files(monitor).joinpath("page.html").read_text()
@@ -224,7 +224,9 @@ def test_numbers_backends_workers_and_orders_are_told(browser: Browser, site: Si
     sick = BackendStatus("clamd", "tcp:10.0.0.5:3310", "failing", "timeout", "no answer", time.time() - 60,
                          meanwhile={"stranger": "defer"}, limit=4)  # fmt: skip
     site.status |= {"backends": (sick, BackendStatus("spamd", "tcp:127.0.0.1:783", "well"))}
-    bypass = Bypass(Scanner.SPAMD, time.time() - 60, time.time() + 600, "it eats all memory", "root")
+    bypass = Bypass(
+        scanner=Scanner.SPAMD, since=time.time() - 60, until=time.time() + 600, reason="it eats all memory", by="root"
+    )
     site.status["bypasses"] = (bypass,)
     visit(browser, site)
     sums = dict(
@@ -270,7 +272,9 @@ def test_one_line_says_what_becomes_of_mail(
         for name, state in states.items()
     )
     now = time.time()
-    site.status["bypasses"] = tuple(Bypass(scanner, now, now + 60, "", "root") for scanner in bypassed)
+    site.status["bypasses"] = tuple(
+        Bypass(scanner=scanner, since=now, until=now + 60, reason="", by="root") for scanner in bypassed
+    )
     visit(browser, site)
     assert browser.text("#state strong") == said
 

@@ -17,7 +17,7 @@ from contentfilter.doors.canary import recognise, sign
 from contentfilter.model import Scanner
 from contentfilter.monitor import samples
 from contentfilter.monitor.samples import make_samples
-from contentfilter.policy.tolerance import AllowEntry
+from contentfilter.policy.overrides import AllowEntry
 from contentfilter.scanners.signatures.engine import Engine, Rule, Rules, default_loadertypes, default_signatures
 from contentfilter.settings import ClamdSettings, Settings, SpamdSettings
 
@@ -93,7 +93,9 @@ def test_a_sample_from_any_loader_type_is_caught(pattern: str) -> None:
 def test_a_rule_that_is_let_through_makes_no_sample() -> None:
     rules = default_signatures()
     first = program(rules, None).message(NONCE, NOW)
-    allowed = AllowEntry(rules.rules[0].pattern, "alice", "a false alarm", 0.0, NOW + 60)
+    allowed = AllowEntry(
+        signature=rules.rules[0].pattern, by="alice", reason="a false alarm", since=0.0, until=NOW + 60
+    )
     second = make_samples(Settings(), rules, None, (allowed,))[3].message(NONCE, NOW)
     engine = Engine(rules, None, "mime")
     assert engine.scan(first).rule == allowed.signature

@@ -1,31 +1,29 @@
 """A bypass holds for what it names, ends to the second, and always lets mail pass marked unchecked."""
 
-from dataclasses import replace
+import dataclasses
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from contentfilter.errors import Cause
 from contentfilter.model import Action, Envelope, Origin, OriginKind, Scanner, ScanStatus
-from contentfilter.policy.bypass import (
-    LONGEST,
+from contentfilter.policy.decide import decide
+from contentfilter.policy.explain import trace
+from contentfilter.policy.overrides import (
     SCANNERS,
-    SHORTEST,
     SLACK,
     Bypass,
     bypassed_outcomes,
     find_bypass,
-    objection,
 )
-from contentfilter.policy.decide import decide
-from contentfilter.policy.explain import trace
 from contentfilter.policy.plan import ScanPlan, Switches, make_plan
 from contentfilter.settings import FailureSettings, Settings
 
 NOW = 1_800_000_000.0
-CLAMD = Bypass(Scanner.CLAMD, NOW, NOW + 600, "ticket 1", "root")
+CLAMD = Bypass(scanner=Scanner.CLAMD, since=NOW, until=NOW + 600, reason="ticket 1", by="root")
 SIGNATURES = replace(CLAMD, scanner=Scanner.SIGNATURES)
 SPAMD = replace(CLAMD, scanner=Scanner.SPAMD)
 ORIGIN = Origin(OriginKind.STRANGER, 100)
@@ -43,7 +41,7 @@ def test_a_bypass_ends_to_the_second() -> None:
 
 
 def test_a_clock_set_back_makes_no_bypass_last() -> None:
-    longest = replace(CLAMD, until=NOW + LONGEST)
+    longest = replace(CLAMD, until=NOW + Bypass.LONGEST)
     assert longest.active(NOW - SLACK), "a small correction ends nothing"
     assert not longest.active(NOW - SLACK - 1)
     assert not longest.active(0.0)
@@ -78,7 +76,7 @@ def test_the_outcome_says_who_until_when_and_why_in_printable_ascii() -> None:
 
 
 def test_a_scanner_that_nobody_wants_is_not_bypassed_but_skipped() -> None:
-    unwanted = plan(replace(SWITCHES, chkloadertype=False))
+    unwanted = plan(dataclasses.replace(SWITCHES, chkloadertype=False))
     assert bypassed_outcomes(SIGNATURES, Scanner.LOADERTYPES, unwanted) == ()
     assert len(bypassed_outcomes(SIGNATURES, Scanner.SIGNATURES, unwanted)) == 1
 
@@ -99,11 +97,11 @@ def test_the_story_tells_that_nobody_was_asked() -> None:
 @pytest.mark.parametrize(
     ("seconds", "reason", "refused"),
     [
-        (SHORTEST, "r", False),
-        (LONGEST, "r" * 200, False),
+        (Bypass.SHORTEST, "r", False),
+        (Bypass.LONGEST, "r" * 200, False),
         (None, "", False),
-        (SHORTEST - 1, "r", True),
-        (LONGEST + 1, "r", True),
+        (Bypass.SHORTEST - 1, "r", True),
+        (Bypass.LONGEST + 1, "r", True),
         (float("nan"), "r", True),
         (-1.0, "r", True),
         (600.0, "r" * 201, True),
@@ -113,7 +111,7 @@ def test_the_story_tells_that_nobody_was_asked() -> None:
     ],
 )
 def test_bounds_of_an_order(seconds: float | None, reason: str, refused: bool) -> None:
-    assert bool(objection(seconds, reason)) is refused
+    assert bool(Bypass.objection(seconds, reason)) is refused
 
 
 def test_loader_types_go_with_the_signatures() -> None:

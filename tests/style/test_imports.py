@@ -18,7 +18,7 @@ ROOMS: dict[str, str] = {
     "scanners": "ground wire policy",
     "verdict": "ground policy",
     "store": "ground wire policy verdict",
-    "config": "ground policy scanners store",
+    "config": "ground policy scanners",
     "pipeline": "ground policy scanners verdict store",
     "doors": "ground wire policy verdict",
     "receiver": "ground wire doors",

@@ -1,6 +1,7 @@
 """Orders of operators: only from those who may give them, in force in every worker, and ended by the clock."""
 
 import asyncio
+import json
 import os
 import time
 from collections.abc import Callable
@@ -27,6 +28,8 @@ ORDERS = (
     messages.AskBypassEnd(),
     messages.AskDrain(),
     messages.AskResume(),
+    messages.AskAllow("Win.Bad-1", 60.0, "r", "anna"),
+    messages.AskAllowEnd("Win.Bad-1"),
 )
 
 
@@ -66,8 +69,8 @@ def test_orders_of_another_user_are_refused_though_the_socket_lets_it_in(daemon:
     with daemon() as running:
         running.directory.chmod(0o711)
         (running.directory / "control.sock").chmod(0o666)
-        assert ask_as(NOBODY, running, messages.AskStatus(), *ORDERS) == ["Status", *["Refused"] * 4]
-        lines = running.wait_for("control.refused", 4)
+        assert ask_as(NOBODY, running, messages.AskStatus(), *ORDERS) == ["Status", *["Refused"] * len(ORDERS)]
+        lines = running.wait_for("control.refused", len(ORDERS))
         assert {(line["uid"], line["question"]) for line in lines} == {(NOBODY, type(o).__name__) for o in ORDERS}
         now = status(running)
         assert (now.state, now.bypasses, now.drain) == ("ready", (), None)
@@ -203,6 +206,20 @@ async def test_what_ended_while_no_daemon_ran_is_told_at_the_start(tmp_path: Pat
     await until_true(lambda: fake.told)
     running.cancel()
     assert (fake.told[0].name, fake.told[0].fields["ended"]) == ("bypass.end", "expired")
+
+
+@pytest.mark.asyncio
+async def test_an_allow_entry_is_sent_audited_and_survives_a_restart(tmp_path: Path, clock: SimpleNamespace) -> None:
+    fake = Fake(tmp_path)
+    for seconds in (60.0, 600.0):
+        await fake.ask(messages.AskAllow("Win.Bad-1", seconds, "r", "anna"))
+    assert [(e.by, e.until) for e in fake.sent[-1].allowed] == [("anna", clock.now + 600)]
+    assert Fake(tmp_path).glass.allowed() == fake.glass.allowed()
+    assert isinstance(await fake.ask(messages.AskAllowEnd("Win.Bad-1.UNOFFICIAL")), messages.Ordered)
+    assert fake.sent[-1].allowed == Fake(tmp_path).glass.allowed() == ()
+    assert isinstance(await fake.ask(messages.AskAllowEnd("Win.Bad-1")), messages.Refused)
+    audit = [json.loads(line)["event"] for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert audit == ["allow.begin", "allow.begin", "allow.end"]
 
 
 @pytest.mark.asyncio

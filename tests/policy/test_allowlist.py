@@ -5,8 +5,8 @@ import pytest
 from contentfilter.model import Action, OriginKind, Scanner, ScanOutcome, ScanStatus
 from contentfilter.policy.decide import RecipientAction, decide
 from contentfilter.policy.options import Options
+from contentfilter.policy.overrides import AllowEntry, apply_allowlist
 from contentfilter.policy.plan import PlanStep, RecipientPolicy, ScanPlan
-from contentfilter.policy.tolerance import AllowEntry, apply_allowlist
 from contentfilter.settings import ClamdSettings, ClassSettings, Settings
 
 NAMES = {
@@ -63,7 +63,7 @@ def test_a_class_counts_before_the_row():
     assert d.match.action is RecipientAction.MARK
 
 
-ALLOWED = (AllowEntry("Win.Bad-1.UNOFFICIAL", "anna", "false alarm", 0.0, 100.0),)
+ALLOWED = (AllowEntry(signature="Win.Bad-1.UNOFFICIAL", by="anna", reason="false alarm", since=0.0, until=100.0),)
 
 
 @pytest.mark.parametrize("name", ["Win.Bad-1", "Win.Bad-1.UNOFFICIAL"])

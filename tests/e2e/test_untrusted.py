@@ -1,6 +1,7 @@
 """Local users who are not trusted: their mail gets through, and what they do to the socket hurts only themselves."""
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -137,19 +138,32 @@ def test_a_hostile_user_holds_up_no_mail_of_others(make_system: Callable[..., An
     assert sent >= 10
 
 
+def offer(path: str) -> str:
+    """A message of an untrusted user; the first bytes of the answer as text."""
+    request = hook.encode_request(hook.Request(0, 60.0, 18, 27, {b"RELAYCLIENT": b""})).hex()
+    program = COMMON + "c = connect(); send(c, request, file(b'Subject: x\\n\\nhello\\n'), file(ENVELOPE)); "
+    program += "print(c.recv(70000)[:4].decode())"
+    words = [sys.executable, "-c", program, path, request]
+    return subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, timeout=60).stdout
+
+
 def test_the_mail_of_an_untrusted_user_is_scanned_and_counts_as_local(make_system: Callable[..., Any]) -> None:
     system = make_system(settings={"listen": {"mode": "0666"}})
     os.chmod(system.directory, 0o755)
-    request = hook.encode_request(hook.Request(0, 60.0, 18, 27, {b"RELAYCLIENT": b""})).hex()
-    program = COMMON + "c = connect(); send(c, request, file(b'Subject: x\\n\\nhello\\n'), file(ENVELOPE)); "
-    program += "print(c.recv(70000)[:4])"
-    done = subprocess.run(
-        [sys.executable, "-c", program, system.daemon.socket, request],
-        stdout=subprocess.PIPE, text=True, check=True, timeout=60,
-    )  # fmt: skip
-    assert done.stdout == "b'CFA1'\n"
+    assert offer(system.daemon.socket) == "CFA1\n"
     (line,) = system.daemon.wait_for("mail.done")
     assert (line["origin"], line["uid"]) == ("local", NOBODY)
+
+
+def test_a_receiver_that_is_killed_is_started_again_with_the_next_connection(make_system: Callable[..., Any]) -> None:
+    system = make_system(settings={"listen": {"mode": "0666"}})
+    os.chmod(system.directory, 0o755)
+    assert offer(system.daemon.socket) == "CFA1\n"
+    (started,) = system.daemon.wait_for("receiver.start")
+    os.kill(started["child"], signal.SIGKILL)
+    system.daemon.wait_for("receiver.died")
+    assert offer(system.daemon.socket) == "CFA1\n"
+    assert len(system.daemon.wait_for("receiver.start", 2)) == 2
 
 
 def test_a_user_with_too_many_connections_is_named(make_system: Callable[..., Any], tmp_path: Path) -> None:

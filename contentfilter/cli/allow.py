@@ -71,7 +71,7 @@ def remove(config_path: str, signature: str) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_obj
 def list_(config_path: str, as_json: bool) -> None:
-    """What passes now, who wanted it and until when."""
+    """List the signatures that pass, with end, owner and reason."""
     service = load_settings(config_path).service
     status = _ask(service, messages.AskStatus())
     now = time.time()

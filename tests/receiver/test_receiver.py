@@ -50,6 +50,7 @@ class Bench:
     """A receiver process, the workers' socket, and hooks."""
 
     def __init__(self, directory: Path) -> None:
+        self._open: list[socket.socket] = []
         self.queue = str(directory / "queue.sock")
         self.worker = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.worker.bind(self.queue)
@@ -81,6 +82,7 @@ class Bench:
         socket.send_fds(self._handover, [b"c"], [accepted.fileno()])
         accepted.close()
         ours.settimeout(WAIT)
+        self._open.append(ours)
         return ours
 
     def offer(self, message: bytes = MAIL, envelope: bytes = ENVELOPE) -> socket.socket:
@@ -95,6 +97,7 @@ class Bench:
     def accept(self) -> tuple[socket.socket, hook.Request, bytes, bytes]:
         """What a worker gets: the connection, the request, message and envelope."""
         connection, _ = self.worker.accept()
+        self._open.append(connection)
         connection.settimeout(WAIT)
         packet, fds, _, _ = socket.recv_fds(connection, hook.REQUEST_MAX, 4)
         request = hook.decode_request(packet)
@@ -117,8 +120,8 @@ class Bench:
     def close(self) -> None:
         os.close(self._lifeline)
         assert self.process.wait(WAIT) == 0
-        self._handover.close()
-        self.worker.close()
+        for each in (*self._open, self._handover, self.worker):
+            each.close()
         os.close(self.reports)
 
 
@@ -146,6 +149,8 @@ def test_a_long_answer_and_the_report_are_passed_on(bench: Bench) -> None:
     connection.sendmsg([b"packet"], rights(body))
     packet, fds, _, _ = socket.recv_fds(ours, hook.PACKET_MAX, 1)
     assert (packet, os.pread(fds[0], 100, 0)) == (b"packet", b"a body")
+    for fd in (body, *fds):
+        os.close(fd)
     ours.send(b"report")
     assert connection.recv(100) == b"report"
     ours.close()
@@ -198,6 +203,8 @@ def test_descriptors_whose_close_blocks_hold_up_nobody_else(
         os.close(envelope)
         open_ends.append(ours)
     assert max(bench.honest() for _ in range(5)) < 2.0
+    for each in open_ends:
+        each.close()
 
 
 def test_one_user_gets_no_more_than_its_connections_and_the_rest_is_closed(bench: Bench) -> None:
@@ -225,3 +232,5 @@ def test_the_bytes_of_one_user_are_bounded(bench: Bench) -> None:
     assert len(ready) == 1
     assert ready[0].recv(10) == b""  # the other has no room
     held.close()
+    for fd in (*fds, envelope):
+        os.close(fd)

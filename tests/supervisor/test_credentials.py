@@ -33,7 +33,7 @@ from contentfilter.cli.main import cli
 group, user, config, *words = sys.argv[1:]
 for name in ("status", "top", "tail", "control", "bypass"):  # while the interpreter's files can be read
     importlib.import_module("contentfilter.cli." + name)
-import rich.console, rich.live, rich.text, zmq.utils.monitor
+import getpass, rich.console, rich.live, rich.text, zmq.utils.monitor
 os.setgroups([])
 os.setgid(int(group))
 os.setuid(int(user))
@@ -78,6 +78,8 @@ CHANGES = {
     "AskBypassEnd": ["bypass", "end", "all"],
     "AskDrain": ["drain"],
     "AskResume": ["resume"],
+    "AskAllow": ["allow", "add", "Some.Signature", "--for", "1h", "--reason", "x"],
+    "AskAllowEnd": ["allow", "remove", "Some.Signature"],
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
-from lab import compiler
+from lab import compiler, lifeline
 from lab.browser import Browser
 from lab.clamd import Clamd
 from lab.daemon import Daemon
@@ -36,6 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.chmod(directory, 0o755)  # programs run as other users, too
         os.environ[compiler.SHARED] = directory
         config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
+    lifeline.start()
     for name in os.listdir("/proc/self/fd"):
         if int(name) > 2:  # what a shell or a build service left open is not for the programs under test
             with suppress(OSError):

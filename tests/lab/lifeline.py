@@ -19,6 +19,11 @@ def end_with_us(pid: int) -> None:
     os.write(_watcher(), b"%d\n" % pid)
 
 
+def start() -> None:
+    """Start the watcher now, so that its pipe does not look like a descriptor that a test left open."""
+    _watcher()
+
+
 @functools.cache
 def _watcher() -> int:
     """Start the watcher. Returns the writing end of its pipe, which is never closed: the end of this process does."""

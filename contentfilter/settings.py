@@ -95,6 +95,7 @@ class MariaDbSettings(Section, frozen=True):
 
 class SignatureSettings(Section, frozen=True):
     mode: Literal["mime", "compatible"] = "mime"
+    formats: tuple[Literal["pe", "ne", "le", "elf", "macho"], ...] = ("pe",)  # found by their own headers, in mode mime
     action: VirusAction = "reject"
     thread_above: Size = 262_144  # larger messages are scanned off the event loop
 

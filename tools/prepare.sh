@@ -19,6 +19,11 @@ clang          clang                                fuzz
 libclang-rt-dev /usr/share/doc/libclang-rt-dev      fuzz
 clamav-daemon  clamd                                demo bench test
 spamd          spamd                                demo bench test
+mpack          munpack                              test fuzz
+uudeview       uudeview                             test fuzz
+libmime-tools-perl /usr/share/doc/libmime-tools-perl test fuzz
+gir1.2-gmime-3.0 /usr/share/doc/gir1.2-gmime-3.0    test fuzz
+python3-gi     /usr/share/doc/python3-gi            test fuzz
 mailfront      smtpfront-qmail                      test
 mandoc         mandoc                               test
 mariadb-server mariadbd                             bench test

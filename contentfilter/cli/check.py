@@ -82,7 +82,7 @@ async def examine(config_path: str, queue_conf: Path) -> CheckResults:
         controls, problems = await read_controls(control)
         findings.problems += problems
         findings.counts["parameters set"] = sum(1 for place in controls.places.values() if place)
-        _lists(controls, control, findings)
+        _lists(controls, settings, findings)
     except ConfigError as e:
         findings.problems += e.problems
     try:
@@ -129,7 +129,7 @@ def _writable(path: str, use: str, findings: CheckResults) -> None:
         findings.add(path, f"{use}: not writable for this user; check that it is for the daemon's user", warning=True)
 
 
-def _lists(controls: Controls, directory: str, findings: CheckResults) -> None:
+def _lists(controls: Controls, settings: Settings, findings: CheckResults) -> None:
     for name, text, parse in (
         ("badsignatures", controls.badsignatures, parse_signatures),
         ("badloadertypes", controls.badloadertypes, parse_loadertypes),
@@ -137,11 +137,12 @@ def _lists(controls: Controls, directory: str, findings: CheckResults) -> None:
         if text is None:
             continue
         rules: Rules
-        rules, problems = parse(text, os.path.join(directory, name))
+        path = os.path.join(settings.service.control, name)
+        rules, problems = parse(text, path, settings.signatures.mode)
         findings.problems += problems
         findings.counts[f"{name} rules"] = len(rules.rules)
         if not rules.rules:
-            findings.add(os.path.join(directory, name), "no rules: it will detect nothing", warning=True)
+            findings.add(path, "no rules: it will detect nothing", warning=True)
 
 
 def _queue_conf(path: Path, settings: Settings, findings: CheckResults) -> None:

@@ -17,6 +17,7 @@ from contentfilter.config.load import load_settings
 from contentfilter.errors import Problem
 from contentfilter.model import readable
 from contentfilter.scanners.signatures.rules import (
+    Mode,
     default_loadertypes,
     default_signatures,
     parse_loadertypes,
@@ -42,10 +43,11 @@ class Shown:
 @click.pass_obj
 def showctl(config_path: str, verbose: bool, as_json: bool) -> None:
     """Print H-Sphere's parameters in the format of qmail-showctl."""
-    directory = load_settings(config_path).service.control
+    settings = load_settings(config_path)
+    directory = settings.service.control
     controls, problems = asyncio.run(read_controls(directory))
     rows, more = asyncio.run(load_tables(directory))
-    lines = [*_parameters(controls), *_tables(rows), *_lists(controls, directory)]
+    lines = [*_parameters(controls), *_tables(rows), *_lists(controls, directory, settings.signatures.mode)]
     if as_json:
         shown = {line.name: {"value": line.value, "default": not line.place, "place": line.place} for line in lines}
         click.echo(json.dumps({"directory": directory, "controls": shown}, indent=2))
@@ -74,13 +76,13 @@ def _tables(rows: Rows) -> Iterator[Shown]:
         yield Shown(name, len(table), source.path if there else "", text)
 
 
-def _lists(controls: Controls, directory: str) -> Iterator[Shown]:
+def _lists(controls: Controls, directory: str, mode: Mode) -> Iterator[Shown]:
     texts = (controls.badsignatures, controls.badloadertypes)
     parsers = (parse_signatures, parse_loadertypes)
     defaults = (default_signatures, default_loadertypes)
     for name, text, parse, default in zip(LISTS, texts, parsers, defaults, strict=True):
         path = os.path.join(directory, name)
-        rules = default() if text is None else parse(text, path)[0]
+        rules = default() if text is None else parse(text, path, mode)[0]
         built_in = ", built in" if text is None else ""
         yield Shown(name, len(rules.rules), "" if text is None else path, _many(len(rules.rules), "rule") + built_in)
 

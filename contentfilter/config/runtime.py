@@ -55,7 +55,7 @@ def make_runtime(settings: Settings, controls: Controls, snapshot: str) -> tuple
         if text is None:
             return default_signatures() if name == "badsignatures" else default_loadertypes()
         parse = parse_signatures if name == "badsignatures" else parse_loadertypes
-        found, wrong = parse(text, os.path.join(settings.service.control, name))
+        found, wrong = parse(text, os.path.join(settings.service.control, name), settings.signatures.mode)
         problems.extend(wrong)
         return found
 

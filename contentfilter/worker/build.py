@@ -54,7 +54,7 @@ class PipelineBundle:
         # spamdchildren counts for the whole machine; each worker keeps to its share
         children = max(1, runtime.spamdchildren // worker_count(settings))
         scanners = Scanners(
-            Engine(*lists, settings.signatures.mode) if any(lists) else None,
+            Engine(*lists, settings.signatures.mode, settings.signatures.formats) if any(lists) else None,
             ClamdScanner(settings.clamd, shed=shed),
             SpamdScanner(settings.spamd, children, shed=shed),
         )

@@ -14,14 +14,16 @@ from contentfilter.errors import BackendError, Cause
 from contentfilter.scanners.signatures import decoders as decoding
 from contentfilter.scanners.signatures import mime
 from contentfilter.scanners.signatures.engine import Engine, default_loadertypes, default_signatures
-from contentfilter.scanners.signatures.mime import LineStarts
+from contentfilter.scanners.signatures.marks import Marks
+from contentfilter.scanners.signatures.work import Work
 from contentfilter.store import release, sidecar
 from contentfilter.verdict import headers
 
 UNITS = 60.0  # of CPU time for any input of a fuzzer's size: some hundred times what the slowest takes
 SECRET = b"0123456789abcdef0123456789abcdef"
 NOW = 1_700_000_000
-LINE_STARTS = LineStarts((b"TV", b"UE"))
+MARKS = Marks((b"TV", b"UE"))
+FREE = Work(1 << 40)
 BOTH = Engine(default_signatures(), default_loadertypes())
 WARLORD = Engine(default_signatures(), default_loadertypes(), "compatible")
 ALL = frozenset((b"contentfilter", b"virus-", b"spam-"))
@@ -33,7 +35,7 @@ TOP = b"Content-Type: multipart/mixed; boundary=frontier\n\n"
 def scan(data: bytes) -> None:
     """The walk stays inside the message; a program behind hostile bytes is found, or the scan says why not."""
     started = time.thread_time()
-    for leaf in mime.leaves(data, LINE_STARTS, mime.ScanLimits()):
+    for leaf in mime.leaves(data, MARKS, Work(len(data))):
         assert 0 <= leaf.start < leaf.end <= len(data)
         assert len(leaf.path) <= mime.NESTED + 1
     WARLORD.scan(data)
@@ -58,17 +60,18 @@ def finds(message: bytes) -> bool:
 
 def decoders(data: bytes) -> None:
     """What encoders write is read back wherever it stands; and any bytes are decoded to no more than they can hold."""
-    for decode in (decoding.base64, decoding.quoted, decoding.uuencode, decoding.raw):
-        assert len(b"".join(decode(data, 0, len(data)))) <= 63 * (len(data) + 1)
+    for decode in (decoding.base64, decoding.quoted, decoding.uuencode, decoding.raw, decoding.yenc):
+        assert len(b"".join(decode(data, 0, len(data), FREE))) <= 63 * (len(data) + 1)
+    assert len(b"".join(decoding.binhex(data, 0, len(data), FREE))) <= 256 * (len(data) + 1)
     columns = data[0] + 1 if data else 1
     for encode, decode in ((lambda d: b64(d, columns), decoding.base64), (qp, decoding.quoted)):
         text = data[:20] + encode(data)
-        assert b"".join(decode(text, len(data[:20]), len(text))) == data
+        assert b"".join(decode(text, len(data[:20]), len(text), FREE)) == data
     letters = bytes(set(data) & set(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"))
     kept = bytes(byte for byte in data if byte in letters)
     whole = kept[: len(kept) & ~3]
     if kept == whole and b"=" not in data:
-        assert b"".join(decoding.base64(data, 0, len(data))) == binascii.a2b_base64(whole)
+        assert b"".join(decoding.base64(data, 0, len(data), FREE)) == binascii.a2b_base64(whole)
 
 
 def header_lines(data: bytes) -> None:

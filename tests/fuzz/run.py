@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from fuzz.hook_library import HOOK, SOURCE
+from fuzz.searches import SEARCHES
 from fuzz.seeds import write_seeds
 
 HERE = Path(__file__).resolve()
@@ -73,10 +74,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", help="default: all")
     parser.add_argument("--seconds", type=int, default=60, help="for each target")
+    parser.add_argument("--seed", type=int, default=1, help="for the searches (tests/fuzz/searches.py)")
     arguments = parser.parse_args()
     names = write_seeds(WORK / "seeds")
-    sound = [run(name, arguments.seconds) for name in arguments.targets or (*HOOKS, *names)]
+    targets = arguments.targets or (*HOOKS, *names, *SEARCHES)
+    sound = [searched(name, arguments.seed) if name in SEARCHES else run(name, arguments.seconds) for name in targets]
     sys.exit(not all(sound))
+
+
+def searched(name: str, seed: int) -> bool:
+    """Run one search; True if it found nothing."""
+    print(f"--- {name}, seed {seed}", flush=True)
+    found = SEARCHES[name](seed)
+    for one in found:
+        print(f"FOUND: {one}")
+    return not found
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from lab.programs import BASE64, BINARY, QUOTED, b64, mixed, qp, wrap
 from contentfilter.errors import BackendError, Cause
 from contentfilter.model import Scanner
 from contentfilter.scanners.signatures import engine as module
-from contentfilter.scanners.signatures import mime
+from contentfilter.scanners.signatures import lines, mime, work
 from contentfilter.scanners.signatures.engine import (
     Detection,
     Engine,
@@ -31,6 +31,7 @@ from contentfilter.scanners.signatures.engine import (
     parse_signatures,
 )
 from contentfilter.scanners.signatures.rules import Fragment
+from contentfilter.scanners.signatures.work import OutOfWorkError
 
 ETC = Path(__file__).parents[2] / "etc/control"
 BOTH = Engine(default_signatures(), default_loadertypes())
@@ -127,6 +128,24 @@ def test_the_bits_beside_the_whole_bytes_count(block: bytes, hit: bool) -> None:
     assert fragment.matches(block, 1) is hit
 
 
+@pytest.mark.parametrize("row", ["TVpQ", "TVq*AAMAA", "TV**AAMA", "TVqQ"])
+def test_a_row_whose_fixed_bytes_are_text_finds_programs(row: str) -> None:
+    engine = Engine(parse_signatures(row.encode() + b"\n", "")[0], None, formats=())
+    third = b"\x50" if row == "TVpQ" else b"\x90"
+    assert engine.scan(mixed(BASE64, b64(b"MZ" + third + MADE[3:]))) is not None
+    assert engine.scan(b"Subject: s\n\n" + base64.b64decode("TVpQ") + b" is no program\n") is None
+
+
+@pytest.mark.parametrize("row", [b"TVq*AAMAA", b"TV**AAMA", b"TVpQ", b"TVqQAAMA"])
+def test_a_row_that_compatible_mode_cannot_match_is_an_error(row: bytes) -> None:
+    rules, problems = parse_signatures(row + b"\nTVqQAAMAA*\n", "s", "compatible")
+    assert [rule.pattern for rule in rules.rules] == ["TVqQAAMAA*"]
+    assert [(p.line, p.warning) for p in problems] == [(1, False)]
+    assert "never matches in compatible mode" in problems[0].text
+    assert parse_signatures(row, "s")[1] == ()
+    assert "never matches" in parse_loadertypes(b"MzIu\n", "l", "compatible")[1][0].text
+
+
 def test_no_list_finds_nothing() -> None:
     assert Engine(None, None).scan(mixed(BASE64, b64(MADE))) is None
     assert Engine(Rules(Scanner.SIGNATURES, ()), None).scan(mixed(BASE64, b64(MADE))) is None
@@ -167,7 +186,7 @@ def test_a_real_program_is_found_in_every_disguise(name: str) -> None:
 
 
 def test_a_program_without_a_known_signature_is_found_by_its_library() -> None:
-    program = b"MZ\x01\x02\x03\x04" + MADE[6:]
+    program = b"MZ\x01\x02\x03\x04" + MADE[6:].replace(b"PE\0\0", b"XX\0\0")
     assert SIGNATURES.scan(mixed(BASE64, b64(program))) is None
     detection = BOTH.scan(mixed(BASE64, b64(program)))
     assert detection is not None
@@ -175,7 +194,7 @@ def test_a_program_without_a_known_signature_is_found_by_its_library() -> None:
 
 
 @pytest.mark.parametrize("name", [b"kernel32.dll", b"USER32.DLL", b"WSock32.Dll", b"x32.dLl"])
-@pytest.mark.parametrize("place", [mime.PIECE * 3 // 4 - 8, 600_000, 600_001, 600_002])
+@pytest.mark.parametrize("place", [lines.PIECE * 3 // 4 - 8, 600_000, 600_001, 600_002])
 def test_a_library_is_found_in_any_case_at_any_place(name: bytes, place: int) -> None:
     program = b"MZ\0".ljust(place, b"\x01") + name + b"\0" * 50
     for how in (mixed(BASE64, b64(program)), mixed(BASE64, b64(program, 63)), mixed(BINARY, program)):
@@ -340,27 +359,46 @@ def test_a_mapped_message_is_free_again_after_the_scan(tmp_path: Path) -> None:
             mapped.close()  # raises while any view of it is left
 
 
-def test_content_inside_content_is_paid_from_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    message = mixed(BASE64, b64(b"MZ\0".ljust(500_000, b"\1") + b"kernel32.dll"))
-    assert LOADERS.scan(message) is not None
-    monkeypatch.setattr(module, "BUDGET", 0)
-    monkeypatch.setattr(module, "DOCUMENT", 100_000)
-    with pytest.raises(BackendError) as limit:
-        LOADERS.scan(message)
-    assert limit.value.cause is Cause.LIMITS
+HIDING = {
+    "content inside content": lambda: mixed(BASE64, b64(b"MZ\0".ljust(5000, b"\1") + b"kernel32.dll")),
+    "parts": lambda: b"Content-Type: multipart/mixed; boundary=b\n\n" + b"--b\n\n" * 60,
+    "delimiters": lambda: b"a: b\n\n" + b"--x\n" * 60,
+    "begin lines": lambda: b"a: b\n\n" + b"begin 644 x\n" * 60,
+    "fields": lambda: b"a: b\n" + b"Content-Type: x\n" * 60,
+    "encodings": lambda: b"a: b\n\n" + b"Content-Transfer-Encoding: base64\n\n" * 60,
+    "encoded messages": lambda: (
+        b"Content-Type: multipart/mixed; boundary=o\n\n" + (b"--o\n" + BASE64 + b"\n" + INNER) * 10
+    ),
+}
+INNER = b64(b"Content-Type: multipart/mixed; boundary=i\n\n" + b"--i\n\nx\n" * 10)
+
+
+@pytest.mark.parametrize("name", HIDING)
+def test_a_message_that_exceeds_its_work_is_not_clean(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more work the same message is scanned to its end, and a detection before the limit still counts."""
+    message = HIDING[name]()
+    complete = Engine(default_signatures(), None).scan(message)
+    monkeypatch.setattr(work, "PRICE", 10)
+    monkeypatch.setattr(work, "FLOOR", 40_000)
+    with pytest.raises(BackendError) as refused:
+        BOTH.scan(message)
+    assert refused.value.cause is Cause.LIMITS
+    assert refused.value.detail.isprintable()
+    monkeypatch.setattr(work, "FLOOR", 400_000)
+    assert complete is None
+    assert BOTH.scan(mixed(BASE64, b64(MADE)) + b"\n" + message) is not None
 
 
 @pytest.mark.parametrize(
     ("limit", "hides"),
     [
-        ("PARTS", lambda: b"Content-Type: multipart/mixed; boundary=b\n\n" + b"--b\n\n" * 60),
-        ("UNDECLARED", lambda: b"a: b\n\n" + b"--x\n\n" * 60),
-        ("UNDECLARED", lambda: b"a: b\n\n" + b"begin 644 x\n" * 60),
-        ("DELIMITERS", lambda: b"a: b\n\n" + b"--x\n" * 60),
         ("NESTED", lambda: b"Content-Type: message/rfc822\n\n" * 60),
         (
             "BOUNDARIES",
-            lambda: b"".join(b"--x\nContent-Type: multipart/mixed; boundary=b%d\n\n" % i for i in range(60)),
+            lambda: (
+                b"Content-Type: multipart/mixed; boundary=x\n\n"
+                + b"".join(b"--x\nContent-Type: multipart/mixed; boundary=b%d\n\n" % i for i in range(60))
+            ),
         ),
     ],
 )
@@ -376,18 +414,26 @@ def test_who_hides_behind_a_limit_is_not_clean(
     with pytest.raises(BackendError) as refused:
         BOTH.scan(message)
     assert refused.value.cause is Cause.LIMITS
-    assert refused.value.detail.isprintable()
     assert BOTH.scan(mixed(BASE64, b64(MADE)) + b"\n" + message) is not None
 
 
-def test_parts_are_counted_through_all_encoded_content(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many encoded messages of few parts each are as many parts."""
-    inner = b64(b"Content-Type: multipart/mixed; boundary=i\n\n" + b"--i\n\nx\n" * 10)
-    message = b"Content-Type: multipart/mixed; boundary=o\n\n" + (b"--o\n" + BASE64 + b"\n" + inner) * 10
-    assert BOTH.scan(message) is None
-    monkeypatch.setattr(mime, "PARTS", 50)
-    with pytest.raises(BackendError):
+def test_encodings_inside_each_other_are_followed_and_their_limit_is_said() -> None:
+    message = mixed(BASE64, b64(MADE))
+    for _ in range(module.LAYERS - 2):
+        message = b"Content-Type: message/rfc822\n" + BASE64 + b"\n" + b64(message)
+    assert BOTH.scan(message) is not None
+    for _ in range(3):
+        message = b"Content-Type: message/rfc822\n" + BASE64 + b"\n" + b64(message)
+    with pytest.raises(BackendError, match="nested encodings"):
         BOTH.scan(message)
+
+
+def test_on_the_event_loop_a_scan_ends_soon() -> None:
+    message = b"Content-Type: multipart/mixed; boundary=b\n\n" + (b"--b\nX: y\n\n" + b"z" * 100 + b"\n") * 900
+    with pytest.raises(OutOfWorkError):
+        BOTH.scan(message, inline=True)
+    assert BOTH.scan(message) is None
+    assert BOTH.scan(mixed(BASE64, b64(MADE)), inline=True) is not None
 
 
 def test_memory_does_not_grow_with_the_message(tmp_path: Path) -> None:

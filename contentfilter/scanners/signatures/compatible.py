@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from contentfilter.scanners.signatures.mime import WINDOW, Text
+from contentfilter.scanners.signatures.lines import WINDOW, Text
 
 SIGNATURE_LETTERS = 9
 LOADER_LETTERS = 5

@@ -1,60 +1,78 @@
 """MIME walk: every leaf of a message that any mail reader would see, in one pass and without copying.
 
 Mail readers disagree about broken messages, so the walk does not choose: it yields every position at which some
-reader would start the content, with every encoding that some reader would apply.
+reader would start the content, with every encoding that some reader would apply. docs/mime.md lists the readings.
 
-- Any line that begins with ``--`` may start a part, declared as a boundary or not. A part that a declared boundary
-  opened is yielded a second time if an undeclared delimiter interrupted it.
-- A header ends at the first empty line, and also at the first line that is not a field. Another header may follow
-  (message/rfc822, a bounce, a pasted message), up to 30 levels deep.
-- LF, CRLF and a bare CR end lines. Field names and values may be folded, repeated, in any case, quoted, commented.
-- Base64 lines and uuencode that start at any line of a text are separate leaves.
+- Delimiters: a declared boundary starts a part, and may as well be junk inside the part before it. Only a *firm*
+  boundary, about which no two readers disagree, ends all open sections.
+- Headers: a header ends at the first empty line, and also at the first line that is not a field. Another header may
+  follow (message/rfc822, a bounce, a pasted message), up to 30 levels deep. LF, CRLF and a bare CR end lines. Field
+  names and values may be folded, repeated, in any case, quoted, commented.
+- Encodings: wherever a field for them occurs outside a header that is beyond doubt, content in that encoding may start
+  at each of the next lines that could end a header.
+- Lines: uuencode, yEnc, BinHex, base64 and programs that start at any line are leaves of their own.
 
-Leaves of one kind do not overlap, so the sum of their sizes, and the work, is linear in the size of the message. The
-number of parts is bounded as well: :class:`ScanLimits` counts them, across all nested content of a message, and records
-when a limit was reached. No single call processes more than a megabyte, so other threads can run in between.
+Each section is examined from each of its starts to its end. Sections overlap if boundaries are ambiguous; the work
+(:mod:`work`) bounds the sum. No single call processes more than a megabyte, so other threads can run in between.
 """
 
 import enum
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
-import ahocorasick_rs
+from contentfilter.scanners.signatures.lines import (
+    BASE64_LINE,
+    PIECE,
+    WINDOW,
+    Text,
+    after_line,
+    base64_run,
+    empty_line,
+    end_of,
+    header_end,
+)
+from contentfilter.scanners.signatures.marks import Mark, Marks
+from contentfilter.scanners.signatures.work import Work
 
-Text = bytes | memoryview
-
-PIECE = 98_304  # bytes searched or decoded in one call: few calls, but below malloc's mmap threshold (128 KiB)
-WINDOW = 1 << 20  # bytes that one regular expression match may read
 NESTED = 30  # headers directly nested in each other
-UNDECLARED = 100_000  # undeclared parts and begin lines; after these, only declared boundaries count
-PARTS = 250_000  # all parts; the rest of the message is one leaf
-DELIMITERS = 1_000_000  # lines that could be boundaries, declared or not; the rest is one leaf, too
 BOUNDARIES = 10_000
 LONGEST_LINE = 1000  # bytes of a delimiter line that are compared
-FIELD_WINDOW = 4096
+LONGEST_VALUE = 65_536  # bytes of a field that are searched
+LONGEST_HEADER = 65_536  # bytes of a header that can declare a firm boundary
+JUNK_LINES = 3
 RUN = 342  # letters, 256 bytes decoded: shorter undeclared base64 is a quotation, not an attachment
 
-# No possessive groups: Python before 3.11.5 (Debian 12 has 3.11.2) does not undo the partial match of a group that
-# fails. The number of repetitions per match is limited, and `_end` continues from there: memory stays bounded.
-_HEADER = re.compile(
-    rb"(?:(?!--)[!-9;-~]++[ \t]*+:[^\r\n]*+(?:\r\n?|\n|\Z)|[ \t]++[^\s][^\r\n]*+(?:\r\n?|\n|\Z)){0,1000}"
-)
+# Work of the steps, in nanoseconds, with the interpreter's part.
+_MARK = 3_000
+_SECTION = 10_000
+_FIELD = 5_000
+_HEADER_BYTE = 30
+_LINE_STEP = 3_000
+_START = 3_000
+
 _BLANK = re.compile(rb"[ \t\r\n]*+")
-_EMPTY_LINES = (b"\n\n", b"\n\r\n", b"\r\r", b"\n \n", b"\n--", b"\r--")  # the last two end a section
-_EMPTY = ahocorasick_rs.BytesAhoCorasick(_EMPTY_LINES)
 _LINE = re.compile(rb"([^\r\n]*+)(?:\r\n?|\n)?")
-_REST = re.compile(rb"[^\r\n]*+")
+_BLANK_LINE = re.compile(rb"[ \t]*+(?:[\r\n]|\Z)")
+_FIELD_LINE = re.compile(rb"[!-9;-~]++[ \t]*+:|[ \t]")
 _BEGIN = re.compile(rb"begin(-base64)?[ \t]")
 _VALUE = re.compile(rb"[^\r\n]*+(?:(?:\r\n?|\n)[ \t][^\r\n]*+)*")
 _BOUNDARY = re.compile(
     rb"boundary(?:\*[0-9]*+\*?+)?[ \t\r\n]*+=[ \t\r\n]*+(?:\"((?:[^\"\\]|\\.)*)\"?|([^\s;\"(]*+))",
     re.IGNORECASE | re.DOTALL,
 )
-_LETTERS = rb"[A-Za-z0-9+/=]++"
-_BASE64_LINES = re.compile(rb"(?:" + _LETTERS + rb"[ \t]*+(?:[\r\n]++[ \t]*+|\Z)){0,1000}")
-_BASE64_LINE = re.compile(_LETTERS + rb"[ \t]*+\Z")
+
+# A header that all readers see alike: fields and folded lines that end in LF or CRLF, then an empty line.
+_STRICT_HEADER = re.compile(rb"(?:[!-9;-~]++:[^\r\n\0]*+\r?+\n(?:[ \t]++[^\s\0][^\r\n\0]*+\r?+\n)*)+\r?+\n[ \t\r\n]*+")
+_CONTENT_TYPE = re.compile(rb"^content-type:([^\n]*+(?:\n[ \t][^\n]*+)*)", re.IGNORECASE | re.MULTILINE)
+_ENCODED = re.compile(rb"^content-transfer-encoding:(?![ \t]*+(?:7bit|8bit|binary)[ \t\r]*+$)", re.I | re.MULTILINE)
+_MULTIPART = re.compile(
+    rb"\s*+multipart/[a-z0-9-]++\s*+(?:;\s*+[a-z0-9-]++=(?:[a-z0-9'+_,./:?=-]++|\"[^\"\\]*+\")\s*+)+;?+\s*+", re.I
+)
+_FIRM_BOUNDARY = re.compile(
+    rb"boundary=(?:([a-z0-9'+_,./:?=-]{1,70})|\"([a-z0-9'()+_,./:=? -]{1,70})\")(?=[\s;]|$)", re.I
+)
+_RFC822 = re.compile(rb"\s*+message/rfc822\s*+", re.I)
 
 
 class Kind(enum.IntFlag):
@@ -65,7 +83,9 @@ class Kind(enum.IntFlag):
     QUOTED = 2  # declared quoted-printable
     COMPOSITE = 4  # declared multipart or message: the decoded content is a MIME tree
     RUN = 8  # consecutive undeclared lines of base64
-    UUENCODE = 16  # after a begin line
+    UUENCODE = 16  # after a begin line: uuencode or xxencode
+    YENC = 32  # after a =ybegin line
+    BINHEX = 64  # after the banner of BinHex 4.0
 
 
 # IntFlag arithmetic costs a microsecond; the walk uses the numbers.
@@ -82,58 +102,6 @@ class Leaf(NamedTuple):
     declared: bool  # opened by a declared boundary, or the message itself
 
 
-class ScanLimits:
-    """Limits of one message: counters of the remaining parts, and the first limit that truncated the scan."""
-
-    __slots__ = ("delimiters", "parts", "truncated", "undeclared")
-
-    def __init__(self) -> None:
-        self.parts = PARTS
-        self.undeclared = UNDECLARED
-        self.delimiters = DELIMITERS
-        self.truncated = ""  # the limit, for people; empty: the scan is complete
-
-    def mark_truncated(self, limit: str) -> None:
-        """Record that ``limit`` ended the scan of some content. The first one is kept."""
-        self.truncated = self.truncated or limit
-
-
-class LineStarts:
-    """Search for line starts: ``--``, ``begin``, and the given first letters of base64 blobs.
-
-    Immutable; one instance per configuration.
-    """
-
-    DELIMITER, BEGIN, BLOB = range(3)
-
-    def __init__(self, blobs: tuple[bytes, ...]) -> None:
-        starts = [b"--", b"begin", *blobs]
-        self._kinds = [min(at, self.BLOB) for at in range(len(starts)) for _ in b"\r\n"]
-        patterns = [newline + start for start in starts for newline in (b"\n", b"\r")]
-        self._overlap = max(map(len, patterns)) - 1
-        self._all = ahocorasick_rs.BytesAhoCorasick(patterns)
-        self._delimiters = ahocorasick_rs.BytesAhoCorasick(patterns[:2])  # three times as fast
-
-    def find(self, data: Text, delimiters_only: Callable[[], bool]) -> Iterator[tuple[int, int]]:
-        """Yield kind and position (after the newline) of each match, in order.
-
-        While ``delimiters_only()`` is true, pieces of the text without a delimiter are skipped.
-        """
-        kinds, size = self._kinds, len(data)
-        for base in range(0, size, PIECE):
-            piece = data if size <= PIECE else data[base : base + PIECE + self._overlap]
-            if delimiters_only() and not self._delimiters.find_matches_as_indexes(piece):
-                continue
-            for pattern, start, _ in self._all.find_matches_as_indexes(piece):
-                if start < PIECE:
-                    yield kinds[pattern], base + start + 1
-
-    def any(self, before: bytes, piece: bytes) -> bool:
-        """True if ``piece`` contains a match, or one starts in ``before``, the bytes in front of it."""
-        search = self._all.find_matches_as_indexes
-        return bool(search(before[-self._overlap :] + piece[: self._overlap]) or search(piece))
-
-
 class _Boundary:
     """Declared boundary: path of its multipart, and the number of parts so far."""
 
@@ -145,15 +113,15 @@ class _Boundary:
 
 
 class _Section:
-    """Text between two delimiter lines: the positions at which its content may start."""
+    """Text after a delimiter line: the positions at which its content may start."""
 
-    __slots__ = ("base64", "declared", "path", "starts")
+    __slots__ = ("declared", "kind", "path", "starts")
 
     def __init__(self, path: tuple[int, ...], *, declared: bool) -> None:
         self.path = path
         self.declared = declared
         self.starts: list[tuple[int, int]] = []  # position, flags
-        self.base64 = False  # declared by any of its headers
+        self.kind = 0  # flags of all its headers
 
     def leaves(self, end: int) -> Iterator[Leaf]:
         """Yield one leaf per start; the section ends at ``end``."""
@@ -162,127 +130,169 @@ class _Section:
                 yield Leaf(start, end, kind, self.path, self.declared)
 
 
-def leaves(data: Text, line_starts: LineStarts, limits: ScanLimits) -> Iterator[Leaf]:
+def leaves(data: Text, marks: Marks, work: Work) -> Iterator[Leaf]:
     """Yield every leaf of a message or of decoded content, in the order of their ends.
 
-    ``limits`` belongs to the message and is shared by all content nested in it.
+    ``work`` belongs to the message and is shared by all content nested in it. Raises OutOfWorkError.
     """
-    return _Walker(data, line_starts, limits).leaves()
+    return _Walker(data, marks, work).leaves()
 
 
 class _Walker:
-    """One pass over one text: the open section and the boundaries declared so far."""
+    """One pass over one text: the open sections, and the boundaries declared so far."""
 
-    __slots__ = ("_blob_end", "_boundaries", "_data", "_interrupted", "_limits", "_line_starts", "_section")
+    __slots__ = (
+        "_blob_end",
+        "_boundaries",
+        "_data",
+        "_fields_until",
+        "_firm",
+        "_loose",
+        "_marks",
+        "_newest",
+        "_open",
+        "_work",
+    )
 
-    def __init__(self, data: Text, line_starts: LineStarts, limits: ScanLimits) -> None:
+    def __init__(self, data: Text, marks: Marks, work: Work) -> None:
         self._data = data
-        self._line_starts = line_starts
-        self._limits = limits
+        self._marks = marks
+        self._work = work
         self._boundaries: dict[bytes, _Boundary] = {}
-        self._section = self._open(0, (), declared=True)
-        self._interrupted: _Section | None = None  # a declared part, interrupted by an undeclared delimiter
+        self._firm: list[_Boundary] = []  # active, outermost first
         self._blob_end = 0
+        self._fields_until = 0  # the encodings that fields name are known up to here
+        self._newest = self._section(0, (), firm=True)
+        self._loose = _Boundary(())  # stands for none: content that a field in a doubtful header declares
+        self._open = {_Boundary(()): self._newest}  # by the boundary that opened it
+
+    def _inside_base64(self) -> bool:
+        """True if the text at hand is declared as base64."""
+        return bool(self._newest.kind & _BASE64)
 
     def leaves(self) -> Iterator[Leaf]:
-        data, size, limits = self._data, len(self._data), self._limits
-        for kind, at in self._lines():
-            if kind == LineStarts.DELIMITER:
-                limits.delimiters -= 1
-                if limits.parts <= 0 or limits.delimiters <= 0:
-                    limits.mark_truncated(f"more than {PARTS if limits.parts <= 0 else DELIMITERS} parts")
-                    break
+        data, work = self._data, self._work
+        for mark, at in self._marks.find(data, work, self._inside_base64):
+            work.spend(_MARK)
+            if mark is Mark.DELIMITER:
                 yield from self._delimiter(at)
-            elif kind == LineStarts.BEGIN:
-                if self._take_undeclared():
-                    yield from _uuencode(data, at, self._section.path)
-            elif at >= self._blob_end and not self._section.base64:
-                for leaf in _blob(data, at, self._section.path):
-                    self._blob_end = leaf.end
-                    yield leaf
-        yield from self._section.leaves(size)
-        if self._interrupted is not None:
-            yield from self._interrupted.leaves(size)
+            elif mark is Mark.BLOB:
+                if at >= self._blob_end and not self._is_start(at, _BASE64):
+                    self._blob_end = _blob_end(data, at)
+                    if self._blob_end - at >= RUN:
+                        yield Leaf(at, len(data), int(Kind.RUN), self._newest.path, declared=False)
+            elif mark is Mark.PROGRAM:
+                if not self._is_start(at, 0):
+                    yield Leaf(at, len(data), 0, self._newest.path, declared=False)
+            elif mark is Mark.ENCODING:
+                if at >= self._fields_until and bytes(data[max(0, at - 7) : at + 10]).lower() == b"transfer-encoding":
+                    yield from self._encoding(at)
+            else:
+                yield from _encoded(data, at, mark, self._newest.path)
+        yield from self._close(len(data))
 
-    def _lines(self) -> Iterator[tuple[int, int]]:
-        data = self._data
-        if bytes(data[:2]) == b"--":
-            yield LineStarts.DELIMITER, 0
-        if bytes(data[:5]) == b"begin":
-            yield LineStarts.BEGIN, 0
-        yield from self._line_starts.find(data, lambda: self._section.base64)
-
-    def _take_undeclared(self) -> bool:
-        """Count one more undeclared part. False if the limit is reached."""
-        self._limits.undeclared -= 1
-        if self._limits.undeclared < 0:
-            self._limits.mark_truncated(f"more than {UNDECLARED} undeclared parts")
-            return False
-        return True
+    def _close(self, end: int) -> Iterator[Leaf]:
+        """End all open sections."""
+        for section in self._open.values():
+            yield from section.leaves(end)
+        self._open.clear()
 
     def _delimiter(self, at: int) -> Iterator[Leaf]:
-        """Handle a line that begins with ``--``: end the open section and open the next."""
-        data, section = self._data, self._section
+        """Handle a line that begins with ``--``: a section ends and another begins."""
+        data = self._data
         line = _LINE.match(data, at + 2, at + 2 + LONGEST_LINE)
         name = bytes(line[1] if line else b"").rstrip()
-        boundary = self._boundaries.get(name) or self._boundaries.get(name[:-2] if name.endswith(b"--") else name)
-        if boundary is None and not self._take_undeclared():
-            return
-        self._limits.parts -= 1
-        yield from section.leaves(at)
-        start = _after_line(data, at)
+        boundary, last = self._boundaries.get(name), False
+        if boundary is None and name.endswith(b"--"):
+            boundary, last = self._boundaries.get(name[:-2]), True
         if boundary is None:
-            self._interrupted = self._interrupted or (section if section.declared else None)
-            self._section = self._open(start, section.path, declared=False)
-            return
-        if self._interrupted is not None:
-            yield from self._interrupted.leaves(at)
-            self._interrupted = None
-        boundary.count += 1
+            return  # content may start after it, but only where a mark is
+        start = after_line(data, at)
+        firm = boundary in self._firm and self._is_whole_line(at, start)
+        if firm:
+            yield from self._close(at)
+            del self._firm[self._firm.index(boundary) + (not last) :]
+        elif boundary in self._open:
+            yield from self._open.pop(boundary).leaves(at)
+        boundary.count += not last
         path = (*boundary.path[:NESTED], boundary.count)
-        self._section = self._open(start, path, declared=True)
+        self._newest = self._open[boundary] = self._section(start, path, firm=firm and not last)
 
-    def _open(self, start: int, path: tuple[int, ...], *, declared: bool) -> _Section:
-        """Parse the header, or nested headers, at ``start`` and return the section."""
+    def _is_whole_line(self, at: int, start: int) -> bool:
+        """True if the line from ``at`` to ``start`` is one for readers that know only LF."""
         data = self._data
-        section = _Section(path, declared=declared)
+        return (at == 0 or data[at - 1] == 10) and (start == len(data) or data[start - 1] == 10)
+
+    def _section(self, start: int, path: tuple[int, ...], *, firm: bool) -> _Section:
+        """Parse the header, or nested headers, at ``start``. ``firm``: every reader sees a part here."""
+        data, work = self._data, self._work
+        section = _Section(path, declared=True)
         starts, at, kind = section.starts, start, 0
         for depth in range(NESTED):
-            end = at if data[at : at + 1] in (b" ", b"\t") else _header_end(data, at)
+            work.spend(_SECTION)
+            end = at if data[at : at + 1] in (b" ", b"\t") else header_end(data, at)
             if end == at and depth and not kind & _COMPOSITE:
                 break
-            body = _end(_BLANK, data, end)
+            body = end_of(_BLANK, data, end)
+            work.spend(_HEADER_BYTE * (body - at))
             kind |= self._fields(at, end, path)
             seen = kind
             if body == end and end < len(data) and bytes(data[end : end + 2]) != b"--":
                 # No empty line: some readers start the content here, others after the next empty line.
                 if end > at or not depth:
                     starts.append((end, kind))
-                body = _end(_BLANK, data, _empty_line(data, end))
+                body = end_of(_BLANK, data, empty_line(data, end))
                 kind |= self._fields(end, body, path)
+            elif firm and at < end:
+                firm = self._strict(at, body)
             starts.append((body, kind))
             if (end == at and kind == seen) or body >= len(data):
                 break
             at = body
         else:
             if kind & _COMPOSITE:  # otherwise it is text whose lines look like fields
-                self._limits.mark_truncated(f"more than {NESTED} nested headers")
-        section.base64 = bool(kind & _BASE64)
+                work.mark_truncated(f"more than {NESTED} nested headers")
+        section.kind = kind
+        work.spend(_START * len(starts))
         return section
+
+    def _strict(self, start: int, body: int) -> bool:
+        """Examine a header about which readers could disagree; activate its boundary if they can't.
+
+        Returns True if the content is a message whose header may do the same.
+        """
+        if body - start > LONGEST_HEADER:
+            return False
+        header = bytes(self._data[start:body])
+        if not _STRICT_HEADER.fullmatch(header):
+            return False
+        self._fields_until = body
+        types = _CONTENT_TYPE.findall(header)
+        if len(types) != 1 or _ENCODED.search(header):
+            return False
+        if _RFC822.fullmatch(types[0]):
+            return True
+        if types[0].lower().count(b"boundary") == 1 and _MULTIPART.fullmatch(types[0]):
+            found = _FIRM_BOUNDARY.search(types[0])
+            boundary = self._boundaries.get((found[1] or found[2]).rstrip()) if found else None
+            if boundary is not None and boundary not in self._firm:
+                self._firm.append(boundary)
+        return False
 
     def _fields(self, start: int, end: int, path: tuple[int, ...]) -> int:
         """Return the flags that the header fields set, and store the boundaries that they declare."""
         data, kind = self._data, 0
         for base in range(start, end, PIECE):
-            piece = bytes(data[base : min(end, base + PIECE + FIELD_WINDOW)])
+            piece = bytes(data[base : min(end, base + PIECE + LONGEST_VALUE)])
             if b"\0" in piece:
                 piece = piece.replace(b"\0", b"")
             lower = piece.lower()
             at = lower.find(b"content-t")
             while 0 <= at < PIECE:
                 if at == 0 or lower[at - 1] in b"\r\n":
-                    found = _VALUE.match(piece, at, at + FIELD_WINDOW)
+                    found = _VALUE.match(piece, at, at + LONGEST_VALUE)
                     if found is not None:
+                        self._work.spend(_FIELD + _HEADER_BYTE * len(found[0]))
                         kind |= self._field(found[0], path)
                 at = lower.find(b"content-t", at + 9)
         return kind
@@ -296,73 +306,69 @@ class _Walker:
         if name != b"content-type":
             return 0
         if b"boundary" in value:
-            if len(self._boundaries) >= BOUNDARIES:
-                self._limits.mark_truncated(f"more than {BOUNDARIES} boundaries")
-                return 0
             for quoted, token in _BOUNDARY.findall(text):
-                boundary = quoted.replace(b"\\", b"") if quoted else token
-                self._boundaries.setdefault(boundary[:LONGEST_LINE].rstrip(), _Boundary(path))
+                if len(self._boundaries) >= BOUNDARIES:
+                    self._work.mark_truncated(f"more than {BOUNDARIES} boundaries")
+                    break
+                boundary = (quoted.replace(b"\\", b"") if quoted else token)[:LONGEST_LINE].rstrip()
+                self._boundaries.setdefault(boundary, _Boundary(path))
         return _COMPOSITE if b"multipart/" in value or b"message/" in value else 0
 
+    def _encoding(self, at: int) -> Iterator[Leaf]:
+        """Handle a field that names an encoding, in a header about which readers may disagree.
 
-def _after_line(data: Text, at: int) -> int:
-    """Return the start of the line after ``at``."""
-    size = len(data)
-    while at < size:
-        line = _REST.match(data, at, at + WINDOW)
-        end = line.end() if line else size
-        if end - at < WINDOW:
-            ends = bytes(data[end : end + 2])
-            return end + (2 if ends == b"\r\n" else len(ends[:1]))
-        at = end
-    return size
+        Content may start at each line that could be the first after the header. The first empty line ends the header
+        for every reader, but not every reader needs one.
+        """
+        data, limit = self._data, min(len(self._data), at + LONGEST_HEADER)
+        lines, line = [], at
+        while (line := after_line(data, line)) < limit:
+            self._work.spend(_LINE_STEP)
+            if _BLANK_LINE.match(data, line, line + WINDOW):
+                lines.append(end_of(_BLANK, data, line))
+                if data[line - 1] == 10 and bytes(data[line : line + 2]).startswith((b"\n", b"\r\n")):
+                    break
+            elif not _FIELD_LINE.match(data, line, line + LONGEST_LINE):
+                lines.append(line)
+        self._fields_until = line
+        self._work.spend(_HEADER_BYTE * (line - at))
+        text = bytes(data[at:line]).lower()
+        kind = (_BASE64 if b"base64" in text else 0) | (_QUOTED if b"quoted" in text else 0)
+        if not kind:
+            return
+        if self._loose in self._open:
+            yield from self._open.pop(self._loose).leaves(at)
+        section = self._open[self._loose] = _Section(self._newest.path, declared=False)
+        self._work.spend(_START * len(lines))
+        section.starts += [(start, kind) for start in lines if not self._is_start(start, kind)]
 
-
-def _header_end(data: Text, at: int) -> int:
-    """Return the end of the fields that start at ``at``. Lines longer than the window are followed to their end."""
-    while (found := _HEADER.match(data, at, at + WINDOW)) and found.end() > at:
-        at = _after_line(data, found.end() - 1) if found.end() == at + WINDOW else found.end()
-    return at
-
-
-def _empty_line(data: Text, at: int) -> int:
-    """Return the position of the section's next empty line, or its end."""
-    size = 256
-    while at < len(data):
-        found = _EMPTY.find_matches_as_indexes(data[at : at + size + 2])
-        if found:
-            return int(at + found[0][1])
-        at += size
-        size = min(2 * size, PIECE)
-    return len(data)
-
-
-def _end(pattern: re.Pattern[bytes], data: Text, at: int, end: int = sys.maxsize) -> int:
-    """Return the end of the repeated group of ``pattern`` that starts at ``at``. Each match may stop anywhere in it."""
-    while (found := pattern.match(data, at, min(end, at + WINDOW))) and found.end() > at:
-        at = found.end()
-    return at
+    def _is_start(self, at: int, flag: int) -> bool:
+        """True if the newest section has this start already."""
+        return any(start == at and kind & flag == flag for start, kind in self._newest.starts)
 
 
-def base64_run(data: Text, start: int = 0, end: int = sys.maxsize) -> int:
-    """Return the end of the complete lines of base64 letters that start at ``start``."""
-    return _end(_BASE64_LINES, data, start, end)
-
-
-def _uuencode(data: Text, at: int, path: tuple[int, ...]) -> Iterator[Leaf]:
-    """Yield the content after a begin line."""
-    begin = _BEGIN.match(data, at)
-    if begin is not None and (start := _after_line(data, at)) < len(data):
-        kind = Kind.BASE64 if begin[1] else Kind.UUENCODE
+def _encoded(data: Text, at: int, mark: Mark, path: tuple[int, ...]) -> Iterator[Leaf]:
+    """Yield the content after a begin line, a =ybegin line or the banner of BinHex."""
+    kind = {Mark.YENC: Kind.YENC, Mark.BINHEX: Kind.BINHEX}.get(mark, Kind.UUENCODE)
+    if mark is Mark.BEGIN:
+        begin = _BEGIN.match(data, at)
+        if begin is None:
+            return
+        if begin[1]:
+            kind = Kind.BASE64
+    if (start := after_line(data, at)) < len(data):
         yield Leaf(start, len(data), int(kind), path, declared=False)
 
 
-def _blob(data: Text, at: int, path: tuple[int, ...]) -> Iterator[Leaf]:
-    """Yield base64 in the middle of a text, if ``at`` is its first line and it is long enough."""
+def _blob_end(data: Text, at: int) -> int:
+    """Return the end of the base64 that starts at ``at``; ``at`` itself if that is not its first line."""
     before = bytes(data[max(0, at - 100) : at]).rstrip(b"\r\n")
     line = before[max(before.rfind(b"\n"), before.rfind(b"\r")) + 1 :]
-    if len(line) >= 40 and _BASE64_LINE.match(line):
-        return
+    if len(line) >= 40 and BASE64_LINE.match(line):
+        return at
     end = base64_run(data, at)
-    if end - at >= RUN:
-        yield Leaf(at, end, int(Kind.RUN), path, declared=False)
+    for _ in range(JUNK_LINES):  # a line that looks like a delimiter does not end it for every reader
+        if end - at >= RUN or bytes(data[end : end + 2]) != b"--":
+            break
+        end = base64_run(data, after_line(data, end))
+    return end

@@ -7,10 +7,13 @@ reported once, with its number, and skipped. No file is read here.
 
 import string
 from dataclasses import dataclass
+from typing import Literal
 
 from contentfilter.errors import Problem
 from contentfilter.model import Scanner, readable
-from contentfilter.scanners.signatures import lists
+from contentfilter.scanners.signatures import compatible, lists
+
+Mode = Literal["mime", "compatible"]
 
 LETTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
 SHORTEST = 4
@@ -35,14 +38,14 @@ class Rules:
     rules: tuple[Rule, ...]
 
 
-def parse_signatures(text: bytes, path: str) -> tuple[Rules, tuple[Problem, ...]]:
+def parse_signatures(text: bytes, path: str, mode: Mode = "mime") -> tuple[Rules, tuple[Problem, ...]]:
     """Parse control/badsignatures. Returns the rules and the problems, which name ``path``."""
-    return _parse(text, path, Scanner.SIGNATURES, LETTERS + "*")
+    return _parse(text, path, Scanner.SIGNATURES, LETTERS + "*", compatible.SIGNATURE_LETTERS if mode != "mime" else 0)
 
 
-def parse_loadertypes(text: bytes, path: str) -> tuple[Rules, tuple[Problem, ...]]:
+def parse_loadertypes(text: bytes, path: str, mode: Mode = "mime") -> tuple[Rules, tuple[Problem, ...]]:
     """Parse control/badloadertypes. Returns the rules and the problems, which name ``path``."""
-    return _parse(text, path, Scanner.LOADERTYPES, LETTERS)
+    return _parse(text, path, Scanner.LOADERTYPES, LETTERS, compatible.LOADER_LETTERS if mode != "mime" else 0)
 
 
 def default_signatures() -> Rules:
@@ -55,7 +58,7 @@ def default_loadertypes() -> Rules:
     return Rules(Scanner.LOADERTYPES, tuple(Rule(*row) for row in lists.LOADERTYPES))
 
 
-def _parse(text: bytes, path: str, scanner: Scanner, letters: str) -> tuple[Rules, tuple[Problem, ...]]:
+def _parse(text: bytes, path: str, scanner: Scanner, letters: str, key: int) -> tuple[Rules, tuple[Problem, ...]]:
     rules: dict[str, Rule] = {}
     problems: list[Problem] = []
     for number, line in enumerate(text.split(b"\n"), 1):
@@ -64,7 +67,7 @@ def _parse(text: bytes, path: str, scanner: Scanner, letters: str) -> tuple[Rule
             continue
         pattern = words[0]
         end = next((at for at, word in enumerate(words) if word.startswith("#")), len(words))
-        error = _error(pattern, letters)
+        error = _error(pattern, letters, key)
         if error:
             problems.append(Problem(path, number, f"{pattern[:LONGEST]!r}: {error}; the line is skipped"))
         elif pattern in rules:
@@ -75,8 +78,8 @@ def _parse(text: bytes, path: str, scanner: Scanner, letters: str) -> tuple[Rule
     return Rules(scanner, tuple(rules.values())), tuple(problems)
 
 
-def _error(pattern: str, letters: str) -> str:
-    """Return the reason why a pattern is invalid; empty if it is valid."""
+def _error(pattern: str, letters: str, key: int) -> str:
+    """Return the reason why a pattern is invalid, or "". ``key``: letters that compatible mode compares, else 0."""
     strange = next((c for c in pattern if c not in letters), "")
     if strange:
         return f"{strange!r} is not a base64 letter"
@@ -86,6 +89,8 @@ def _error(pattern: str, letters: str) -> str:
         return f"longer than {LONGEST} letters"
     if len(pattern.replace("*", "")) < SHORTEST:
         return f"fewer than {SHORTEST} letters that are not *"
+    if key and (len(pattern) < key or "*" in pattern[:key]):
+        return f"never matches in compatible mode, which compares the first {key} letters literally"
     return ""
 
 

@@ -428,6 +428,14 @@ def test_encodings_inside_each_other_are_followed_and_their_limit_is_said() -> N
         BOTH.scan(message)
 
 
+def test_padding_in_place_of_the_letter_of_value_zero_is_seen_through() -> None:
+    """Thunderbird decodes it so; none of the readers that the tests can ask does."""
+    lines = b64(MADE)
+    for place in range(6, 100):
+        if lines[place : place + 1] == b"A":
+            assert SIGNATURES.scan(mixed(BASE64, lines[:place] + b"=" + lines[place + 1 :])) is not None, place
+
+
 def test_on_the_event_loop_a_scan_ends_soon() -> None:
     message = b"Content-Type: multipart/mixed; boundary=b\n\n" + (b"--b\nX: y\n\n" + b"z" * 100 + b"\n") * 900
     with pytest.raises(OutOfWorkError):

@@ -61,8 +61,8 @@ LONGEST_NAME = 64  # bytes
 
 _BASE64, _QUOTED, _COMPOSITE = int(Kind.BASE64), int(Kind.QUOTED), int(Kind.COMPOSITE)
 _RUN, _UUENCODE, _YENC, _BINHEX = int(Kind.RUN), int(Kind.UUENCODE), int(Kind.YENC), int(Kind.BINHEX)
-_LEAF = 4_000  # work for each leaf
-_READING = 3_000  # and for each way to decode it
+_LEAF = 8_000  # work for each leaf
+_READING = 6_000  # and for each way to decode it
 _NAME_BYTE = 0.5  # and for each byte that is searched for names
 _FIELD = re.compile(rb"[!-9;-~]++[ \t]*+:|--")
 _NAME = re.compile(rb"[A-Za-z0-9_.-]*\Z")

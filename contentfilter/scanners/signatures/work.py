@@ -2,13 +2,14 @@
 
 The unit is a nanosecond on a slow core. A step costs a constant, which pays for the interpreter, and an amount for each
 byte that it looks at, whether or not these bytes decode to anything. The limit is proportional to the size of the
-message, so no input of any structure takes more than ``PRICE`` for a byte.
+message, so no input of any structure takes more than ``PRICE`` for a byte, and no message more than ``CEILING``.
 """
 
 from contentfilter.errors import ContentFilterError
 
 PRICE = 1000  # for each byte of the message: 1 s for a megabyte
-FLOOR = 20_000_000  # for a message of any size
+FLOOR = 5_000_000  # for a message of any size
+CEILING = 10_000_000_000  # for a message of any size; 100 MB of ordinary mail need a twentieth
 INLINE = 15_000_000  # on the event loop; a scan that needs more is repeated in a thread
 
 
@@ -26,7 +27,7 @@ class Work:
     __slots__ = ("_inline", "left", "truncated")
 
     def __init__(self, size: int, *, inline: bool = False) -> None:
-        limit = FLOOR + PRICE * size
+        limit = min(FLOOR + PRICE * size, CEILING)
         self._inline = inline and limit > INLINE
         self.left: float = INLINE if self._inline else limit
         self.truncated = ""  # the limit, for people; empty: the scan is complete

@@ -20,7 +20,7 @@ import aiomysql
 
 from contentfilter.deadline import Deadline
 from contentfilter.errors import ConfigError, Problem
-from contentfilter.files import SourceState, read_file
+from contentfilter.files import FileAccess, SourceState
 from contentfilter.model import readable
 from contentfilter.settings import MariaDbSettings, Settings
 from contentfilter.tables.files import default_domain
@@ -41,18 +41,18 @@ def server_name(settings: MariaDbSettings) -> str:
 
 
 async def read_tables(
-    settings: Settings, known: tuple[SourceState, ...] = ()
+    settings: Settings, known: tuple[SourceState, ...] = (), files: FileAccess | None = None
 ) -> tuple[Rows, tuple[Problem, ...]] | None:
     """Both tables, and the rows that were skipped; None where nothing changed since the state ``known``.
 
     Raises ConfigError when they cannot be had within ``load_timeout``.
     """
-    db = settings.mariadb
-    domain, files = await default_domain(settings.service.control)
+    db, files = settings.mariadb, files or FileAccess()
+    domain, states = await default_domain(settings.service.control, files)
     deadline = Deadline.after(db.load_timeout)
-    async with _session(db, deadline) as session:
+    async with _session(db, deadline, files) as session:
         fingerprint = await session.fingerprint()
-        sources = (SourceState(server_name(db), fingerprint=fingerprint), *files)
+        sources = (SourceState(server_name(db), fingerprint=fingerprint), *states)
         if fingerprint and sources == known:
             return None
         (clamav, problems), (spamd, more) = [await session.table(index) for index in (0, 1)]
@@ -61,11 +61,14 @@ async def read_tables(
 
 
 @asynccontextmanager
-async def _session(db: MariaDbSettings, deadline: Deadline) -> AsyncIterator["_Session"]:
+async def _session(db: MariaDbSettings, deadline: Deadline, files: FileAccess) -> AsyncIterator["_Session"]:
     """A read-only transaction. Its end closes the connection, whatever happened; all errors become ConfigError."""
     trouble = partial(_bad, server_name(db))
-    password = await _password(db.password_file)
+    password = await _password(db.password_file, files)
     try:
+        tls = (
+            None if db.tls == "off" else await files.run(db.tls_ca or db.tls_cert or "[mariadb] tls", partial(_tls, db))
+        )
         connection = _Connection(
             host=db.host,
             port=db.port,
@@ -78,7 +81,7 @@ async def _session(db: MariaDbSettings, deadline: Deadline) -> AsyncIterator["_S
             conv={},  # values stay bytes
             local_infile=False,
             autocommit=None,
-            ssl=_tls(db),
+            ssl=tls,
         )
     except (OSError, ValueError) as e:
         raise trouble(f"TLS: {e}") from e
@@ -240,18 +243,16 @@ def _bad(path: str, text: str) -> ConfigError:
     return ConfigError((Problem(path, 0, text),))
 
 
-async def _password(path: str) -> str:
+async def _password(path: str, files: FileAccess) -> str:
     if not path:
         return ""
-    data, state = await read_file(path, MAX_PASSWORD_FILE)
+    data, state = await files.read(path, MAX_PASSWORD_FILE)
     if state.size < 0:
         raise ConfigError((Problem(path, 0, "there is no such file"),))
     return data.partition(b"\n")[0].rstrip(b"\r").decode("utf-8", "surrogateescape")
 
 
-def _tls(db: MariaDbSettings) -> ssl.SSLContext | None:
-    if db.tls == "off":
-        return None
+def _tls(db: MariaDbSettings) -> ssl.SSLContext:
     context = ssl.create_default_context(cafile=db.tls_ca or None)
     if db.tls == "unverified":
         context.check_hostname = False

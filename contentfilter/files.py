@@ -1,15 +1,22 @@
-"""Files that a crash leaves whole: the old one or the new one, never half of either."""
+"""Files: replaced atomically, read whole and bounded, and accessed from an event loop with a time limit."""
 
+import asyncio
 import contextlib
 import os
 import stat
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TypeVar
 
-import aiofiles
 import msgspec
 
 from contentfilter.errors import ConfigError, Problem
+from contentfilter.threads import in_thread
+
+T = TypeVar("T")
+ANSWER_TIMEOUT = 10.0  # seconds for an operation on a small file
+TRANSFER_TIMEOUT = 30.0  # seconds for one that reads or writes a whole table
 
 
 def replace_file(
@@ -85,21 +92,24 @@ class ProblemCollector:
 _TRIES = 5  # a file that changes under each of these reads is given up
 
 
-async def read_file(path: str, limit: int) -> tuple[bytes, SourceState]:
+def read_file(path: str, limit: int) -> tuple[bytes, SourceState]:
     """The whole file, and the state it was in; ``b""`` and size -1 where there is none.
 
-    Raises ConfigError for a file that cannot be read, is not a regular file, or has more than ``limit`` bytes.
+    Raises ConfigError for a file that cannot be read, is not a regular file, or has more than ``limit`` bytes. Never
+    waits for the other end of a FIFO, and opens no device: some act on being opened.
     """
     for _ in range(_TRIES):
         try:
-            # Not blocking: nobody may make us wait for the other end of a named pipe.
-            async with aiofiles.open(path, "rb", opener=_open_nonblocking) as file:
+            if not (stat.S_ISREG(mode := os.stat(path).st_mode) or stat.S_ISDIR(mode)):  # open() says more of these
+                raise ConfigError((Problem(path, 0, "not a regular file"),))
+            with open(path, "rb", opener=_open_nonblocking) as file:
                 before = os.fstat(file.fileno())
                 if not stat.S_ISREG(before.st_mode):
                     raise ConfigError((Problem(path, 0, "not a regular file"),))
                 if before.st_size > limit:
-                    raise ConfigError((Problem(path, 0, f"{before.st_size} bytes; the limit is {limit}"),))
-                data = await file.read(before.st_size + 1)
+                    text = f"{before.st_size} bytes; the limit is {limit}, and no file with more than that is read"
+                    raise ConfigError((Problem(path, 0, text),))
+                data = file.read(before.st_size + 1)
                 after = os.fstat(file.fileno())
         except FileNotFoundError:
             return b"", SourceState(path)
@@ -108,6 +118,43 @@ async def read_file(path: str, limit: int) -> tuple[bytes, SourceState]:
         if len(data) == before.st_size and _state(path, before) == _state(path, after):
             return data, _state(path, after)
     raise ConfigError((Problem(path, 0, "it keeps changing while it is read"),))
+
+
+class FileAccess:
+    """File operations of one sequence of work, each in a thread and with a time limit.
+
+    A thread that a file system does not answer (NFS, a failing disk) cannot be interrupted, and nobody joins it. Until
+    it returns, every further operation fails immediately with the same error: at most one thread is stuck, whatever
+    is tried meanwhile, and nothing that was given up is overtaken by what was tried after it.
+    """
+
+    def __init__(self) -> None:
+        self._pending: ConfigError | None = None  # the error of the operation in progress, should it not end
+
+    async def run(self, path: str, call: Callable[[], T], timeout: float = ANSWER_TIMEOUT) -> T:
+        """Return or raise the result of ``call``; ConfigError that names ``path`` if there is none in time."""
+        if self._pending is not None:
+            raise self._pending
+        self._pending = silent = ConfigError((Problem(path, 0, f"it did not answer within {timeout:g} s"),))
+        limit = asyncio.timeout(timeout)
+        try:
+            async with limit:
+                return await in_thread(partial(self._finish, call))
+        except TimeoutError as e:
+            raise (silent if limit.expired() else e) from None
+        except RuntimeError as e:
+            self._pending = None
+            raise ConfigError((Problem(path, 0, f"cannot access it: {e}"),)) from e
+
+    async def read(self, path: str, limit: int, timeout: float = ANSWER_TIMEOUT) -> tuple[bytes, SourceState]:
+        """As :func:`read_file`."""
+        return await self.run(path, partial(read_file, path, limit), timeout)
+
+    def _finish(self, call: Callable[[], T]) -> T:
+        try:
+            return call()
+        finally:
+            self._pending = None
 
 
 def first_line(data: bytes) -> bytes:

@@ -7,15 +7,15 @@ Numbers are read as qmail reads them: digits count up to the first other charact
 with a digit changes nothing. What looks odd is a warning; only a file that cannot be read is an error.
 """
 
-import asyncio
 import difflib
 import os
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from contentfilter.errors import ConfigError, Problem
-from contentfilter.files import ProblemCollector, first_line, read_file
+from contentfilter.files import FileAccess, ProblemCollector, first_line
 from contentfilter.model import readable
 
 SIZE_MAX = 1 << 20
@@ -71,8 +71,9 @@ class Controls:
     badloadertypes: bytes | None = None
 
 
-async def read_controls(directory: str) -> tuple[Controls, tuple[Problem, ...]]:
+async def read_controls(directory: str, files: FileAccess | None = None) -> tuple[Controls, tuple[Problem, ...]]:
     """The parameters in ``directory`` and what is odd there. Raises ConfigError for files that cannot be read."""
+    files = files or FileAccess()
     taken = _Taken()
     problems: list[Problem] = []
     unreadable: list[Problem] = []
@@ -80,13 +81,13 @@ async def read_controls(directory: str) -> tuple[Controls, tuple[Problem, ...]]:
     async def content(name: str) -> tuple[str, bytes | None]:
         path = os.path.join(directory, name)
         try:
-            data, state = await read_file(path, SIZE_MAX)
+            data, state = await files.read(path, SIZE_MAX)
         except ConfigError as e:
             unreadable.extend(e.problems)
             return path, None
         return path, data if state.size >= 0 else None
 
-    if not await asyncio.to_thread(os.path.isdir, directory):
+    if not await files.run(directory, partial(os.path.isdir, directory)):
         problems.append(Problem(directory, 0, "no such directory: all parameters have their defaults", warning=True))
     path, data = await content(OPTIONS)
     problems += taken.options(path, data or b"")
@@ -98,7 +99,7 @@ async def read_controls(directory: str) -> tuple[Controls, tuple[Problem, ...]]:
             problems += report.problems()
     lists = {name: (await content(name))[1] for name in LISTS}
     if unreadable:
-        raise ConfigError(tuple(unreadable))
+        raise ConfigError(tuple(dict.fromkeys(unreadable)))  # one that does not answer is an error for all after it
     return Controls(taken.values, taken.places, **lists), tuple(problems)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import zmq
 
 from contentfilter.errors import ConfigError, Problem
+from contentfilter.files import read_file
 from contentfilter.settings import EventSettings
 
 MAX_SIZE = 1 << 16
@@ -87,8 +88,10 @@ def _read(path: str, name: str) -> tuple[bytes, int]:
             "[events]", 0, f"{name}: the feed goes over the network only with keys; see contentfilter events-key"
         )
     try:
-        with open(path, "rb") as file:
-            return file.read(MAX_SIZE), os.fstat(file.fileno()).st_mode
+        data, _ = read_file(path, MAX_SIZE)
+        return data, os.stat(path).st_mode
+    except ConfigError as error:
+        raise _wrong(path, 0, f"[events] {name}: {error.problems[0].text}") from error
     except OSError as error:
         raise _wrong(path, 0, f"[events] {name}: cannot read it: {error.strerror}") from error
 

@@ -19,6 +19,7 @@ from contentfilter.config import DEFAULT_PATH
 from contentfilter.config.keys import listens
 from contentfilter.endpoint import Address, parse_listen
 from contentfilter.errors import ConfigError, Problem
+from contentfilter.files import read_file
 from contentfilter.policy.failure import complaints
 from contentfilter.policy.options import SPAM_OPTIONS, VIRUS_OPTIONS
 from contentfilter.settings import MariaDbSettings, Settings, SpamdSettings
@@ -49,14 +50,11 @@ def read_settings(path: str, *, must_exist: bool | None = None) -> tuple[Setting
     if must_exist is None:
         must_exist = path != DEFAULT_PATH
     try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_SIZE + 1)
-    except FileNotFoundError:
+        data, state = read_file(path, MAX_SIZE)
+    except ConfigError as e:
+        return Settings(), e.problems
+    if state.size < 0:
         return Settings(), (Problem(path, 0, "there is no such file"),) if must_exist else ()
-    except OSError as e:
-        return Settings(), (Problem(path, 0, f"cannot read it: {e.strerror}"),)
-    if len(data) > MAX_SIZE:
-        return Settings(), (Problem(path, 0, f"more than {MAX_SIZE} bytes"),)
     try:
         text = data.decode("utf-8")
         document = tomllib.loads(text)

@@ -10,6 +10,9 @@ import struct
 from contextlib import suppress
 from pathlib import Path
 
+from contentfilter.errors import ConfigError
+from contentfilter.files import read_file
+
 DAY = 86_400.0
 FILE = "clock"  # in the state directory
 _FORM = struct.Struct("<dd")  # the last check, and the start of the doubt (0: none), in seconds since 1970
@@ -29,14 +32,14 @@ def clock_is_sane(path: Path, now: float) -> bool:
 
 def _read(path: Path) -> tuple[float, float]:
     try:
-        checked, doubted = _FORM.unpack(path.read_bytes())
-    except (OSError, struct.error):
+        checked, doubted = _FORM.unpack(read_file(str(path), _FORM.size)[0])
+    except (ConfigError, struct.error):
         return 0.0, 0.0
     return checked, doubted
 
 
 def _write(path: Path, checked: float, doubted: float) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     try:
         os.pwrite(fd, _FORM.pack(checked, doubted), 0)
         os.ftruncate(fd, _FORM.size)

@@ -11,7 +11,6 @@ from typing import Literal
 
 from contentfilter.bus import messages
 from contentfilter.deadline import Deadline
-from contentfilter.doors.origin import resolve
 from contentfilter.errors import ConfigError
 from contentfilter.log import Logger
 from contentfilter.monitor.samples import Sample
@@ -105,7 +104,7 @@ class Configuration:
     def _log_problems(self, loaded: Loaded) -> None:
         for problem in loaded.problems:
             self._log.warning("service.problem", path=problem.path, line=problem.line, text=problem.text)
-        for name in resolve(loaded.settings.origin)[1]:
+        for name in loaded.unknown_users:
             self._log.warning("origin.unknown-user", name=name)
 
     def _failed(self, error: ConfigError) -> None:

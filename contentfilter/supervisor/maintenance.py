@@ -1,24 +1,27 @@
 """Maintenance jobs: run periodically, off the event loop, and may fail without harm.
 
-A job runs in a daemon thread of its own, so that one that hangs blocks neither the process nor what the others have
-done. Its result is logged as ``housekeeping.done``, its failure as ``housekeeping.failed``.
+A job runs in a daemon thread of its own and with a time limit, so that one that hangs blocks neither the process nor
+the other jobs. Its result is logged as ``housekeeping.done``, its failure as ``housekeeping.failed``.
 """
 
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from contentfilter.errors import ConfigError
+from contentfilter.files import FileAccess
 from contentfilter.log import Logger
 from contentfilter.settings import Settings
 from contentfilter.store.quarantine import Quarantine
 from contentfilter.supervisor.clock import FILE, clock_is_sane
-from contentfilter.threads import in_thread
 
 DELAY = 60.0  # seconds from the start to the first round
 INTERVAL = 3600.0
+JOB_TIMEOUT = 1800.0  # seconds; a job that takes longer goes on, and is not started again meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,21 +43,31 @@ async def run_maintenance(
     interval: float = INTERVAL,
 ) -> None:
     """Run all jobs, one after the other, after ``delay`` and then every ``interval`` seconds. Does not return."""
+    files = FileAccess()
+    access = {job.name: FileAccess() for job in jobs}
     await asyncio.sleep(delay)
     while True:
-        clock = Path(settings().service.state) / FILE
-        aged = await in_thread(lambda clock=clock: clock_is_sane(clock, time.time()))  # type: ignore[misc]
-        if not aged:
-            log.warning("clock.jumped", path=str(clock))
+        aged = await _clock_is_sane(Path(settings().service.state) / FILE, files, log)
         for job in jobs:
-            await _run(job, settings(), aged, log)
+            await _run(job, access[job.name], settings(), aged, log)
         await asyncio.sleep(interval)
 
 
-async def _run(job: MaintenanceJob, settings: Settings, aged: bool, log: Logger) -> None:
+async def _clock_is_sane(path: Path, files: FileAccess, log: Logger) -> bool:
+    try:
+        sane = await files.run(str(path), partial(clock_is_sane, path, time.time()))
+    except ConfigError as error:  # then nothing may be deleted because of its age either
+        log.error("housekeeping.failed", chore="clock", why=str(error))  # noqa: TRY400 - no defect
+        return False
+    if not sane:
+        log.warning("clock.jumped", path=str(path))
+    return sane
+
+
+async def _run(job: MaintenanceJob, access: FileAccess, settings: Settings, aged: bool, log: Logger) -> None:
     began = time.monotonic()
     try:
-        counts = await in_thread(lambda: job.run(settings, aged))
+        counts = await access.run(job.name, partial(job.run, settings, aged), JOB_TIMEOUT)
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
         log.error("housekeeping.failed", chore=job.name, why=why)  # noqa: TRY400 - a full disk is no defect

@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from functools import partial
 
 from contentfilter.bus.remote_feed import pack_keys
 from contentfilter.config.keys import Keys, load_keys
@@ -18,6 +19,7 @@ from contentfilter.files import memory_file
 from contentfilter.log import Logger
 from contentfilter.settings import Settings
 from contentfilter.supervisor.process import Process, restart_delay
+from contentfilter.threads import in_thread
 
 PROGRAM = (sys.executable, "-P", "-m", "contentfilter.bus.remote_feed")
 RETRY = 30.0  # seconds until an address that is in use is tried again
@@ -63,7 +65,7 @@ class RemoteFeed:
         """Open, close or keep the feed as the settings want it. Returns the seconds until the next attempt."""
         config = self._settings().events
         try:
-            keys = await asyncio.to_thread(load_keys, config)
+            keys = await in_thread(partial(load_keys, config))
             wanted = None if keys is None else (config.listen, keys)
             if wanted != self._in_force:
                 self._stop()

@@ -1,6 +1,8 @@
 """Sources of the configuration, and the log about tables that are not current."""
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -10,13 +12,16 @@ import msgspec
 from contentfilter.config.controls import read_controls
 from contentfilter.config.load import load_settings
 from contentfilter.config.runtime import Runtime, make_runtime, unusable
+from contentfilter.doors.origin import resolve
 from contentfilter.errors import ConfigError, Problem
+from contentfilter.files import FileAccess
 from contentfilter.log import Logger, RateLimiter
 from contentfilter.monitor.samples import Sample, make_samples
 from contentfilter.policy.overrides import AllowEntry
 from contentfilter.settings import Settings
 from contentfilter.tables.keeper import Keeper, TableState
 
+LOAD_TIMEOUT = 60.0  # seconds for all files together
 LOG_AGAIN = 600.0  # seconds after which tables that are still not current are logged again
 
 
@@ -29,6 +34,7 @@ class Loaded:
     problems: tuple[Problem, ...] = ()  # bad lines that were skipped
     samples: Callable[[tuple[AllowEntry, ...]], tuple[Sample, ...]] = lambda allowed: ()  # of the canary
     sysfacility: str = ""  # of a log in syslog
+    unknown_users: tuple[str, ...] = ()  # names in [origin] that the user database does not have
 
 
 class ConfigSource(Protocol):
@@ -74,13 +80,23 @@ class ConfigLoader:
         self._path = config_path
         self._workers = workers
         self._socket = socket
-        self._keeper = Keeper()
+        self._files = FileAccess()
+        self._keeper = Keeper(self._files)
         self._problems: tuple[Problem, ...] = ()
+        self._unknown_users: tuple[str, ...] = ()
         self._runtime: Runtime | None = None
 
     async def load(self) -> Loaded:
         """Read everything again. Raises ConfigError."""
-        settings = load_settings(self._path)
+        async with self._bounded(LOAD_TIMEOUT):
+            settings, runtime = await self._read()
+        async with self._bounded(LOAD_TIMEOUT + settings.mariadb.load_timeout):
+            _, table_problems = await self._keeper.update(settings, reread=True)
+        self._runtime = runtime
+        return self._loaded(runtime, table_problems)
+
+    async def _read(self) -> tuple[Settings, Runtime]:
+        settings = await self._files.run(self._path, partial(load_settings, self._path))
         if self._workers is not None:
             settings = msgspec.structs.replace(
                 settings, service=msgspec.structs.replace(settings.service, workers=self._workers)
@@ -89,21 +105,22 @@ class ConfigLoader:
             settings = msgspec.structs.replace(
                 settings, listen=msgspec.structs.replace(settings.listen, socket=self._socket)
             )
-        if wrong := unusable(settings):
+        if wrong := await self._files.run(self._path, partial(unusable, settings)):
             raise ConfigError(wrong)
-        controls, problems = await read_controls(settings.service.control)
+        users = await self._files.run("[origin]: the user database", partial(resolve, settings.origin))
+        controls, problems = await read_controls(settings.service.control, self._files)
         runtime, more = make_runtime(settings, controls, "")
-        _, table_problems = await self._keeper.update(settings, reread=True)
-        self._runtime, self._problems = runtime, (*problems, *more)
-        return self._loaded(runtime, table_problems)
+        self._problems, self._unknown_users = (*problems, *more), users[1]
+        return settings, runtime
 
     async def refresh(self) -> Loaded | None:
         """Look at the tables only."""
         runtime = self._runtime
         if runtime is None:
             return None
-        changed, problems = await self._keeper.update(runtime.settings, reread=False)
-        return self._loaded(runtime, problems) if changed else None
+        async with self._bounded(LOAD_TIMEOUT + runtime.settings.mariadb.load_timeout):
+            changed, problems = await self._keeper.update(runtime.settings, reread=False)
+            return self._loaded(runtime, problems) if changed else None
 
     def tables(self) -> TableState:
         """The state of the tables in force."""
@@ -113,4 +130,18 @@ class ConfigLoader:
         runtime = msgspec.structs.replace(runtime, snapshot=self._keeper.path)
         blob = msgspec.msgpack.encode(runtime)
         samples = partial(make_samples, runtime.settings, runtime.signatures, runtime.loadertypes)
-        return Loaded(runtime.settings, blob, (*self._problems, *table_problems), samples, runtime.sysfacility)
+        problems = (*self._problems, *table_problems)
+        return Loaded(runtime.settings, blob, problems, samples, runtime.sysfacility, self._unknown_users)
+
+    @asynccontextmanager
+    async def _bounded(self, seconds: float) -> AsyncIterator[None]:
+        """Every end is in time, and every error a ConfigError: no file and no answer ends the supervisor."""
+        limit = asyncio.timeout(seconds)
+        try:
+            async with limit:
+                yield
+        except ConfigError:
+            raise
+        except Exception as e:
+            text = f"not read within {seconds:g} s" if limit.expired() else f"cannot be used: {type(e).__name__}: {e}"
+            raise ConfigError((Problem(self._path, 0, text),)) from e

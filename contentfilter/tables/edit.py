@@ -5,16 +5,18 @@ nothing of it (an editor, a panel) is noticed before the file is replaced, and t
 and a symbolic link in the file's place stay as they are.
 """
 
-import asyncio
 import fcntl
 import os
+import time
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import IO
 
 from contentfilter.deadline import Deadline
 from contentfilter.errors import ConfigError, Problem
-from contentfilter.files import ProblemCollector, file_state, read_file, replace_file
+from contentfilter.files import ANSWER_TIMEOUT, FileAccess, ProblemCollector, file_state, read_file, replace_file
 from contentfilter.policy.addresses import EXEMPT, PLAIN_KEYS
 from contentfilter.tables.files import MAX_SIZE
 from contentfilter.tables.rows import parse_row, row_text
@@ -22,6 +24,7 @@ from contentfilter.tables.rows import parse_row, row_text
 LOCK = ".contentfilter-clients.lock"
 _POLL = 0.02  # seconds; flock has no time limit of its own
 _TRIES = 5
+EDIT_TIMEOUT = 120.0  # seconds for reading, changing and writing a table of any size
 _NEW_MODE = 0o644
 
 
@@ -43,22 +46,29 @@ class Edit:
 async def locked(control: str, deadline: Deadline) -> AsyncIterator[None]:
     """Nobody else changes the tables of ``control`` meanwhile. Raises ConfigError when that cannot be had in time."""
     path = os.path.join(control, LOCK)
+    with await FileAccess().run(path, partial(_lock, path, deadline), deadline.left() + ANSWER_TIMEOUT):
+        yield
+
+
+def _lock(path: str, deadline: Deadline) -> IO[bytes]:
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError as e:
-        raise ConfigError((Problem(path, 0, f"cannot lock the tables: {e.strerror}"),)) from e
-    try:
+        file = open(path, "ab", opener=_private)  # noqa: SIM115 - for the caller, who closes it
         while True:
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as e:
                 if deadline.expired():
+                    file.close()
                     raise ConfigError((Problem(path, 0, "somebody else is changing the tables; try again"),)) from e
-                await asyncio.sleep(_POLL)
-        yield
-    finally:
-        os.close(fd)
+                time.sleep(_POLL)
+            else:
+                return file
+    except OSError as e:
+        raise ConfigError((Problem(path, 0, f"cannot lock the tables: {e.strerror}"),)) from e
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
 
 
 async def change_table(
@@ -68,9 +78,13 @@ async def change_table(
 
     ``only`` removes all rows that are not in ``put``. Without ``write`` nothing is changed. Raises ConfigError.
     """
-    path = await asyncio.to_thread(os.path.realpath, path)
+    return await FileAccess().run(path, partial(_change, path, put, drop, only, write), EDIT_TIMEOUT)
+
+
+def _change(path: str, put: Mapping[bytes, bytes], drop: Collection[bytes], only: bool, write: bool) -> Edit:
+    path = os.path.realpath(path)
     for _ in range(_TRIES):
-        text, state = await read_file(path, MAX_SIZE)
+        text, state = read_file(path, MAX_SIZE)
         changed, edit = edited(text, put, drop, only=only)
         if not (edit.differs and write):
             return edit

@@ -4,19 +4,21 @@ One lives in the supervisor. When the source cannot be read, or has what nobody 
 stays as it is, also across a restart: its time of change says when it was last known to be current.
 """
 
-import asyncio
 import os
 import time
+from contextlib import suppress
+from functools import partial
 
 import msgspec
 
 from contentfilter.errors import ConfigError, Problem
-from contentfilter.files import SourceState
+from contentfilter.files import TRANSFER_TIMEOUT, FileAccess, SourceState
 from contentfilter.settings import Settings
 from contentfilter.tables import shrink
 from contentfilter.tables.files import load_tables, sources
 from contentfilter.tables.rows import Rows
 from contentfilter.tables.snapshot import FILE, Header, Snapshot, compile_snapshot
+from contentfilter.threads import in_thread
 
 
 class TableState(msgspec.Struct, frozen=True):
@@ -33,7 +35,8 @@ class TableState(msgspec.Struct, frozen=True):
 class Keeper:
     """The snapshot below one state directory."""
 
-    def __init__(self) -> None:
+    def __init__(self, files: FileAccess | None = None) -> None:
+        self._files = files or FileAccess()
         self._path = ""
         self._source = ""
         self._header: Header | None = None
@@ -62,14 +65,18 @@ class Keeper:
         path = os.path.join(settings.service.state, FILE)
         start = path != self._path
         if start:
+            self._header, self._checked = await self._files.run(path, partial(_present, path), TRANSFER_TIMEOUT)
             self._path = path
-            self._header, self._checked = await asyncio.to_thread(_present, path)
         self._source = settings.tables.source
         known = () if reread or self._header is None else self._held or self._header.sources
         try:
-            found = await read_source(settings, known)
+            found = await read_source(settings, known, self._files)
             if found is not None:
                 return await self._take(settings, *found)
+            if self._held:
+                self._trouble = self._why_held
+            else:
+                await self._current()
         except ConfigError as error:
             if reread and settings.tables.source == "files":
                 raise
@@ -81,11 +88,6 @@ class Keeper:
                 return True, (problem,)
             if reread:
                 raise ConfigError((problem,)) from error
-        else:
-            if self._held:
-                self._trouble = self._why_held
-            else:
-                self._current()
         return False, ()
 
     async def _take(
@@ -96,28 +98,27 @@ class Keeper:
         now = (len(rows.clamav), len(rows.spamd))
         less = shrink.shrunk((old.clamav_rows, old.spamd_rows), now, settings.tables) if old else ""
         if less:
-            name = await asyncio.to_thread(shrink.checksum, rows)
-            if name != shrink.accepted(state):
+            name = await in_thread(partial(shrink.checksum, rows))
+            if name != await self._files.run(state, partial(shrink.accepted, state)):
                 self._held = rows.sources
                 self._trouble = self._why_held = f"{less}; confirm it with: contentfilter clients accept {name}"
                 return False, problems
-        self._header = new = await asyncio.to_thread(compile_snapshot, rows, self._path)
+        write = partial(compile_snapshot, rows, self._path)
+        self._header = new = await self._files.run(self._path, write, TRANSFER_TIMEOUT)
         if less:
-            shrink.forget(state)
-        self._current()
+            await self._files.run(state, partial(shrink.forget, state))
+        await self._current()
         same = old is not None and (old.checksum, old.default_domain) == (new.checksum, new.default_domain)
         return bool(problems) or not same, problems
 
-    def _current(self) -> None:
+    async def _current(self) -> None:
         self._checked, self._trouble, self._held, self._why_held = time.time(), "", (), ""
-        try:
-            os.utime(self._path)
-        except OSError:
-            pass  # only the age after a restart depends on it
+        with suppress(OSError):  # only the age after a restart depends on it
+            await self._files.run(self._path, partial(os.utime, self._path))
 
 
 async def read_source(
-    settings: Settings, known: tuple[SourceState, ...] = ()
+    settings: Settings, known: tuple[SourceState, ...] = (), files: FileAccess | None = None
 ) -> tuple[Rows, tuple[Problem, ...]] | None:
     """Both tables from where the settings say, and what is wrong in them; None where nothing changed since ``known``.
 
@@ -126,10 +127,11 @@ async def read_source(
     if settings.tables.source == "mariadb":
         from contentfilter.tables.mariadb import read_tables  # a large import, for those who use it
 
-        return await read_tables(settings, known)
-    if known and sources(settings.service.control) == known:
+        return await read_tables(settings, known, files)
+    files, control = files or FileAccess(), settings.service.control
+    if known and await files.run(control, partial(sources, control)) == known:
         return None
-    return await load_tables(settings.service.control)
+    return await load_tables(control, files)
 
 
 def _present(path: str) -> tuple[Header | None, float]:

@@ -10,17 +10,20 @@ rows: a third of a second). The checksum sees what the newest time alone would m
 younger one. Rows that go away change the number. Without such a column the checksum is over the whole rows.
 """
 
+import asyncio
 import ssl
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import aiomysql
+from aiomysql.connection import CLIENT, FieldDescriptorPacket, MysqlPacket
 
 from contentfilter.deadline import Deadline
 from contentfilter.errors import ConfigError, Problem
-from contentfilter.files import SourceState, read_file
+from contentfilter.files import FileAccess, SourceState
 from contentfilter.model import readable
 from contentfilter.settings import MariaDbSettings, Settings
 from contentfilter.tables.files import default_domain
@@ -28,9 +31,18 @@ from contentfilter.tables.owners import OwnerBuilder
 from contentfilter.tables.result import Builder
 from contentfilter.tables.rows import TABLES, Rows, Table
 
-BATCH = 2000  # rows between two chances for others on the event loop
+BATCH = 2000  # rows that are taken together
+BATCH_BYTES = 1 << 20  # the same, if the rows are large
+MAX_PACKET = 8 << 20  # bytes of one packet, which has a row at most
+MAX_RECEIVED = 1 << 30  # bytes of all packets of one refresh: several million rows …
+PACKET_ALLOWANCE = 150  # … each of which counts for its bytes and for the memory of the row's objects
+MAX_COLUMNS = 64
+MAX_DESCRIPTION = 1 << 16  # bytes for the description of a column
+PACKETS_IN_A_ROW = 500  # before others get their turn on the event loop
 MAX_PASSWORD_FILE = 4096
-_CLIENT_SSL = 1 << 11  # capability flag of the protocol
+MAX_SAID = 300  # characters of an error text
+_SCRAMBLE = "mysql_native_password"
+_PLUGINS = (_SCRAMBLE, "caching_sha2_password", "sha256_password")  # the first for everyone
 _BINARY = "utf8mb4"  # addresses come as UTF-8, or as they are where the column is binary
 
 
@@ -41,18 +53,18 @@ def server_name(settings: MariaDbSettings) -> str:
 
 
 async def read_tables(
-    settings: Settings, known: tuple[SourceState, ...] = ()
+    settings: Settings, known: tuple[SourceState, ...] = (), files: FileAccess | None = None
 ) -> tuple[Rows, tuple[Problem, ...]] | None:
     """Both tables, and the rows that were skipped; None where nothing changed since the state ``known``.
 
     Raises ConfigError when they cannot be had within ``load_timeout``.
     """
-    db = settings.mariadb
-    domain, files = await default_domain(settings.service.control)
+    db, files = settings.mariadb, files or FileAccess()
+    domain, states = await default_domain(settings.service.control, files)
     deadline = Deadline.after(db.load_timeout)
-    async with _session(db, deadline) as session:
+    async with _session(db, deadline, files) as session:
         fingerprint = await session.fingerprint()
-        sources = (SourceState(server_name(db), fingerprint=fingerprint), *files)
+        sources = (SourceState(server_name(db), fingerprint=fingerprint), *states)
         if fingerprint and sources == known:
             return None
         (clamav, problems), (spamd, more) = [await session.table(index) for index in (0, 1)]
@@ -61,11 +73,14 @@ async def read_tables(
 
 
 @asynccontextmanager
-async def _session(db: MariaDbSettings, deadline: Deadline) -> AsyncIterator["_Session"]:
+async def _session(db: MariaDbSettings, deadline: Deadline, files: FileAccess) -> AsyncIterator["_Session"]:
     """A read-only transaction. Its end closes the connection, whatever happened; all errors become ConfigError."""
     trouble = partial(_bad, server_name(db))
-    password = await _password(db.password_file)
+    password = await _password(db.password_file, files)
     try:
+        tls = (
+            None if db.tls == "off" else await files.run(db.tls_ca or db.tls_cert or "[mariadb] tls", partial(_tls, db))
+        )
         connection = _Connection(
             host=db.host,
             port=db.port,
@@ -78,7 +93,8 @@ async def _session(db: MariaDbSettings, deadline: Deadline) -> AsyncIterator["_S
             conv={},  # values stay bytes
             local_infile=False,
             autocommit=None,
-            ssl=_tls(db),
+            ssl=tls,
+            verified=db.tls == "verify",
         )
     except (OSError, ValueError) as e:
         raise trouble(f"TLS: {e}") from e
@@ -104,17 +120,61 @@ async def _session(db: MariaDbSettings, deadline: Deadline) -> AsyncIterator["_S
 
 
 class _Connection(aiomysql.Connection):  # type: ignore[misc]  # aiomysql has no types
-    """aiomysql's, but one that never falls back to plain text where TLS is wanted, or hands the password out in it."""
+    """aiomysql's, for a server that may be hostile: what it asks for is refused, and what it sends is limited.
+
+    The password is only ever answered as a scramble of it, except to a server whose certificate was verified: that one
+    may use MySQL's plugins, which get the password itself. TLS never falls back to plain text.
+    """
+
+    _next_seq_id: int
+
+    def __init__(self, *, verified: bool, **options: Any) -> None:
+        super().__init__(auth_plugin=_SCRAMBLE, **options)
+        self._plugins = _PLUGINS if verified else _PLUGINS[:1]
+        self._left = MAX_RECEIVED
+        self._packets = self._columns = 0
+
+    @property
+    def received(self) -> int:
+        """Bytes received so far, with an allowance for each packet."""
+        return MAX_RECEIVED - self._left
 
     async def _request_authentication(self) -> None:
-        if self._ssl_context and not self.server_capabilities & _CLIENT_SSL:
+        if self._ssl_context and not self.server_capabilities & CLIENT.SSL:
             raise aiomysql.OperationalError(0, "the server offers no TLS")
+        if self._server_auth_plugin in self._plugins:
+            self._client_auth_plugin = self._server_auth_plugin
         await super()._request_authentication()
 
     async def _process_auth(self, plugin_name: bytes, auth_packet: object) -> object:
-        if plugin_name == b"mysql_clear_password" and not self._secure:
-            raise aiomysql.OperationalError(0, "the server wants the password in plain text")
+        plugin = plugin_name.decode("ascii", "replace")
+        if plugin not in self._plugins:
+            allowed = " and ".join(self._plugins)
+            raise aiomysql.OperationalError(0, f"the server asks for authentication by {plugin!r}; allowed: {allowed}")
         return await super()._process_auth(plugin_name, auth_packet)
+
+    async def _read_packet(self, packet_type: type[MysqlPacket] = MysqlPacket) -> MysqlPacket:
+        """As aiomysql's, with limits, and a turn for others on the event loop although the next packet is here."""
+        head = await self._read_bytes(4)
+        size, number = int.from_bytes(head[:3], "little"), head[3]
+        self._left -= size + PACKET_ALLOWANCE
+        self._packets += 1
+        described = packet_type is FieldDescriptorPacket
+        self._columns = self._columns + 1 if described else 0
+        if size > (limit := MAX_DESCRIPTION if described else MAX_PACKET):
+            raise aiomysql.OperationalError(0, f"the server sends a packet of more than {limit} bytes")
+        if self._left < 0:
+            raise aiomysql.OperationalError(0, f"the server sends more than {MAX_RECEIVED} bytes")
+        if self._columns > MAX_COLUMNS:
+            raise aiomysql.OperationalError(0, f"the server sends more than {MAX_COLUMNS} columns")
+        if number != self._next_seq_id:
+            raise aiomysql.OperationalError(0, f"packet {number} from the server, expected {self._next_seq_id}")
+        self._next_seq_id = (number + 1) % 256
+        if self._packets % PACKETS_IN_A_ROW == 0:
+            await asyncio.sleep(0)
+        packet = packet_type(await self._read_bytes(size), self._encoding)
+        packet.check_error()
+        return packet
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,14 +228,22 @@ class _Session:
     async def _read(self, query: str, builder: Builder | OwnerBuilder) -> None:
         cursor = await self._execute(query)
         builder.begin([(name, kind) for name, kind, *_ in cursor.description or ()])
-        more = True
-        while more:
-            async with self._limit().timeout():
-                batch = await cursor.fetchmany(BATCH)
+        while batch := await self._batch(cursor):
             builder.add(batch)
-            more = len(batch) == BATCH
         async with self._limit().timeout():
             await cursor.close()
+
+    async def _batch(self, cursor: "aiomysql.SSCursor") -> list[tuple[bytes | None, ...]]:
+        """The next rows, few enough that they need little memory; none at the end."""
+        batch: list[tuple[bytes | None, ...]] = []
+        most = self.connection.received + BATCH_BYTES
+        async with self._limit().timeout():
+            while len(batch) < BATCH and self.connection.received < most:
+                row = await cursor.fetchone()
+                if row is None:
+                    break
+                batch.append(row)
+        return batch
 
     async def _execute(self, query: str) -> "aiomysql.SSCursor":
         cursor = await self.connection.cursor(aiomysql.SSCursor)
@@ -240,18 +308,16 @@ def _bad(path: str, text: str) -> ConfigError:
     return ConfigError((Problem(path, 0, text),))
 
 
-async def _password(path: str) -> str:
+async def _password(path: str, files: FileAccess) -> str:
     if not path:
         return ""
-    data, state = await read_file(path, MAX_PASSWORD_FILE)
+    data, state = await files.read(path, MAX_PASSWORD_FILE)
     if state.size < 0:
         raise ConfigError((Problem(path, 0, "there is no such file"),))
-    return data.partition(b"\n")[0].rstrip(b"\r").decode("utf-8", "surrogateescape")
+    return data.partition(b"\n")[0].rstrip(b"\r").decode("latin-1")  # as aiomysql encodes it: bytes stay bytes
 
 
-def _tls(db: MariaDbSettings) -> ssl.SSLContext | None:
-    if db.tls == "off":
-        return None
+def _tls(db: MariaDbSettings) -> ssl.SSLContext:
     context = ssl.create_default_context(cafile=db.tls_ca or None)
     if db.tls == "unverified":
         context.check_hostname = False
@@ -269,4 +335,6 @@ def _said(error: Exception) -> str:
     text += f" ({cause})" if isinstance(cause, OSError) and str(cause) else ""
     if not isinstance(error, aiomysql.MySQLError | OSError):
         text = f"what the server says makes no sense: {type(error).__name__}: {text}"
-    return readable(text.encode("utf-8", "replace")) + (f" (error {code})" if isinstance(code, int) and code else "")
+    return readable(text[:MAX_SAID].encode("utf-8", "replace")) + (
+        f" (error {code})" if isinstance(code, int) and code else ""
+    )

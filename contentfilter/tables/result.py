@@ -84,7 +84,8 @@ class Builder:
         if wrong:
             self.report.add(0, f"{short(address)}: {wrong}. The row is skipped")
             return
-        value, problems = self._value(exempt, *options)
+        small = sum(len(option) for option in (exempt, *options) if option) <= 2 * MAX_KEY  # fit for the cache
+        value, problems = (self._value if small else self._options)(exempt, *options)
         for text in problems:
             self.report.add(0, f"{short(address)}: {text}")
         value = EXEMPT if marked else value

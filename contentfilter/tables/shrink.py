@@ -7,7 +7,8 @@ confirmed is exactly one state of the tables, named by its checksum: when they c
 import os
 from hashlib import blake2b
 
-from contentfilter.files import replace_file
+from contentfilter.errors import ConfigError
+from contentfilter.files import read_file, replace_file
 from contentfilter.settings import TableSettings
 from contentfilter.tables.rows import TABLES, Rows
 
@@ -37,9 +38,8 @@ def shrunk(before: tuple[int, int], now: tuple[int, int], limits: TableSettings)
 def accepted(state: str) -> str:
     """The checksum that was confirmed last; empty where there is none."""
     try:
-        with open(os.path.join(state, FILE), encoding="ascii", errors="replace") as file:
-            return file.read(64).strip()
-    except OSError:
+        return read_file(os.path.join(state, FILE), 64)[0].decode("ascii", "replace").strip()
+    except ConfigError:
         return ""
 
 

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -20,6 +21,7 @@ from contentfilter.errors import EnvelopeError, MessageError
 from contentfilter.model import Action, Envelope
 from contentfilter.scanners.health import BackendHealth
 from contentfilter.store.release import load_secret
+from contentfilter.threads import in_thread
 from contentfilter.verdict.disposition import Disposition
 from contentfilter.verdict.record import (
     MailDetail,
@@ -48,23 +50,14 @@ P = ParamSpec("P")
 class Application:
     """Handles the messages of a worker under one configuration, and logs and emits the results."""
 
-    def __init__(self, runtime: Runtime, context: WorkerContext) -> None:
+    def __init__(self, runtime: Runtime, context: WorkerContext, secret: bytes, bundle: PipelineBundle) -> None:
         self.settings = runtime.settings
         self._smtplog = runtime.smtplog
         self._context = context
-        self._secret, self._uid = self._load_secret(), os.geteuid()
-        self._bundle = PipelineBundle(
-            runtime, self._secret, context.bypasses, context.allowed, context.recall, context.shed, context.disk
-        )
+        self._secret, self._uid = secret, os.geteuid()
+        self._bundle = bundle
         context.recall.change(self.settings.reuse)
         self._watching = asyncio.create_task(self._watch())
-
-    def _load_secret(self) -> bytes:
-        try:
-            return load_secret(Path(self.settings.service.state))
-        except OSError as error:
-            self._context.log.warning("quarantine.no-secret", why=str(error))
-            return b""
 
     async def handle(self, job: AcceptedMessage) -> hook.Answer:
         """The answer for one message, with one record of it in the log and on the bus."""
@@ -161,5 +154,19 @@ async def _for_envelope(job: AcceptedMessage, function: Callable[P, T], *args: P
 
 
 async def build(blob: bytes, context: WorkerContext) -> Application:
-    """Build the application from an encoded configuration. Raises ConfigError for an unusable snapshot."""
-    return Application(msgspec.msgpack.decode(blob, type=Runtime), context)
+    """Build the application from an encoded configuration. Raises ConfigError for an unusable snapshot.
+
+    All files are opened in a thread: where a disk does not answer, this waits, and the event loop does not.
+    """
+    runtime = msgspec.msgpack.decode(blob, type=Runtime)
+    return Application(runtime, context, *await in_thread(partial(_open_files, runtime, context)))
+
+
+def _open_files(runtime: Runtime, context: WorkerContext) -> tuple[bytes, PipelineBundle]:
+    try:
+        secret = load_secret(Path(runtime.settings.service.state))
+    except OSError as error:
+        context.log.warning("quarantine.no-secret", why=str(error))
+        secret = b""
+    shared = (context.bypasses, context.allowed, context.recall, context.shed, context.disk)
+    return secret, PipelineBundle(runtime, secret, *shared)

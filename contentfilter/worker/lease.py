@@ -10,7 +10,7 @@ from typing import Protocol
 from contentfilter.bus.messages import Event
 from contentfilter.doors.admission import AcceptedMessage, IntakeLimits, PendingMessage
 from contentfilter.doors.message import Spool
-from contentfilter.doors.origin import resolve
+from contentfilter.doors.origin import ResolvedOrigin
 from contentfilter.doors.watermarks import Watermarks
 from contentfilter.log import Logger
 from contentfilter.policy.overrides import AllowEntry, Bypass
@@ -68,9 +68,16 @@ class ApplicationLease:
     """
 
     def __init__(
-        self, application: Application, generation: int, slot: WorkerSlot, attribution: CrashAttribution
+        self,
+        application: Application,
+        generation: int,
+        slot: WorkerSlot,
+        attribution: CrashAttribution,
+        origin: ResolvedOrigin,
     ) -> None:
+        """``origin``: of the application's settings. Resolved before: a user database may be on the network."""
         self.application = application
+        self._origin = origin
         self.generation = generation
         self._slot = slot
         self._attribution = attribution
@@ -100,11 +107,10 @@ class ApplicationLease:
         await self.application.close()
 
     def limits(self) -> IntakeLimits:
-        settings, service = self.application.settings, self.application.settings.service
-        origin, _ = resolve(settings.origin)  # the supervisor has reported unknown names
+        service = self.application.settings.service
         return IntakeLimits(
             self,
-            origin,
+            self._origin,
             Spool(service.state),
             service.budget,
             service.max_in_flight,

@@ -11,18 +11,19 @@ import signal
 import socket
 from dataclasses import asdict, dataclass
 
-from contentfilter.bus.messages import OVERRIDES, CacheUpdate, Event, Heartbeat, InFlight, Overrides, decode
+from contentfilter.bus.messages import OVERRIDES, CacheUpdate, Configure, Event, Heartbeat, InFlight, Overrides, decode
 from contentfilter.bus.sockets import BATCH_DELAY, WorkerBus
 from contentfilter.deadline import Deadline
 from contentfilter.doors.listener import Listener
 from contentfilter.doors.listening_socket import inherited_socket
+from contentfilter.doors.origin import resolve
 from contentfilter.doors.watermarks import ResourceMonitor
 from contentfilter.errors import BackendError, RemoteProtocolError
 from contentfilter.log import Logger
 from contentfilter.model import ScanOutcome
 from contentfilter.policy.overrides import AllowEntry, Bypass
 from contentfilter.scanners.cache import ScanCache
-from contentfilter.threads import DaemonExecutor
+from contentfilter.threads import DaemonExecutor, in_thread
 from contentfilter.worker.crashes import CrashAttribution, SlotPlace, WorkerSlot
 from contentfilter.worker.lease import ApplicationLease, Build, WorkerContext
 from contentfilter.worker.load import Load
@@ -106,7 +107,10 @@ class ApplicationFactory:
         shared = WorkerContext(
             self._log, self.events.emit, self._bypasses, self._allowed, self.cache, self.load.shed, self._disk
         )
-        return ApplicationLease(await self._build(blob, shared), generation, self._slot, self._attribution)
+        application = await self._build(blob, shared)
+        rules = application.settings.origin
+        origin, _ = await in_thread(lambda: resolve(rules))  # the supervisor has reported unknown names
+        return ApplicationLease(application, generation, self._slot, self._attribution, origin)
 
     def _bypasses(self) -> tuple[Bypass, ...]:
         return self.overrides.bypasses
@@ -129,6 +133,8 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._log, self._bus, self._factory, self._lease = log, bus, factory, lease
         self._refused = 0  # generation of the newest configuration that could not be used
+        self._offered = Configure(0, b"")  # the newest configuration from the supervisor
+        self._new_offer = asyncio.Event()
         self._listener = Listener(
             inherited_socket(options.listen),
             lease.limits(),
@@ -147,7 +153,8 @@ class Worker:
         self._resources.start()
         try:
             async with asyncio.TaskGroup() as group:
-                background = [group.create_task(self._send_heartbeats()), group.create_task(self._follow(group))]
+                work = (self._send_heartbeats(), self._follow(), self._reconfigure_on_offer(group))
+                background = [group.create_task(each) for each in work]
                 await stop.requested.wait()
                 await self._drain(stop)
                 for task in background:
@@ -212,7 +219,7 @@ class Worker:
 
     # Commands of the supervisor
 
-    async def _follow(self, group: asyncio.TaskGroup) -> None:
+    async def _follow(self) -> None:
         while True:
             try:
                 command = await self._bus.command()
@@ -223,8 +230,9 @@ class Worker:
                 self._override(command)
             elif isinstance(command, CacheUpdate):
                 self._factory.cache.learn(command.key, command.kept)
-            elif command.generation > max(self._lease.generation, self._refused):
-                await self._reconfigure(command.generation, command.blob, group)
+            else:
+                self._offered = command
+                self._new_offer.set()
 
     def _override(self, overrides: Overrides) -> None:
         """In force from the next message on, and across configurations."""
@@ -232,6 +240,14 @@ class Worker:
             self._factory.overrides = overrides
             self._listener.hold(overrides.drain is not None)
             self._bus.send(self._heartbeat(0.0))
+
+    async def _reconfigure_on_offer(self, group: asyncio.TaskGroup) -> None:
+        """Take the newest configuration, one at a time. On a disk that does not answer it waits; all else goes on."""
+        while True:
+            await self._new_offer.wait()
+            self._new_offer.clear()
+            if self._offered.generation > max(self._lease.generation, self._refused):
+                await self._reconfigure(self._offered.generation, self._offered.blob, group)
 
     async def _reconfigure(self, generation: int, blob: bytes, group: asyncio.TaskGroup) -> None:
         try:
@@ -254,7 +270,14 @@ async def run_worker(options: Options, build: Build, log: Logger) -> None:
     bus = WorkerBus(options.run, os.getpid())
     try:
         factory = ApplicationFactory(options, build, log, bus)
-        lease = await factory.lease(options.generation, read_all(options.runtime))
+        building = asyncio.ensure_future(factory.lease(options.generation, read_all(options.runtime)))
+        stopping = asyncio.ensure_future(stop.requested.wait())
+        await asyncio.wait({building, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not building.done():  # a disk that does not answer; nothing has been accepted yet
+            building.cancel()
+            return
+        lease = building.result()
         worker = Worker(log, bus, factory, lease, options)
         gc.collect()
         gc.freeze()  # modules and configuration stay; collections need not visit them

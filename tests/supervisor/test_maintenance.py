@@ -16,6 +16,7 @@ from contentfilter.model import Message
 from contentfilter.settings import QuarantineSettings as QuarantineSettings
 from contentfilter.settings import ServiceSettings, Settings
 from contentfilter.store.quarantine import Quarantine
+from contentfilter.supervisor import maintenance
 from contentfilter.supervisor.clock import DAY, clock_is_sane
 from contentfilter.supervisor.maintenance import MaintenanceJob, maintenance_jobs, run_maintenance
 
@@ -70,6 +71,32 @@ async def test_every_round_does_all_chores_with_the_settings_of_then(house: Hous
         ("housekeeping.done", "one", 3),
         ("housekeeping.done", "two", 3),
     ]
+
+
+async def test_a_chore_that_hangs_is_told_hinders_no_other_and_is_not_begun_again(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(maintenance, "JOB_TIMEOUT", 0.1)
+    loop, enough, end = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+    begun: list[str] = []
+
+    def hangs(settings: Settings, aged: bool) -> dict[str, int]:
+        begun.append("hangs")
+        end.wait(WAIT)
+        return {}
+
+    def works(settings: Settings, aged: bool) -> dict[str, int]:
+        begun.append("works")
+        if begun.count("works") == 3:
+            loop.call_soon_threadsafe(enough.set)
+        return {}
+
+    lines = await house(MaintenanceJob("bad", hangs), MaintenanceJob("good", works), enough=enough)
+    end.set()
+    assert begun.count("hangs") == 1
+    failed = [line for line in lines if line["event"] == "housekeeping.failed"]
+    assert len(failed) >= 3
+    assert all("bad: it did not answer within 0.1 s" in line["why"] for line in failed)
 
 
 async def test_a_chore_that_fails_is_told_and_hinders_no_other(house: House) -> None:

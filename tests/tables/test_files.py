@@ -131,7 +131,7 @@ def test_a_file_that_changes_while_it_is_read_is_read_again(tmp_path, monkeypatc
     (tmp_path / "f").write_bytes(b"whole")
     changing = Changing(times)
     monkeypatch.setattr(files.os, "fstat", changing)
-    data, state = asyncio.run(read_file(str(tmp_path / "f"), 100))
+    data, state = read_file(str(tmp_path / "f"), 100)
     assert (data, state.size) == (b"whole", 5)
     assert changing.calls == 2 * times + 2
 
@@ -140,7 +140,7 @@ def test_a_file_that_never_stops_changing_is_given_up(tmp_path, monkeypatch):
     (tmp_path / "f").write_bytes(b"whole")
     monkeypatch.setattr(files.os, "fstat", Changing(1000))
     with pytest.raises(ConfigError, match="keeps changing"):
-        asyncio.run(read_file(str(tmp_path / "f"), 100))
+        read_file(str(tmp_path / "f"), 100)
 
 
 def test_the_loop_goes_on_while_a_table_is_parsed(tmp_path):

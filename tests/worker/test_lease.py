@@ -13,6 +13,7 @@ from contentfilter.doors import queue
 from contentfilter.doors.admission import AcceptedMessage, PendingMessage
 from contentfilter.doors.listener import Listener
 from contentfilter.doors.listening_socket import open_socket
+from contentfilter.doors.origin import resolve
 from contentfilter.log import make_logger
 from contentfilter.model import Action
 from contentfilter.settings import OriginSettings, ServiceSettings, Settings
@@ -65,11 +66,12 @@ async def test_no_message_reaches_a_closed_application(
         monkeypatch.setattr(queue.IntakeState, "is_trusted", lambda state, uid: False)
     origin = OriginSettings(smtp_users=(str(os.getuid()),), bounce_users=())
     settings = Settings(service=ServiceSettings(state=str(tmp_path)), origin=origin)
+    rules, _ = resolve(origin)
     log = make_logger("json", "error")
     table = CrashTable(log)
     slot = WorkerSlot(os.dup(table.fd), table.enlist())
     attribution = CrashAttribution(slot, asyncio.get_running_loop())
-    leases = [ApplicationLease(Closable(settings), 0, slot, attribution)]
+    leases = [ApplicationLease(Closable(settings), 0, slot, attribution, rules)]
     own = open_socket(str(tmp_path / "q"), 0o600, 64)
     listener = Listener(own.socket, leases[0].limits(), log)
     listener.start()
@@ -77,7 +79,7 @@ async def test_no_message_reaches_a_closed_application(
     async def reload() -> None:
         async with asyncio.TaskGroup() as group:
             while not done.is_set():
-                leases.append(ApplicationLease(Closable(settings), len(leases), slot, attribution))
+                leases.append(ApplicationLease(Closable(settings), len(leases), slot, attribution, rules))
                 listener.apply(leases[-1].limits())
                 group.create_task(leases[-2].release())
                 await asyncio.sleep(0.001)

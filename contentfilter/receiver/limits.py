@@ -49,9 +49,13 @@ class Usage:
         return tokens >= 1.0
 
     def reserve(self, uid: int, size: int) -> bool:
-        """Count ``size`` bytes for ``uid``. False: it would have too many, or there would be too many."""
+        """Count ``size`` bytes for ``uid``. False: it would have too many, or there would be too many.
+
+        One message of a user always fits into its own limit, and one into that of all users.
+        """
         limits = self._limits
-        if self._bytes[uid] + size > limits.bytes or self._bytes.total() + size > limits.all_bytes:
+        own, total = self._bytes[uid], self._bytes.total()
+        if (own and own + size > limits.bytes) or (total and total + size > limits.all_bytes):
             self.refuse(uid)
             return False
         self._bytes[uid] += size

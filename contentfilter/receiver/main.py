@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from contentfilter.doors.hook_socket import peer_credentials
 from contentfilter.hardening import give_up_privileges
 from contentfilter.receiver.child import COPY_WAIT, REQUEST_WAIT, serve
 from contentfilter.receiver.limits import ReceiverLimits, Usage
@@ -33,7 +34,6 @@ SINK_WAIT = 2.0  # seconds that the sink may need for one connection
 REPORT_EVERY = 1.0  # seconds between two reports of refusals to the supervisor
 TICK = 0.5
 TAKE_AT_ONCE = 64  # connections, before children are looked after
-_CREDENTIALS = struct.Struct("=iII")
 _SIZE = struct.Struct("=Q")
 
 
@@ -159,9 +159,7 @@ class Receiver:
     def _take(self, fds: list[int]) -> None:
         for fd in fds:
             connection = socket.socket(fileno=fd)
-            pid, uid, _ = _CREDENTIALS.unpack(
-                connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-            )
+            pid, uid = peer_credentials(connection)
             if self._usage.connect(uid, time.monotonic()):
                 self._fork(connection, uid, pid)
             else:

@@ -9,6 +9,10 @@ PIP := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip --disable-pip-version
 C_SOURCES := $(wildcard queue_hook/*.c)
 C_HEADERS := $(wildcard queue_hook/*.h)
 
+# Safe path: the installed package, not this directory's. Bytecode, which some machines switch off, saves each process
+# of the tests the compilation of all of them.
+PYTEST := PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest
+
 # What the wheel is made of. Directories count too: their time changes when a file goes away.
 WHEEL := meson.build README.md tools/toml_page.py $(shell find contentfilter queue_hook etc -name '__pycache__*' -prune -o -print)
 
@@ -22,8 +26,8 @@ demo: ## set everything up, then watch real messages go through hook, daemon and
 
 test: ## set everything up, then check the style and run the tests
 	@tools/prepare.sh packages test
-	@$(MAKE) --silent lint
-	@PYTHONSAFEPATH=1 $(BIN)/pytest -n auto  # safe path: the installed package, not this directory's
+	@$(MAKE) --silent --jobs=2 lint compiled
+	@$(PYTEST) -n auto
 
 bench: ## set everything up, then measure everything beside its target (a quarter of an hour); BENCH="--quick" and other options
 	@tools/prepare.sh packages bench
@@ -38,7 +42,7 @@ coverage: ## set everything up, then run the tests and say which lines and branc
 faults: ## set everything up, then let every system call of the hook fail in every way (make test tries a sample)
 	@tools/prepare.sh packages test
 	@$(MAKE) --silent .venv/testing
-	@CONTENTFILTER_FAULTS=all PYTHONSAFEPATH=1 $(BIN)/pytest -n auto tests/hook/test_every_call.py
+	@CONTENTFILTER_FAULTS=all $(PYTEST) -n auto tests/hook/test_every_call.py
 
 soak: ## set everything up, then ten minutes of mail under load while the daemon is ended in every way
 	@tools/prepare.sh packages bench
@@ -58,6 +62,10 @@ lint: .venv/testing build/hook/warnings ## the style alone: ruff, mypy, and the 
 	@$(BIN)/ruff check --quiet
 	@$(BIN)/ruff format --check --quiet
 	@$(BIN)/mypy --no-error-summary
+
+compiled: .venv/testing
+	@mkdir -p build
+	@$(PYTEST) --collect-only --quiet --quiet >build/collected || { cat build/collected; exit 1; }
 
 hook: $(addprefix build/hook/contentfilter-queue.,musl glibc sanitized) ## the hook alone, in build/hook: with musl, glibc, sanitizers
 
@@ -122,4 +130,4 @@ build/hook/warnings: $(C_SOURCES) $(C_HEADERS) Makefile
 	@gcc -fsyntax-only $(STRICT) $(C_SOURCES)
 	@touch $@
 
-.PHONY: help demo test bench coverage faults soak fuzz setup lint hook wheel clean
+.PHONY: help demo test bench coverage faults soak fuzz setup lint compiled hook wheel clean

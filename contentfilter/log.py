@@ -7,20 +7,26 @@ is global: the code that starts a process makes its logger.
 
 import json
 import logging
+import sys
 import time
 from collections.abc import Mapping, MutableMapping
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
-import structlog
 
 from contentfilter.log_target import Stream, Target
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
+    Logger = FilteringBoundLogger
+else:
+    Logger = Any
 
 LINE_LIMIT = 4096  # PIPE_BUF: up to here a write to a pipe is atomic
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
-Logger = structlog.typing.FilteringBoundLogger
 EventDict = MutableMapping[str, Any]
 
 # Every event name that the daemon uses, with its meaning. A test compares this table with the source.
@@ -114,6 +120,7 @@ class Writer:
 
 def make_logger(style: Literal["json", "logfmt"], level: str, target: Target | int = 2, **fields: Any) -> Logger:
     """A logger that writes to ``target`` (or a descriptor) with ``fields`` bound to every line."""
+    structlog = _structlog()
     render = _json if style == "json" else _logfmt
     target = Stream(target) if isinstance(target, int) else target
 
@@ -134,6 +141,19 @@ def make_logger(style: Literal["json", "logfmt"], level: str, target: Target | i
         cache_logger_on_first_use=True,
     )
     return logger.bind(**fields)
+
+
+def _structlog() -> Any:
+    """The library without rich, which its console renderer would load: 50 ms and 9 MiB in each process."""
+    blocked = "rich" not in sys.modules
+    if blocked:
+        sys.modules["rich"] = None  # type: ignore[assignment]  # importing it raises ImportError, which is handled
+    try:
+        import structlog
+    finally:
+        if blocked:
+            del sys.modules["rich"]
+    return structlog
 
 
 def bounded(event: EventDict, render: Any) -> bytes:

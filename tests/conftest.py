@@ -44,9 +44,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Number of processes for ``-n auto``: 1.5 per processor, because most tests wait for a daemon much of the time."""
-    processors = len(os.sched_getaffinity(0))
-    return processors + (processors + 1) // 2
+    """Number of processes for ``-n auto``: two per processor, because most tests wait for a daemon much of the time."""
+    return 2 * len(os.sched_getaffinity(0))
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,6 @@ from contentfilter.monitor.backends import backend_statuses
 from contentfilter.monitor.canary import measured
 from contentfilter.monitor.history import History
 from contentfilter.monitor.http import Application, Page, Response
-from contentfilter.monitor.http_server import HttpServer
 from contentfilter.monitor.measure import Measurement, backlog, measure
 from contentfilter.monitor.metrics import Metrics, Registry
 from contentfilter.monitor.page import PATHS, make_pages
@@ -118,6 +117,8 @@ class Monitor:
             self._end.wait(MEASURE_EVERY)
 
     async def _serve(self, host: str, port: int) -> None:
+        from contentfilter.monitor.http_server import HttpServer  # uvicorn: a large import, for those who use it
+
         pages: dict[str, Page] = {"/metrics": self._page_metrics, "/live": self._page_live, "/ready": self._page_ready}
         if self._settings().http.page == "on":
             pages |= make_pages(self._look, self.history)

@@ -36,7 +36,10 @@ class Place:
         self.config.write_text(f'[service]\nstate = "{self.state}"\n')
         self.quarantine = Quarantine(self.state / "quarantine")
 
-    def keep(self, incident, data=MAIL, rule="clamd: Eicar", sender=b"s@there", withheld=(0,)):
+    def keep(self, *what, **more):
+        asyncio.run(self.store(*what, **more))
+
+    async def store(self, incident, data=MAIL, rule="clamd: Eicar", sender=b"s@there", withheld=(0,)):
         facts = {
             "origin": "stranger",
             "remote": "192.0.2.1",
@@ -46,7 +49,7 @@ class Place:
             "withheld_from": list(withheld),
             "versions": {"clamd": "1.4.2"},
         }
-        asyncio.run(self.quarantine.keep(incident, Message(-1, len(data), data), facts, Deadline.after(20)))
+        await self.quarantine.keep(incident, Message(-1, len(data), data), facts, Deadline.after(20))
 
     def run(self, *arguments, **options):
         return CliRunner().invoke(cli, ["--config", str(self.config), "quarantine", *arguments], **options)
@@ -247,8 +250,12 @@ def test_nothing_is_ever_chosen_by_accident(three, standin, command):
 
 
 def test_a_thousand_are_released_each_exactly_once(place, standin, monkeypatch):
-    for number in range(1000):
-        place.keep(f"{number:04x}", MAIL + b"%d" % (number % 50), "clamd: Wrong" if number % 100 else "clamd: Right")
+    async def fill():
+        for number in range(1000):
+            rule = "clamd: Wrong" if number % 100 else "clamd: Right"
+            await place.store(f"{number:04x}", MAIL + b"%d" % (number % 50), rule)
+
+    asyncio.run(fill())
     result = place.run("release", "--signature", "Wrong", "--since", "1h", "--yes")
     assert result.exit_code == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "990 released, 0 failed"

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from e2e.mails import PLAIN
+from lab import descriptors
 
 from contentfilter.wire import hook
 
@@ -20,8 +21,8 @@ NOBODY = 65534
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
 
 # Programs of a hostile user, run as another user with the path of the socket. Each says "ready", and then holds on.
-COMMON = """
-import os, resource, socket, struct, sys, time
+COMMON = f"""{Path(descriptors.__file__).read_text()}
+import os, resource, sys, time
 path, request, garbage = sys.argv[1], bytes.fromhex(sys.argv[2]), b"garbage"
 _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -44,42 +45,19 @@ def file(data):
     return fd
 
 def send(connection, packet, *fds):
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("=%di" % len(fds), *fds))]
     try:
-        connection.sendmsg([packet], rights)
+        connection.sendmsg([packet], rights(*fds))
     except OSError:
         pass
-
-def lingering():
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-    listener.bind(("127.0.0.1", 0))
-    listener.listen(1)
-    here = socket.socket()
-    here.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    here.connect(listener.getsockname())
-    keep.append(listener.accept()[0])
-    here.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 3600))
-    here.setblocking(False)
-    try:
-        while True:
-            here.send(b"x" * 65536)
-    except BlockingIOError:
-        return here
-
-def nested(inner):
-    one, other = socket.socketpair()
-    one.sendmsg([b"."], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("=i", inner.fileno()))])
-    keep.append(other)
-    return other
 """
 ATTACKS = {
     "descriptors that linger": """
         for packet in (request, garbage):
-            for wrap in (lambda s: s, nested):
+            for wrap in (lambda fd: bad, nested):
                 for _ in range(6):
-                    bad = lingering()
-                    given = wrap(bad)
+                    bad, there = lingering()
+                    given = wrap(bad.fileno())
+                    keep.extend((given, there))
                     send(connect(), packet, given.fileno(), file(ENVELOPE))
                     send(connect(), packet, file(ENVELOPE), file(ENVELOPE), given.fileno())
                     bad.close()

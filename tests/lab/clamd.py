@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
-from lab.process import Daemon, ask, find_program, free_port, user_who_reaches
+from lab.process import ScannerDaemon, ask, find_program, user_who_reaches
 
 EICAR = b"".join((b"X5O!P%@AP[4\\PZX54(P^)7CC)7}$", b"EICAR", b"-STANDARD-ANTIVIRUS-TEST-FILE!", b"$H+H*"))
 PUA = b"contentfilter-lab-" + b"unwanted-program"
@@ -21,7 +21,7 @@ SIGNATURE_FILE = {"lab.ndb": "".join(f"{name}:0:*:{text.hex()}\n" for name, text
 EICAR_NAME = "Eicar-Test-Signature.UNOFFICIAL"
 
 
-class Clamd(Daemon):
+class Clamd(ScannerDaemon):
     """``with Clamd(directory) as clamd:`` then ``clamd.socket``, ``clamd.tcp``, ``clamd.pid``.
 
     ``extra``: lines for clamd.conf, e.g. ``StreamMaxLength 1M``. ``database``: files with their lines, in place of
@@ -33,16 +33,6 @@ class Clamd(Daemon):
         super().__init__(directory)
         self._extra = extra
         self._database = SIGNATURE_FILE if database is None else database
-        self.socket = str(directory / "clamd.sock")
-        self.tcp = ("127.0.0.1", free_port())
-
-    @property
-    def backend(self) -> str:
-        return f"unix:{self.socket}"
-
-    @property
-    def tcp_backend(self) -> str:
-        return f"tcp:{self.tcp[0]}:{self.tcp[1]}"
 
     def start(self) -> Self:
         program = find_program("clamd", "clamav-daemon")
@@ -73,9 +63,3 @@ class Clamd(Daemon):
         command = [program, "--foreground", f"--config-file={self.directory / 'clamd.conf'}"]
         self.launch(command, lambda: ask(self.socket, b"zPING\0") == b"PONG\0" == ask(self.tcp, b"zPING\0"))
         return self
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()

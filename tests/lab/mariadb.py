@@ -91,9 +91,3 @@ class MariaDb(Daemon):
         command = [find_program("mariadb", "mariadb-client"), "--no-defaults", f"--socket={self.socket}", "--user=root"]
         words = [*command, "--batch", "--skip-column-names", *([database] if database else [])]
         return subprocess.run(words, input=sql, capture_output=True, text=True, timeout=120)
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()

@@ -7,9 +7,11 @@ import signal
 import socket
 import subprocess
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Self
 
 from lab.lifeline import end_with_us
 
@@ -67,13 +69,23 @@ def own_name() -> str | None:
         return None
 
 
-class Daemon:
+class Daemon(ABC):
     """Daemon that runs in the foreground as a child: its pid, its log, and the ways to end it."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.log = directory / "log"
         self._process: subprocess.Popen[bytes] | None = None
+
+    @abstractmethod
+    def start(self) -> Self:
+        """Start it with :meth:`launch`. Returns itself."""
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     @property
     def pid(self) -> int:
@@ -120,6 +132,17 @@ class Daemon:
             pass
         self._process.wait()
         self._process = None
+
+
+class ScannerDaemon(Daemon):
+    """Scanner on a Unix socket in its directory and on a TCP port; ``backend`` and ``tcp_backend`` as in settings."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.socket = str(directory / "scanner.sock")
+        self.tcp = ("127.0.0.1", free_port())
+        self.backend = f"unix:{self.socket}"
+        self.tcp_backend = f"tcp:{self.tcp[0]}:{self.tcp[1]}"
 
 
 def ask(address: str | tuple[str, int], question: bytes, seconds: float = 5.0) -> bytes:

@@ -133,7 +133,7 @@ class Prometheus(Daemon):
         except OSError:
             return False
 
-    def __enter__(self) -> Self:
+    def start(self) -> Self:
         options = {
             "config.file": self.directory / "prometheus.yml",
             "storage.tsdb.path": self.directory / "data",
@@ -142,6 +142,3 @@ class Prometheus(Daemon):
         command = [find_program("prometheus", "prometheus"), *(f"--{name}={value}" for name, value in options.items())]
         self.launch(command, self._answers)
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
-from lab.process import Daemon, ask, find_program, free_port, own_name, user_who_reaches
+from lab.process import ScannerDaemon, ask, find_program, own_name, user_who_reaches
 
 GTUBE = b"".join((b"XJS*C4JDBQADN1.NSBN3*2IDNEN*", b"GTUBE-STANDARD-ANTI-UBE-TEST-EMAIL", b"*C.34X"))
 PLUGINS = Path("/etc/spamassassin")
 
 
-class Spamd(Daemon):
+class Spamd(ScannerDaemon):
     """``with Spamd(directory) as spamd:`` then ``spamd.socket``, ``spamd.tcp``, ``spamd.pid``.
 
     ``extra``: lines for local.cf. ``sql``: the preferences come from the database that these lines name.
@@ -36,16 +36,6 @@ class Spamd(Daemon):
         self._sql = sql
         self._user: str | None = None
         self._users = directory / "users"
-        self.socket = str(directory / "spamd.sock")
-        self.tcp = ("127.0.0.1", free_port())
-
-    @property
-    def backend(self) -> str:
-        return f"unix:{self.socket}"
-
-    @property
-    def tcp_backend(self) -> str:
-        return f"tcp:{self.tcp[0]}:{self.tcp[1]}"
 
     def prefer(self, user: str, *lines: str) -> None:
         """Write the preferences of ``user``; they count from the next message on."""
@@ -95,9 +85,3 @@ class Spamd(Daemon):
         plain = [self.socket] if "--ssl-verify" in self._options else [self.socket, self.tcp]
         self.launch(command, lambda: all(b" PONG" in ask(each, ping) for each in plain))
         return self
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()

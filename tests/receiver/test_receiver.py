@@ -4,7 +4,6 @@ import json
 import os
 import select
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from lab.descriptors import lingering, nested, rights
 from lab.offer import sealed
 
 from contentfilter.doors.origin import PEER
@@ -20,30 +20,6 @@ from contentfilter.wire import hook
 
 MAIL, ENVELOPE = b"Subject: x\n\nhello\n", b"Fa@b.example\0Tc@d.example\0\0"
 WAIT = 20.0
-
-
-def rights(*fds: int) -> list[tuple[int, int, bytes]]:
-    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"={len(fds)}i", *fds))]
-
-
-def lingering() -> tuple[socket.socket, socket.socket]:
-    """A TCP socket whose close() blocks for an hour, and its other end, which must stay open for that."""
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-    listener.bind(("127.0.0.1", 0))
-    listener.listen(1)
-    here = socket.socket()
-    here.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    here.connect(listener.getsockname())
-    there, _ = listener.accept()
-    listener.close()
-    here.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 3600))
-    here.setblocking(False)
-    try:
-        while True:
-            here.send(b"x" * 65536)
-    except BlockingIOError:
-        return here, there
 
 
 class Bench:
@@ -179,22 +155,19 @@ def test_what_is_no_request_is_closed_and_reaches_no_worker(bench: Bench, packet
     [lambda bad, env: (bad, env), lambda bad, env: (env, bad), lambda bad, env: (env, env, bad)],
     ids=["message", "envelope", "surplus"],
 )
-@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("request_", [True, False], ids=["request", "garbage"])
 def test_descriptors_whose_close_blocks_hold_up_nobody_else(
-    bench: Bench, arrange: Callable[[int, int], tuple[int, ...]], nested: bool, request_: bool
+    bench: Bench, arrange: Callable[[int, int], tuple[int, ...]], wrapped: bool, request_: bool
 ) -> None:
     bench.honest()  # it is up
     open_ends = []
     for _ in range(8):
         here, there = lingering()
         open_ends.append(there)
-        if nested:
-            outer, inner = socket.socketpair()
-            outer.sendmsg([b"."], rights(here.fileno()))
-            outer.close()
-            here.close()
-            here = inner
+        if wrapped:
+            bare, here = here, nested(here.fileno())
+            bare.close()
         envelope = sealed(ENVELOPE)
         ours = bench.connect()
         packet = hook.encode_request(hook.Request(0, 60.0, 100, len(ENVELOPE), {})) if request_ else b"garbage"

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from style.tree import PACKAGE, ROOT, relative, text_files
 
 import contentfilter
-from contentfilter.cli.main import COMMANDS
+from contentfilter.cli.main import COMMANDS, cli
 
 MARKDOWN = [path for path in text_files() if path.suffix == ".md"]
 
@@ -83,8 +84,8 @@ def test_the_build_compiles_every_source_of_the_hook() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help(name: str) -> None:
-    done = run("-m", "contentfilter", name, "--help")
-    assert done.returncode == 0, done.stderr[-300:]
+    done = CliRunner().invoke(cli, [name, "--help"], prog_name="contentfilter")
+    assert done.exit_code == 0, done.output[-300:]
     assert done.stdout.startswith("Usage: contentfilter " + name)
     assert done.stderr == ""
 
@@ -95,6 +96,27 @@ def test_help_loads_nothing_that_it_does_not_need() -> None:
     loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert "click" in loaded
     assert loaded & {"aiofiles", "aiomysql", "asyncio", "clamd", "msgspec", "rich", "structlog", "zmq"} == set()
+
+
+LOGGER = "from contentfilter.log import make_logger; make_logger('json', 'info')"
+LARGE = {"aiomysql", "click", "clamd", "multiprocessing", "prometheus_client", "rich", "uvicorn", "wsgiref"}
+
+
+@pytest.mark.parametrize(
+    ("modules", "loads"),
+    [
+        ("contentfilter.worker.application, contentfilter.worker.main", set()),
+        ("contentfilter.receiver.main", set()),
+        ("contentfilter.bus.remote_feed", set()),
+        ("contentfilter.cli.serve", {"click", "prometheus_client", "wsgiref"}),
+        ("contentfilter.cli.status", {"click"}),
+    ],
+)
+def test_a_process_loads_no_large_library_that_it_does_not_use(modules: str, loads: set[str]) -> None:
+    """Each costs 50 to 200 ms at every start, and memory in every process."""
+    done = run("-P", "-c", f"import {modules}, sys; {LOGGER}; print(*sys.modules)")
+    assert done.returncode == 0, done.stderr
+    assert LARGE & set(done.stdout.split()) == loads
 
 
 def test_a_mistyped_command_is_answered_with_the_nearest() -> None:

@@ -20,7 +20,7 @@ import msgspec
 from contentfilter.deadline import Deadline
 from contentfilter.doors.message import Spool, open_pair
 from contentfilter.doors.origin import PEER
-from contentfilter.errors import ProtocolError
+from contentfilter.errors import ProtocolError, RemoteProtocolError
 from contentfilter.wire import hook
 
 REQUEST_WAIT = 5.0  # seconds from the connection to the whole request
@@ -49,7 +49,9 @@ def serve(
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     began = time.monotonic()
     request, fds = _receive(connection, Deadline.after(REQUEST_WAIT))
-    if request is None or not reserve(request.message_size + request.envelope_size):
+    if request is None:
+        raise RemoteProtocolError("no request")  # the kernel closes what was passed
+    if not reserve(request.message_size + request.envelope_size):
         os._exit(1)  # the kernel closes what was passed
     message, envelope = open_pair(fds, (request.message_size, request.envelope_size), trusted=False, spool=Spool(spool))
     copies = (message.fd, _sealed_copy(envelope))
@@ -79,6 +81,8 @@ def _receive(connection: socket.socket, deadline: Deadline) -> tuple[hook.Reques
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS
         for (fd,) in struct.iter_unpack("=i", data[: len(data) // 4 * 4])
     ]
+    if not packet and not fds:
+        os._exit(0)  # it has closed without a request
     if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
         return None, fds
     try:

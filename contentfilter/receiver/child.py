@@ -52,7 +52,7 @@ def serve(
     if request is None:
         raise RemoteProtocolError("no request")  # the kernel closes what was passed
     if not reserve(request.message_size + request.envelope_size):
-        os._exit(1)  # the kernel closes what was passed
+        return  # the kernel closes what was passed
     message, envelope = open_pair(fds, (request.message_size, request.envelope_size), trusted=False, spool=Spool(spool))
     copies = (message.fd, _sealed_copy(envelope))
     uid, pid = peer
@@ -82,7 +82,7 @@ def _receive(connection: socket.socket, deadline: Deadline) -> tuple[hook.Reques
         for (fd,) in struct.iter_unpack("=i", data[: len(data) // 4 * 4])
     ]
     if not packet and not fds:
-        os._exit(0)  # it has closed without a request
+        raise SystemExit  # it has closed without a request
     if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
         return None, fds
     try:

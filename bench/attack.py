@@ -80,6 +80,7 @@ class Row:
     doubled: int = 0
     named: bool | None = None  # None: nobody to name
     metric: str = ""
+    cpu: tuple[float, float] = (0.0, 0.0)  # of the daemon in a second, before and during
     memory: dict[str, int] = field(default_factory=dict)  # of the largest process of each role
     together: int = 0  # all processes
     processes: dict[str, int] = field(default_factory=dict)  # of each role at the same time
@@ -89,15 +90,16 @@ class Row:
         memory = " ".join(f"{role} {size}" for role, size in sorted(self.memory.items()))
         times = " ".join(f"{p50:.0f}/{p99:.0f}" for p50, p99 in (self.before, self.attacked, self.after))
         named = {None: "-", True: "named", False: "unnamed"}[self.named]
-        return (
-            f"{self.name:26} {times:24} {self.longest:6.0f}  {self.deferred}/{self.lost}/{self.doubled}  {named:8}"
-            f"{self.metric or '-':30} {memory} (all {self.together})  {'; '.join(self.broken) or 'ok'}"
+        cells = (
+            f"{self.name:26} {times:24} {self.longest:6.0f}  {self.deferred}/{self.lost}/{self.doubled}",
+            f"{named:8} {self.metric or '-':30} {self.cpu[0]:.2f} {self.cpu[1]:.2f}",
+            f"{memory} (all {self.together})",
+            "; ".join(self.broken) or "ok",
         )
+        return "  ".join(cells)
 
 
-HEADING = (
-    "attack, p50/p99 ms before, during, after, longest ms, deferred/lost/doubled, status, metric, memory MiB, result"
-)
+HEADING = "attack, p50/p99 ms before, during, after, longest ms, deferred/lost/doubled, status, metric, CPU before, during, MiB, result"
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,11 +247,15 @@ class Trial:
         seen = Seen()
         with self._load(system, place, out) as load:
             time.sleep(WARM_UP)
+            used = observer.cpu()
             seen.quiet.append(_phase(seconds / 2))
+            quiet = (observer.cpu() - used) / (seconds / 2)
             seen.pids, seen.descriptors = observer.lasting(), observer.descriptors()
             seen.before = self._metrics(system)
             with self._attacker(place):
+                used = observer.cpu()
                 seen.attacked = _phase(seconds)
+                self.row.cpu = quiet, (observer.cpu() - used) / seconds
                 seen.status = _status(place)
                 seen.after = self._metrics(system)
             time.sleep(SETTLE)

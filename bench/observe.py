@@ -77,6 +77,15 @@ class Observer:
         for role, count in counts.items():
             self.most[role] = max(self.most[role], count)
 
+    def cpu(self) -> float:
+        """CPU seconds that the processes of the daemon have used so far, with their ended children."""
+        ticks = 0
+        for pid in processes(self._pid):
+            with suppress(OSError):
+                words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                ticks += sum(map(int, words[11:15]))
+        return ticks / os.sysconf("SC_CLK_TCK")
+
     def descriptors(self) -> dict[str, int]:
         """Open descriptors of the lasting processes now, the largest of each role."""
         found: dict[str, int] = defaultdict(int)

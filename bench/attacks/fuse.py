@@ -1,12 +1,12 @@
 """A FUSE file system whose files hang: one at read, one at getattr, one at the flush that close() waits for.
 
-Mounted by root, served by whoever goes on with the descriptor. The kernel ends all waits when its process ends.
+Mounted by root and served by a process of its own: the kernel ends all waits when that process ends, and a process that
+waits for the file system could not end it.
 """
 
 import ctypes
 import os
 import struct
-import threading
 
 from attacks.kit import Place
 
@@ -26,7 +26,7 @@ def _attributes(inode: int) -> bytes:
 
 
 def mount(place: Place) -> None:
-    """Mount it at ``scratch``/fuse (root only), and serve it from a thread, whatever user this process becomes."""
+    """Mount it at ``scratch``/fuse (root only), and serve it from a child."""
     directory = f"{place.scratch}/fuse"
     os.mkdir(directory)
     fd = os.open("/dev/fuse", os.O_RDWR)
@@ -34,7 +34,9 @@ def mount(place: Place) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mount(b"fuse", directory.encode(), b"fuse", 6, options):  # 6: nosuid, nodev
         raise OSError(ctypes.get_errno(), "cannot mount FUSE")
-    threading.Thread(target=_serve, args=(fd,), daemon=True).start()
+    if not os.fork():
+        _serve(fd)
+    os.close(fd)
 
 
 def unmount(place: Place) -> None:

@@ -12,8 +12,10 @@ from attacks.kit import PAUSE, Held, Place, connect, forever
 
 
 def _http(place: Place, data: bytes = b"") -> socket.socket:
-    made = socket.create_connection(("127.0.0.1", place.http), 5.0)
+    made = socket.socket()
+    made.settimeout(5.0)
     try:
+        made.connect(("127.0.0.1", place.http))
         made.sendall(data)
     except OSError:
         made.close()
@@ -208,8 +210,10 @@ def collector_flood(place: Place) -> None:
     held = Held(500)
 
     def once() -> None:
-        made = socket.create_connection((host, int(port)), 5.0)
+        made = socket.socket()
         held.add(made)
+        made.settimeout(5.0)
+        made.connect((host, int(port)))
         made.sendall(os.urandom(500))
 
     forever(once, 0.01)

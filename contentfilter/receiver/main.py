@@ -176,7 +176,7 @@ class Receiver:
         elif packet in (DONE, MISUSE):
             child.ended = True
             if packet == MISUSE:
-                self._usage.refuse(child.uid)
+                self._usage.misused(child.uid, time.monotonic())
         elif len(packet) == _SIZE.size and not child.reserved:
             (size,) = _SIZE.unpack(packet)
             granted = self._usage.reserve(child.uid, size)
@@ -192,7 +192,7 @@ class Receiver:
         self._children.discard(child)
         self._usage.disconnect(child.uid, child.reserved)
         if not (child.ended or child.relaying):  # killed
-            self._usage.refuse(child.uid)
+            self._usage.misused(child.uid, time.monotonic())
 
     def _end_late(self) -> None:
         now = time.monotonic()

@@ -99,7 +99,10 @@ class Row:
         return "  ".join(cells)
 
 
-HEADING = "attack, p50/p99 ms before, during, after, longest ms, deferred/lost/doubled, status, metric, CPU before, during, MiB, result"
+HEADING = (
+    "attack; p50/p99 of honest mail before, during, after, and the longest, ms; deferred/lost/doubled; status; metric; "
+    "CPU before and during; largest process, MiB; result"
+)
 
 
 @dataclass(frozen=True, slots=True)

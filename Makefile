@@ -49,6 +49,11 @@ soak: ## set everything up, then ten minutes of mail under load while the daemon
 	@$(MAKE) --silent .venv/installed
 	@$(BIN)/python bench/soak.py
 
+attack: ## set everything up, then a minute of each attack beside honest mail, as root (two hours); ATTACK="--list"
+	@tools/prepare.sh packages bench
+	@$(MAKE) --silent .venv/installed
+	@$(BIN)/python bench/attack.py $(ATTACK)
+
 fuzz: ## set everything up, then feed hostile bytes to every parser, SECONDS (60) for each; not part of the tests
 	@tools/prepare.sh packages fuzz
 	@$(MAKE) --silent .venv/fuzzing
@@ -130,4 +135,4 @@ build/hook/warnings: $(C_SOURCES) $(C_HEADERS) Makefile
 	@gcc -fsyntax-only $(STRICT) $(C_SOURCES)
 	@touch $@
 
-.PHONY: help demo test bench coverage faults soak fuzz setup lint compiled hook wheel clean
+.PHONY: help demo test bench coverage faults soak attack fuzz setup lint compiled hook wheel clean

@@ -43,7 +43,7 @@ EVENTS: Mapping[str, str] = {
     "http.ready": "metrics and health are served at this address",
     "http.failed": "the address of [http] cannot be used; mail is not affected; it is retried",
     "http.error": "a defect: a page could not be produced; answered with 500",
-    "intake.refused": "connections of untrusted local users that exceed their limits were refused",
+    "intake.refused": "connections of untrusted local users were refused: too many, too slow, or no request",
     "receiver.start": "the process that receives mail of untrusted local users was started",
     "receiver.died": "that process ended; it is started again with the next such connection",
     "intake.accept-failed": "accept(2) failed, usually because no descriptors were left; accepting pauses",

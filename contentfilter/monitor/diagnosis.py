@@ -258,7 +258,9 @@ def _refused(status: Status) -> Iterator[Issue]:
     """Local users who offer more than one user may."""
     if status.refused:
         users = ", ".join(f"{user} ({count})" for user, count in status.refused.items())
-        what = f"connections were refused within five minutes because a local user has too many: {users}"
+        what = (
+            f"connections of local users were refused within five minutes (too many, too slow, or no request): {users}"
+        )
         yield Issue(what, "ps -fu USER, and end what floods the socket", "A local user floods the socket")
 
 

@@ -99,7 +99,11 @@ SEEN = (
     Metric("gauge", "contentfilter_quarantine_bytes", "Bytes of the quarantine."),
     Metric("gauge", "contentfilter_quarantine_quota_bytes", "Bytes that it may take; 0: no limit."),
     Metric("gauge", "contentfilter_journal_bytes", "Bytes of the journal's files."),
-    Metric("counter", "contentfilter_refused_connections_total", "Connections refused for a local user's limits."),
+    Metric(
+        "counter",
+        "contentfilter_refused_connections_total",
+        "Connections of local users refused: limits, no request, too slow.",
+    ),
     Metric("counter", "contentfilter_journal_lost_total", "Events that the journal could not take."),
     Metric("gauge", "contentfilter_state_free_bytes", "Free bytes where the state directory lies."),
     Metric("gauge", "contentfilter_state_size_bytes", "All bytes there."),

@@ -20,7 +20,7 @@ import msgspec
 from contentfilter.deadline import Deadline
 from contentfilter.doors.hook_socket import receive_request
 from contentfilter.doors.origin import PEER
-from contentfilter.errors import MessageError
+from contentfilter.errors import MessageError, RemoteProtocolError
 from contentfilter.model import Action
 from contentfilter.receiver.copies import check_sizes, copy_pair
 from contentfilter.wire import hook
@@ -51,14 +51,16 @@ def serve(
     resource.setrlimit(resource.RLIMIT_CPU, (COPY_CPU, COPY_CPU + 1))
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     began = time.monotonic()
-    if not select.select([connection], [], [], REQUEST_WAIT)[0] or (received := receive_request(connection)) is None:
+    if not select.select([connection], [], [], REQUEST_WAIT)[0]:
+        raise RemoteProtocolError("no request")
+    if (received := receive_request(connection)) is None:
         return
     request, fds = received
     sizes = (request.message_size, request.envelope_size)
     try:
         check_sizes(sizes)
         if not reserve(sizes[0] + memory_cost(sizes[1])):
-            os._exit(1)  # the kernel closes what was passed
+            return  # the kernel closes what was passed
         copies = copy_pair(fds, sizes, spool)
     except MessageError as error:
         text = f"message could not be taken over ({error}), please try again (#4.3.0)"

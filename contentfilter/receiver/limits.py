@@ -11,7 +11,8 @@ class ReceiverLimits:
     connections: int = 32  # of one uid
     all_connections: int = 256
     rate: float = 50.0  # new connections of one uid in a second, on average
-    burst: int = 64  # and at once, after a pause
+    burst: int = 64  # and immediately after one another, after a pause
+    misuse: float = 20.0  # a connection without a sound request counts as so many new ones
     bytes: int = 256 * 1024 * 1024  # of messages and envelopes that one uid has under way
     all_bytes: int = 1024 * 1024 * 1024
 
@@ -37,16 +38,25 @@ class Usage:
         self._connections[uid] += 1
         return True
 
+    def misused(self, uid: int, now: float) -> None:
+        """A connection of ``uid`` brought no sound request, or had to be ended: fewer are taken for it."""
+        self._tokens[uid] = (max(-float(self._limits.burst), self._left(uid, now) - self._limits.misuse), now)
+        self.refuse(uid)
+
     def _spend(self, uid: int, now: float) -> bool:
         """A token bucket for each uid; those that are full again are forgotten."""
         limits = self._limits
         if len(self._tokens) > 1000:
-            full = limits.burst / limits.rate
+            full = 2 * limits.burst / limits.rate
             self._tokens = {uid: state for uid, state in self._tokens.items() if now - state[1] < full}
-        tokens, since = self._tokens.get(uid, (float(limits.burst), now))
-        tokens = min(float(limits.burst), tokens + (now - since) * limits.rate)
-        self._tokens[uid] = (max(0.0, tokens - 1.0), now)
+        tokens = self._left(uid, now)
+        self._tokens[uid] = (tokens - 1.0 if tokens >= 1.0 else tokens, now)
         return tokens >= 1.0
+
+    def _left(self, uid: int, now: float) -> float:
+        limits = self._limits
+        tokens, since = self._tokens.get(uid, (float(limits.burst), now))
+        return min(float(limits.burst), tokens + (now - since) * limits.rate)
 
     def reserve(self, uid: int, size: int) -> bool:
         """Count ``size`` bytes for ``uid``. False: it would have too many, or there would be too many.

@@ -3,6 +3,7 @@
  *   LD_PRELOAD=refuse.so REFUSE_UNDER=/directory REFUSE_WITH=/file program
  *
  * As long as the file is there, everything that writes below the directory fails with the errno that is its text.
+ * With the text "hang", everything below it, looking included, waits until the file is gone.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -25,6 +26,10 @@ static int trouble(void)
   if (fd < 0) return 0;
   long got = syscall(SYS_read, fd, text, sizeof text - 1);
   syscall(SYS_close, fd);
+  if (got > 0 && text[0] == 'h') {
+    usleep(20000);
+    return trouble();
+  }
   return got > 0 ? atoi(text) : 0;
 }
 

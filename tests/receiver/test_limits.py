@@ -41,6 +41,17 @@ def test_new_connections_come_at_a_rate_after_a_burst() -> None:
     assert sum(offer(1, 10.0) for _ in range(10)) == 4
 
 
+def test_who_brings_no_request_is_given_fewer_connections_for_a_while() -> None:
+    usage = Usage(LIMITS)
+    assert usage.connect(1, 0.0)
+    usage.disconnect(1, 0)
+    usage.misused(1, 0.0)
+    assert usage.take_refused() == {1: 1}
+    assert not usage.connect(1, 0.4), "a burst below zero at most"
+    assert usage.connect(2, 0.4), "another user pays nothing for it"
+    assert usage.connect(1, 0.6)
+
+
 def test_refusals_of_many_users_take_bounded_memory() -> None:
     usage = Usage(LIMITS)
     for uid in range(1, 1000):

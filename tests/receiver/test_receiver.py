@@ -1,5 +1,6 @@
 """The receiver process beside a worker that the test plays: what gets through, and what hurts only its sender."""
 
+import itertools
 import json
 import os
 import select
@@ -14,6 +15,7 @@ import pytest
 from lab.descriptors import lingering, nested, rights
 from lab.offer import sealed
 
+from contentfilter.doors.handover import CLOSED, GIVEN, KEY
 from contentfilter.doors.origin import PEER
 from contentfilter.model import Action
 from contentfilter.wire import hook
@@ -27,6 +29,7 @@ class Bench:
 
     def __init__(self, directory: Path) -> None:
         self._open: list[socket.socket] = []
+        self._numbers = itertools.count()
         self.queue = str(directory / "queue.sock")
         self.worker = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.worker.bind(self.queue)
@@ -55,11 +58,20 @@ class Bench:
     def connect(self) -> socket.socket:
         """A hook's connection that a worker has handed over."""
         ours, accepted = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        socket.send_fds(self._handover, [b"c"], [accepted.fileno()])
-        accepted.close()
+        self.closed(self.give(accepted))
         ours.settimeout(WAIT)
         self._open.append(ours)
         return ours
+
+    def give(self, accepted: socket.socket, pid: int = 0) -> bytes:
+        """The first half of a worker's handing over; the key of the batch."""
+        key = KEY.pack(pid or os.getpid(), next(self._numbers))
+        socket.send_fds(self._handover, [GIVEN + key], [accepted.fileno()])
+        accepted.close()
+        return key
+
+    def closed(self, key: bytes) -> None:
+        self._handover.send(CLOSED + key)
 
     def offer(self, message: bytes = MAIL, envelope: bytes = ENVELOPE) -> socket.socket:
         ours = self.connect()
@@ -180,6 +192,46 @@ def test_descriptors_whose_close_blocks_hold_up_nobody_else(
         each.close()
 
 
+def test_no_connection_is_closed_before_the_worker_has_closed_it(bench: Bench) -> None:
+    ours, accepted = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    key = bench.give(accepted)
+    ours.send(b"garbage")
+    assert not select.select([ours], [], [], 0.5)[0], "the worker's close() could be the last one, and block"
+    bench.closed(key)
+    assert select.select([ours], [], [], WAIT)[0]
+    assert ours.recv(1) == b""
+    ours.close()
+
+
+def test_a_connection_of_a_worker_that_died_meanwhile_is_served(bench: Bench) -> None:
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], stdout=subprocess.PIPE, check=True)
+    ours, accepted = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    bench.give(accepted, int(ended.stdout))
+    ours.send(b"garbage")
+    assert select.select([ours], [], [], WAIT)[0]
+    assert ours.recv(1) == b""
+    ours.close()
+
+
+def test_the_main_process_is_never_the_last_to_close(bench: Bench) -> None:
+    """Connections whose close() blocks, far beyond the limits, so that children and sink die of them all the time."""
+    open_ends = []
+    for _ in range(200):
+        here, there = lingering()
+        ours = bench.connect()
+        ours.sendmsg([b"garbage"], rights(here.fileno()))
+        here.close()
+        open_ends += [there, ours]
+        assert "wait_woken" not in Path(f"/proc/{bench.process.pid}/wchan").read_text()
+    end = time.monotonic() + WAIT
+    while any(not select.select([each], [], [], 0)[0] for each in open_ends[1::2]):
+        assert time.monotonic() < end, "connections are still open"
+        assert "wait_woken" not in Path(f"/proc/{bench.process.pid}/wchan").read_text()
+        time.sleep(0.01)
+    for each in open_ends:
+        each.close()
+
+
 def test_one_user_gets_no_more_than_its_connections_and_the_rest_is_closed(bench: Bench) -> None:
     idle = [bench.connect() for _ in range(60)]
     assert idle[59].recv(1) == b""  # before the first one is out of time
@@ -188,6 +240,47 @@ def test_one_user_gets_no_more_than_its_connections_and_the_rest_is_closed(bench
     assert select.select([bench.reports], [], [], WAIT)[0]
     refused = json.loads(os.read(bench.reports, 4096).partition(b"\n")[0])
     assert list(refused) == [str(os.getuid())]
+
+
+def reported(bench: Bench) -> dict[str, int]:
+    """The next report to the supervisor: refused connections by uid."""
+    assert select.select([bench.reports], [], [], WAIT)[0]
+    found: dict[str, int] = json.loads(os.read(bench.reports, 4096).partition(b"\n")[0])
+    return found
+
+
+def test_who_sends_garbage_or_unusable_descriptors_is_reported(bench: Bench) -> None:
+    ours = bench.connect()
+    ours.send(b"garbage")
+    assert ours.recv(1) == b""
+    assert reported(bench) == {str(os.getuid()): 1}
+    ours = bench.connect()
+    pipe, directory = os.pipe(), os.open("/", os.O_RDONLY)
+    ours.sendmsg([hook.encode_request(hook.Request(0, 60.0, 18, 27, {}))], rights(pipe[0], directory))
+    assert reported(bench) == {str(os.getuid()): 1}
+    for fd in (*pipe, directory):
+        os.close(fd)
+
+
+def test_who_takes_too_long_is_reported(bench: Bench) -> None:
+    """A child that hangs in a close() and is killed."""
+    here, there = lingering()
+    outer, inner = socket.socketpair()
+    outer.sendmsg([b"."], rights(here.fileno()))
+    outer.close()
+    here.close()
+    ours, envelope = bench.connect(), sealed(ENVELOPE)
+    ours.sendmsg([hook.encode_request(hook.Request(0, 60.0, 100, len(ENVELOPE), {}))], rights(inner.fileno(), envelope))
+    inner.close()
+    os.close(envelope)
+    assert reported(bench) == {str(os.getuid()): 1}
+    there.close()
+
+
+def test_a_sound_request_is_not_reported(bench: Bench) -> None:
+    bench.honest()
+    bench.connect().close()
+    assert not select.select([bench.reports], [], [], 2.5)[0]
 
 
 def test_the_bytes_of_one_user_are_bounded(bench: Bench) -> None:

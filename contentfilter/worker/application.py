@@ -3,7 +3,6 @@
 import asyncio
 import os
 import time
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 

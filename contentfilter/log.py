@@ -39,7 +39,7 @@ EVENTS: Mapping[str, str] = {
     "control.failed": "a defect: a request of the command line was not answered",
     "control.refused": "a user with read access only asked the daemon to change something",
     "events.ready": "the event feed is open to collectors with a known key, at this address",
-    "events.failed": "the event feed cannot be offered over the network, and why; mail is not affected; it is retried",
+    "events.failed": "the event feed cannot be offered, or its process has ended, and why; it is retried",
     "http.ready": "metrics and health are served at this address",
     "http.failed": "the address of [http] cannot be used; mail is not affected; it is retried",
     "http.error": "a defect: a page could not be produced; answered with 500",

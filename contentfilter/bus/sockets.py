@@ -1,9 +1,9 @@
 """Sockets inside the daemon: workers and supervisor over ZeroMQ, the event feed, and the command line's control socket.
 
 Each worker is a DEALER whose identity is its pid, the supervisor is their ROUTER: reports one way, commands the other,
-in order. The event feed is a PUB socket. The control socket is a plain Unix socket: one question and one reply for each
-connection. Sending never waits: above the high-water mark a message is lost, mail is not. Messages carry no mail. The
-sockets are in the run directory with the modes given here; contexts are made after exec.
+in order. The event feed has a process of its own (bus/publisher.py). The control socket is a plain Unix socket: one
+question and one reply for each connection. Sending never waits: above the high-water mark a message is lost, mail is
+not. Messages carry no mail. Only the daemon's user can open the socket of the workers; contexts are made after exec.
 """
 
 import asyncio
@@ -14,14 +14,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import msgspec
 import zmq
 
 from contentfilter.bus.messages import (
     COMMANDS,
     REPLIES,
     REPORTS,
-    VERSION,
     Event,
     EventBatch,
     Question,
@@ -36,7 +34,6 @@ from contentfilter.errors import RemoteProtocolError
 
 HIGH_WATER = 10_000  # messages
 LIMIT = 64 * 1024 * 1024  # bytes in one message; a configuration with long signature lists is the largest
-SUBSCRIPTION_MAX = 1024  # bytes of the longest message that a subscriber of the event feed may send
 MENDS = 100  # times that removed sockets are bound again
 BATCH = 64  # events in one message
 BATCH_DELAY = 0.05  # seconds
@@ -146,36 +143,29 @@ class SupervisorBus:
         self._context = zmq.Context(io_threads=1)
         self._run = run
         self._mended = 0
-        self._bound: list[tuple[zmq.Socket[bytes], str, int]] = []
-        router = _limited(self._context.socket(zmq.ROUTER))
-        router.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        router.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        self._bind(router, "workers", 0o600)
-        self._workers = LoopSocket(router)
-        self._events = _limited(self._context.socket(zmq.PUB))
-        self._events.setsockopt(zmq.MAXMSGSIZE, SUBSCRIPTION_MAX)
-        self._bind(self._events, "events", 0o660)
+        self._address = addresses(run)["workers"]
+        self._router = _limited(self._context.socket(zmq.ROUTER))
+        self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self._bind()
+        self._workers = LoopSocket(self._router)
 
-    def _bind(self, made: "zmq.Socket[bytes]", name: str, mode: int) -> None:
-        address = addresses(self._run)[name]
-        with socket_mode(mode):
-            made.bind(address)
-        self._bound.append((made, address, mode))
+    def _bind(self) -> None:
+        with socket_mode(0o600):
+            self._router.bind(self._address)
 
     def mend(self) -> tuple[str, ...]:
-        """Bind again to paths that were removed; returns those. Connections stay. Raises OSError.
+        """Bind again if the path was removed; returns it then. Connections stay. Raises OSError.
 
-        Each time costs a descriptor, for the old listener is kept: to close it would remove the new path.
+        Each time costs a descriptor: the old listener stays open, because closing it would remove the new path.
         """
-        gone = [(each, address, mode) for each, address, mode in self._bound if not os.path.exists(path_of(address))]
-        if not gone or self._mended >= MENDS:
+        path = path_of(self._address)
+        if os.path.exists(path) or self._mended >= MENDS:
             return ()
         self._mended += 1
         os.makedirs(self._run, 0o750, exist_ok=True)
-        for each, address, mode in gone:
-            with socket_mode(mode):
-                each.bind(address)
-        return tuple(path_of(address) for _, address, _ in gone)
+        self._bind()
+        return (path,)
 
     async def report(self) -> WorkerReport:
         """The next report of a worker. Raises RemoteProtocolError for a malformed one."""
@@ -195,14 +185,8 @@ class SupervisorBus:
             with suppress(zmq.ZMQError):
                 self._workers.send(_identity(pid), data)
 
-    def publish(self, event: Event) -> None:
-        """To the event feed: the topic is the event's name. A subscriber that is too slow loses it."""
-        with suppress(zmq.Again):
-            self._events.send_multipart([event.name.encode(), VERSION + msgspec.msgpack.encode(event)], zmq.NOBLOCK)
-
     def close(self) -> None:
         self._workers.close(linger=200)
-        self._events.close(linger=200)
         self._context.term()
 
 

@@ -132,7 +132,7 @@ def _wanted(feed: Feed, match: Match, count: int | None) -> Iterator[Event]:
                 raise BrokenPipeError
         elif item is Link.DOWN:
             gone = gone or time.time()
-            click.echo("contentfilter: the daemon has stopped; waiting for it to start", err=True)
+            click.echo("contentfilter: the event feed has stopped; waiting for it to start", err=True)
         elif item is Link.REFUSED:
             text = "refused: our public key is not in the daemon's list, or --server-key is not the daemon's"
             click.echo(f"contentfilter: {text}", err=True)
@@ -140,7 +140,7 @@ def _wanted(feed: Feed, match: Match, count: int | None) -> Iterator[Event]:
         elif item is Link.UP:
             if gone:
                 since = f"{time.time() - gone:.0f} s; for missed messages: contentfilter why --since {_local(gone)}"
-                click.echo(f"contentfilter: the daemon is back after {since}", err=True)
+                click.echo(f"contentfilter: the event feed is back after {since}", err=True)
             gone = 0.0
         elif isinstance(item, Event) and match(item):
             count = None if count is None else count - 1

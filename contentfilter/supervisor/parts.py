@@ -15,12 +15,12 @@ from contentfilter.monitor.canary import Canary
 from contentfilter.monitor.monitor import Monitor
 from contentfilter.supervisor.configuration import Configuration, Result
 from contentfilter.supervisor.control import ControlHandler, ControlServer
+from contentfilter.supervisor.feed import EventFeed
 from contentfilter.supervisor.overrides import OverrideManager
 from contentfilter.supervisor.pool import WorkerPool
 from contentfilter.supervisor.process import WorkerProcess
 from contentfilter.supervisor.receiver import Inherited, ReceiverProcess
 from contentfilter.supervisor.recorder import Recorder
-from contentfilter.supervisor.remote_feed import RemoteFeed
 from contentfilter.supervisor.source import ConfigSource, Loaded
 from contentfilter.supervisor.status import Lifecycle, MalformedMessages, StatusReporter, effective_state
 from contentfilter.supervisor.systemd import Notifier
@@ -156,7 +156,7 @@ class Parts:
     canary: Canary
     reporter: StatusReporter
     monitor: Monitor
-    feed: RemoteFeed
+    feed: EventFeed
     receiver: ReceiverProcess
     operations: Operations
     control: ControlServer
@@ -180,7 +180,8 @@ def compose(
     crashes = CrashTable(log)
     workers = Workers(bus)
     configuration = Configuration(source, first, log, workers)
-    overrides = OverrideManager(log, configuration.settings, workers, bus.publish)
+    feed = EventFeed(log, configuration.settings)
+    overrides = OverrideManager(log, configuration.settings, workers, feed.publish)
     recorder = Recorder(log, first.settings)
     receiver = ReceiverProcess(log, configuration.settings, inherited)
     spawner = Spawner(inherited, crashes, configuration, overrides, receiver)
@@ -192,7 +193,6 @@ def compose(
         lifecycle, malformed, source, crashes, workers, configuration, overrides, recorder, pool, canary, receiver
     )
     monitor = Monitor(log, configuration.settings, reporter.status, inherited.listener)
-    feed = RemoteFeed(log, configuration.settings, inherited.lifeline)
     operations = Operations(source, notify, crashes, workers, configuration, pool, canary, reporter, monitor)
     handlers = {**operations.handlers(), **overrides.answers()}
     control = ControlServer(first.settings.service.run, handlers, log, malformed.note)

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from contentfilter.bus.messages import Heartbeat
 from contentfilter.deadline import Deadline
 from contentfilter.log import Logger
-from contentfilter.supervisor.process import WorkerProcess, restart_delay
+from contentfilter.supervisor.process import SETTLED, WorkerProcess, restart_delay
 from contentfilter.supervisor.workers import Workers
 
-SETTLED = 10.0  # seconds after which a death no longer counts as a failed start
 DEATHS = ("exit", "signal", "stuck", "start")  # exited, ended by a signal, killed by us; could not be started
 START_ALLOWANCE = 60.0  # seconds that a worker may take to its first heartbeat, if stuck_after is shorter
 KILL_WAIT = 5.0  # seconds for killed workers to be gone

@@ -12,18 +12,17 @@ import socket
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import msgspec
 
 from contentfilter.log import Logger, RateLimiter
 from contentfilter.settings import Settings
-from contentfilter.supervisor.process import Process, restart_delay
+from contentfilter.supervisor.process import HelperProcess
 
 PROGRAM = (sys.executable, "-P", "-m", "contentfilter.receiver")
-SETTLED = 10.0  # seconds after which a death no longer counts as a failed start
 RECENT = 300.0  # seconds for which refusals are shown
 REPORTS_MAX = 512  # reports that are remembered
 LOG_EVERY = 10.0  # seconds
@@ -49,15 +48,14 @@ class ReceiverProcess:
         self._loop = asyncio.get_running_loop()
         self.worker_end, self._end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._reports, self._report_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._process: Process | None = None
-        self._failures = 0
+        self._process = HelperProcess(self._command, self._started, self._died)
         self._buffer = b""
         self._recent: deque[tuple[float, int, int]] = deque(maxlen=REPORTS_MAX)  # time, uid, refused connections
         self._log_limit = RateLimiter(LOG_EVERY)
         self.refused_total = 0
 
     def start(self) -> None:
-        self._loop.add_reader(self._end, self._wanted)
+        self._process.start(self._end.fileno())
         self._loop.add_reader(self._reports, self._read_reports)
 
     def refused(self) -> dict[str, int]:
@@ -71,46 +69,24 @@ class ReceiverProcess:
 
     def close(self) -> None:
         """End it; the hooks offer their messages again."""
-        process, self._process = self._process, None
-        self._loop.remove_reader(self._end)
+        self._process.stop()
         self._loop.remove_reader(self._reports)
-        if process is not None:
-            process.kill()
         for each in (self.worker_end, self._end):
             each.close()
         os.close(self._reports)
         os.close(self._report_end)
 
-    def _wanted(self) -> None:
-        """A worker has handed a connection over."""
-        self._loop.remove_reader(self._end)
-        fds = self._end.fileno(), self._lifeline, self._report_end
-        names = ("handover", "lifeline", "report")
-        options = [f"--{name}={fd}" for name, fd in zip(names, fds, strict=True)]
-        argv = (*PROGRAM, "--queue", self._queue, "--spool", self._settings().service.state, *options)
-        try:
-            process = Process(argv, fds, lambda: self._ended(process))
-        except OSError as error:
-            self._log.error("receiver.died", why=f"cannot start: {error.strerror}")
-            self._again()
-            return
-        self._process = process
-        self._log.info("receiver.start", child=process.pid)
+    @contextmanager
+    def _command(self) -> Iterator[tuple[Sequence[str], Sequence[int]]]:
+        fds = {"handover": self._end.fileno(), "lifeline": self._lifeline, "report": self._report_end}
+        options = [f"--{name}={fd}" for name, fd in fds.items()]
+        yield (*PROGRAM, "--queue", self._queue, "--spool", self._settings().service.state, *options), (*fds.values(),)
 
-    def _ended(self, process: Process) -> None:
-        if process is not self._process:
-            return  # the service ends
-        self._process = None
-        self._log.error("receiver.died", why=f"status {process.status}")
-        self._failures = 1 if process.age() > SETTLED else self._failures + 1
-        self._again()
+    def _started(self, pid: int) -> None:
+        self._log.info("receiver.start", child=pid)
 
-    def _again(self) -> None:
-        def watch() -> None:
-            if self._end.fileno() >= 0:
-                self._loop.add_reader(self._end, self._wanted)
-
-        self._loop.call_later(restart_delay(self._failures), watch)
+    def _died(self, why: str) -> None:
+        self._log.error("receiver.died", why=why)
 
     def _read_reports(self) -> None:
         with suppress(BlockingIOError):

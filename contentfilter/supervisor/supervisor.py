@@ -111,6 +111,7 @@ class Daemon:
         loop.add_signal_handler(signal.SIGHUP, self._reload_wanted.set)
         try:
             await parts.control.start()
+            parts.feed.start()
             parts.receiver.start()
             parts.pool.resize(worker_count(settings()))
             async with asyncio.TaskGroup() as group:
@@ -139,6 +140,7 @@ class Daemon:
         finally:
             parts.pool.kill()
             parts.receiver.close()
+            parts.feed.close()
             await parts.control.close()
             parts.recorder.close(RECORD_WAIT)
             parts.bus.close()
@@ -185,7 +187,7 @@ class Daemon:
         if isinstance(report, messages.EventBatch):
             for event in parts.canary.others(report.events):
                 parts.recorder.put(event)
-                parts.bus.publish(event)
+                parts.feed.publish(event)
         else:
             parts.pool.heard(report)
 
@@ -202,7 +204,7 @@ class Daemon:
     async def _mend_sockets(self) -> None:
         """The run directory may have been emptied; a worker that starts then would find no supervisor."""
         try:
-            paths = (*self._parts.bus.mend(), *await self._parts.control.mend())
+            paths = (*self._parts.bus.mend(), *self._parts.feed.mend(), *await self._parts.control.mend())
         except OSError as error:  # ZeroMQ's errors are of this kind
             if (held := self._mend_errors.allow()) is not None:
                 self._log.error("bus.not-mended", why=error.strerror or str(error), not_logged=held)

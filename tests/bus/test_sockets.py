@@ -20,10 +20,14 @@ from lab.daemon import WAIT, Daemon
 from lab.offer import Offer, offer
 
 from contentfilter.bus import messages, sockets
+from contentfilter.bus.publisher import HIGH_WATER
 from contentfilter.deadline import Deadline
 from contentfilter.errors import RemoteProtocolError
+from contentfilter.log import make_logger
 from contentfilter.model import Action
+from contentfilter.settings import ServiceSettings, Settings
 from contentfilter.supervisor.control import CONNECTIONS_MAX
+from contentfilter.supervisor.feed import EventFeed
 
 Make = Callable[..., Daemon]
 
@@ -249,7 +253,8 @@ async def test_events_come_in_bounded_batches_in_order_and_none_is_left_behind_a
 @pytest.mark.asyncio
 async def test_a_reader_of_the_feed_that_has_stalled_loses_events_and_keeps_nobody(context: zmq.Context) -> None:
     with tempfile.TemporaryDirectory(prefix="cf-", dir="/tmp") as run:
-        supervisor = sockets.SupervisorBus(run)
+        feed = EventFeed(make_logger("json", "error"), lambda: Settings(service=ServiceSettings(run=run)))
+        feed.start()
         try:
             reader = context.socket(zmq.SUB)
             reader.setsockopt(zmq.RCVHWM, 1)
@@ -258,10 +263,12 @@ async def test_a_reader_of_the_feed_that_has_stalled_loses_events_and_keeps_nobo
             limit = Deadline.after(WAIT)
             while not reader.poll(10):  # until it has subscribed
                 assert not limit.expired()
-                supervisor.publish(messages.Event("mail.done", {"n": -1}))
-            sent = 2 * sockets.HIGH_WATER
+                feed.publish(messages.Event("mail.done", {"n": -1}))
+                await asyncio.sleep(0)
+            sent = 20 * HIGH_WATER
             for number in range(sent):
-                supervisor.publish(messages.Event("mail.done", {"n": number, "text": "x" * 500}))
+                feed.publish(messages.Event("mail.done", {"n": number, "text": "x" * 500}))
+                await asyncio.sleep(0)
             found = []
             while reader.poll(100):
                 topic, frame = reader.recv_multipart()
@@ -271,7 +278,7 @@ async def test_a_reader_of_the_feed_that_has_stalled_loses_events_and_keeps_nobo
             assert 0 < len(numbers) < sent
             assert numbers == sorted(numbers)
         finally:
-            supervisor.close()
+            feed.close()
 
 
 @pytest.mark.asyncio

@@ -119,7 +119,7 @@ def test_it_follows_the_daemon_into_its_next_life_and_says_so(follow: Callable[.
     system, follower = follow()
     deliver_until(system, follower, lambda: bool(follower.lines))
     assert system.daemon.stop() == 0
-    follower.until(lambda: any("the daemon has stopped" in line for line in follower.errors))
+    follower.until(lambda: any("the event feed has stopped" in line for line in follower.errors))
     before = len(follower.lines)
     system.daemon.start()
     follower.until(lambda: any("the daemon is back" in line for line in follower.errors))

@@ -47,11 +47,12 @@ def _zombie(pid: str) -> bool:
         return True
 
 
-def _receiver(pid: str) -> bool:
+def _helper(pid: str) -> bool:
     try:
-        return b"contentfilter.receiver" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
+    return b"contentfilter.receiver" in words or b"contentfilter.bus.publisher" in words
 
 
 class Daemon:
@@ -178,7 +179,14 @@ class Daemon:
     def workers(self) -> list[int]:
         """The pids of the workers."""
         text = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
-        return [int(word) for word in text.split() if not _zombie(word) and not _receiver(word)]
+        return [int(word) for word in text.split() if not _zombie(word) and not _helper(word)]
+
+    def feed(self) -> int | None:
+        """The pid of the process that publishes events."""
+        for word in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split():
+            if not _zombie(word) and b"contentfilter.bus.publisher" in Path(f"/proc/{word}/cmdline").read_bytes():
+                return int(word)
+        return None
 
     def reload(self) -> None:
         """SIGHUP. Wait for what it brings with :meth:`wait_for`."""

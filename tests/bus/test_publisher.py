@@ -1,17 +1,20 @@
-"""The event feed over TCP: only known keys get events, and no collector costs memory or ends the daemon."""
+"""The event feed: over TCP only known keys get events; no subscriber costs the daemon memory or ends it."""
 
 import asyncio
 import json
 import os
 import signal
+import socket
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 import pytest_asyncio
@@ -22,14 +25,14 @@ from lab.offer import offer
 from lab.process import free_port
 
 from contentfilter.bus.messages import Event
-from contentfilter.bus.remote_feed import HIGH_WATER
-from contentfilter.bus.sockets import SupervisorBus
+from contentfilter.bus.publisher import HIGH_WATER, MEMORY_MAX, SUBSCRIPTIONS_MAX
+from contentfilter.bus.sockets import addresses
 from contentfilter.config.keys import Keys, load_keys, public, read_secret, write_secret
 from contentfilter.config.load import read_settings
 from contentfilter.errors import ConfigError
 from contentfilter.log import make_logger
 from contentfilter.settings import EventSettings, ServiceSettings, Settings
-from contentfilter.supervisor.remote_feed import RETRY, RemoteFeed
+from contentfilter.supervisor.feed import BUFFER_MAX, RETRY, EventFeed
 
 Make = Callable[..., Daemon]
 ENVIRON = {**os.environ, "PYTHONPATH": str(PACKAGE)}
@@ -41,8 +44,7 @@ class Place:
 
     directory: Path
     settings: Settings
-    bus: SupervisorBus
-    feed: RemoteFeed
+    feed: EventFeed
     context: "zmq.asyncio.Context"
 
     async def allow(self, *secrets: bytes) -> None:
@@ -51,13 +53,13 @@ class Place:
         Path(self.settings.events.clients).write_bytes(b"\n".join(lines) + b"\n")
         self.feed.changed()
         async with asyncio.timeout(WAIT):
-            while self.feed._in_force is None or self.feed._in_force[1].clients != set(map(public, secrets)):
+            while self.feed.collectors() != set(map(public, secrets)):
                 await asyncio.sleep(0.01)
 
     @property
     def pid(self) -> int:
-        assert self.feed._process is not None
-        return self.feed._process.pid
+        assert self.feed.pid is not None
+        return self.feed.pid
 
     @property
     def server(self) -> bytes:
@@ -79,7 +81,7 @@ class Place:
         async with asyncio.timeout(seconds):
             waiting = list(subscribers)
             while waiting:
-                self.bus.publish(Event("mail.done", {"id": "x"}))
+                self.feed.publish(Event("mail.done", {"id": "x"}))
                 waiting = [each for each in waiting if not await each.poll(20)]
         return True
 
@@ -91,20 +93,17 @@ async def place(tmp_path: Path) -> AsyncIterator[Place]:
     )
     write_secret(events.key)
     (tmp_path / "clients").touch()
-    lifeline, held = os.pipe()
     with tempfile.TemporaryDirectory(prefix="cf-", dir="/tmp") as run:
         settings = Settings(events=events, service=ServiceSettings(run=run))
-        bus = SupervisorBus(run)
-        feed = RemoteFeed(make_logger("json", "error"), lambda: settings, lifeline)
-        made = Place(tmp_path, settings, bus, feed, zmq.asyncio.Context())
+        feed = EventFeed(make_logger("json", "error"), lambda: settings)
+        feed.start()
+        made = Place(tmp_path, settings, feed, zmq.asyncio.Context())
         running = asyncio.create_task(feed.run())
         yield made
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
         made.context.destroy(linger=0)
-        bus.close()
-    os.close(lifeline)
-    os.close(held)
+        feed.close()
 
 
 def secret() -> bytes:
@@ -161,7 +160,7 @@ async def test_a_subscriber_that_does_not_read_loses_events_and_costs_a_bounded_
     text = os.urandom(2048).hex()  # 4 KiB
     sent = 5 * HIGH_WATER
     for number in range(sent):
-        place.bus.publish(Event("mail.report", {"n": number, "text": text}))
+        place.feed.publish(Event("mail.report", {"n": number, "text": text}))
         if number % 20 == 0:
             await asyncio.sleep(0.002)
             while await quick.poll(0):
@@ -192,11 +191,11 @@ async def test_a_subscriber_that_sends_long_frames_is_cut_off(place: Place) -> N
 @pytest.mark.asyncio
 async def test_an_address_in_use_is_logged_once(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
     await place.allow()
-    other = RemoteFeed(make_logger("json", "error"), lambda: place.settings, 0)
+    other = EventFeed(make_logger("json", "error"), lambda: place.settings)
     for _ in range(2):
         assert await other._apply() == RETRY
     assert capfd.readouterr().err.count("Address already in use") == 1
-    other._close()
+    other.close()
 
 
 QUIET = 22.0  # seconds, above two heartbeats of 10 s
@@ -244,7 +243,7 @@ async def test_a_feed_that_dies_is_started_again(place: Place, capfd: pytest.Cap
         before = place.pid
         os.kill(before, signal.SIGABRT)
         async with asyncio.timeout(WAIT):
-            while place.feed._process is None or place.pid == before:
+            while place.feed.pid in (None, before):
                 await asyncio.sleep(0.01)
         while await well.poll(50):
             await well.recv_multipart()
@@ -253,23 +252,117 @@ async def test_a_feed_that_dies_is_started_again(place: Place, capfd: pytest.Cap
 
 
 @pytest.mark.asyncio
-async def test_the_feed_ends_with_its_supervisor(tmp_path: Path) -> None:
-    write_secret(str(tmp_path / "key"))
-    (tmp_path / "clients").touch()
-    events = EventSettings(f"tcp://127.0.0.1:{free_port()}", str(tmp_path / "key"), str(tmp_path / "clients"))
-    settings = Settings(events=events, service=ServiceSettings(run=str(tmp_path)))
-    lifeline, held = os.pipe()
-    feed = RemoteFeed(make_logger("json", "error"), lambda: settings, lifeline)
-    await feed._apply()
-    process = feed._process
-    assert process is not None
-    os.close(held)
+async def test_the_feed_ends_with_its_supervisor(place: Place) -> None:
+    await place.allow()
+    with open(f"/proc/{place.pid}/stat") as stat_file:
+        place.feed._disconnect()  # as the kernel does for a supervisor that was killed
+        async with asyncio.timeout(WAIT):
+            while alive(stat_file):
+                await asyncio.sleep(0.01)
+
+
+def alive(stat_file: TextIO) -> bool:
+    try:
+        stat_file.seek(0)
+        return stat_file.read().rpartition(")")[2].split()[0] != "Z"
+    except ProcessLookupError:
+        return False
+
+
+# ---------------------------------------------------------------- local subscribers
+
+
+def local_subscriber(place: Place) -> Any:
+    each = place.context.socket(zmq.SUB)
+    each.linger = 0
+    each.subscribe(b"")
+    each.connect(addresses(place.settings.service.run)["events"])
+    return each
+
+
+def by_hand(place: Place, data: bytes, times: int = 1) -> None:
+    """Send what no libzmq would send, as a subscriber: the handshake of ZMTP 3, then ``data``."""
+    ready = b"\x05READY\x0bSocket-Type" + struct.pack(">I", 3) + b"SUB"
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(WAIT)
+        client.connect(str(Path(place.settings.service.run, "events.sock")))
+        client.sendall(b"\xff" + b"\0" * 8 + b"\x7f\x03\0NULL" + b"\0" * 48)
+        client.recv(64, socket.MSG_WAITALL)
+        client.sendall(b"\x04" + bytes([len(ready)]) + ready)
+        for _ in range(times):
+            client.sendall(data)
+        client.shutdown(socket.SHUT_WR)
+        while client.recv(65_536):
+            pass
+
+
+ENDLESS = (b"\x01\xff" + b"x" * 255) * 4096  # 1 MiB of parts of one message, with more to come
+
+
+@pytest.mark.asyncio
+async def test_a_local_message_without_end_ends_the_process_at_its_memory_limit(place: Place) -> None:
+    """The supervisor only sees that a process has ended; others subscribe again by themselves."""
+    well = local_subscriber(place)
+    assert await place.hears(well)
+    before, memory = place.pid, resident()
+    with pytest.raises(ConnectionError):
+        await asyncio.to_thread(by_hand, place, ENDLESS, MEMORY_MAX >> 20)
     async with asyncio.timeout(WAIT):
-        while process.status is None:
+        while place.feed.pid in (None, before):
             await asyncio.sleep(0.01)
-    assert process.status == 0
-    os.close(lifeline)
-    feed._close()
+    assert resident() < memory + 50_000_000
+    while await well.poll(50):
+        await well.recv_multipart()
+    assert await place.hears(well)
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.asyncio
+async def test_too_many_subscriptions_end_the_process(place: Place) -> None:
+    well = local_subscriber(place)
+    assert await place.hears(well)
+    before = place.pid
+    given_up = b"".join(b"\0\5" + change + b"%04d" % number for number in range(9999) for change in (b"\1", b"\0"))
+    await asyncio.to_thread(by_hand, place, given_up, 3)
+    assert await place.hears(well)
+    assert place.pid == before
+    with suppress(ConnectionError):
+        await asyncio.to_thread(
+            by_hand, place, b"".join(b"\0\6\1%05d" % number for number in range(SUBSCRIPTIONS_MAX + 1))
+        )
+    async with asyncio.timeout(WAIT):
+        while place.feed.pid == before:
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.asyncio
+async def test_a_process_that_does_not_read_costs_a_bounded_buffer(place: Place) -> None:
+    well = local_subscriber(place)
+    assert await place.hears(well)
+    os.kill(place.pid, signal.SIGSTOP)
+    event = Event("mail.done", {"text": "x" * 100_000})
+    for _ in range(1000):
+        place.feed.publish(event)
+    assert place.feed._source is not None
+    assert len(place.feed._source._unsent) <= BUFFER_MAX
+    os.kill(place.pid, signal.SIGCONT)
+    assert await place.hears(well)
+
+
+@pytest.mark.asyncio
+async def test_a_removed_socket_is_bound_again(place: Place) -> None:
+    well = local_subscriber(place)
+    assert await place.hears(well)
+    path = Path(place.settings.service.run, "events.sock")
+    path.unlink()
+    assert place.feed.mend() == (str(path),)
+    assert place.feed.mend() == ()
+    while await well.poll(50):
+        await well.recv_multipart()
+    assert await place.hears(well)
 
 
 # ---------------------------------------------------------------- keys and settings
@@ -356,12 +449,13 @@ def test_tail_on_another_machine_sees_the_daemons_mail(daemon: Make, tmp_path: P
             assert reader.stdout is not None
             assert json.loads(reader.stdout.readline())["event"] == "mail.done"
         assert reader.returncode == 0
-        workers, feed = running.workers()[:1], running.workers()[-1]
+        workers, feed = running.workers(), running.feed()
+        assert feed is not None
         os.kill(feed, signal.SIGKILL)
         running.wait_for("events.failed")
         running.wait_for("events.ready", 2)
         assert offer(running.socket)
-        assert running.workers()[:1] == workers
+        assert running.workers() == workers
         stranger = run("events-key", "--json", str(tmp_path / "stranger.key"))
         words[words.index(made["file"])] = json.loads(stranger.stdout)["file"]
         refused = run(*words)

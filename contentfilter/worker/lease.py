@@ -118,6 +118,7 @@ class ApplicationLease:
         return IntakeLimits(
             self,
             origin,
+            service.state,
             service.budget,
             service.max_in_flight,
             service.max_waiting,

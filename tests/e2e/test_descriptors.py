@@ -1,4 +1,4 @@
-"""A clamd that has been taken over tries to change the message through its descriptor: what is delivered stays exact."""
+"""A clamd that has been taken over tries to change the message through its descriptor: it is delivered exactly."""
 
 import array
 import hashlib

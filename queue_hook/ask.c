@@ -200,7 +200,7 @@ static bool offer(const struct conf *conf, unsigned attempt, const struct store 
   memcpy(to.sun_path, conf->socket, strlen(conf->socket));
   if (!connect(connection, (struct sockaddr *)&to, sizeof to)) {
     size_t size = write_request(packet, conf, attempt, end, message->size, envelope->size);
-    if (send_request(connection, packet, size, message->fd, envelope->fd) &&
+    if (send_request(connection, packet, size, message->shared, envelope->shared) &&
         (size = receive(connection, packet, end, &body)) &&
         answer_parse(packet, size, body, message->size, answer)) {
       if (body >= 0) close(body); /* the mapping remains */

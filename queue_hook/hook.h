@@ -56,6 +56,7 @@ void conf_print(const struct conf *conf);
 /* store.c: a message or an envelope, in a memfd or, if larger than conf.memory, in an unnamed file */
 struct store {
   int fd;
+  int shared; /* for the daemon: sealed like `fd`, or read-only */
   bool on_disk;
   uint64_t size; /* all bytes */
   size_t fill;   /* bytes in `bytes` that are not yet in the file */
@@ -67,7 +68,7 @@ char *store_end(const struct store *store); /* end of what it uses of `bytes`, w
 void store_drain(struct store *store, int from, const struct conf *conf); /* reads to end of file */
 char *store_room(struct store *store, size_t *room, const struct conf *conf); /* for the next *room bytes */
 void store_took(struct store *store, size_t size);                            /* that many bytes were put there */
-void store_finish(struct store *store, const struct conf *conf); /* everything is in the file now; a memfd is sealed */
+void store_finish(struct store *store, const struct conf *conf); /* everything is in the file; sets `shared` */
 /* A descriptor from which `head`, followed by the store's bytes from `skip` on, can be read once. */
 int store_source(const char *head, size_t size, const struct store *tail, uint64_t skip, const struct conf *conf);
 

@@ -1,6 +1,6 @@
 /* Storage of a message or an envelope during the check: a memfd or, if larger than conf.memory, an unnamed file.
- * Nothing is left behind however this program ends. All offsets are explicit: the daemon and clamd share the open file
- * and may move its position. */
+ * Nothing is left behind however this program ends. The daemon gets a descriptor that cannot change what is queued
+ * (store_finish). All offsets are explicit, because the position of a memfd is shared with it. */
 #include "hook.h"
 
 #include <errno.h>
@@ -12,7 +12,7 @@
 
 static int open_unnamed(const struct conf *conf)
 {
-  int fd = open(conf->spool, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+  int fd = open(conf->spool, O_TMPFILE | O_EXCL | O_RDWR | O_CLOEXEC, 0400); /* O_EXCL: it can never get a name */
   if (fd < 0) {
     int error = errno;
     say("no unnamed file in ", conf->spool, ": ", strerror(error), "; set `spool` in queue.conf", NULL);
@@ -21,13 +21,19 @@ static int open_unnamed(const struct conf *conf)
   return fd;
 }
 
+static int open_memory(void)
+{
+  int fd = memfd_create("contentfilter", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+  if (fd < 0 && errno != ENOSYS) leave(status_of(errno, ST_WRITE));
+  return fd;
+}
+
 /* A kernel without memfd costs speed, not mail. */
 static int open_for(uint64_t size, const struct conf *conf, bool *on_disk)
 {
   if (size <= conf->memory) {
-    int fd = memfd_create("contentfilter", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    int fd = open_memory();
     if (fd >= 0) return fd;
-    if (errno != ENOSYS) leave(status_of(errno, ST_WRITE));
   }
   *on_disk = true;
   return open_unnamed(conf);
@@ -103,9 +109,26 @@ void store_drain(struct store *store, int from, const struct conf *conf)
   }
 }
 
+/* A read-only descriptor with a position of its own; -1 without /proc. */
+static int open_again(int fd)
+{
+  char path[40];
+  put_number(stpcpy(path, "/proc/self/fd/"), (uint64_t)fd);
+  return open(path, O_RDONLY | O_CLOEXEC);
+}
+
 void store_finish(struct store *store, const struct conf *conf)
 {
   if (store->fill || store->fd < 0) flush(store, conf);
+  store->shared = store->on_disk ? open_again(store->fd) : store->fd;
+  if (store->shared < 0) { /* sealed memory instead, however large */
+    store->shared = open_memory();
+    if (store->shared < 0) leave(ST_WRITE);
+    copy_all(store->shared, store->fd, 0, store->size);
+    close(store->fd);
+    store->fd = store->shared;
+    store->on_disk = false;
+  }
   if (!store->on_disk && fcntl(store->fd, F_ADD_SEALS, F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL))
     leave(ST_BUG);
 }

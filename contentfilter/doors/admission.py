@@ -90,6 +90,7 @@ class IntakeLimits:
 
     handler: Handler
     origin: ResolvedOrigin
+    spool: str  # directory for copies of large messages
     budget: float  # seconds for one message
     max_in_flight: int
     max_waiting: int = 1024

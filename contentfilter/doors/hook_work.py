@@ -22,11 +22,11 @@ INLINE = 1024 * 1024  # bytes of a message or an envelope that are opened on the
 INLINE_BYTES = 65_536  # bytes of an envelope that is parsed, and of an answer that is rendered
 
 
-async def open_offered(fds: list[int], sizes: tuple[int, int], threads: Executor) -> tuple[Message, bytes]:
+async def open_offered(fds: list[int], sizes: tuple[int, int], spool: str, threads: Executor) -> tuple[Message, bytes]:
     """See :func:`open_pair`. If the waiting is cancelled, everything is closed."""
     if max(sizes) <= INLINE:
-        return open_pair(fds, sizes)
-    opening = threads.submit(open_pair, fds, sizes)
+        return open_pair(fds, sizes, spool)
+    opening = threads.submit(open_pair, fds, sizes, spool)
     try:
         return await _owned(asyncio.wrap_future(opening), _close_message)
     except asyncio.CancelledError:

@@ -1,7 +1,7 @@
 """Open the two descriptors that a client passes: the message (read if small, else mapped) and the envelope.
 
-A message is mapped without a copy: it comes from a user of the mail system, or it is a copy that the receiver process
-made of what another user passed. A descriptor that is not a readable regular file of the announced size raises
+A message that nobody can change any longer is mapped in place; of any other a private copy is made first, whoever
+passed it. A descriptor that is not a readable regular file of the announced size raises
 :class:`MessageError`. In every case both descriptors end up owned by the result or closed.
 """
 
@@ -11,19 +11,20 @@ import os
 import stat
 from collections.abc import Sequence
 
+from contentfilter.doors.private_copy import SEALS, is_immutable, private_copy
 from contentfilter.errors import MessageError
 from contentfilter.model import Message
 
 ENVELOPE_LIMIT = 128 * 1024 * 1024  # RECIPIENTS_MAX recipients of the longest legal address fit
-SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 SMALL = 64 * 1024  # bytes; up to this size one read is cheaper than mapping, page faults and unmapping
 _O_PATH = getattr(os, "O_PATH", 0)
 
 
-def open_pair(fds: Sequence[int], sizes: tuple[int, int]) -> tuple[Message, bytes]:
+def open_pair(fds: Sequence[int], sizes: tuple[int, int], spool: str) -> tuple[Message, bytes]:
     """The message and the envelope block of ``fds`` (message first), whose announced ``sizes`` are in bytes.
 
-    Takes ownership of all ``fds``: on any error all are closed. Raises MessageError.
+    ``spool``: directory for copies of large messages. Takes ownership of all ``fds``: on any error all are closed.
+    Raises MessageError.
     """
     if len(fds) != 2:
         for fd in fds:
@@ -36,13 +37,16 @@ def open_pair(fds: Sequence[int], sizes: tuple[int, int]) -> tuple[Message, byte
         raise
     finally:
         os.close(fds[1])
-    return open_message(fds[0], sizes[0]), envelope
+    return open_message(fds[0], sizes[0], spool), envelope
 
 
-def open_message(fd: int, size: int) -> Message:
+def open_message(fd: int, size: int, spool: str) -> Message:
     """Map or read ``size`` bytes of ``fd``; takes ownership of ``fd``. Raises MessageError."""
     try:
         check_file(fd, size, "message")
+        if not is_immutable(fd):
+            fd, given = private_copy(fd, size, spool), fd
+            os.close(given)
         if size <= SMALL:
             return Message(fd, size, _read(fd, size, "message"))
         # MAP_PRIVATE: older kernels refuse a shared mapping of a write-sealed memfd.
@@ -102,4 +106,4 @@ def sealed_memfd(name: str, data: bytes) -> int:
 
 def message_of(data: bytes) -> Message:
     """A message from bytes that no client passed. Raises OSError."""
-    return open_message(sealed_memfd("message", data), len(data))
+    return open_message(sealed_memfd("message", data), len(data), "")

@@ -254,7 +254,7 @@ class Connection:
         """Open the message, have it handled, answer. Returns the number of submissions in the answer that was sent."""
         fds, self._fds = self._fds, []
         sizes = (request.message_size, request.envelope_size)
-        message, block = await open_offered(fds, sizes, self._state.opening)
+        message, block = await open_offered(fds, sizes, self._state.limits.spool, self._state.opening)
         try:
             envelope = await parse_envelope(block, handler.recipient_limit(pending.origin.kind))
             del block

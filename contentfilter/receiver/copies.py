@@ -4,16 +4,14 @@ Everything is copied, sealed memory files too: a file of huge pages, or one with
 reading its mapping can end the reader with SIGBUS or take memory that was never counted.
 """
 
-import fcntl
 import os
 from collections.abc import Sequence
 
-from contentfilter.doors.message import ENVELOPE_LIMIT, SEALS, check_file
+from contentfilter.doors.message import ENVELOPE_LIMIT, check_file
+from contentfilter.doors.private_copy import private_copy
 from contentfilter.errors import MessageError
 
 MESSAGE_LIMIT = 1024 * 1024 * 1024  # bytes
-IN_MEMORY = 16 * 1024 * 1024  # bytes; larger copies are unnamed files
-_CHUNK = 4 * 1024 * 1024
 
 
 def check_sizes(sizes: tuple[int, int]) -> None:
@@ -34,26 +32,8 @@ def copy_pair(fds: Sequence[int], sizes: tuple[int, int], directory: str) -> tup
     for fd, size, what in zip(fds, sizes, ("message", "envelope"), strict=True):
         try:
             check_file(fd, size, what)
-            copies.append(_copy(fd, size, directory))
+            copies.append(private_copy(fd, size, directory))
         except OSError as e:
             raise MessageError(f"{what}: {e.strerror}") from e
         os.close(fd)
     return copies[0], copies[1]
-
-
-def _copy(source: int, size: int, directory: str) -> int:
-    """A new private file with the first ``size`` bytes of ``source``. Raises MessageError or OSError."""
-    in_memory = size <= IN_MEMORY
-    if in_memory:
-        target = os.memfd_create("copy", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    else:
-        target = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC | os.O_EXCL, 0o600)
-    done = 0
-    while done < size:
-        count = os.sendfile(target, source, done, min(size - done, _CHUNK))
-        if count == 0:
-            raise MessageError("it shrank while it was copied")
-        done += count
-    if in_memory:
-        fcntl.fcntl(target, fcntl.F_ADD_SEALS, SEALS | fcntl.F_SEAL_SEAL)
-    return target

@@ -1,13 +1,12 @@
 """clamd client: scans a message with one clamd. Only its explicit OK is clean.
 
-On a Unix socket the message's descriptor itself is passed (FILDES: no copy); on TCP, and where
-FILDES is refused, the mapped bytes are streamed (INSTREAM). Never SCAN: a clamd that is stopped
+On a Unix socket a read-only descriptor of the message is passed (FILDES: no copy); on TCP, where
+FILDES is refused, and without /proc, the mapped bytes are streamed (INSTREAM). Never SCAN: a clamd that is stopped
 while it scans a path answers OK. Faults are :class:`BackendError`, and so is "not scanned to the
 end" (cause LIMITS): such a message is unchecked, not clean.
 """
 
 import asyncio
-import fcntl
 import os
 import time
 from collections import Counter
@@ -81,7 +80,7 @@ class ClamdScanner:
         """One attempt at one backend."""
         database = await self._database_before(address) if with_database else ""
         answer: clamd.ScanAnswer | None = None
-        if address.path and address not in self._no_fildes and _passable(message.fd):
+        if address.path and address not in self._no_fildes:
             answer = await self._fildes(address, message.fd, progress)
             if isinstance(answer, clamd.Clean):
                 await self._proofs[address].check(address, partial(self._fildes, address))
@@ -136,13 +135,18 @@ class ClamdScanner:
         await query(address, clamd.command("PING"), clamd.pong_reader(), self._context, deadline)
 
     async def _fildes(self, address: Address, fd: int, progress: Progress) -> clamd.ScanAnswer | None:
-        """None if clamd does not take descriptors; that is remembered until it goes down."""
+        """None if clamd does not take descriptors, which is remembered until it goes down; or there is none to pass."""
         batches, reader = iter([(clamd.fildes(),)]), clamd.scan_reader()
+        passed = _read_only(fd)
+        if passed < 0:
+            return None
         try:
-            answer, _ = await request(address, batches, reader, self._context, progress, descriptor=fd)
+            answer, _ = await request(address, batches, reader, self._context, progress, descriptor=passed)
         except BackendError as error:
             self._forget_refusal(address, error)
             raise
+        finally:
+            os.close(passed)
         if isinstance(answer, clamd.Failed) and answer.refused:
             self._no_fildes.add(address)
             return None
@@ -175,12 +179,15 @@ def _stream(message: Message) -> Generator[Batch, None, None]:
         yield from clamd.instream(view)
 
 
-def _passable(fd: int) -> bool:
-    """clamd answers OK to a descriptor that it cannot read, so only a readable one is passed."""
-    if fd < 0:
-        return False
-    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-    return flags & os.O_ACCMODE != os.O_WRONLY and not flags & os.O_PATH
+def _read_only(fd: int) -> int:
+    """Another descriptor of the same file, or -1: clamd gets no right to write, and no position or flags of ours.
+
+    It is readable in any case, because clamd answers OK to a descriptor that it cannot read.
+    """
+    try:
+        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # no /proc, the message has been closed, or a limit
+        return -1
 
 
 # EICAR, in parts: no virus scanner shall stop at this file.

@@ -107,8 +107,9 @@ class CrashTable:
 
     def __init__(self, log: Logger) -> None:
         self._log = log
-        self.fd = os.memfd_create("crashes", os.MFD_CLOEXEC)
+        self.fd = os.memfd_create("crashes", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, _SIZE)
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         self._table = mmap.mmap(self.fd, _SIZE)
         self._lives = 0
         self._taken: set[int] = set()

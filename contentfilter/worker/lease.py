@@ -124,6 +124,7 @@ class ApplicationLease:
         return IntakeLimits(
             self,
             self._origin,
+            service.state,
             service.budget,
             service.max_in_flight,
             service.max_waiting,

@@ -83,7 +83,7 @@ def listening(tmp_path: Path) -> Callable[..., Any]:
         log_fd = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC)
         rules, _ = resolve(OriginSettings(smtp_users=(str(os.getuid()),), bounce_users=()))
         handler = Function(handle, limit)
-        limits = IntakeLimits(handler, rules, budget, max_in_flight, **more)
+        limits = IntakeLimits(handler, rules, str(tmp_path), budget, max_in_flight, **more)
         own = open_socket(path, 0o600, 64)
         listener = Listener(
             socket.socket(fileno=os.dup(own.socket.fileno())), limits, make_logger("json", "debug", log_fd)

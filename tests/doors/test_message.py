@@ -1,5 +1,6 @@
 """Descriptors that come from anybody: what is taken, what is refused, and that none is ever lost."""
 
+import fcntl
 import mmap
 import os
 import socket
@@ -9,11 +10,14 @@ from pathlib import Path
 import pytest
 from lab.offer import sealed, unnamed
 
+from contentfilter.doors import private_copy
 from contentfilter.doors.message import ENVELOPE_LIMIT, SMALL, open_message, open_pair, read_envelope
+from contentfilter.doors.private_copy import SEALS
 from contentfilter.errors import MessageError
 
 CONTENT = b"Subject: x\n\nbody\n" * 5000  # large enough to be mapped
 SIZE = len(CONTENT)
+NOWHERE = "/nonexistent"  # only large copies need a directory
 
 
 @pytest.fixture(autouse=True)
@@ -70,42 +74,80 @@ WRONG = {
 @pytest.mark.parametrize("kind", WRONG)
 def test_a_wrong_descriptor_is_refused_and_closed(kind: str, tmp_path: Path) -> None:
     with pytest.raises(MessageError):
-        open_message(WRONG[kind](tmp_path), SIZE)
+        open_message(WRONG[kind](tmp_path), SIZE, NOWHERE)
 
 
 @pytest.mark.parametrize("kind", WRONG)
 def test_a_wrong_envelope_descriptor_is_refused_and_both_are_closed(kind: str, tmp_path: Path) -> None:
     with pytest.raises(MessageError):
-        open_pair([sealed(CONTENT), WRONG[kind](tmp_path)], (SIZE, SIZE))
+        open_pair([sealed(CONTENT), WRONG[kind](tmp_path)], (SIZE, SIZE), NOWHERE)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_another_number_of_descriptors_is_refused_and_all_are_closed(count: int) -> None:
     with pytest.raises(MessageError):
-        open_pair([sealed(CONTENT) for _ in range(count)], (SIZE, SIZE))
+        open_pair([sealed(CONTENT) for _ in range(count)], (SIZE, SIZE), NOWHERE)
 
 
 def test_an_envelope_over_the_limit_is_refused_before_memory_is_taken() -> None:
     with pytest.raises(MessageError, match="envelope of"):
-        open_pair([sealed(b""), sealed(b"")], (0, ENVELOPE_LIMIT + 1))
+        open_pair([sealed(b""), sealed(b"")], (0, ENVELOPE_LIMIT + 1), NOWHERE)
 
 
 @pytest.mark.parametrize("make", [sealed, unnamed, writable_memfd])
 @pytest.mark.parametrize("content", [b"", b"x", b"s" * SMALL, b"m" * (SMALL + 1), CONTENT])
 def test_the_bytes_are_exact(make: Callable[[bytes], int], content: bytes) -> None:
-    message = open_message(make(content), len(content))
+    message = open_message(make(content), len(content), NOWHERE)
     assert bytes(message.data) == content
     assert os.pread(message.fd, len(content) + 1, 0) == content
     message.close()
 
 
 @pytest.mark.parametrize(("size", "kind"), [(SMALL, bytes), (SMALL + 1, mmap.mmap)])
-def test_a_message_goes_on_in_its_own_file(size: int, kind: type) -> None:
+def test_a_sealed_message_goes_on_in_its_own_file(size: int, kind: type) -> None:
     fd = sealed(b"m" * size)
-    message = open_message(fd, size)
+    message = open_message(fd, size, NOWHERE)
     assert message.fd == fd
     assert isinstance(message.data, kind)
     message.close()
+
+
+@pytest.mark.parametrize("seals", [None, 0, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW], ids=["file", "none", "half"])
+def test_what_its_owner_could_still_cut_is_copied(seals: int | None) -> None:
+    """Whoever passed it: reading a mapping of the file itself would end this process with SIGBUS here."""
+    fd = unnamed(CONTENT) if seals is None else writable_memfd(CONTENT)
+    if seals:
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    theirs = os.dup(fd)
+    message = open_message(fd, SIZE, NOWHERE)
+    os.ftruncate(theirs, 0)
+    os.close(theirs)
+    assert bytes(message.data) == CONTENT
+    assert fcntl.fcntl(message.fd, fcntl.F_GET_SEALS) & SEALS == SEALS
+    message.close()
+
+
+def test_a_large_copy_is_an_unnamed_file_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(private_copy, "IN_MEMORY", SIZE - 1)
+    message = open_message(unnamed(CONTENT), SIZE, str(tmp_path))
+    status = os.fstat(message.fd)
+    assert (status.st_dev, status.st_nlink) == (os.stat(tmp_path).st_dev, 0)
+    assert bytes(message.data) == CONTENT
+    message.close()
+    with pytest.raises(MessageError):
+        open_message(unnamed(CONTENT), SIZE, NOWHERE)
+
+
+def test_huge_pages_are_never_mapped_sealed_or_not() -> None:
+    """A mapping of them ends its reader when the pool is empty. The kernel does not copy them either."""
+    try:
+        fd = os.memfd_create("huge", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | os.MFD_HUGETLB)
+        os.ftruncate(fd, 1 << 21)
+    except OSError:
+        pytest.skip("needs a kernel with huge pages")
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
+    with pytest.raises(MessageError):
+        open_message(fd, 1 << 21, NOWHERE)
 
 
 def test_a_closed_descriptor_is_a_message_error() -> None:
@@ -118,13 +160,13 @@ def test_a_closed_descriptor_is_a_message_error() -> None:
 def test_the_offset_that_the_hook_left_does_not_matter() -> None:
     fds = [sealed(CONTENT), sealed(b"F\0\0")]
     assert os.lseek(fds[0], 0, os.SEEK_CUR) == SIZE
-    message, envelope = open_pair(fds, (SIZE, 3))
+    message, envelope = open_pair(fds, (SIZE, 3), NOWHERE)
     assert (bytes(message.data), envelope) == (CONTENT, b"F\0\0")
     message.close()
 
 
 def test_a_message_can_be_closed_while_a_thread_still_reads_it() -> None:
-    message = open_message(sealed(CONTENT), SIZE)
+    message = open_message(sealed(CONTENT), SIZE, NOWHERE)
     still_reading = memoryview(message.data)
     message.close()
     assert message.fd == -1

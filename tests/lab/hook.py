@@ -246,8 +246,16 @@ def sealed(body: bytes) -> int:
 class FakeDaemon:
     """Answers the n-th offer with the n-th reply; the last one stands for all that follow."""
 
-    def __init__(self, path: Path, *replies: Reply | Callable[[Offer], Reply], backlog: int = 16) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *replies: Reply | Callable[[Offer], Reply],
+        backlog: int = 16,
+        handle: Callable[[int], object] = lambda fd: None,
+    ) -> None:
+        """``handle`` gets each descriptor that came with an offer."""
         self.path = path
+        self._handle = handle
         self.replies = replies
         self.offers: list[Offer] = []
         self.reports: list[wire.CommitReport] = []
@@ -304,7 +312,7 @@ class FakeDaemon:
 
     def _serve(self, connection: socket.socket) -> None:
         try:
-            offer = _take(connection)
+            offer = _take(connection, self._handle)
             with self._changed:
                 reply = self.replies[min(len(self.offers), len(self.replies) - 1)]
                 self.offers.append(offer)
@@ -339,7 +347,7 @@ class FakeDaemon:
                 self._changed.notify_all()
 
 
-def _take(connection: socket.socket) -> Offer:
+def _take(connection: socket.socket, handle: Callable[[int], object]) -> Offer:
     pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     packet, fds, flags, _ = socket.recv_fds(connection, wire.REQUEST_MAX + 1, 8)
     if not packet:
@@ -365,6 +373,7 @@ def _take(connection: socket.socket) -> Offer:
     os.lseek(message, 3, os.SEEK_SET)
     os.lseek(envelope, 1, os.SEEK_SET)
     for fd in fds:
+        handle(fd)
         os.close(fd)
     return Offer(request, first, digest.hexdigest(), content, seals, pid, uid, links)
 

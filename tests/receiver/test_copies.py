@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from lab.offer import sealed, unnamed
 
-from contentfilter.doors.message import ENVELOPE_LIMIT, SEALS
+from contentfilter.doors import private_copy
+from contentfilter.doors.message import ENVELOPE_LIMIT
+from contentfilter.doors.private_copy import SEALS
 from contentfilter.errors import MessageError
-from contentfilter.receiver import copies
 from contentfilter.receiver.copies import MESSAGE_LIMIT, check_sizes, copy_pair
 
 CONTENT = b"Subject: x\n\nbody\n" * 5000
@@ -52,7 +53,7 @@ def test_the_copies_are_exact_sealed_and_other_files(make: Callable[[bytes], int
 
 
 def test_a_large_copy_is_an_unnamed_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copies, "IN_MEMORY", len(CONTENT) - 1)
+    monkeypatch.setattr(private_copy, "IN_MEMORY", len(CONTENT) - 1)
     made = copy_pair([sealed(CONTENT), sealed(ENVELOPE)], SIZES, str(tmp_path))
     status = os.fstat(made[0])
     assert (status.st_dev, status.st_nlink) == (os.stat(tmp_path).st_dev, 0)
@@ -61,7 +62,7 @@ def test_a_large_copy_is_an_unnamed_file(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_no_room_for_a_copy_is_a_message_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copies, "IN_MEMORY", 1)
+    monkeypatch.setattr(private_copy, "IN_MEMORY", 1)
     with pytest.raises(MessageError, match="No such file"):
         copy_pair([sealed(CONTENT), sealed(ENVELOPE)], SIZES, str(tmp_path / "missing"))
 
@@ -70,7 +71,7 @@ def test_a_file_that_is_cut_while_it_is_copied_is_a_message_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half of it is copied when it shrinks: never a shorter message, nor one of NULs."""
-    monkeypatch.setattr(copies, "_CHUNK", len(CONTENT) // 2)
+    monkeypatch.setattr(private_copy, "_CHUNK", len(CONTENT) // 2)
     true, theirs = os.sendfile, writable(CONTENT)
 
     def cut(target: int, source: int, offset: int, count: int) -> int:
@@ -78,7 +79,7 @@ def test_a_file_that_is_cut_while_it_is_copied_is_a_message_error(
             os.ftruncate(theirs, 100)
         return true(target, source, offset, count)
 
-    monkeypatch.setattr(copies.os, "sendfile", cut)
+    monkeypatch.setattr(private_copy.os, "sendfile", cut)
     with pytest.raises(MessageError, match="shrank"):
         copy_pair([os.dup(theirs), sealed(ENVELOPE)], SIZES, str(tmp_path))
     os.close(theirs)

@@ -82,7 +82,7 @@ async def test_scans_hashes_plans_and_openings_go_on(hung: threading.Semaphore, 
     assert large.size > THREAD_ABOVE
     own = open_socket(str(tmp_path / "q"), 0o600, 64)
     origin = ResolvedOrigin(frozenset(), frozenset(), ())
-    listener = Listener(own.socket, IntakeLimits(Dropping(), origin, 30.0, 8), log)
+    listener = Listener(own.socket, IntakeLimits(Dropping(), origin, str(tmp_path), 30.0, 8), log)
     listener.start()
     async with asyncio.timeout(20):
         assert await asyncio.to_thread(Engine(default_signatures(), ()).scan, large.data) is None

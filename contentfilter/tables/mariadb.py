@@ -28,7 +28,7 @@ from contentfilter.tables.owners import OwnerBuilder
 from contentfilter.tables.result import Builder
 from contentfilter.tables.rows import TABLES, Rows, Table
 
-BATCH = 2000  # rows between two chances for others on the event loop
+BATCH = 500  # rows between two chances for others on the event loop
 MAX_PASSWORD_FILE = 4096
 _CLIENT_SSL = 1 << 11  # capability flag of the protocol
 _BINARY = "utf8mb4"  # addresses come as UTF-8, or as they are where the column is binary

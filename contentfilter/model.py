@@ -39,7 +39,9 @@ class Origin(msgspec.Struct, frozen=True):
 
 
 RECIPIENTS_MAX = 100_000
-"""Recipients of one message, whoever sends it."""
+"""Recipients of one message, of any origin."""
+SUBMISSIONS_MAX = 128
+"""Forms in which one message is delivered; the hook starts a process for each."""
 
 
 class Envelope(msgspec.Struct, frozen=True):

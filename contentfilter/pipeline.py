@@ -53,8 +53,10 @@ from contentfilter.verdict.disposition import Disposition
 from contentfilter.verdict.record import MailDetail, MailRecord, fields, make_detail, make_record, quarantine_facts
 from contentfilter.verdict.reply import make_disposition
 
-MANY_RECIPIENTS = 2_000
+MANY_RECIPIENTS = 500
 """Above this, work for each recipient leaves the event loop."""
+LONG_HEADER = 48 * 1024
+"""Bytes of a header block above which its changes are computed off the event loop."""
 POISON = "it killed two workers"
 
 T = TypeVar("T")
@@ -146,7 +148,7 @@ class Pipeline:
         context = await self.examine(incident, envelope, message, origin, deadline)
         if context.decision.withheld:
             context = await self._keep(context, deadline)
-        return await _for_recipients(envelope, _conclude, context, attempt, started)
+        return await _concluded(context, attempt, started)
 
     async def isolate(
         self, incident: str, envelope: Envelope, message: Message, origin: Origin, attempt: int, fingerprint: str
@@ -163,7 +165,7 @@ class Pipeline:
         )
         stand_in = Message(-1, message.size, b"")
         context = await self._decide(incident, envelope, stand_in, origin, plan, outcomes)
-        handled = await _for_recipients(envelope, _conclude, context, attempt, started)
+        handled = await _concluded(context, attempt, started)
         facts = (self.settings.service.state, fingerprint, message, fields(handled.record))
         try:
             return Isolated(
@@ -326,9 +328,9 @@ class Pipeline:
             scores = [self._score(message, user, plan.want, priority, deadline, reuse) for _, user in plan.users]
             tasks = [group.create_task(_outcome_of(Scanner.SPAMD, score)) for score in scores]
         outcomes = [replace(task.result(), owner=owner) for (owner, _), task in zip(plan.users, tasks, strict=True)]
-        if not plan.left_out:
+        if not plan.owners_ignored:
             return tuple(outcomes)
-        detail = f"also for {plan.left_out} with preferences: [spamd] max_users={self.settings.spamd.max_users}"
+        detail = f"also for {plan.owners_ignored} with preferences: [spamd] max_users={self.settings.spamd.max_users}"
         return tuple(o if o.owner or o.detail else replace(o, detail=detail) for o in outcomes)
 
     async def _score(
@@ -361,6 +363,13 @@ async def _for_recipients(envelope: Envelope, function: Callable[P, T], *args: P
     if len(envelope.recipients) > MANY_RECIPIENTS:
         return await asyncio.to_thread(function, *args, **kwargs)
     return function(*args, **kwargs)
+
+
+async def _concluded(context: MessageContext, attempt: int, started: float) -> Handled:
+    data = context.message.data
+    if len(data) > LONG_HEADER and data.find(b"\n\n", 0, LONG_HEADER) < 0 and data.find(b"\n\r\n", 0, LONG_HEADER) < 0:
+        return await asyncio.to_thread(_conclude, context, attempt, started)
+    return await _for_recipients(context.envelope, _conclude, context, attempt, started)
 
 
 def _conclude(context: MessageContext, attempt: int, started: float) -> Handled:

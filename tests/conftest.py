@@ -1,5 +1,6 @@
 """Fixtures shared by several directories: the real daemons, started once per test process."""
 
+import gc
 import os
 import shutil
 import signal
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
-from lab import compiler, lifeline
+from lab import compiler, lifeline, watchdog
 from lab.browser import Browser
 from lab.clamd import Clamd
 from lab.daemon import Daemon
@@ -37,6 +38,11 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[compiler.SHARED] = directory
         config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
     lifeline.start()
+    fd, os.environ[watchdog.REPORT] = tempfile.mkstemp(prefix="cf-loops-")
+    os.close(fd)
+    os.chmod(os.environ[watchdog.REPORT], 0o666)  # daemons of other users, too
+    watchdog.install(watchdog.held.append)
+    config.add_cleanup(lambda: Path(os.environ[watchdog.REPORT]).unlink(missing_ok=True))
     for name in os.listdir("/proc/self/fd"):
         if int(name) > 2:  # what a shell or a build service left open is not for the programs under test
             with suppress(OSError):
@@ -46,6 +52,23 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_xdist_auto_num_workers() -> int:
     """Number of processes for ``-n auto``: two per processor, because most tests wait for a daemon much of the time."""
     return 2 * len(os.sched_getaffinity(0))
+
+
+def pytest_collection_finish() -> None:
+    """The tests themselves stay: collections during a test need not visit them, as in a worker."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def loops_are_never_held() -> Iterator[None]:
+    """No callback of an event loop, in this process or in a daemon, uses more CPU time than LIMIT (lab/watchdog.py)."""
+    path = Path(os.environ[watchdog.REPORT])
+    yield
+    found = [*watchdog.held, *path.read_text().splitlines()]
+    watchdog.held.clear()
+    os.truncate(path, 0)
+    assert found == []
 
 
 @pytest.fixture(scope="session")

@@ -61,7 +61,7 @@ def unexpected_event(connection: socket.socket) -> str:
 
 
 class PreparedAnswer:
-    """An encoded answer; a long body is in a sealed memfd. Whoever has it closes it."""
+    """An encoded answer; a long body is in a sealed memfd. Its owner closes it."""
 
     def __init__(self, packet: bytes, fd: int = -1) -> None:
         self._packet, self._fd = packet, fd

@@ -85,7 +85,7 @@ def _wrong(key: bytes) -> str:
 
 
 class KeyShape(Protocol):
-    """What is known about the keys of a table, so that a look-up can skip keys that it cannot have."""
+    """Summary of the keys of a table, so that a look-up can skip keys that it cannot have."""
 
     @property
     def local_sizes(self) -> Collection[int]:

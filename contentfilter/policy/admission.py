@@ -76,7 +76,7 @@ class QueueEntry(Generic[T]):
 
 
 class AdmissionQueue(Generic[T]):
-    """Slots, and the queue for them. Whoever gets a slot gives it back with :meth:`release`."""
+    """Slots, and the queue for them. A slot is given back with :meth:`release`."""
 
     def __init__(self, slots: int, max_waiting: int = UNLIMITED, byte_limit: int = UNLIMITED) -> None:
         """``max_waiting``: number of entries. ``byte_limit``: bytes of large messages in slots; one always fits."""

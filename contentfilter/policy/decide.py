@@ -16,14 +16,13 @@ from itertools import chain
 
 import msgspec
 
-from contentfilter.model import Action, Check, OriginKind, Reason, Scanner, ScanOutcome, ScanStatus
+from contentfilter.model import SUBMISSIONS_MAX, Action, Check, OriginKind, Reason, Scanner, ScanOutcome, ScanStatus
 from contentfilter.policy.failure import failure_action
 from contentfilter.policy.options import Options
 from contentfilter.policy.overrides import class_action
 from contentfilter.policy.plan import RecipientPolicy, ScanPlan
 from contentfilter.settings import Settings
 from contentfilter.wire.clamd import signature_class
-from contentfilter.wire.hook import SUBMISSIONS_MAX
 
 
 class RecipientAction(enum.Enum):

@@ -46,13 +46,15 @@ _DAEMONS = (Scanner.CLAMD, Scanner.SPAMD)
 MEANINGS: Mapping[Cause, Meaning] = MappingProxyType(
     {
         Cause.DOWN: Meaning(
-            "nobody listens, we may not connect, it closes without a byte (killed, restarted, overloaded), or spamd "
-            "says that something it needs is missing",
+            "connection refused or not permitted, closed without a byte (killed, restarted, overloaded), or spamd "
+            "reports that something it needs is missing",
             _DAEMONS,
         ),
-        Cause.TIMEOUT: Meaning("no whole answer within its time, or it says that it ran out of time", tuple(Scanner)),
+        Cause.TIMEOUT: Meaning(
+            "no complete response within its time limit, or it reports a timeout of its own", tuple(Scanner)
+        ),
         Cause.BUSY: Meaning(
-            "its listen queue stayed full, it asks us to come again, or a message would wait too long for its turn",
+            "its listen queue remained full, it asks for a retry, or a message would wait too long for a slot",
             _DAEMONS,
         ),
         Cause.TOO_BIG: Meaning(
@@ -60,16 +62,17 @@ MEANINGS: Mapping[Cause, Meaning] = MappingProxyType(
         ),
         Cause.LIMITS: Meaning(
             "clamd stopped at a limit of its own (Heuristics.Limits.*), or the signatures at one of theirs (hundreds "
-            "of thousands of parts); nobody has seen everything",
+            "of thousands of parts); the message was not scanned completely",
             (Scanner.CLAMD, Scanner.SIGNATURES, Scanner.LOADERTYPES),
         ),
-        Cause.BAD_REPLY: Meaning("an answer that is cut off, makes no sense, or tells of an error inside it", _DAEMONS),
+        Cause.BAD_REPLY: Meaning("a response that is truncated, malformed, or reports an internal error", _DAEMONS),
         Cause.RELOADING: Meaning(
-            "clamd says that it is loading its database; one that says nothing meanwhile is a timeout", (Scanner.CLAMD,)
+            "clamd reports that it is loading its database; if it does not respond meanwhile, that is a timeout",
+            (Scanner.CLAMD,),
         ),
-        Cause.MEMORY: Meaning("it says that it has no memory left for this message", _DAEMONS),
-        Cause.POISON: Meaning("the message killed two workers and is looked at no more", tuple(Scanner)),
-        Cause.BYPASSED: Meaning("an administrator has switched the scanner off for a while", tuple(Scanner)),
+        Cause.MEMORY: Meaning("it reports that it has not enough memory for this message", _DAEMONS),
+        Cause.POISON: Meaning("the message killed two workers and is not scanned any further", tuple(Scanner)),
+        Cause.BYPASSED: Meaning("an administrator has bypassed the scanner for a limited time", tuple(Scanner)),
     }
 )
 

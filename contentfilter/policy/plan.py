@@ -84,7 +84,7 @@ class ScanPlan(msgspec.Struct, frozen=True):
     groups: tuple[tuple[RecipientPolicy, tuple[int, ...]], ...]
     steps: tuple[PlanStep, ...]
     users: tuple[tuple[bytes, bytes], ...] = ()  # for spamd: each owner, and the address that it is asked for
-    left_out: int = 0  # recipients whose own preferences are ignored: there are too many owners
+    owners_ignored: int = 0  # recipients whose own preferences are not used, because there are too many owners
     want: Want = Want.CHECK
     limit: str = ""  # databytes or maxrecipients, where one of them is exceeded
     hold: str = ""  # why the policies are not known now
@@ -158,7 +158,7 @@ class _Preferences:
     def __init__(self, owners: Owners | None, limit: int) -> None:
         self.limit = limit
         self.addresses: dict[bytes, bytes] = {b"": b""}
-        self.left_out = 0
+        self.ignored = 0
         self._owners = owners
 
     def __bool__(self) -> bool:
@@ -172,7 +172,7 @@ class _Preferences:
         owner, address = self._owners(recipient)
         if owner not in self.addresses:
             if len(self.addresses) > self.limit:
-                self.left_out += 1
+                self.ignored += 1
                 return None
             self.addresses[owner] = address
         return owner
@@ -223,7 +223,7 @@ def _policy(
     """``owner`` is None where the recipient's preferences are ignored for the sake of ``max_users``."""
     virus = rules.virus or _row_rule("clamavclients", rows[0])
     spam = rules.spam or _row_rule("spamdclients", rows[1])
-    ignored = f", own preferences left out: [spamd] max_users={max_users}" if owner is None else ""
+    ignored = f", own preferences not used: [spamd] max_users={max_users}" if owner is None else ""
     options = read_options(
         rows[0].options if rows[0] is not None and rules.virus is None else b"",
         rows[1].options if rows[1] is not None and rules.spam is None else b"",
@@ -281,7 +281,7 @@ def make_plan(
     )
     asked_for = dict.fromkeys([policy.owner for policy in found if policy.spam])
     users = tuple([(owner, preferences.addresses[owner]) for owner in asked_for])
-    return ScanPlan(groups, steps, users, preferences.left_out, _want(found, settings, size * len(users)))
+    return ScanPlan(groups, steps, users, preferences.ignored, _want(found, settings, size * len(users)))
 
 
 def unscanned_plan(envelope: Envelope, kind: OriginKind, switches: Switches, reason: str) -> ScanPlan:

@@ -1,4 +1,4 @@
-"""How much one user, and all users together, may have under way in the receiver. Pure bookkeeping, no I/O."""
+"""Limits of the receiver: connections and bytes of one user, and of all together. Pure bookkeeping, no I/O."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ class ReceiverLimits:
     connections: int = 32  # of one uid
     all_connections: int = 256
     rate: float = 50.0  # new connections of one uid in a second, on average
-    burst: int = 64  # and immediately after one another, after a pause
-    misuse: float = 20.0  # a connection without a sound request counts as so many new ones
-    bytes: int = 256 * 1024 * 1024  # of messages and envelopes that one uid has under way
+    misuse: float = 20.0  # a connection without a sound request counts as this many new ones
+    burst: int = 64  # new connections of one uid in a row, after a pause
+    bytes: int = 256 * 1024 * 1024  # of messages and envelopes in progress, of one uid
     all_bytes: int = 1024 * 1024 * 1024
 
 
 class Usage:
-    """Connections and bytes that are under way, by uid."""
+    """Connections and bytes in progress, by uid."""
 
     def __init__(self, limits: ReceiverLimits) -> None:
         self._limits = limits

@@ -100,7 +100,7 @@ class Quarantine:
             kept = self._clock()
             sidecar = {"incident": incident, "size": message.size, "time": kept}
             sidecar |= await asyncio.to_thread(described, message.data) | facts
-            await self._on_disk(self._make_room, message.size + len(msgspec.json.encode(sidecar)))
+            await self._on_disk(self._make_room, message.size, sidecar)
             name = await self._on_disk(self._keep_message, incident, message)
             try:
                 await self._put_sidecar(incident, sidecar | {"sha256": name}, kept)
@@ -155,7 +155,8 @@ class Quarantine:
         temporary = self._entries / (NEW + secrets.token_hex(8))
         try:
             async with aiofiles.open(temporary, "xb", opener=_private, executor=self._disk) as file:
-                await file.write(msgspec.json.encode(sidecar) + b"\n")
+                await file.write(await asyncio.to_thread(msgspec.json.encode, sidecar))  # long for many recipients
+                await file.write(b"\n")
                 await file.flush()
                 os.utime(file.fileno(), (kept, kept))
                 await self._on_disk(os.fsync, file.fileno())
@@ -186,10 +187,11 @@ class Quarantine:
 
     # Room
 
-    def _make_room(self, size: int) -> None:
-        """Off the loop: account for ``size`` more bytes, expiring the oldest for them where the quota asks for it."""
+    def _make_room(self, size: int, sidecar: dict[str, Any]) -> None:
+        """Off the loop: account for ``size`` more bytes and their sidecar, expiring the oldest if the quota is full."""
         if not self._quota:
             return
+        size += len(msgspec.json.encode(sidecar))
         full = OSError(errno.EDQUOT, f"quarantine is full: {size} bytes do not fit into the quota of {self._quota}")
         if size > self._quota:
             raise full

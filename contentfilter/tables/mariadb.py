@@ -31,7 +31,7 @@ from contentfilter.tables.owners import OwnerBuilder
 from contentfilter.tables.result import Builder
 from contentfilter.tables.rows import TABLES, Rows, Table
 
-BATCH = 2000  # rows that are taken together
+BATCH = 500  # rows that are taken together
 BATCH_BYTES = 1 << 20  # the same, if the rows are large
 MAX_PACKET = 8 << 20  # bytes of one packet, which has a row at most
 MAX_RECEIVED = 1 << 30  # bytes of all packets of one refresh: several million rows …

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import msgspec
 
 from contentfilter.errors import EnvelopeError, LocalProtocolError, RemoteProtocolError
-from contentfilter.model import Action, Reason
+from contentfilter.model import SUBMISSIONS_MAX, Action, Reason
 from contentfilter.wire import envelope as envelope_format
 
 VERSION = 1
@@ -19,7 +19,6 @@ PACKET_MAX = 65536  # an answer; a longer one passes its body in a descriptor
 REQUEST_MAX = 32 + 32768  # a request; read with one byte more, to detect a longer one
 ENVIRON_MAX = 32768
 TEXT_MAX = 250
-SUBMISSIONS_MAX = 128  # each is a process of the hook and its pipes
 SENT = b"CONTENTFILTER_SENT"  # in the environment block, where daemons that do not know it ignore it
 NEVER_STARTED = -1000  # a report's status for a submission that was not started
 

@@ -7,7 +7,7 @@ from e2e.mails import SPAM
 from lab.spamd import Spamd
 from lab.system import System
 
-from contentfilter.wire.hook import SUBMISSIONS_MAX
+from contentfilter.model import SUBMISSIONS_MAX
 
 COUNT = SUBMISSIONS_MAX + 22
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from lab import watchdog
 from lab.lifeline import end_with_us
 
 import contentfilter
@@ -137,7 +138,9 @@ class Daemon:
     def command(self) -> tuple[list[str], dict[str, str]]:
         """What :meth:`start` runs, and its environment."""
         environ = {**os.environ, "NOTIFY_SOCKET": str(self.directory / "notify.sock"), **self._environ}
-        environ["PYTHONPATH"] = os.pathsep.join(p for p in (environ.get("PYTHONPATH", ""), str(PACKAGE)) if p)
+        watched = str(Path(__file__).with_name("watched")) if watchdog.REPORT in environ else ""
+        paths = (watched, environ.get("PYTHONPATH", ""), str(PACKAGE))
+        environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         if self._watchdog:
             environ["WATCHDOG_USEC"] = str(int(self._watchdog * 1_000_000))
         command = self._command or (sys.executable, "-P", "-m", "contentfilter", "--config")

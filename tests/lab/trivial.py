@@ -1,6 +1,6 @@
 """A daemon without scanners: the real supervisor and workers around an application that obeys the message.
 
-As a program: ``trivial.py SETTINGS.toml``. The first line of the message is a command: WAIT, STUCK or WHO.
+As a program: ``trivial.py SETTINGS.toml``. The first line of the message is a command: WAIT, STUCK, BURN or WHO.
 """
 
 import asyncio
@@ -51,6 +51,10 @@ class Trivial:
         elif words[0] == "STUCK":
             while True:
                 time.sleep(1)
+        elif words[0] == "BURN":
+            end = time.thread_time() + 0.1
+            while time.thread_time() < end:
+                pass
         elif words[0] == "WHO":
             return Disposition(Action.DEFER, text=f"{os.getpid()} {self.settings.service.budget}")
         return QUEUE

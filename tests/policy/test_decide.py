@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from contentfilter.errors import Cause
-from contentfilter.model import Action, Check, OriginKind, Reason, Scanner, ScanOutcome, ScanStatus
+from contentfilter.model import SUBMISSIONS_MAX, Action, Check, OriginKind, Reason, Scanner, ScanOutcome, ScanStatus
 from contentfilter.policy.decide import decide, open_checks
 from contentfilter.policy.failure import failure_action
 from contentfilter.policy.options import DEFAULTS, Options, read_options
@@ -19,7 +19,6 @@ from contentfilter.settings import (
     SpamdSettings,
     TableSettings,
 )
-from contentfilter.wire.hook import SUBMISSIONS_MAX
 
 BOTH = RecipientPolicy(True, True, "v", "s")
 VIRUS = RecipientPolicy(True, False, "v", "")

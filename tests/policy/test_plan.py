@@ -183,12 +183,12 @@ def test_the_setting_says_whose_preferences_count():
 def test_owners_beyond_the_limit_are_treated_like_those_without_and_counted():
     plan = asked(b"anna", b"ben", b"carl", b"dora", b"anna", max_users=1)
     assert plan.users == ((b"anna@protected.example",) * 2, (b"", b""))
-    assert plan.left_out == 3
+    assert plan.owners_ignored == 3
     members = {t.owner: indices for t, indices in plan.groups}
     assert members == {b"anna@protected.example": (0, 4), b"": (1, 2, 3)}
     (rule,) = [t.spam_rule for t, _ in plan.groups if not t.owner]
-    assert rule.endswith("own preferences left out: [spamd] max_users=1")
-    assert asked(b"anna", b"ben", max_users=2).left_out == 0
+    assert rule.endswith("own preferences not used: [spamd] max_users=1")
+    assert asked(b"anna", b"ben", max_users=2).owners_ignored == 0
 
 
 def test_a_full_rewrite_for_many_owners_is_bounded():

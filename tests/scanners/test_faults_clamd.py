@@ -141,6 +141,11 @@ async def test_a_clamd_that_tires_of_waiting_says_timeout(lab_directory: Path) -
     assert answer.cause is Cause.TIMEOUT
 
 
+def _write_signatures(path: Path) -> None:
+    bodies = (hashlib.sha256(b"%d" % number).hexdigest() for number in range(60_000))
+    path.write_text("".join(f"Lab.{body[:8]}:0:*:{body[:20]}??{body[20:60]}\n" for body in bodies))
+
+
 @pytest.mark.parametrize("concurrent", ["yes", "no"])
 async def test_while_the_database_is_loaded_anew_viruses_are_found(
     lab_directory: Path, message, concurrent: str
@@ -149,8 +154,7 @@ async def test_while_the_database_is_loaded_anew_viruses_are_found(
     directory = lab_directory / f"reload-{concurrent}"
     database = directory / "database"
     database.mkdir(parents=True)
-    bodies = (hashlib.sha256(b"%d" % number).hexdigest() for number in range(60_000))
-    (database / "big.ndb").write_text("".join(f"Lab.{body[:8]}:0:*:{body[:20]}??{body[20:60]}\n" for body in bodies))
+    await asyncio.to_thread(_write_signatures, database / "big.ndb")
     with running(directory, f"ConcurrentDatabaseReload {concurrent}") as own:
         assert ask(own.socket, b"zRELOAD\0") == b"RELOADING\0"
         one = scanner(own.backend)

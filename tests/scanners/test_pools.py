@@ -154,10 +154,13 @@ async def test_a_lone_silent_clamd_that_lets_the_time_pass_is_called_reloading(t
         three[0].signal(signal.SIGCONT)
 
 
+def _write_signatures(path: Path) -> None:
+    path.write_text("".join(f"Big.{n}:0:*:{n:048x}\n" for n in range(SIGNATURES)))
+
+
 async def test_a_real_reload_without_concurrency_fails_no_mail(three: list[Clamd], message) -> None:
     """RELOAD while mail comes. clamd takes connections meanwhile, but answers neither scan nor PING."""
-    many = "".join(f"Big.{n}:0:*:{n:048x}\n" for n in range(SIGNATURES))
-    (three[0].directory / "database" / "big.ndb").write_text(many)
+    await asyncio.to_thread(_write_signatures, three[0].directory / "database" / "big.ndb")
     async with watched(scanner(*(each.backend for each in three[:2]))) as one:
         letter, outcomes, silent = message(LETTER), [], False
         assert await asyncio.to_thread(ask, three[0].socket, b"zRELOAD\0") == b"RELOADING\0"

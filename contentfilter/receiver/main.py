@@ -22,10 +22,11 @@ from dataclasses import dataclass
 import msgspec
 
 from contentfilter.doors.hook_socket import peer_credentials
-from contentfilter.hardening import give_up_privileges
+from contentfilter.hardening import give_up_privileges, give_way
 from contentfilter.receiver.child import COPY_WAIT, REQUEST_WAIT, serve
 from contentfilter.receiver.limits import ReceiverLimits, Usage
 
+OOM_SCORE = 600  # before a worker
 NICE = 5  # a flood must not take the processor from the mail of others
 LIFETIME = 3700.0  # seconds after which a child is killed, whatever it waits for
 COPY_LIMIT = REQUEST_WAIT + COPY_WAIT + 1.0  # seconds after which a child that has not made its copies is killed
@@ -257,8 +258,8 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("handover", "lifeline", "report"):
         parser.add_argument(f"--{name}", type=int, required=True)
     options = parser.parse_args(arguments)
+    give_way(OOM_SCORE, NICE)
     give_up_privileges()
-    os.nice(NICE)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(OSError):  # the service's unit forbids it, and has set enough
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

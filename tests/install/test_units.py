@@ -27,7 +27,7 @@ SERVICE, SOCKET = SYSTEMD / "contentfilter.service", SYSTEMD / "contentfilter.so
 
 
 def value(unit: Path, key: str) -> str:
-    """Of a key that stands once in ``unit``."""
+    """Value of a key that occurs once in ``unit``."""
     (found,) = sandbox.values(unit, key)
     return found
 

@@ -8,6 +8,8 @@ drop is left to the unit (etc/systemd), or to whatever switches to the user. Lin
 import ctypes
 import os
 import resource
+from contextlib import suppress
+from pathlib import Path
 
 PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 4, 38
 
@@ -23,3 +25,14 @@ def give_up_privileges() -> None:
     for option, value in ((PR_SET_NO_NEW_PRIVS, 1), (PR_SET_DUMPABLE, 0)):
         if libc.prctl(option, *(ctypes.c_ulong(number) for number in (value, 0, 0, 0))):
             raise OSError(ctypes.get_errno(), f"prctl {option}")
+
+
+def give_way(oom_score: int, niceness: int = 0) -> None:
+    """Make the kernel end this process before others when memory runs out, and run it after others.
+
+    Before :func:`give_up_privileges`, after which the process may not. A refusal is no error.
+    """
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(oom_score), encoding="ascii")
+    with suppress(OSError):
+        os.nice(niceness)

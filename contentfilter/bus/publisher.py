@@ -29,12 +29,13 @@ from zmq.auth.asyncio import AsyncioAuthenticator
 from contentfilter.bus.messages import VERSION, Event
 from contentfilter.bus.sockets import LoopSocket
 from contentfilter.config.keys import Keys
-from contentfilter.hardening import give_up_privileges
+from contentfilter.hardening import give_up_privileges, give_way
 
 HIGH_WATER = 2_000  # events queued for each subscriber; an event has some kilobytes at most
 SUBSCRIPTION_MAX = 1024  # bytes of one part of what a subscriber sends
 SUBSCRIPTIONS_MAX = 20_000  # different subscriptions at each of the two sockets
 MEMORY_MAX = 768 << 20  # bytes of address space; about half of them are libraries, stacks and reservations of malloc
+OOM_SCORE = 600  # before a worker
 NICE = 5  # the mail first
 HANDSHAKE = 5_000  # milliseconds for a connection to prove its key
 DOMAIN = "events"  # of ZAP, ZeroMQ's authentication protocol
@@ -150,8 +151,8 @@ async def run(source: str, local: str, path: str, *remote: str) -> None:
 
 def main(arguments: list[str]) -> int:
     """The exit status."""
+    give_way(OOM_SCORE, NICE)
     give_up_privileges()
-    os.nice(NICE)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_MAX, MEMORY_MAX))
     try:
         asyncio.run(run(*arguments))

@@ -29,13 +29,14 @@ import msgspec
 from contentfilter.doors.handover import BATCH, GIVEN, KEY
 from contentfilter.doors.hook_socket import peer_credentials
 from contentfilter.errors import MessageError, ProtocolError
-from contentfilter.hardening import give_up_privileges
+from contentfilter.hardening import give_up_privileges, give_way
 from contentfilter.receiver import sink
 from contentfilter.receiver.child import COPY_WAIT, REQUEST_WAIT, serve
 from contentfilter.receiver.limits import ReceiverLimits, Usage
 from contentfilter.receiver.sink import Sink
 from contentfilter.receiver.starter import Starter, Work
 
+OOM_SCORE = 600  # before a worker
 NICE = 5  # of the children: a flood must not take the processor from the mail of others
 LIFETIME = 3700.0  # seconds after which a child is killed, whatever it waits for
 COPY_LIMIT = REQUEST_WAIT + COPY_WAIT + 1.0  # seconds after which a child that has not made its copies is killed
@@ -215,7 +216,7 @@ def serve_connection(queue: str, spool: str, pipe: socket.socket) -> None:
     def copied() -> None:
         pipe.send(COPIED)
 
-    os.nice(NICE)
+    give_way(OOM_SCORE, NICE)
     peer = _PEER.unpack(packet)
     outcome = DONE
     try:
@@ -247,6 +248,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("handover", "lifeline", "report"):
         parser.add_argument(f"--{name}", type=int, required=True)
     options = parser.parse_args(arguments)
+    give_way(OOM_SCORE)
     give_up_privileges()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(OSError):  # the service's unit forbids it, and has set enough

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from contentfilter.hardening import give_up_privileges
+from contentfilter.hardening import give_up_privileges, give_way
 from contentfilter.log import adopt_standard_logging, make_logger
 from contentfilter.log_target import open_target
 from contentfilter.settings import Settings
@@ -22,6 +22,7 @@ from contentfilter.worker.crashes import SlotPlace
 from contentfilter.worker.lease import Build
 from contentfilter.worker.worker import Options, run_worker
 
+OOM_SCORE = 300  # before the supervisor, which starts another one
 DESCRIPTORS = ("listen", "lifeline", "runtime", "orders", "suspects", "receiver")
 
 
@@ -77,6 +78,7 @@ def main(build: Build, arguments: Sequence[str] | None = None) -> None:
     parsed = parser.parse_args(arguments)
     fds = {name: getattr(parsed, name) for name in DESCRIPTORS}
     options = Options(parsed.run, parsed.generation, SlotPlace(parsed.place, parsed.life), **fds)
+    give_way(OOM_SCORE)
     give_up_privileges()
     with suppress(OSError):  # the service's unit forbids it, and has set enough
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

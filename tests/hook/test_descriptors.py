@@ -1,4 +1,4 @@
-"""What the daemon gets cannot change what is queued, wherever the message is stored."""
+"""Descriptors of an offer: the daemon cannot change through them what the hook queues, on disk or in memory."""
 
 import fcntl
 import os

@@ -68,12 +68,12 @@ def test_indimail_reads_stderr(both: HookLab, action: Action) -> None:
     assert (result.status, result.stderr) == (88, SAID[action])
 
 
-@pytest.mark.parametrize(("dialect", "told"), [("indimail", 88), ("sagredo", 82)])
+@pytest.mark.parametrize(("dialect", "status"), [("indimail", 88), ("sagredo", 82)])
 @pytest.mark.parametrize(("value", "works"), [("7", True), ("-1", False), ("x", False), ("99999999999", False)])
-def test_error_fd_moves_the_text(lab: HookLab, dialect: str, told: int, value: str, works: bool) -> None:
+def test_error_fd_moves_the_text(lab: HookLab, dialect: str, status: int, value: str, works: bool) -> None:
     lab.daemon(Answer(Action.REJECT, Reason.SPAM, TEXT))
     result = lab.run(dialect=dialect, fds={7: "pipe"}, env={"ERROR_FD": value})
-    assert result.status == (told if works else 31)
+    assert result.status == (status if works else 31)
     assert result.texts[7] == (SAID[Action.REJECT] if works else b"")
     assert result.stderr == b""
 

@@ -1,5 +1,5 @@
 """Every system call of the hook fails once in every way: no mail is acknowledged that is not queued, none is queued
-twice behind an error, none is refused for good, nobody waits too long, and nothing stays behind.
+twice behind an error, none is refused permanently, nobody waits too long, and nothing stays behind.
 
 By default a sample with every call and every error in it; CONTENTFILTER_FAULTS=all (`make faults`) tries all.
 """
@@ -88,17 +88,17 @@ def sample(calls: list[str], thin: bool) -> list[Fault]:
 
 
 def common(o: Outcome, began: float) -> None:
-    """What holds whatever goes wrong anywhere."""
-    told = f"{o.fault}: status {o.status}, {len(o.queued)} queued, {o.result.stderr!r}"
-    assert time.monotonic() - began < LIMIT, told
-    assert o.leftovers == (), told
+    """Invariants that hold for every fault."""
+    description = f"{o.fault}: status {o.status}, {len(o.queued)} queued, {o.result.stderr!r}"
+    assert time.monotonic() - began < LIMIT, description
+    assert o.leftovers == (), description
     if o.fault.how == "kill" and o.fault.call:
-        assert o.status == -9, told
+        assert o.status == -9, description
     elif o.fault.call == "clock_gettime" and o.fault.how != "short":  # that one moves no bytes: nothing happened
-        assert o.status == 81, f"{told}: without a clock nobody knows when to give up"
+        assert o.status == 81, f"{description}: without a clock nobody knows when to give up"
     elif o.fault.call not in STARTING:
         telling = TELLING.get((o.fault.call, o.fault.how))
-        assert o.status in telling if telling and o.status else o.status in TEMPORARY | {0, 31, 82}, told
+        assert o.status in telling if telling and o.status else o.status in TEMPORARY | {0, 31, 82}, description
 
 
 def each(bench: Bench, thin: bool = False) -> Iterator[tuple[Outcome, str]]:
@@ -120,34 +120,34 @@ def whole(message: bytes, o: Outcome) -> bool:
 
 @pytest.mark.parametrize("message", [SMALL, LARGE], ids=["in memory", "on disk"])
 def test_one_copy_is_queued_whole_or_the_client_is_told_to_try_again(bench: Make, message: bytes) -> None:
-    for o, told in each(bench(accepted(b"X: y\n"), message, memory=100_000)):
-        assert o.queued == () if o.status else whole(b"X: y\n" + message, o), told
-        assert o.status not in (31, 82), told
+    for o, description in each(bench(accepted(b"X: y\n"), message, memory=100_000)):
+        assert o.queued == () if o.status else whole(b"X: y\n" + message, o), description
+        assert o.status not in (31, 82), description
 
 
 @pytest.mark.parametrize("action", [Action.REJECT, Action.DEFER])
 def test_a_refusal_stays_what_it_is_or_becomes_a_deferral(bench: Make, action: Action) -> None:
     said = {Action.REJECT: b"Dno (#5.7.1)", Action.DEFER: b"Zno (#5.7.1)"}[action]
-    for o, told in each(bench(Answer(action, text="no (#5.7.1)"))):
-        assert o.queued == (), told
-        assert o.status != 0, told
-        assert o.status != 31 or action is Action.REJECT, told
-        assert o.status != 82 or o.result.texts[6] == said, told
+    for o, description in each(bench(Answer(action, text="no (#5.7.1)"))):
+        assert o.queued == (), description
+        assert o.status != 0, description
+        assert o.status != 31 or action is Action.REJECT, description
+        assert o.status != 82 or o.result.texts[6] == said, description
 
 
 @pytest.mark.parametrize("message", [SMALL, LARGE], ids=["in memory", "on disk"])
 def test_several_copies_are_all_queued_or_none_or_the_report_says_which(bench: Make, message: bytes) -> None:
     undone = set()
-    for o, told in each(bench(split(*parts(2)), message, memory=100_000), thin=True):
+    for o, description in each(bench(split(*parts(2)), message, memory=100_000), thin=True):
         copies = {q.envelope.recipients[0]: q.message for q in o.queued}
-        assert len(copies) == len(o.queued), told
-        assert all(m == b"X-Part: %d\n" % (to[1] - ord("0")) + message for to, m in copies.items()), told
-        assert o.status not in (31, 82), told
+        assert len(copies) == len(o.queued), description
+        assert all(m == b"X-Part: %d\n" % (to[1] - ord("0")) + message for to, m in copies.items()), description
+        assert o.status not in (31, 82), description
         if o.status == 0:
-            assert len(copies) == 2, told
+            assert len(copies) == 2, description
         elif copies and o.fault.call != "clock_gettime" and o.fault.how != "kill":
-            assert o.reports[0].results.count(Result(0, True)) == len(copies), told
-            assert b"parts are queued" in o.result.stderr, told
+            assert o.reports[0].results.count(Result(0, True)) == len(copies), description
+            assert b"parts are queued" in o.result.stderr, description
         undone.add(o.status > 0 and not copies)
     assert undone == {True, False}
 
@@ -180,15 +180,15 @@ def test_a_part_that_fails_at_any_call_before_it_is_the_real_queue_undoes_all(be
 
 
 def common_part(o: Outcome) -> None:
-    told = f"{o.fault}: status {o.status}, {len(o.queued)} queued, {o.result.stderr!r}"
-    assert o.leftovers == (), told
-    assert len(o.queued) == (0 if o.status else 2), told
-    assert o.status in TEMPORARY | {0}, told
+    description = f"{o.fault}: status {o.status}, {len(o.queued)} queued, {o.result.stderr!r}"
+    assert o.leftovers == (), description
+    assert len(o.queued) == (0 if o.status else 2), description
+    assert o.status in TEMPORARY | {0}, description
 
 
 @pytest.mark.parametrize("unavailable", ["defer", "accept"])
 def test_without_a_daemon_the_answer_is_what_was_configured(bench: Make, unavailable: str) -> None:
-    """Each takes its whole budget, so many run at once; what comes before the first attempt is tried elsewhere."""
+    """Each takes its whole budget, so they run simultaneously; what precedes the first attempt is tried elsewhere."""
     lab = bench(None, unavailable=unavailable)
     calls = lab.calls()
     first = calls.index("connect")
@@ -198,9 +198,9 @@ def test_without_a_daemon_the_answer_is_what_was_configured(bench: Make, unavail
         outcomes = list(pool.map(lab.run, faults if EVERYTHING else faults[::2]))
     for o in outcomes:
         common(o, time.monotonic())
-        told = f"{o.fault}: status {o.status}, {len(o.queued)} queued"
-        assert o.status != 31, told
-        assert o.queued == () if o.status else unavailable == "accept", told
+        description = f"{o.fault}: status {o.status}, {len(o.queued)} queued"
+        assert o.status != 31, description
+        assert o.queued == () if o.status else unavailable == "accept", description
         if not o.status:
-            assert whole(b"X-ContentFilter: unavailable; virus=unchecked; spam=unchecked\n" + SMALL, o), told
+            assert whole(b"X-ContentFilter: unavailable; virus=unchecked; spam=unchecked\n" + SMALL, o), description
     assert {o.status for o in outcomes} & {0 if unavailable == "accept" else 82}

@@ -1,4 +1,4 @@
-"""What passes arrives byte for byte, in the same process, and nothing else does."""
+"""Mail that passes arrives byte for byte, in the same process, and nothing else does."""
 
 import hashlib
 import os

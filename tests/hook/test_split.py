@@ -1,4 +1,4 @@
-"""Several submissions: all are queued, or none is; after the commit a failure is told and asks for a retry."""
+"""Several submissions: all are queued, or none is; after the commit a failure is reported and causes a retry."""
 
 import os
 import signal

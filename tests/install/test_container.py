@@ -48,7 +48,7 @@ def instructions(path: Path) -> list[Instruction]:
 
 
 def stages(path: Path) -> dict[str, list[Instruction]]:
-    """By name; the last one, which is the image, is called "image". What stands before the first FROM is left out."""
+    """By name; the last one, which is the image, is called "image". Lines before the first FROM are ignored."""
     found: dict[str, list[Instruction]] = {}
     for instruction in instructions(path):
         if instruction.name == "FROM":
@@ -282,7 +282,7 @@ def test_the_daemon_gets_the_time_to_finish() -> None:
     assert grace >= load_settings(str(SETTINGS)).service.drain + 10
 
 
-# What the services are told
+# Settings of the services
 
 
 def test_the_settings_lead_to_the_other_services() -> None:

@@ -1,4 +1,4 @@
-"""``contentfilter install`` and ``uninstall`` in a directory that stands for the machine."""
+"""``contentfilter install`` and ``uninstall`` in a directory that represents the machine."""
 
 import hashlib
 import json

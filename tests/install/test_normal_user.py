@@ -27,7 +27,7 @@ def home() -> Iterator[Path]:
 
 
 def usable(command: list[str]) -> bool:
-    """Whether this user's Python starts another one, has our packages, and can read the clone."""
+    """True if this user's Python starts another one, has our packages, and can read the clone."""
     script = "import subprocess, sys, contentfilter, msgspec, rich, zmq; open(sys.argv[1]).close()"
     script += "; subprocess.run([sys.executable, '-c', ''], check=True)"
     words = [*command, "-P", "-c", script, str(ROOT / "bench" / "demo.py")]

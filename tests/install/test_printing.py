@@ -72,7 +72,7 @@ def test_the_completion_script_is_one_of_its_shell(shell: str) -> None:
 
 
 def complete(*words: str) -> list[str]:
-    """What bash would offer for the last word."""
+    """Completions that bash would offer for the last word."""
     environ = {"_CONTENTFILTER_COMPLETE": "bash_complete", "COMP_WORDS": " ".join(("contentfilter", *words))}
     environ["COMP_CWORD"] = str(len(words))
     done = subprocess.run(

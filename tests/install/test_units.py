@@ -12,7 +12,7 @@ import lab.hook
 import pytest
 from install import sandbox
 from lab.daemon import Daemon
-from lab.offer import offer
+from lab.offer import Offer, offer
 from style.tree import ROOT
 
 from contentfilter.admin import install as ops
@@ -21,12 +21,13 @@ from contentfilter.model import Action
 from contentfilter.settings import Settings
 from contentfilter.supervisor import supervisor
 
+NOBODY = 65534
 SYSTEMD = ROOT / "etc" / "systemd"
 SERVICE, SOCKET = SYSTEMD / "contentfilter.service", SYSTEMD / "contentfilter.socket"
 
 
 def value(unit: Path, key: str) -> str:
-    """Of a key that stands once in ``unit``."""
+    """Value of a key that occurs once in ``unit``."""
     (found,) = sandbox.values(unit, key)
     return found
 
@@ -129,6 +130,20 @@ def test_the_daemon_works_under_the_filters_of_its_unit(tmp_path: Path) -> None:
         (worker, *_) = daemon.workers()
         status = Path(f"/proc/{worker}/status").read_text()
         assert "Seccomp:\t2" in status
+        if os.getuid() == 0:  # a user outside [origin]: the receiver works in there as well
+            daemon.directory.chmod(0o711)
+            os.seteuid(NOBODY)
+            try:
+                stranger = Offer(daemon.socket)
+            finally:
+                os.seteuid(0)
+            with stranger:
+                assert (answer := stranger.send().answer()) is not None
+                assert answer.action is Action.QUEUE
+            (receiver,) = (record["child"] for record in daemon.log("receiver.start"))
+            assert os.getpriority(os.PRIO_PROCESS, receiver) > 0
+            scores = [int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in (daemon.pid, worker, receiver)]
+            assert scores == sorted(set(scores)), "without memory the kernel ends a receiver first, the supervisor last"
         daemon.reload()
         daemon.wait_for("worker.reload", 2)
         assert offer(daemon.socket).action is Action.QUEUE

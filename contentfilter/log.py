@@ -31,6 +31,8 @@ EventDict = MutableMapping[str, Any]
 
 # Every event name that the daemon uses, with its meaning. A test compares this table with the source.
 EVENTS: Mapping[str, str] = {
+    "backend.down": "a clamd or spamd does not answer properly, as `contentfilter status` shows it",
+    "backend.up": "it does again; `seconds` since the failure began",
     "backends.watch-failed": "a defect: PINGs to clamd and spamd have stopped; only mail detects failing backends now",
     "canary.done": "all samples had the correct result; logged when this changes",
     "canary.failed": "a sample did not have the correct result; logged when this changes, then every 10 minutes",
@@ -39,7 +41,7 @@ EVENTS: Mapping[str, str] = {
     "control.failed": "a defect: a request of the command line was not answered",
     "control.refused": "a user with read access only asked the daemon to change something",
     "events.ready": "the event feed is open to collectors with a known key, at this address",
-    "events.failed": "the event feed cannot be offered, or its process has ended, and why; it is retried",
+    "events.failed": "the event feed cannot be offered, or its process ended, and why; mail is not affected; retried",
     "http.ready": "metrics and health are served at this address",
     "http.failed": "the address of [http] cannot be used; mail is not affected; it is retried",
     "http.error": "a defect: a page could not be produced; answered with 500",

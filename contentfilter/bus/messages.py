@@ -46,6 +46,7 @@ class Window(msgspec.Struct, frozen=True):
     unchecked: dict[str, int]  # "scanner cause": passed without this check
     p50: float | None
     p95: float | None
+    ago: dict[str, float] = {}  # seconds since the last message of each decision
 
 
 # Worker to supervisor
@@ -276,6 +277,8 @@ class Status(BusMessage, frozen=True):
     refused: dict[str, int] = {}  # connections lately refused for a local user's limits, by user
     refused_total: int = 0  # since the start
     allowed: tuple[AllowEntry, ...] = ()  # in force now
+    socket_problem: str = ""  # why hooks cannot connect to the socket
+    socket_remedy: str = ""  # a command
     orders_problem: str = ""  # why overrides do not survive a restart, or why older ones are not in force
 
 

@@ -29,7 +29,15 @@ from contentfilter.doors.canary import answer_for
 from contentfilter.errors import Cause, RefusedError
 from contentfilter.log import Logger, RateLimiter
 from contentfilter.model import Action, ScanStatus
-from contentfilter.monitor.canary_hook import ANSWER_WAIT, NOT_STARTED, CanaryError, Ended, hand_over, prepare
+from contentfilter.monitor.canary_hook import (
+    AGAIN_WAIT,
+    ANSWER_WAIT,
+    NOT_STARTED,
+    CanaryError,
+    Ended,
+    hand_over,
+    prepare,
+)
 from contentfilter.monitor.measure import Measurement as Measured
 from contentfilter.monitor.samples import Sample
 from contentfilter.qmail import QmailPaths, packaged_hook, version_of
@@ -39,6 +47,7 @@ from contentfilter.threads import in_thread
 from contentfilter.verdict.record import ScanRecord
 
 EVENT_WAIT = 3.0  # seconds for the worker's report, when the hook has ended
+AGAIN = 2.0  # seconds between rounds after a failure, so that recovery shows soon
 READY_WAIT = 1.0  # seconds until a daemon that is not ready is checked again
 LOG_AGAIN = 600.0  # seconds after which a failure that lasts is logged again
 STATUSES = {Action.DROP: 0, Action.REJECT: 31, Action.DEFER: 71}
@@ -56,7 +65,7 @@ def judge(sample: Sample, ended: Ended, seen: CanarySeen | None) -> tuple[str, s
     if ended.status not in STATUSES.values():
         return "failed", f"the hook ended with status {ended.status}: {ended.said or 'no output'}"
     if seen is None:
-        return "no-answer", f"no worker of this daemon got it within {ANSWER_WAIT:g} s {ended.said}".rstrip()
+        return "no-answer", f"no worker of this daemon got it in time: {ended.said}".rstrip()
     expected = STATUSES[answer_for(seen.scans)]
     if ended.status != expected:
         return "failed", f"the hook ended with status {ended.status}, the worker's answer means {expected}"
@@ -140,8 +149,12 @@ class Canary:
                     await self.round()
                 except Exception:  # a defect here is no reason to end the daemon
                     self._log.exception("canary.defect")
-            every = wanted.every if ready else READY_WAIT
+            every = min(wanted.every, AGAIN) if self._failed() else wanted.every
+            every = every if ready else READY_WAIT
             await asyncio.sleep(max(0.0, began + every - time.monotonic()))
+
+    def _failed(self) -> bool:
+        return any(result.ok is False and result.result != "bypassed" for result in self.results)
 
     async def round(self) -> messages.CanaryRound:
         """Send every sample once, all simultaneously."""
@@ -164,7 +177,8 @@ class Canary:
         try:
             state = Path(settings.service.state)
             secret = await in_thread(lambda: load_secret(state))
-            conf = await prepare(program, settings.canary.conf)
+            silent = any(result.result == "no-answer" for result in self.results)
+            conf = await prepare(program, settings.canary.conf, AGAIN_WAIT if silent else ANSWER_WAIT)
         except (OSError, CanaryError) as error:
             return {sample.name: ("failed", str(error), 0.0) for sample in samples}
         try:

@@ -22,6 +22,7 @@ from contentfilter.monitor import samples
 
 NOWHERE = "/dev/null"
 ANSWER_WAIT = 30.0  # seconds for the hook to get an answer
+AGAIN_WAIT = 6.0  # the same, after a round without one
 HOOK_WAIT = 10.0  # further seconds for the hook to end
 STDERR_SHOWN = 300  # characters
 NOT_STARTED = 120
@@ -40,10 +41,10 @@ class Ended:
     said: str
 
 
-async def prepare(program: Path, conf_path: str) -> int:
+async def prepare(program: Path, conf_path: str, seconds: float) -> int:
     """A descriptor with a configuration under which ``program`` queues nothing. Raises CanaryError.
 
-    ``conf_path``: the configuration that mail goes by.
+    ``conf_path``: the configuration that mail goes by. ``seconds``: for the hook to get an answer.
     """
     if not stat.S_ISCHR(os.stat(NOWHERE).st_mode):
         raise CanaryError(f"{NOWHERE} is no device")
@@ -52,7 +53,7 @@ async def prepare(program: Path, conf_path: str) -> int:
         "queue": NOWHERE,
         "dialect": "stock",
         "unavailable": "defer",
-        "budget": f"{int(ANSWER_WAIT)}",
+        "budget": f"{int(seconds)}",
     }
     text = "".join(f"{name} {value}\n" for name, value in values.items())
     conf = memory_file("canary.conf", f"{text}environ {canary.VARIABLE}\n".encode())

@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from contentfilter.bus.messages import BackendStatus, Status, WorkerStatus
+from contentfilter.bus.messages import BackendStatus, Status, Window, WorkerStatus
 from contentfilter.doors.canary import CLEAN
 from contentfilter.errors import Cause
 from contentfilter.model import OriginKind, Scanner
@@ -20,6 +20,8 @@ SILENT = 10.0  # seconds without a heartbeat after which a worker is not counted
 SLOW = 60.0  # seconds after which a message in flight is an issue
 CROWDED = 0.25  # share of the socket's queue that is taken
 RISING = 0.1  # share of deferred messages
+OVER = 8.0  # seconds after the last deferral from which a later success shows that deferrals are over
+UNREACHED = ("failed", "no-answer", "unknown")  # results of a canary sample that no worker of this daemon handled
 
 WORDS = {
     Cause.DOWN.value: "has been down",
@@ -63,7 +65,7 @@ class Diagnosis(msgspec.Struct, frozen=True):
 def diagnose(status: Status, now: float) -> Diagnosis:
     """``now``: seconds since 1970."""
     oldest = oldest_message(status.workers)
-    found = (*_service(status, now), *_scanners(status, now), *_deferrals(status), *_slow(status, oldest))
+    found = (*_service(status, now), *_scanners(status, now), *_deferrals(status, now), *_slow(status, oldest))
     troubles = tuple(
         sorted(
             (*found, *_poison(status), *_refused(status), *_configuration(status)),
@@ -139,6 +141,13 @@ def _service(status: Status, now: float) -> Iterator[Issue]:
             "journalctl -u contentfilter | grep -e worker.died -e worker.stuck",
             "Workers die",
         )
+    if status.socket_problem:
+        yield Issue(
+            f"MAIL DOES NOT REACH THE FILTER: {status.socket_problem}",
+            status.socket_remedy,
+            "The hook cannot reach the daemon",
+            "stops",
+        )
     for short in sorted({worker.short for worker in status.workers if worker.short}):
         yield Issue(
             f"MAIL WAITS: not enough {short}; mail is deferred if this lasts",
@@ -168,7 +177,13 @@ def _scanners(status: Status, now: float) -> Iterator[Issue]:
             "A scanner is bypassed",
             "unchecked",
         )
-    for sample in status.canary:
+    unreached = [sample for sample in status.canary if sample.sample == CLEAN and sample.result in UNREACHED]
+    for sample in unreached:
+        what = f"MAIL DOES NOT REACH THE FILTER: the canary's clean sample: {sample.text}"
+        yield Issue(
+            what, "contentfilter-queue --check; contentfilter canary", "The hook cannot reach the daemon", "stops"
+        )
+    for sample in () if unreached else status.canary:
         if sample.ok is False and sample.result != "bypassed":
             blind = sample.result == "passed"  # the scanner did not detect it
             expected = "delivered as expected" if sample.sample == CLEAN else "caught as expected"
@@ -215,10 +230,10 @@ def consequence(meanwhile: dict[str, str]) -> str:
     return f"mail of {', '.join(deferred)} origin is deferred, mail of {', '.join(passing)} origin passes unchecked"
 
 
-def _deferrals(status: Status) -> Iterator[Issue]:
+def _deferrals(status: Status, now: float) -> Iterator[Issue]:
     """Recent deferrals that no failing backend explains."""
     recent = status.recent
-    if recent is None:
+    if recent is None or _over(status, recent, now):
         return
     known = {backend.scanner for backend in status.backends}  # theirs are reported above, or over
     rest = {rule: count for rule, count in recent.deferred.items() if rule.partition(":")[0] not in known}
@@ -227,6 +242,15 @@ def _deferrals(status: Status) -> Iterator[Issue]:
         share = f"{count} of {recent.messages} messages in the last two minutes"
         what = f"MAIL IS DEFERRED: {share}, most by {next(iter(rest))}"
         yield Issue(what, "contentfilter why --decision defer --since 15m", "Deferrals rise", "stops")
+
+
+def _over(status: Status, recent: Window, now: float) -> bool:
+    """True if mail, or the canary's clean message, was accepted after the last deferral, which is not quite recent."""
+    last = recent.ago.get("defer")
+    if last is None or last < OVER:
+        return False
+    clean = (now - sample.at for sample in status.canary if sample.sample == CLEAN and sample.ok)
+    return min((recent.ago.get("queue", last), *clean)) < last
 
 
 def _slow(status: Status, oldest: Oldest | None) -> Iterator[Issue]:

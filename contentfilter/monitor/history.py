@@ -100,6 +100,7 @@ class History:
     def __init__(self) -> None:
         self._buckets: deque[_Bucket] = deque(maxlen=MINUTES)  # only minutes in which something happened
         self._recent: deque[tuple[float, bytes, bytes]] = deque(maxlen=RECENT)
+        self._last: dict[str, float] = {}  # time of the last message of each decision
 
     def event(self, fields: Mapping[str, Any], account: bytes, now: float) -> None:
         """Count one decided message; a malformed one is skipped."""
@@ -113,6 +114,7 @@ class History:
         bucket = self._bucket(now)
         bucket.bytes += int(mail.size)
         bucket.decisions[mail.decision] += 1
+        self._last[mail.decision] = now
         _observe(bucket.times[""], mail.ms)
         if mail.decision == Action.DEFER.value:
             _count(bucket.deferred, _rule(mail))
@@ -146,6 +148,7 @@ class History:
             dict(_sum(bucket.unchecked for bucket in chosen).most_common()),
             _quantile(times, 0.5),
             _quantile(times, 0.95),
+            {decision: now - at for decision, at in self._last.items() if 0 <= now - at < seconds},
         )
 
     def minutes(self, count: int, now: float) -> tuple[Minute, ...]:

@@ -5,13 +5,14 @@ A value that cannot be determined is omitted, so that a metric is missing rather
 
 import os
 import socket
+import stat
 import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from contentfilter.errors import ConfigError
-from contentfilter.settings import Settings
+from contentfilter.settings import ListenSettings, Settings
 from contentfilter.store.journal import journal_path
 from contentfilter.store.quarantine import Quarantine
 from contentfilter.store.retention import survey
@@ -68,6 +69,19 @@ def _disk(state: Path) -> Iterator[Measurement]:
     found = os.statvfs(state)
     yield "contentfilter_state_free_bytes", (), found.f_bavail * found.f_frsize
     yield "contentfilter_state_size_bytes", (), found.f_blocks * found.f_frsize
+
+
+def socket_problem(listen: ListenSettings) -> tuple[str, str]:
+    """Why hooks of other users cannot connect to our socket, and the command that repairs it; else two empty texts."""
+    try:
+        found = os.stat(listen.socket)
+    except OSError as error:
+        return f"{listen.socket}: {error.strerror}", "systemctl restart contentfilter.socket contentfilter"
+    lost = int(listen.mode, 8) & ~found.st_mode & 0o222  # connecting needs the right to write
+    if lost and stat.S_ISSOCK(found.st_mode):
+        mode = f"{stat.S_IMODE(found.st_mode):04o}"
+        return f"{listen.socket} has mode {mode} instead of {listen.mode}", f"chmod {listen.mode} {listen.socket}"
+    return "", ""
 
 
 def backlog(listener: int) -> tuple[int, int] | None:

@@ -10,30 +10,39 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
-from contentfilter.bus.messages import EventBatch, Heartbeat, Status
+from contentfilter.bus.messages import Event, EventBatch, Heartbeat, Status
 from contentfilter.deadline import Deadline
 from contentfilter.doors.watermarks import RESOURCES
 from contentfilter.endpoint import parse_listen
+from contentfilter.errors import JournalError
 from contentfilter.log import Logger, RateLimiter
 from contentfilter.model import Scanner
 from contentfilter.monitor.backends import backend_statuses
 from contentfilter.monitor.canary import measured
-from contentfilter.monitor.history import History
+from contentfilter.monitor.history import MINUTES, History
+from contentfilter.monitor.history import RECENT as RECENT_SHOWN
 from contentfilter.monitor.http import Application, Page, Response
-from contentfilter.monitor.measure import Measurement, backlog, measure
+from contentfilter.monitor.measure import Measurement, backlog, measure, socket_problem
 from contentfilter.monitor.metrics import Metrics, Registry
 from contentfilter.monitor.page import PATHS, make_pages
 from contentfilter.monitor.probe import UP, Prober
 from contentfilter.policy.overrides import SCANNERS
 from contentfilter.settings import Settings
+from contentfilter.store.journal import Journal, Query, journal_path
 
 MEASURE_EVERY = 30.0  # seconds between two measurements of the disk
 WINDOW, RECENT = 900.0, 120.0  # seconds that the status covers
+WATCH_EVERY = 1.0  # seconds between two looks at the backends' states
+RESTORED_MAX = 50_000  # messages of the journal that are counted after a start
+RESTORE_WAIT = 30.0  # seconds for reading them
 LISTEN_AGAIN = 30.0  # seconds until an address that is in use is tried again
 
 
@@ -50,6 +59,8 @@ class Monitor:
         self._listener = listener
         self._metrics = Metrics(Registry())
         self.history = History()
+        self._waiting: list[Event] | None = []  # until the history has the journal's messages
+        self._failing: dict[tuple[str, str], float] = {}  # backends that are down, since when
         self._renderer = ThreadPoolExecutor(1, thread_name_prefix="metrics")
         self._started = time.time()
         self._measured: tuple[Measurement, ...] = ()
@@ -67,7 +78,7 @@ class Monitor:
                 for event in report.events:
                     self._metrics.event(event.name, event.fields)
                     if event.name == "mail.done":
-                        self.history.event(event.fields, event.account, time.monotonic())
+                        self._count(event)
             else:
                 self._metrics.worker(report.pid, report.lag, report.counters)
                 for backend in report.backends:
@@ -76,6 +87,12 @@ class Monitor:
         except Exception:
             if (held := self._defects.allow()) is not None:
                 self._log.exception("monitor.failed", not_logged=held)
+
+    def _count(self, event: Event) -> None:
+        if self._waiting is None:
+            self.history.event(event.fields, event.account, time.monotonic())
+        elif len(self._waiting) < RESTORED_MAX:
+            self._waiting.append(event)
 
     def loaded(self, result: Literal["changed", "unchanged", "failed"]) -> None:
         """Configuration or tables were checked; the settings are in force already."""
@@ -93,12 +110,12 @@ class Monitor:
     async def run(self) -> None:
         """Until it is cancelled. Without HTTP the disk is not measured, and scanners are probed only with a reason."""
         where = parse_listen(self._settings().http.listen)
-        if where is None:
-            await self._alone(self._prober.run(rhythm=False))
-            return
-        threading.Thread(target=self._measure, name="measure", daemon=True).start()
+        works = [self._restore(), self._watch_backends(), self._prober.run(rhythm=where is not None)]
+        if where is not None:
+            works.append(self._serve(*where))
+            threading.Thread(target=self._measure, name="measure", daemon=True).start()
         try:
-            await asyncio.gather(self._alone(self._serve(*where)), self._alone(self._prober.run(rhythm=True)))
+            await asyncio.gather(*map(self._alone, works))
         finally:
             self._end.set()
             self._renderer.shutdown(wait=False, cancel_futures=True)
@@ -109,6 +126,34 @@ class Monitor:
             await work
         except Exception:
             self._log.exception("monitor.failed")
+
+    async def _restore(self) -> None:
+        """Take the history before the start from the journal, then what was decided meanwhile."""
+        path, loop = journal_path(self._settings()), asyncio.get_running_loop()
+        known: asyncio.Future[None] = loop.create_future()
+        threading.Thread(
+            target=_read_journal, args=(path, self.history, partial(_resolve, loop, known)), daemon=True
+        ).start()
+        await asyncio.wait((known,), timeout=RESTORE_WAIT)
+        if not known.done():
+            self.history = History()  # the disk hangs: the thread may still fill the other one
+        waiting, self._waiting = self._waiting or [], None
+        for event in waiting:
+            self._count(event)
+
+    async def _watch_backends(self) -> None:
+        """Log when a backend goes down and when it is back."""
+        while True:
+            await asyncio.sleep(WATCH_EVERY)
+            status = self._supervisor_status()
+            for backend in backend_statuses(status.workers, self._prober.results, self._settings()):
+                key = backend.scanner, backend.backend
+                fields = {"scanner": backend.scanner, "backend": backend.backend}
+                if backend.state == "failing" and backend.wanted and key not in self._failing:
+                    self._failing[key] = backend.since
+                    self._log.warning("backend.down", **fields, why=f"{backend.cause} {backend.detail}".rstrip())
+                elif backend.state == "well" and key in self._failing:
+                    self._log.info("backend.up", **fields, seconds=round(time.time() - self._failing.pop(key), 1))
 
     def _measure(self) -> None:
         """In a daemon thread, which is not joined: a disk may hang."""
@@ -150,9 +195,12 @@ class Monitor:
         """The status with backends, queue and the last minutes."""
         queue, now = backlog(self._listener.fileno()), time.monotonic()
         status = self._supervisor_status()
+        problem, remedy = socket_problem(self._settings().listen) if status.state != "draining" else ("", "")
         return msgspec.structs.replace(
             status,
             backends=backend_statuses(status.workers, self._prober.results, self._settings()),
+            socket_problem=problem,
+            socket_remedy=remedy,
             waiting=queue[0] if queue else None,
             waiting_limit=queue[1] if queue else None,
             window=self.history.window(WINDOW, now),
@@ -245,6 +293,32 @@ class Monitor:
         yield "contentfilter_quarantine_quota_bytes", (), settings.quarantine.quota
         yield "contentfilter_refused_connections_total", (), status.refused_total
         yield "contentfilter_journal_lost_total", (), status.not_recorded
+
+
+def _read_journal(path: Path, history: History, done: Callable[[], None]) -> None:
+    """Count the messages of the last three hours. In a thread that nobody joins: a disk may hang."""
+    try:
+        with Journal.reading(path) as journal:
+            found = journal.find(Query(since=time.time() - MINUTES * 60), RESTORED_MAX)
+    except JournalError:
+        found = []  # off, new or damaged
+    wall, now = time.time(), time.monotonic()
+    for position, mail in enumerate(reversed(found), 1 - len(found)):
+        detail = msgspec.json.encode(mail.account) if position > -RECENT_SHOWN else b""
+        if mail.time <= wall:
+            history.event(mail.fields, detail, now - (wall - mail.time))
+    done()
+
+
+def _resolve(loop: asyncio.AbstractEventLoop, known: "asyncio.Future[None]") -> None:
+    """From a thread. The loop may have ended."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(_set, known)
+
+
+def _set(known: "asyncio.Future[None]") -> None:
+    if not known.done():
+        known.set_result(None)
 
 
 def _plain(accept: str, name: str, problems: tuple[str, ...]) -> Response:

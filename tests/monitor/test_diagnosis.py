@@ -54,6 +54,10 @@ def canary(sample: str, result: str, *, ok: bool | None) -> CanaryResult:
     return CanaryResult(sample, result, ok, "said so", 0.1, NOW - 5)
 
 
+def deferrals(ago: dict[str, float]) -> Status:
+    return status(recent=window(5, deferred={"quarantine: full": 3}, ago=ago))
+
+
 CASES = {
     "well": (status(), "mail is flowing", True),
     "quiet": (status(window=window(0)), "no mail in the last 15 minutes", True),
@@ -92,6 +96,30 @@ CASES = {
         "MAIL IS DEFERRED: 3 of 5 mess",
         False,
     ),
+    "hook cannot reach the daemon": (
+        status(canary=(canary("clean", "failed", ok=False), canary("eicar", "failed", ok=False))),
+        "MAIL DOES NOT REACH THE FILTER: the canary's clean sample: said so",
+        False,
+    ),
+    "no worker got the sample": (
+        status(canary=(canary("clean", "no-answer", ok=False),)),
+        "MAIL DOES NOT REACH THE FILTER",
+        False,
+    ),
+    "clean sample refused": (status(canary=(canary("clean", "caught", ok=False),)), "mail is flowing", True),
+    "socket of another mode": (
+        status(socket_problem="/s has mode 0600 instead of 0666", socket_remedy="chmod 0666 /s"),
+        "MAIL DOES NOT REACH THE FILTER: /s has mode 0600",
+        False,
+    ),
+    "deferrals just now": (deferrals({"defer": 2.0, "queue": 1.0}), "MAIL IS DEFERRED: 3 of 5 mess", False),
+    "deferrals go on": (deferrals({"defer": 20.0, "queue": 30.0}), "MAIL IS DEFERRED: 3 of 5 mess", False),
+    "deferrals are over": (deferrals({"defer": 20.0, "queue": 1.0}), "mail is flowing", True),
+    "deferrals are over, says the canary": (
+        msgspec.structs.replace(deferrals({"defer": 20.0}), canary=(canary("clean", "passed", ok=True),)),
+        "mail is flowing",
+        True,
+    ),
     "blind": (
         status(canary=(canary("eicar", "passed", ok=False),)),
         "mail is flowing UNCHECKED: canary: the eicar sample was not caught as expected",
@@ -127,7 +155,7 @@ WRONG = {
         "message abc",
     ),
     "canary": (
-        status(canary=(canary("clean", "failed", ok=False),)),
+        status(canary=(canary("clean", "caught", ok=False),)),
         "canary: the clean sample was not delivered as expected",
     ),
 }

@@ -159,3 +159,12 @@ def test_a_clock_that_jumps_breaks_nothing(clock: list[float]) -> None:
         starts = [minute.start for minute in kept.minutes(5, now)]
         assert starts == sorted(set(starts))
         assert len(starts) == 5
+
+
+def test_a_window_tells_when_each_decision_was_last_made() -> None:
+    kept = History()
+    kept.event(MAIL, b"", NOON - 200)
+    kept.event(MAIL, b"", NOON - 20)
+    kept.event(MAIL | {"decision": "defer", "rule": "clamd: down"}, b"", NOON - 5)
+    assert kept.window(120, NOON).ago == {"queue": 20.0, "defer": 5.0}
+    assert kept.window(120, NOON + 110).ago == {"defer": 115.0}

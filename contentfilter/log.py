@@ -25,7 +25,7 @@ EventDict = MutableMapping[str, Any]
 
 # Every event name that the daemon uses, with its meaning. A test compares this table with the source.
 EVENTS: Mapping[str, str] = {
-    "backends.watch-failed": "a defect: PINGs to clamd and spamd have stopped; only mail detects failing backends now",
+    "backends.watch-failed": "a defect: the probes of clamd and spamd pause; only mail detects failing backends",
     "canary.done": "all samples had the correct result; logged when this changes",
     "canary.failed": "a sample did not have the correct result; logged when this changes, then every 10 minutes",
     "canary.off": "no samples are sent, and why",

@@ -31,10 +31,12 @@ from contentfilter.monitor.metrics import Metrics, Registry
 from contentfilter.monitor.page import PATHS, make_pages
 from contentfilter.monitor.probe import UP, Prober
 from contentfilter.policy.overrides import SCANNERS
+from contentfilter.scanners.health import ProbeResult
 from contentfilter.settings import Settings
 
 MEASURE_EVERY = 30.0  # seconds between two measurements of the disk
 WINDOW, RECENT = 900.0, 120.0  # seconds that the status covers
+PROBE_AGAIN = 30.0  # seconds until a prober that failed begins again
 LISTEN_AGAIN = 30.0  # seconds until an address that is in use is tried again
 
 
@@ -42,9 +44,14 @@ class Monitor:
     """:meth:`run` once, in the background; the rest is called from the event loop and takes microseconds."""
 
     def __init__(
-        self, log: Logger, settings: Callable[[], Settings], status: Callable[[], Status], listener: socket.socket
+        self,
+        log: Logger,
+        settings: Callable[[], Settings],
+        status: Callable[[], Status],
+        listener: socket.socket,
+        publish: Callable[[tuple[ProbeResult, ...]], None] = lambda results: None,
     ) -> None:
-        """``listener`` may be closed while this runs."""
+        """``listener`` may be closed while this runs. ``publish`` gets the prober's results."""
         self._log = log
         self._settings = settings
         self._supervisor_status = status
@@ -54,7 +61,7 @@ class Monitor:
         self._renderer = ThreadPoolExecutor(1, thread_name_prefix="metrics")
         self._started = time.time()
         self._measured: tuple[Measurement, ...] = ()
-        self._prober = Prober(settings)
+        self._prober = Prober(settings, publish)
         self._end = threading.Event()
         self._defects = RateLimiter(60.0)
         self._adopt()
@@ -72,8 +79,7 @@ class Monitor:
             else:
                 self._metrics.worker(report.pid, report.lag, report.counters)
                 for backend in report.backends:
-                    if backend.failures:
-                        self._prober.suspect(backend.failed)
+                    self._prober.heard(backend)
         except Exception:
             if (held := self._defects.allow()) is not None:
                 self._log.exception("monitor.failed", not_logged=held)
@@ -92,17 +98,26 @@ class Monitor:
     # In the background
 
     async def run(self) -> None:
-        """Until it is cancelled. Without HTTP the disk is not measured, and scanners are probed only with a reason."""
+        """Until it is cancelled. Without HTTP the disk is not measured."""
         where = parse_listen(self._settings().http.listen)
         if where is None:
-            await self._alone(self._prober.run(rhythm=False))
+            await self._probe()
             return
         threading.Thread(target=self._measure, name="measure", daemon=True).start()
         try:
-            await asyncio.gather(self._alone(self._serve(*where)), self._alone(self._prober.run(rhythm=True)))
+            await asyncio.gather(self._alone(self._serve(*where)), self._probe())
         finally:
             self._end.set()
             self._renderer.shutdown(wait=False, cancel_futures=True)
+
+    async def _probe(self) -> None:
+        """After a defect it begins again."""
+        while True:
+            try:
+                await self._prober.run()
+            except Exception:
+                self._log.exception("backends.watch-failed")
+            await asyncio.sleep(PROBE_AGAIN)
 
     async def _alone(self, work: Coroutine[Any, Any, None]) -> None:
         """A defect ends ``work`` and nothing else."""

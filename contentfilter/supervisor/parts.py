@@ -191,7 +191,13 @@ def compose(
     reporter = StatusReporter(
         lifecycle, malformed, source, crashes, workers, configuration, overrides, recorder, pool, canary, receiver
     )
-    monitor = Monitor(log, configuration.settings, reporter.status, inherited.listener)
+    monitor = Monitor(
+        log,
+        configuration.settings,
+        reporter.status,
+        inherited.listener,
+        lambda results: workers.send(messages.BackendNews(results)),
+    )
     feed = RemoteFeed(log, configuration.settings, inherited.lifeline)
     operations = Operations(source, notify, crashes, workers, configuration, pool, canary, reporter, monitor)
     handlers = {**operations.handlers(), **overrides.answers()}

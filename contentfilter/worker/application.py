@@ -18,7 +18,7 @@ from contentfilter.doors.hook_answer import render
 from contentfilter.doors.message import read_envelope
 from contentfilter.errors import EnvelopeError, MessageError
 from contentfilter.model import Action, Envelope
-from contentfilter.scanners.health import BackendHealth
+from contentfilter.scanners.health import BackendHealth, ProbeResult
 from contentfilter.store.release import load_secret
 from contentfilter.verdict.disposition import Disposition
 from contentfilter.verdict.record import (
@@ -57,7 +57,6 @@ class Application:
             runtime, self._secret, context.bypasses, context.allowed, context.recall, context.shed, context.disk
         )
         context.recall.change(self.settings.reuse)
-        self._watching = asyncio.create_task(self._watch())
 
     def _load_secret(self) -> bytes:
         try:
@@ -127,6 +126,10 @@ class Application:
         """The state of each backend of clamd and spamd."""
         return self._bundle.backends()
 
+    def learn(self, results: tuple[ProbeResult, ...]) -> None:
+        """Take results of the prober."""
+        self._bundle.learn(results)
+
     def _emit(self, record: MailRecord, detail: MailDetail) -> None:
         """One record in the log and on the bus, and the trace in the log where smtplog asks for it."""
         plain, log = fields(record), self._context.log
@@ -139,17 +142,8 @@ class Application:
                 log.info("mail.step", id=record.id, stage=stage, text=text)
         self._context.emit(Event("mail.done", plain, msgspec.json.encode(detail)))
 
-    async def _watch(self) -> None:
-        """A failure here does not stop mail: scans find out for themselves which backends are healthy."""
-        try:
-            await self._bundle.watch()
-        except Exception:
-            self._context.log.exception("backends.watch-failed")
-
     async def close(self) -> None:
-        """Stop the background work. No message may be in progress."""
-        self._watching.cancel()
-        await asyncio.gather(self._watching, return_exceptions=True)
+        """No message may be in progress."""
         await self._bundle.aclose()
 
 

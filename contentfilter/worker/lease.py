@@ -15,7 +15,7 @@ from contentfilter.doors.watermarks import Watermarks
 from contentfilter.log import Logger
 from contentfilter.policy.overrides import AllowEntry, Bypass
 from contentfilter.scanners.cache import ScanCache
-from contentfilter.scanners.health import BackendHealth
+from contentfilter.scanners.health import BackendHealth, ProbeResult
 from contentfilter.settings import Settings
 from contentfilter.wire import hook
 from contentfilter.worker.crashes import DEATH_LIMIT, CrashAttribution, WorkerSlot, fingerprint
@@ -38,6 +38,10 @@ class Application(Protocol):
 
     def backends(self) -> tuple[BackendHealth, ...]:
         """State of the scanners that it uses, for the heartbeat."""
+        ...
+
+    def learn(self, results: tuple[ProbeResult, ...], /) -> None:
+        """Take results of the prober."""
         ...
 
     async def close(self) -> None:

@@ -11,7 +11,16 @@ import signal
 import socket
 from dataclasses import asdict, dataclass
 
-from contentfilter.bus.messages import OVERRIDES, CacheUpdate, Event, Heartbeat, InFlight, Overrides, decode
+from contentfilter.bus.messages import (
+    OVERRIDES,
+    BackendNews,
+    CacheUpdate,
+    Event,
+    Heartbeat,
+    InFlight,
+    Overrides,
+    decode,
+)
 from contentfilter.bus.sockets import BATCH_DELAY, WorkerBus
 from contentfilter.deadline import Deadline
 from contentfilter.doors.listener import Listener
@@ -99,6 +108,7 @@ class ApplicationFactory:
         self.events = EventSender(bus, loop)
         self.load = Load(log)
         self.cache = ScanCache(lambda key, kept: bus.send(CacheUpdate(key, kept)), self._late_scan)
+        self.news = BackendNews()
         self.overrides: Overrides = decode(read_all(options.orders), OVERRIDES)
 
     async def lease(self, generation: int, blob: bytes) -> ApplicationLease:
@@ -106,7 +116,9 @@ class ApplicationFactory:
         shared = WorkerContext(
             self._log, self.events.emit, self._bypasses, self._allowed, self.cache, self.load.shed, self._disk
         )
-        return ApplicationLease(await self._build(blob, shared), generation, self._slot, self._attribution)
+        application = await self._build(blob, shared)
+        application.learn(self.news.results)
+        return ApplicationLease(application, generation, self._slot, self._attribution)
 
     def _bypasses(self) -> tuple[Bypass, ...]:
         return self.overrides.bypasses
@@ -223,6 +235,9 @@ class Worker:
                 self._override(command)
             elif isinstance(command, CacheUpdate):
                 self._factory.cache.learn(command.key, command.kept)
+            elif isinstance(command, BackendNews):
+                self._factory.news = command
+                self._lease.application.learn(command.results)
             elif command.generation > max(self._lease.generation, self._refused):
                 await self._reconfigure(command.generation, command.blob, group)
 

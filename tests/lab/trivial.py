@@ -55,6 +55,9 @@ class Trivial:
     async def isolate(self, accepted: AcceptedMessage, fingerprint: str) -> hook.Answer:
         return hook.Answer(Action.DEFER, text=f"isolated {fingerprint}")
 
+    def learn(self, results: object) -> None:
+        pass
+
     def backends(self) -> tuple[BackendHealth, ...]:
         return ()
 

@@ -33,7 +33,7 @@ EventDict = MutableMapping[str, Any]
 EVENTS: Mapping[str, str] = {
     "backend.down": "a clamd or spamd does not answer properly, as `contentfilter status` shows it",
     "backend.up": "it does again; `seconds` since the failure began",
-    "backends.watch-failed": "a defect: PINGs to clamd and spamd have stopped; only mail detects failing backends now",
+    "backends.watch-failed": "a defect: the probes of clamd and spamd pause; only mail detects failing backends",
     "canary.done": "all samples had the correct result; logged when this changes",
     "canary.failed": "a sample did not have the correct result; logged when this changes, then every 10 minutes",
     "canary.off": "no samples are sent, and why",

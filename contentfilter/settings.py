@@ -174,6 +174,7 @@ class FailureSettings(Section, frozen=True):
     too_big: FaultAction = "pass"  # above a scanner's own limit
     limits: FaultAction = "pass"  # clamd or the signatures stopped at one of their limits
     poison: FaultAction = "defer"  # the message killed two workers
+    patience: Seconds = 10.0  # all backends of a scanner unresponsive for so long: answer without waiting for them
     rule: tuple[FaultRule, ...] = ()  # single cells of the table; they go before the keys above
 
 

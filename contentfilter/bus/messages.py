@@ -11,7 +11,7 @@ from contentfilter.errors import RemoteProtocolError
 from contentfilter.model import OriginKind, Scanner
 from contentfilter.policy.overrides import AllowEntry, Bypass, Drain
 from contentfilter.scanners.cache_entries import CacheEntry, CacheKey
-from contentfilter.scanners.health import BackendHealth
+from contentfilter.scanners.health import BackendHealth, ProbeResult
 from contentfilter.settings import FailureSettings
 from contentfilter.tables.keeper import TableState
 from contentfilter.verdict.record import ScanRecord
@@ -119,7 +119,13 @@ class Configure(BusMessage, frozen=True):
     blob: bytes
 
 
-WorkerCommand = Configure | Overrides | CacheUpdate
+class BackendNews(BusMessage, frozen=True):
+    """The prober's last result for each backend. Sent when one changes, and every second while one is bad."""
+
+    results: tuple[ProbeResult, ...] = ()
+
+
+WorkerCommand = Configure | Overrides | CacheUpdate | BackendNews
 
 
 # Command line to supervisor, and back

@@ -15,7 +15,7 @@ from contentfilter.errors import Cause
 from contentfilter.model import OriginKind, Scanner
 from contentfilter.monitor.probe import Probed
 from contentfilter.policy.failure import failure_action
-from contentfilter.scanners.health import BackendHealth
+from contentfilter.scanners.health import BackendHealth, State
 from contentfilter.settings import Settings
 
 STALE = 900.0  # seconds after which a probe's answer outweighs any failure
@@ -54,7 +54,7 @@ def _status(
     troubles = []  # age of the last failure, of the first one, cause, detail
     for health in healths:
         good = min(scanned, pinged) if health.cause == Cause.DOWN.value or health.failed > STALE else scanned
-        if health.failures and (health.state == "resting" or health.failed < good):
+        if health.failures and (health.state == State.OPEN.value or health.failed < good):
             troubles.append((health.failed, max(health.failed, min(health.since, good)), health.cause, ""))
     if probed and probed.cause and now - probed.at < scanned:
         began = min(now - probed.since, scanned)

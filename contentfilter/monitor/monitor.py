@@ -35,6 +35,7 @@ from contentfilter.monitor.metrics import Metrics, Registry
 from contentfilter.monitor.page import PATHS, make_pages
 from contentfilter.monitor.probe import UP, Prober
 from contentfilter.policy.overrides import SCANNERS
+from contentfilter.scanners.health import ProbeResult
 from contentfilter.settings import Settings
 from contentfilter.store.journal import Journal, Query, journal_path
 
@@ -43,6 +44,7 @@ WINDOW, RECENT = 900.0, 120.0  # seconds that the status covers
 WATCH_EVERY = 1.0  # seconds between two looks at the backends' states
 RESTORED_MAX = 50_000  # messages of the journal that are counted after a start
 RESTORE_WAIT = 30.0  # seconds for reading them
+PROBE_AGAIN = 30.0  # seconds until a prober that failed begins again
 LISTEN_AGAIN = 30.0  # seconds until an address that is in use is tried again
 
 
@@ -50,9 +52,14 @@ class Monitor:
     """:meth:`run` once, in the background; the rest is called from the event loop and takes microseconds."""
 
     def __init__(
-        self, log: Logger, settings: Callable[[], Settings], status: Callable[[], Status], listener: socket.socket
+        self,
+        log: Logger,
+        settings: Callable[[], Settings],
+        status: Callable[[], Status],
+        listener: socket.socket,
+        publish: Callable[[tuple[ProbeResult, ...]], None] = lambda results: None,
     ) -> None:
-        """``listener`` may be closed while this runs."""
+        """``listener`` may be closed while this runs. ``publish`` gets the prober's results."""
         self._log = log
         self._settings = settings
         self._supervisor_status = status
@@ -64,7 +71,7 @@ class Monitor:
         self._renderer = ThreadPoolExecutor(1, thread_name_prefix="metrics")
         self._started = time.time()
         self._measured: tuple[Measurement, ...] = ()
-        self._prober = Prober(settings)
+        self._prober = Prober(settings, publish)
         self._end = threading.Event()
         self._defects = RateLimiter(60.0)
         self._adopt()
@@ -82,8 +89,7 @@ class Monitor:
             else:
                 self._metrics.worker(report.pid, report.lag, report.counters)
                 for backend in report.backends:
-                    if backend.failures:
-                        self._prober.suspect(backend.failed)
+                    self._prober.heard(backend)
         except Exception:
             if (held := self._defects.allow()) is not None:
                 self._log.exception("monitor.failed", not_logged=held)
@@ -108,9 +114,9 @@ class Monitor:
     # In the background
 
     async def run(self) -> None:
-        """Until it is cancelled. Without HTTP the disk is not measured, and scanners are probed only with a reason."""
+        """Until it is cancelled. Without HTTP the disk is not measured."""
         where = parse_listen(self._settings().http.listen)
-        works = [self._restore(), self._watch_backends(), self._prober.run(rhythm=where is not None)]
+        works = [self._restore(), self._watch_backends(), self._probe()]
         if where is not None:
             works.append(self._serve(*where))
             threading.Thread(target=self._measure, name="measure", daemon=True).start()
@@ -119,6 +125,15 @@ class Monitor:
         finally:
             self._end.set()
             self._renderer.shutdown(wait=False, cancel_futures=True)
+
+    async def _probe(self) -> None:
+        """After a defect it begins again."""
+        while True:
+            try:
+                await self._prober.run()
+            except Exception:
+                self._log.exception("backends.watch-failed")
+            await asyncio.sleep(PROBE_AGAIN)
 
     async def _alone(self, work: Coroutine[Any, Any, None]) -> None:
         """A defect ends ``work`` and nothing else."""

@@ -1,143 +1,218 @@
-"""Prober of the supervisor: asks each clamd and spamd, apart from all mail, for VERSION and PING.
+"""Prober of the supervisor: asks each clamd for its VERSION and each spamd for PING, apart from all mail.
 
-Periodically for Prometheus, immediately when the status is requested, and every few seconds while one of them does not
-answer or a worker reported a failure. A probe has a deadline, and so has every wait for it.
+The only active check of the backends. The status and the metrics show its results, and the workers' breakers take them
+(scanners/health.py). One probe at a time for each backend; one that stays unanswered is reported while it waits, and
+its answer says immediately that the backend is back. Times are seconds of the monotonic clock.
 """
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from contentfilter.deadline import Deadline
 from contentfilter.endpoint import Address
 from contentfilter.errors import BackendError, Cause
 from contentfilter.model import Scanner
 from contentfilter.monitor.measure import Measurement
-from contentfilter.scanners.clamd import ClamdScanner
+from contentfilter.scanners.clamd import ClamdScanner, database_of
+from contentfilter.scanners.health import SILENT_AFTER, BackendHealth, ProbeResult
 from contentfilter.scanners.spamd import SpamdScanner
-from contentfilter.settings import ClamdSettings, Settings, SpamdSettings
+from contentfilter.scanners.stream import Progress, UnreachableError
+from contentfilter.settings import Settings
 from contentfilter.wire.clamd import Version
 
-EVERY = 120.0  # seconds between two probes while all is well
-AGAIN = 5.0  # while it is not
-FRESH = 5.0  # a probe so young is good enough for who asks
-PATIENCE = 10.0  # seconds for one answer
+EVERY = 30.0  # seconds between two probes while all is well
+AGAIN = 1.0  # after a failure, or when a worker doubts it; also between two reports while a probe waits
+LATER = 5.0  # after failures for longer than SOON
+SOON = 10.0
+FRESH = 5.0  # the age of a result that is good enough for a status
+QUIET = 3.0  # seconds for which a backend may hold requests of mail without an answer until it is probed
+LONGEST = 300.0  # seconds that one probe waits for its answer
 UP = {Scanner.CLAMD: "contentfilter_clamd_up", Scanner.SPAMD: "contentfilter_spamd_up"}
 VERSION_SHOWN = 64  # characters of clamd's version
+_SILENCE = (Cause.TIMEOUT, Cause.BUSY)
+
+Key = tuple[Scanner, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Probed:
-    """Result of the last probe of one backend. Times are seconds of the monotonic clock."""
+    """Result of the last probe of one backend."""
 
     at: float
     cause: Cause | None = None  # None: it answered
     detail: str = ""
-    since: float = 0.0  # of the first of the probes in a row that failed
+    since: float = 0.0  # beginning of the first of the probes in a row that failed
     answered: float | None = None  # of the last one that did not
+    asked: float = 0.0  # beginning of the probe; of the first one in a row without an answer
+    absent: bool = False  # nothing listens there
+    version: Version | None = None  # of a clamd that answered
+
+
+@dataclass(slots=True, eq=False)
+class _Target:
+    """A backend that is probed."""
+
+    key: Key
+    address: Address
+    began: float = float("-inf")  # of its last probe
+    wanted: bool = False  # probe immediately
+    suspected: bool = False  # probe soon
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Prober:
-    """:meth:`run` once, in the background. The rest is for the same event loop."""
+    """:meth:`run` once, in the background. The rest is for the same event loop. ``publish`` gets all results."""
 
-    def __init__(self, settings: Callable[[], Settings]) -> None:
+    def __init__(
+        self,
+        settings: Callable[[], Settings],
+        publish: Callable[[tuple[ProbeResult, ...]], None] = lambda results: None,
+    ) -> None:
         self._settings = settings
-        self.results: Mapping[tuple[Scanner, str], Probed] = {}
-        self.samples: tuple[Measurement, ...] = ()
-        self._config: tuple[ClamdSettings, SpamdSettings] | None = None
-        self._last = float("-inf")  # when the last look began
-        self._wanted = False
-        self._suspected = False
-        self._wake = asyncio.Event()
-        self._looked = asyncio.Event()
+        self._publish = publish
+        self.results: dict[Key, Probed] = {}
+        self._mail: dict[Key, float] = {}  # last valid answer to mail of any worker
+        self._targets: dict[Key, _Target] = {}
+        self._running = False
+        self._changed = asyncio.Event()
+        self._probed = asyncio.Event()
+
+    @property
+    def samples(self) -> tuple[Measurement, ...]:
+        """Metrics of the last results."""
+        return tuple(sample for key, probed in self.results.items() for sample in _samples(*key, probed))
 
     def changed(self) -> None:
         """The settings changed: the results are stale."""
-        self._last = float("-inf")
-        self._wake.set()
+        self._changed.set()
 
-    def suspect(self, failed: float) -> None:
-        """A worker could not use a backend, ``failed`` seconds ago. Probe soon, unless that is known already."""
-        if time.monotonic() - failed > self._last:
-            self._suspected = True
-            self._wake.set()
+    def heard(self, health: BackendHealth) -> None:
+        """Take a worker's report. One that doubts a backend has it probed soon, unless that was done since."""
+        key, now = (Scanner(health.scanner), health.backend), time.monotonic()
+        if health.answered is not None:
+            self._mail[key] = max(self._mail.get(key, 0.0), now - health.answered)
+        target = self._targets.get(key)
+        if target is None:
+            return
+        failed = health.failures > 0 and now - health.failed > target.began
+        if failed or (health.outstanding and health.quiet > QUIET):
+            target.suspected = True
+            target.wake.set()
 
     async def fresh(self, deadline: Deadline) -> None:
-        """Return when the results are fresh, or at the deadline."""
-        if time.monotonic() - self._last < FRESH:
-            return
-        self._looked.clear()
-        self._wanted = True
-        self._wake.set()
+        """Return when the results are fresh, or at the deadline, when the last ones must do."""
+        oldest = time.monotonic() - FRESH
         try:
             async with deadline.timeout():
-                await self._looked.wait()
+                while not self._fresh(oldest):
+                    self._probed.clear()
+                    await self._probed.wait()
         except TimeoutError:
-            pass  # the last known must do
+            pass
 
-    async def run(self, *, rhythm: bool) -> None:
-        """Until it is cancelled. Without ``rhythm`` only when there is a reason."""
+    def _fresh(self, oldest: float) -> bool:
+        """True if no result is older; otherwise a probe of those that are is on its way."""
+        stale = [t for k, t in self._targets.items() if k not in self.results or self.results[k].at < oldest]
+        for target in stale:
+            if target.began < oldest:
+                target.wanted = True
+                target.wake.set()
+        return self._running and not stale
+
+    async def run(self) -> None:
+        """Until it is cancelled. Raises ConfigError for TLS files that cannot be used."""
         while True:
-            self._wake.clear()
+            self._changed.clear()
+            settings = self._settings()
+            clamd, spamd = ClamdScanner(settings.clamd), SpamdScanner(settings.spamd, 1)
+            keys = [(Scanner.CLAMD, name) for name in settings.clamd.backends]
+            keys += [(Scanner.SPAMD, name) for name in settings.spamd.backends]
+            self._targets = {key: _Target(key, Address.parse(key[1])) for key in keys}
+            self.results = {key: probed for key, probed in self.results.items() if key in self._targets}
+            self._running = True
+            self._probed.set()
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._watch(t, clamd, spamd)) for t in self._targets.values()]
+                while (settings.clamd, settings.spamd) == (self._settings().clamd, self._settings().spamd):
+                    self._changed.clear()
+                    await self._changed.wait()
+                for task in tasks:
+                    task.cancel()
+
+    async def _watch(self, target: _Target, clamd: ClamdScanner, spamd: SpamdScanner) -> None:
+        while True:
+            target.wanted = target.suspected = False
+            target.began = time.monotonic()
+            progress = Progress(target.address)
+            probe = asyncio.create_task(_ask(target.key[0], progress, clamd, spamd))
             try:
-                async with self._due(rhythm).timeout():
-                    await self._wake.wait()
+                patience = SILENT_AFTER
+                while not (await asyncio.wait({probe}, timeout=patience))[0]:
+                    self._record(target, progress.timed_out())
+                    patience = AGAIN
+                self._record(target, probe.result())
+            finally:
+                probe.cancel()
+            await self._pause(target)
+
+    async def _pause(self, target: _Target) -> None:
+        probed = self.results[target.key]
+        usual = EVERY if probed.cause is None else AGAIN if probed.at - probed.since < SOON else LATER
+        while not target.wanted:
+            end = target.began + (min(AGAIN, usual) if target.suspected else usual)
+            target.wake.clear()
+            try:
+                async with Deadline(end).timeout():
+                    await target.wake.wait()
             except TimeoutError:
-                await self._look()
+                return
 
-    def _due(self, rhythm: bool) -> Deadline:
-        if self._wanted:
-            return Deadline(0.0)
-        if self._suspected or any(probed.cause for probed in self.results.values()):
-            return Deadline(self._last + AGAIN)
-        return Deadline(self._last + EVERY if rhythm else float("inf"))
-
-    async def _look(self) -> None:
-        self._last = time.monotonic()
-        self._wanted = self._suspected = False
-        settings = self._settings()
-        if self._config != (settings.clamd, settings.spamd):
-            self._config = settings.clamd, settings.spamd
-            self._clamd, self._spamd = ClamdScanner(settings.clamd), SpamdScanner(settings.spamd, 1)
-        backends = [(Scanner.CLAMD, name) for name in settings.clamd.backends]
-        backends += [(Scanner.SPAMD, name) for name in settings.spamd.backends]
-        answers = await asyncio.gather(*(self._asked(*backend) for backend in backends))
-        self.results = {
-            backend: self._probed(backend, answer) for backend, answer in zip(backends, answers, strict=True)
-        }
-        self.samples = tuple(
-            sample for backend, answer in zip(backends, answers, strict=True) for sample in _samples(*backend, answer)
-        )
-        self._looked.set()
-
-    async def _asked(self, scanner: Scanner, backend: str) -> Version | BackendError | None:
-        address, deadline = Address.parse(backend), Deadline.after(PATIENCE)
-        try:
-            if scanner is Scanner.CLAMD:
-                return await self._clamd.version(address, deadline)
-            await self._spamd.probe(address, deadline)
-        except BackendError as error:
-            return error
-        return None
-
-    def _probed(self, backend: tuple[Scanner, str], answer: Version | BackendError | None) -> Probed:
-        now = time.monotonic()
+    def _record(self, target: _Target, answer: Version | BackendError | None) -> None:
+        now, before = time.monotonic(), self.results.get(target.key)
         if not isinstance(answer, BackendError):
-            return Probed(now, answered=now)
-        before = self.results.get(backend)
-        since = before.since if before and before.cause else self._last
-        return Probed(now, answer.cause, answer.detail, since, before.answered if before else None)
+            probed = Probed(now, answered=now, asked=target.began, version=answer)
+        else:
+            again = before if before is not None and before.cause is not None else None
+            since = again.since if again else target.began
+            cause, asked = answer.cause, target.began
+            if again and again.cause in _SILENCE and cause in _SILENCE:  # a listen queue may fill up meanwhile
+                cause, asked = again.cause, again.asked
+            absent = isinstance(answer, UnreachableError) and cause is Cause.DOWN
+            answered = before.answered if before else None
+            probed = Probed(now, cause, answer.detail, since, answered, asked, absent)
+        self.results[target.key] = probed
+        self._probed.set()
+        self._publish(tuple(self._result(*item) for item in self.results.items()))
+
+    def _result(self, key: Key, probed: Probed) -> ProbeResult:
+        answered = max(probed.answered or 0.0, self._mail.get(key, 0.0))
+        database = database_of(probed.version) if probed.version else ""
+        return ProbeResult(*key, probed.asked, answered, probed.cause, probed.absent, database)
 
 
-def _samples(scanner: Scanner, backend: str, answer: Version | BackendError | None) -> list[Measurement]:
+async def _ask(
+    scanner: Scanner, progress: Progress, clamd: ClamdScanner, spamd: SpamdScanner
+) -> Version | BackendError | None:
+    deadline = Deadline.after(LONGEST)
+    try:
+        if scanner is Scanner.CLAMD:
+            return await clamd.version(progress.address, deadline, progress)
+        await spamd.probe(progress.address, deadline, progress)
+    except BackendError as error:
+        return error
+    return None
+
+
+def _samples(scanner: Scanner, backend: str, probed: Probed) -> list[Measurement]:
     """Metrics of a backend's answer; without one, only that it is not up."""
     labels = (backend,)
-    samples: list[Measurement] = [(UP[scanner], labels, not isinstance(answer, BackendError))]
-    if isinstance(answer, Version):
-        samples.append(("contentfilter_clamd_info", (backend, answer.product[:VERSION_SHOWN]), 1))
-        if answer.database is not None:
-            samples.append(("contentfilter_clamd_database_version", labels, answer.database))
-        if answer.built is not None:
-            samples.append(("contentfilter_clamd_database_timestamp_seconds", labels, answer.built.timestamp()))
+    samples: list[Measurement] = [(UP[scanner], labels, probed.cause is None)]
+    if (version := probed.version) is not None:
+        samples.append(("contentfilter_clamd_info", (backend, version.product[:VERSION_SHOWN]), 1))
+        if version.database is not None:
+            samples.append(("contentfilter_clamd_database_version", labels, version.database))
+        if version.built is not None:
+            samples.append(("contentfilter_clamd_database_timestamp_seconds", labels, version.built.timestamp()))
     return samples

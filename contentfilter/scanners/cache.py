@@ -11,10 +11,10 @@ An answer from memory requires the same scanner with the same settings, the same
 
 In flight a scan is shared within one worker; answers that are kept are sent to the other workers.
 
-Theory. The cache owns each attempt of a scan as a task, which holds its slot until it ends. The message that began
-the scan waits for the attempt, shielded, until its own deadline; equal messages wait for the scan. While anyone waits,
-attempts go on that the backend has received as a whole. When the last one has gone, they go on for [reuse] late
-seconds if that lets a retry find the answer, and if not too many do; otherwise they are cancelled.
+Theory. The message that began a scan waits for it in its own task; equal messages wait for a future. When the message
+that began it leaves, the cache takes over the attempts that the backend has received as a whole: each becomes a task,
+which holds its slot until it ends. While anyone waits they go on. When the last one has gone, they go on for [reuse]
+late seconds if that lets a retry find the answer, and if not too many do; otherwise they are cancelled.
 """
 
 import asyncio
@@ -28,14 +28,13 @@ from contentfilter.errors import BackendError, Cause
 from contentfilter.model import Message, ScanOutcome, ScanStatus
 from contentfilter.scanners.cache_entries import SURE, CacheEntry, CacheKey, Memory
 from contentfilter.scanners.content import Content, Digest
-from contentfilter.scanners.limiter import Attempts, cancelled
-from contentfilter.scanners.stream import Progress
+from contentfilter.scanners.stream import Owner, Progress
 from contentfilter.settings import ReuseSettings
 
 FRESH = 5.0  # seconds since a scan began in which its database need not be asked for again
 
-Scan = Callable[[Attempts | None], Awaitable[ScanOutcome]]
-"""The scan, with the owner of its attempts; None: they end with it. Raises BackendError."""
+Scan = Callable[[Owner | None], Awaitable[ScanOutcome]]
+"""The scan, with the owner of attempts that go on; None: they end with it. Raises BackendError."""
 Place = tuple[bytes, int]  # kind and size: only such requests can be equal
 
 
@@ -54,7 +53,7 @@ class ScanRequest:
 
 @dataclass(slots=True, eq=False)
 class _Abandoned:
-    """An attempt that its message does not wait for any longer."""
+    """An attempt that its message no longer waits for."""
 
     timer: asyncio.TimerHandle | None = None
     expired: bool = False  # the timer ended it
@@ -62,7 +61,7 @@ class _Abandoned:
 
 @dataclass(slots=True, eq=False)
 class InFlightScan:
-    """A scan in progress, and the owner of its attempts."""
+    """A scan in progress, and the owner of its attempts that go on."""
 
     cache: "ScanCache"
     request: ScanRequest
@@ -75,18 +74,13 @@ class InFlightScan:
     completed: asyncio.Future[CacheEntry | None] | None = None  # made by the first that joins; None in it: no answer
     attempts: dict[asyncio.Task[ScanOutcome], Progress] = field(default_factory=dict)
 
-    def start(self, work: Coroutine[Any, Any, ScanOutcome], progress: Progress) -> asyncio.Task[ScanOutcome]:
-        task = asyncio.create_task(work)
+    def take_over(self, rest: Coroutine[Any, Any, ScanOutcome], progress: Progress) -> asyncio.Task[ScanOutcome]:
+        self.content.hashing()  # now: the message may be closed soon
+        task = asyncio.create_task(rest)
         self.attempts[task] = progress
+        self.cache.abandoned[task] = _Abandoned()
         task.add_done_callback(self._ended)
         return task
-
-    async def give_up(self, task: asyncio.Task[ScanOutcome]) -> None:
-        if not self.attempts[task].sent:  # it needs the message, which may be closed now
-            await cancelled(task)
-            return
-        self.content.hashing()  # now, for the same reason
-        self.cache.abandon(task)
 
     def _ended(self, task: asyncio.Task[ScanOutcome]) -> None:
         self.cache.ended(self, task, self.attempts.pop(task))
@@ -106,7 +100,7 @@ class ScanCache:
         self._settings = ReuseSettings()
         self._memory = Memory(self._settings.keep, self._settings.entries, clock)
         self._in_flight: dict[Place, list[InFlightScan]] = {}
-        self._abandoned: dict[asyncio.Task[ScanOutcome], _Abandoned] = {}
+        self.abandoned: dict[asyncio.Task[ScanOutcome], _Abandoned] = {}  # for how long they go on, _limit decides
         self._background: set[asyncio.Task[None]] = set()
 
     def change(self, settings: ReuseSettings) -> None:
@@ -120,7 +114,7 @@ class ScanCache:
 
     async def aclose(self) -> None:
         """Cancel what goes on."""
-        tasks = [*self._abandoned, *self._background]
+        tasks = [*self.abandoned, *self._background]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -234,20 +228,16 @@ class ScanCache:
         flight.waiters -= 1
         if not flight.waiters:
             for task in tuple(flight.attempts):
-                if task in self._abandoned:
-                    self._limit(flight, task, self._abandoned[task])
+                if task in self.abandoned:
+                    self._limit(flight, task, self.abandoned[task])
         self._resolve_if_over(flight)
-
-    def abandon(self, task: asyncio.Task[ScanOutcome]) -> None:
-        """An attempt goes on without the message that began it; for how long, :meth:`_limit` decides."""
-        self._abandoned[task] = _Abandoned()
 
     def _limit(self, flight: InFlightScan, task: asyncio.Task[ScanOutcome], abandoned: _Abandoned) -> None:
         """No message waits for the attempt: limit its time, or cancel it."""
         settings = self._settings
-        limited = sum(other.timer is not None for other in self._abandoned.values())
+        limited = sum(other.timer is not None for other in self.abandoned.values())
         if not (flight.request.goes_on and settings.late) or limited >= settings.late_scans:
-            del self._abandoned[task]
+            del self.abandoned[task]
             task.cancel()
         elif abandoned.timer is None:
             abandoned.timer = asyncio.get_running_loop().call_later(settings.late, self._expire, task, abandoned)
@@ -257,8 +247,8 @@ class ScanCache:
         task.cancel()
 
     def ended(self, flight: InFlightScan, task: asyncio.Task[ScanOutcome], progress: Progress) -> None:
-        """An attempt has ended. If it was abandoned, its answer is for those who joined, and for the retry."""
-        abandoned = self._abandoned.pop(task, None)
+        """An attempt that went on has ended: its answer is for those who joined, and for the retry."""
+        abandoned = self.abandoned.pop(task, None)
         if abandoned is not None:
             if abandoned.timer is not None:
                 abandoned.timer.cancel()

@@ -21,18 +21,16 @@ from contentfilter.errors import BackendError, Cause
 from contentfilter.model import Message, Scanner, ScanOutcome, ScanStatus
 from contentfilter.policy.admission import Priority
 from contentfilter.policy.budget import attempt_timeout
-from contentfilter.scanners.health import USUAL, Patience
-from contentfilter.scanners.limiter import NEUTRAL, Attempts, ScannerLimiter
-from contentfilter.scanners.stream import Batch, Progress, StreamContext, query, request
-from contentfilter.scanners.watch import watch
+from contentfilter.scanners.health import PATIENCE, ProbeResult
+from contentfilter.scanners.limiter import NEUTRAL, ScannerLimiter
+from contentfilter.scanners.stream import Batch, Conclude, Owner, Progress, StreamContext, query, request
 from contentfilter.wire import clamd
 
-VERSION_EVERY = 60.0  # seconds for which the database that a backend had is not asked for again
 VERSION_WAIT = 2.0  # seconds; clamd answers VERSION immediately, even while all its threads scan
 
 
 class ClamdScanner:
-    """clamd behind a limiter of its backends. ``config`` is the [clamd] section; ``shed``: see ScannerLimiter."""
+    """clamd behind a limiter of its backends. ``config`` is [clamd]; ``shed``, ``patience``: see ScannerLimiter."""
 
     def __init__(
         self,
@@ -40,7 +38,7 @@ class ClamdScanner:
         *,
         shed: Counter[str] | None = None,
         clock: Callable[[], float] = time.monotonic,
-        patience: Patience = USUAL,
+        patience: float = PATIENCE,
     ) -> None:
         addresses = tuple(Address.parse(text) for text in config.backends)
         self.limiter = ScannerLimiter(
@@ -50,50 +48,72 @@ class ClamdScanner:
             max_wait=config.max_wait,
             shed=shed,
             clock=clock,
-            silence=Cause.RELOADING,
             patience=patience,
         )
         self._context = StreamContext(config.connect_timeout)
         self._config = config
         self._no_fildes: set[Address] = set()  # where FILDES was refused
-        self._proofs = {address: SelfTest(config.proof, clock) for address in addresses}
-        self._databases = {address: ("", float("-inf")) for address in addresses}  # and when it was asked for
+        self._self_tests = {address: SelfTest(config.proof, clock) for address in addresses}
+        self._databases = dict.fromkeys(addresses, "")  # by the last probe
 
     def scan(
         self,
         message: Message,
         deadline: Deadline,
         priority: Priority = NEUTRAL,
-        attempts: Attempts | None = None,
+        owner: Owner | None = None,
     ) -> Coroutine[Any, Any, ScanOutcome]:
-        """CLEAN or FOUND. Raises BackendError when there is no verdict.
+        """CLEAN or FOUND, with a database that the backend had before the scan. Raises BackendError without a verdict.
 
-        With ``attempts`` the answer may be reused: the outcome names a database that the backend had before the scan.
+        ``owner``: see ScannerLimiter.run.
         """
         if self.too_big(message.size):
             # clamd answers OK above its own limit, without a look.
             raise BackendError(Cause.TOO_BIG, "clamd", f"{message.size} bytes, max_size is {self._config.max_size}")
-        ask = partial(self._ask, message, attempts is not None)
-        return self.limiter.run(priority, ask, attempt_timeout(message.size, self._config), deadline, attempts)
+        ask = partial(self._ask, message)
+        return self.limiter.run(priority, ask, attempt_timeout(message.size, self._config), deadline, owner)
 
-    async def _ask(self, message: Message, with_database: bool, address: Address, progress: Progress) -> ScanOutcome:
+    async def _ask(self, message: Message, address: Address, progress: Progress) -> ScanOutcome:
         """One attempt at one backend."""
-        database = await self._database_before(address) if with_database else ""
-        answer: clamd.ScanAnswer | None = None
-        if address.path and address not in self._no_fildes:
-            answer = await self._fildes(address, message.fd, progress)
-            if isinstance(answer, clamd.Clean):
-                await self._proofs[address].check(address, partial(self._fildes, address))
-        if answer is None:
-            answer = await self._instream(address, message, progress)
+        database = self._databases[address]
+        try:
+            if address.path and address not in self._no_fildes:
+                conclude = partial(self._proven, address, progress, database)
+                answer, complete = await self._fildes(address, message.fd, progress, conclude)
+                if not (isinstance(answer, clamd.Failed) and answer.refused):
+                    return await conclude(answer, complete)
+                self._no_fildes.add(address)
+                progress.sent = False
+            return await self._instream(address, message, progress, partial(self._outcome, address, progress, database))
+        except BackendError as error:
+            if error.cause is Cause.DOWN:
+                self._no_fildes.discard(address)  # it may come back with another configuration
+            raise
+
+    async def _proven(
+        self, address: Address, progress: Progress, database: str, answer: clamd.ScanAnswer, complete: bool
+    ) -> ScanOutcome:
+        """The outcome of an answer about a descriptor: OK counts only from a clamd that has passed the self-test."""
+        test = self._self_tests[address]
+        if isinstance(answer, clamd.Clean) and not test.passed():
+            await test.run(address, partial(self._fildes, address))
+        return await self._outcome(address, progress, database, answer, complete)
+
+    async def _outcome(
+        self, address: Address, progress: Progress, database: str, answer: clamd.ScanAnswer, complete: bool
+    ) -> ScanOutcome:
+        """The outcome of an answer. Raises BackendError if it is no verdict."""
+        backend, name, status = str(address), "", ScanStatus.CLEAN
         if isinstance(answer, clamd.Failed):
-            raise BackendError(answer.cause, str(address), answer.text)
-        name = answer.name if isinstance(answer, clamd.Found) else ""
-        if name and clamd.signature_class(name) is clamd.SignatureClass.LIMITS:
-            raise BackendError(Cause.LIMITS, str(address), name)
-        status = ScanStatus.FOUND if isinstance(answer, clamd.Found) else ScanStatus.CLEAN
+            raise BackendError(answer.cause, backend, answer.text)
+        if isinstance(answer, clamd.Found):
+            name, status = answer.name, ScanStatus.FOUND
+            if clamd.signature_class(name) is clamd.SignatureClass.LIMITS:
+                raise BackendError(Cause.LIMITS, backend, name)
+        elif not complete:
+            raise BackendError(Cause.BAD_REPLY, backend, "OK before it had the whole message")
         seconds = time.monotonic() - progress.began
-        return ScanOutcome(Scanner.CLAMD, status, name=name, backend=str(address), seconds=seconds, database=database)
+        return ScanOutcome(Scanner.CLAMD, status, name, backend=backend, seconds=seconds, database=database)
 
     def too_big(self, size: int) -> bool:
         return 0 < self._config.max_size < size
@@ -107,70 +127,56 @@ class ClamdScanner:
             found = await self.version(address, deadline.within(VERSION_WAIT))
         except BackendError:
             return ""
-        text = "" if found.database is None else f"{found.product}/{found.database}/{found.built}"
-        self._databases[address] = text, time.monotonic()
-        return text
+        return database_of(found)
 
-    async def _database_before(self, address: Address) -> str:
-        """A database that it had before now: a scan that begins now uses this one or a newer one."""
-        known, asked = self._databases[address]
-        if time.monotonic() - asked < VERSION_EVERY:
-            return known
-        self._databases[address] = known, time.monotonic()  # the others do not ask meanwhile
-        await self.database(str(address), Deadline.after(VERSION_WAIT))
-        return self._databases[address][0]
+    def learn(self, result: ProbeResult) -> None:
+        """Take a result of the prober."""
+        for address in self._databases:
+            if str(address) == result.backend and result.cause is None:
+                self._databases[address] = result.database
+        self.limiter.learn(result)
 
-    async def version(self, address: Address, deadline: Deadline) -> clamd.Version:
-        """Health, version and database age of one backend; needs no slot. Raises BackendError."""
-        found = await query(address, clamd.command("VERSION"), clamd.version_reader(), self._context, deadline)
+    async def version(self, address: Address, deadline: Deadline, progress: Progress | None = None) -> clamd.Version:
+        """Health, version and database age of one backend; needs no slot. Raises BackendError.
+
+        clamd answers immediately, even while all its threads scan.
+        """
+        reader = clamd.version_reader()
+        found = await query(address, clamd.command("VERSION"), reader, self._context, deadline, progress)
         if found.product.endswith("ERROR"):
             raise BackendError(Cause.DOWN, str(address), found.product)
         return found
 
-    async def watch(self) -> None:
-        """Until it is cancelled: keep what is known about the backends up to date."""
-        await watch(self.limiter, self._ping)
-
-    async def _ping(self, address: Address, deadline: Deadline) -> None:
-        await query(address, clamd.command("PING"), clamd.pong_reader(), self._context, deadline)
-
-    async def _fildes(self, address: Address, fd: int, progress: Progress) -> clamd.ScanAnswer | None:
-        """None if clamd does not take descriptors, which is remembered until it goes down; or there is none to pass."""
-        batches, reader = iter([(clamd.fildes(),)]), clamd.scan_reader()
+    async def _fildes(
+        self, address: Address, fd: int, progress: Progress, conclude: Conclude[clamd.ScanAnswer] | None = None
+    ) -> tuple[clamd.ScanAnswer, bool]:
         passed = _read_only(fd)
         if passed < 0:
-            return None
+            return clamd.Failed(Cause.DOWN, "no descriptor to pass", refused=True), True
+        batches, reader = iter([(clamd.fildes(),)]), clamd.scan_reader()
         try:
-            answer, _ = await request(address, batches, reader, self._context, progress, descriptor=passed)
-        except BackendError as error:
-            self._forget_refusal(address, error)
-            raise
+            return await request(
+                address, batches, reader, self._context, progress, descriptor=passed, conclude=conclude
+            )
         finally:
             os.close(passed)
-        if isinstance(answer, clamd.Failed) and answer.refused:
-            self._no_fildes.add(address)
-            return None
-        return answer
 
-    async def _instream(self, address: Address, message: Message, progress: Progress) -> clamd.ScanAnswer:
-        progress.sent = False  # FILDES may have been refused
+    async def _instream(
+        self, address: Address, message: Message, progress: Progress, conclude: Conclude[clamd.ScanAnswer]
+    ) -> ScanOutcome:
         if len(message.data) != message.size:
             raise BackendError(Cause.TIMEOUT, str(address), "no descriptor accepted before the message was closed")
         batches, reader = _stream(message), clamd.scan_reader()
         try:
-            answer, complete = await request(address, batches, reader, self._context, progress)
-        except BackendError as error:
-            self._forget_refusal(address, error)
-            raise
+            answer, complete = await request(address, batches, reader, self._context, progress, conclude=conclude)
         finally:
             batches.close()
-        if isinstance(answer, clamd.Clean) and not complete:
-            raise BackendError(Cause.BAD_REPLY, str(address), "OK before it had the whole message")
-        return answer
+        return await conclude(answer, complete)
 
-    def _forget_refusal(self, address: Address, error: BackendError) -> None:
-        if error.cause is Cause.DOWN:
-            self._no_fildes.discard(address)  # it may come back with another configuration
+
+def database_of(version: clamd.Version) -> str:
+    """Identifies the database; empty if there is none."""
+    return "" if version.database is None else f"{version.product}/{version.database}/{version.built}"
 
 
 def _stream(message: Message) -> Generator[Batch, None, None]:
@@ -207,17 +213,21 @@ class SelfTest:
         self._until = 0.0
         self._lock = asyncio.Lock()  # one test serves everyone who waits for it
 
-    async def check(self, address: Address, ask: Callable[[int, Progress], Awaitable[clamd.ScanAnswer | None]]) -> None:
-        """Return if the OK of ``address`` counts. Raises BackendError if it does not."""
-        if not self._interval or self._clock() < self._until:
-            return
+    def passed(self) -> bool:
+        """True if its OK counts now."""
+        return not self._interval or self._clock() < self._until
+
+    async def run(
+        self, address: Address, ask: Callable[[int, Progress], Awaitable[tuple[clamd.ScanAnswer, bool]]]
+    ) -> None:
+        """Return if ``address`` passes. Raises BackendError if it does not."""
         async with self._lock:
-            if self._clock() < self._until:
+            if self.passed():
                 return
             fd = os.memfd_create("test-virus")
             try:
                 os.write(fd, TEST_VIRUS)
-                answer = await ask(fd, Progress(address))
+                answer, _ = await ask(fd, Progress(address))
             finally:
                 os.close(fd)
             if not isinstance(answer, clamd.Found):

@@ -1,78 +1,76 @@
 """Circuit breaker of a backend, and the choice between backends. Pure: no clock, no socket, no wait.
 
-Three states besides well, each with its own remedy. *Resting* (open): it failed three times in a row and gets no
-requests, longer each time. *Doubtful* (half-open): rested, one request at a time until one is answered. *Silent*
-(unresponsive): it accepts connections but answers no PING, as a clamd does that reloads its database; new requests go
-elsewhere while another backend is well.
+The breaker is passive: it follows the answers that mail gets. What the supervisor's prober knows (monitor/probe.py)
+reaches it as :class:`ProbeResult`; without fresh results the breaker works alone. Times are seconds of the monotonic
+clock, which all processes of a machine share.
 """
 
 import asyncio
+import enum
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from contentfilter.endpoint import Address
 from contentfilter.errors import Cause
+from contentfilter.model import Scanner
 
-REST_AFTER = 3  # failures in a row
+
+class State(enum.Enum):
+    """State of a breaker."""
+
+    CLOSED = "closed"  # requests flow
+    OPEN = "open"  # it failed several times in a row: no requests, longer each time
+    HALF_OPEN = "half_open"  # one request at a time, until one is answered
+    UNRESPONSIVE = "unresponsive"  # neither mail nor the prober gets an answer; other backends are preferred
+
+
+class Event(enum.Enum):
+    """What changes the state of a breaker."""
+
+    ANSWERED = enum.auto()  # a valid answer to a scan
+    TRIPPED = enum.auto()  # the OPEN_AFTER-th failure in a row, or a later one
+    SILENT = enum.auto()  # the prober waits in vain, and no scan is answered
+    FOUND = enum.auto()  # the prober got an answer
+    RETRY = enum.auto()  # the rest is over, or a result of the prober has expired
+
+
+TRANSITIONS = {
+    (State.CLOSED, Event.TRIPPED): State.OPEN,
+    (State.CLOSED, Event.SILENT): State.UNRESPONSIVE,
+    (State.OPEN, Event.ANSWERED): State.CLOSED,
+    (State.OPEN, Event.RETRY): State.HALF_OPEN,
+    (State.HALF_OPEN, Event.ANSWERED): State.CLOSED,
+    (State.HALF_OPEN, Event.TRIPPED): State.OPEN,
+    (State.HALF_OPEN, Event.SILENT): State.UNRESPONSIVE,
+    (State.UNRESPONSIVE, Event.ANSWERED): State.CLOSED,
+    (State.UNRESPONSIVE, Event.TRIPPED): State.OPEN,
+    (State.UNRESPONSIVE, Event.FOUND): State.CLOSED,
+    (State.UNRESPONSIVE, Event.RETRY): State.HALF_OPEN,
+}
+"""Pairs that are not listed change nothing."""
+
+OPEN_AFTER = 3  # failures in a row
 FIRST_REST, LONGEST_REST = 1.0, 10.0  # seconds
 FAIR_TRY = 5.0  # a time-out sooner than this says more about the message's budget than about the backend
+PATIENCE = 10.0  # default of [failure] patience
+SILENT_AFTER = 2.0  # seconds without a sign of life, while a probe waits for its answer
+EXPIRES = 10.0  # seconds for which a result of the prober counts; bad ones are repeated every second
 
 _NOT_ITS_FAULT = frozenset({Cause.TOO_BIG, Cause.LIMITS, Cause.BUSY, Cause.RELOADING})
+_SILENCE = frozenset({Cause.TIMEOUT, Cause.BUSY})
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
-    """Limits of a backend's silence, in seconds. Answers to mail count too, so a busy one gets no PING."""
+class ProbeResult:
+    """The prober's last result for one backend."""
 
-    look: float = 0.5  # between two checks whether a PING is due
-    suspect: float = 1.0  # without an answer until a PING: to one that failed or is silent
-    quiet: float = 3.0  # … to one that holds requests
-    idle: float = 30.0  # … to one that is idle
-    short: float = 2.0  # without an answer to PING until no more mail is sent there
-    move: float = 10.0  # … until the requests that it holds are sent elsewhere
-    long: float = 30.0  # one PING waits so long: its answer says immediately that a reload has ended
-
-
-USUAL = Patience()
-
-
-@dataclass(frozen=True, slots=True)
-class Health:
-    """State of the breaker, by the last answers. Times are seconds of the limiter's clock."""
-
-    failures: int = 0  # in a row
-    rest_until: float = 0.0
-    cause: Cause = Cause.DOWN  # of the last failure
-    since: float = 0.0  # when the first of them was
-    last: float = 0.0
-    proven: bool = False  # it answered a PING since
-    absent: bool = False  # the last failure: nothing listened there
-
-    def resting(self, now: float) -> bool:
-        return now < self.rest_until
-
-    def doubtful(self) -> bool:
-        """Rested, but not yet proven well: one request at a time."""
-        return self.failures >= REST_AFTER
-
-    def failed(self, cause: Cause, now: float, seconds: float, *, absent: bool = False) -> "Health":
-        """After a failure that took ``seconds``. ``absent``: the request was never sent.
-
-        Failures during a rest are requests that were already under way: one crash, counted once.
-        """
-        if cause in _NOT_ITS_FAULT or self.resting(now) or (cause is Cause.TIMEOUT and seconds < FAIR_TRY):
-            return self
-        failures = self.failures + 1
-        beyond = min(failures - REST_AFTER, 16)
-        rest = min(FIRST_REST * 2**beyond, LONGEST_REST) if beyond >= 0 else 0.0
-        return Health(failures, now + rest, cause, self.since if self.failures else now, now, absent=absent)
-
-    def answered_ping(self) -> "Health":
-        """It is there. Whether it can scan only a scan tells, so its failures are not forgotten.
-
-        One that was not there need not rest any longer.
-        """
-        return replace(self, proven=True, rest_until=0.0 if self.absent else self.rest_until)
+    scanner: Scanner
+    backend: str
+    asked: float  # when the last probe began
+    answered: float = 0.0  # the last valid answer, to a probe or to mail of any worker; 0: none
+    cause: Cause | None = None  # None: the probe was answered
+    absent: bool = False  # nothing listens there
+    database: str = ""  # that clamd has; empty: unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,92 +79,167 @@ class BackendHealth:
 
     scanner: str
     backend: str
-    state: (
-        str  # well, doubtful (it failed, and has not answered since), silent (not even to PING), resting (left alone)
-    )
+    state: str  # a value of State
     failures: int  # in a row
     cause: str  # of the last of them; empty without
     since: float  # the first of them
     failed: float  # the last of them
-    answered: float | None  # its last sound answer; None: there was none yet
+    answered: float | None  # its last valid answer; None: there was none yet
     outstanding: int
     limit: int
     waiting: int  # requests that wait for a slot at any backend of this scanner
     wanted: bool = True  # there is mail that needs this scanner
+    quiet: float = 0.0  # since its last sign of life, or since the request that began its silence
 
 
 @dataclass(slots=True, eq=False)
 class Backend:
-    """One endpoint, its slots and its breaker."""
+    """One endpoint: its slots and its breaker."""
 
     address: Address
     limit: int  # concurrent requests
     outstanding: int = 0
-    given_up: int = 0  # of those: attempts that go on although the caller stopped waiting
+    given_up: int = 0  # of those: requests that go on although the caller stopped waiting
     turn: int = 0  # when it was last chosen: breaks ties, so that equals share the load
-    health: Health = field(default_factory=Health)
-    watched: bool = False  # PINGs find out about it, so no mail needs to
-    heard: float = float("-inf")  # its last answer, or the request that began its silence
-    answered: float | None = None  # when it last gave a sound answer
-    silent_since: float | None = None  # when it left a PING unanswered
-    movable: set[asyncio.Timeout] = field(default_factory=set)  # requests that may still be sent elsewhere
+    retryable: set[asyncio.Timeout] = field(default_factory=set)  # its requests, to be ended when it is unresponsive
+    state: State = State.CLOSED
+    failures: int = 0  # in a row
+    cause: Cause = Cause.DOWN  # of the last one
+    since: float = 0.0  # the first one
+    last: float = 0.0
+    rest_until: float = 0.0  # while open
+    absent: bool = False  # the last failure: nothing listened there
+    heard: float = float("-inf")  # its last sign of life
+    busy_since: float = float("inf")  # since then it has had requests all the time
+    silent_since: float = 0.0  # while unresponsive
+    answered: float | None = None  # its last valid answer to a scan
+    probed: float = float("-inf")  # beginning of the last probe that is known
+    expires: float = float("-inf")  # until then the prober's result counts
+    proven: bool = False  # it has answered a probe since its last failure
+
+    def _after(self, event: Event) -> None:
+        self.state = TRANSITIONS.get((self.state, event), self.state)
+
+    def refresh(self, now: float) -> None:
+        """Follow the clock."""
+        if self.state is State.OPEN:
+            if now >= self.rest_until:
+                self._after(Event.RETRY)
+        elif self.state is State.UNRESPONSIVE and now >= self.expires:
+            self._after(Event.RETRY)
+
+    def answer(self, now: float) -> None:
+        """After a valid answer to a scan."""
+        self.heard = self.answered = now
+        if self.failures or self.state is not State.CLOSED:
+            self._after(Event.ANSWERED)
+            self.failures = 0
+
+    def fail(self, cause: Cause, now: float, seconds: float, *, absent: bool = False) -> None:
+        """After a failure that took ``seconds``. ``absent``: the request was never sent.
+
+        Failures while it is open are requests that were already under way: one crash, counted once.
+        """
+        self.refresh(now)
+        if cause in _NOT_ITS_FAULT or self.state is State.OPEN or (cause is Cause.TIMEOUT and seconds < FAIR_TRY):
+            return
+        if cause is not Cause.TIMEOUT:
+            self.heard = now  # it is not silent but broken
+        if not self.failures:
+            self.since = now
+        self.failures, self.cause, self.last, self.absent, self.proven = self.failures + 1, cause, now, absent, False
+        beyond = min(self.failures - OPEN_AFTER, 16)
+        if beyond >= 0:
+            self.rest_until = now + min(FIRST_REST * 2**beyond, LONGEST_REST)
+            self._after(Event.TRIPPED)
+
+    def learn(self, result: ProbeResult, now: float) -> None:
+        """Take a result of the prober. Only a scan proves that it can scan, so failures are not forgotten."""
+        self.refresh(now)
+        news, self.probed = result.asked > self.probed, max(self.probed, result.asked)
+        self.expires = now + EXPIRES
+        if result.cause is None:
+            self.proven = True
+            self.heard = max(self.heard, result.answered)
+            if self.state is State.UNRESPONSIVE:
+                self._after(Event.RETRY if self.failures >= OPEN_AFTER else Event.FOUND)
+            elif self.absent:
+                self._after(Event.RETRY)  # one that was not there need not rest any longer
+        elif result.cause in _SILENCE:
+            self._unanswered(result, now)
+        elif news and self.heard <= result.asked:
+            self.fail(result.cause, now, FAIR_TRY, absent=result.absent)
+
+    def _unanswered(self, result: ProbeResult, now: float) -> None:
+        """A probe waits for its answer. What mail gets meanwhile counts as well: a busy spamd has no child for it."""
+        began = min(result.asked, self.busy_since) if self.outstanding else result.asked
+        since = max(self.heard, result.answered, began)
+        if now - since < SILENT_AFTER:
+            if self.state is State.UNRESPONSIVE:
+                self._after(Event.RETRY if self.failures >= OPEN_AFTER else Event.FOUND)
+        elif self.state is State.UNRESPONSIVE:
+            self.silent_since = max(self.silent_since, self.heard, result.answered)
+        elif self.state is not State.OPEN:
+            self._after(Event.SILENT)
+            self.silent_since, self.cause = since, result.cause or Cause.TIMEOUT
 
     def free(self) -> bool:
         if self.outstanding >= self.limit:
             return False
-        return not self.health.doubtful() or self.outstanding == self.given_up
+        return self.state is not State.HALF_OPEN or self.outstanding == self.given_up
 
-    @property
-    def silent(self) -> bool:
-        return self.silent_since is not None
+    def usable(self, now: float, patience: float) -> bool:
+        """True if it may be asked now, or is worth waiting for: it has not failed for longer than ``patience``."""
+        self.refresh(now)
+        if self.state is State.UNRESPONSIVE:
+            return now - self.silent_since < patience
+        if self.state is State.HALF_OPEN:
+            return self.free() or now - self.since < patience
+        return self.state is State.CLOSED
 
-    def trusted(self) -> bool:
-        """Mail may go there without paying for the discovery that it is not well."""
-        return not self.silent and not (self.watched and self.unproven())
+    def trusted(self, now: float) -> bool:
+        """True if mail need not find out that it is not well."""
+        return self.state is State.CLOSED or (self.state is State.HALF_OPEN and (self.proven or now >= self.expires))
 
     def unproven(self) -> bool:
-        return self.health.doubtful() and not self.health.proven
+        return self.state is State.HALF_OPEN and not self.proven
 
 
-def due(backend: Backend, now: float, patience: Patience) -> bool:
-    """Has it been silent long enough for a PING?"""
-    if backend.health.resting(now) and not backend.health.absent:
-        return False
-    if backend.silent or (backend.health.failures and not backend.health.proven):
-        limit = patience.suspect
-    else:
-        limit = patience.quiet if backend.outstanding else patience.idle
-    return now - backend.heard >= limit
+def usable(
+    backends: Sequence[Backend], now: float, patience: float = PATIENCE, avoid: Collection[Backend] = ()
+) -> list[Backend]:
+    """Backends that may be asked now or soon. Trusted ones only, if there are any."""
+    found = [b for b in backends if b not in avoid and b.usable(now, patience)]
+    return [b for b in found if b.trusted(now)] or found
 
 
-def usable(backends: Sequence[Backend], now: float, avoid: Collection[Backend] = ()) -> list[Backend]:
-    """Backends that may be asked now or as soon as they have a free slot. Trusted ones only, if there are any."""
-    rested = [b for b in backends if b not in avoid and not b.health.resting(now)]
-    return [b for b in rested if b.trusted()] or rested
-
-
-def choose(backends: Sequence[Backend], now: float, avoid: Collection[Backend] = ()) -> Backend | None:
+def choose(
+    backends: Sequence[Backend], now: float, patience: float = PATIENCE, avoid: Collection[Backend] = ()
+) -> Backend | None:
     """The best one with a free slot: proven before unproven, then the least outstanding, then the longest unused."""
-    free = [b for b in usable(backends, now, avoid) if b.free()]
+    if len(backends) == 1 and not avoid and (only := backends[0]).state is State.CLOSED:
+        return only if only.free() else None
+    free = [b for b in usable(backends, now, patience, avoid) if b.free()]
     return min(free, key=lambda b: (b.unproven(), b.outstanding, b.turn), default=None)
 
 
-def describe(service: str, backend: Backend, now: float, silence: Cause, waiting: int) -> BackendHealth:
-    """``silence``: the cause reported for a backend that answers no PING."""
-    health, silent = backend.health, backend.silent_since
-    since, last, cause = (health.since, health.last, health.cause) if silent is None else (silent, silent, silence)
-    sick = health.failures > 0 or silent is not None
-    state = "resting" if health.resting(now) else "silent" if backend.silent else "doubtful" if sick else "well"
+def describe(scanner: Scanner, backend: Backend, now: float, waiting: int) -> BackendHealth:
+    """Its state for the heartbeat."""
+    backend.refresh(now)
+    silent = backend.state is State.UNRESPONSIVE and not backend.failures
+    since, last = (backend.silent_since, backend.silent_since) if silent else (backend.since, backend.last)
+    sick = silent or backend.failures > 0
     return BackendHealth(
-        scanner=service,
+        scanner=scanner.value,
         backend=str(backend.address),
-        state=state,
-        failures=max(health.failures, int(sick)),
-        cause=cause.value if sick else "",
+        state=backend.state.value,
+        failures=max(backend.failures, int(sick)),
+        cause=backend.cause.value if sick else "",
         since=now - since if sick else 0.0,
         failed=now - last if sick else 0.0,
         answered=None if backend.answered is None else now - backend.answered,
         outstanding=backend.outstanding,
         limit=backend.limit,
         waiting=waiting,
+        quiet=max(0.0, now - max(backend.heard, backend.busy_since)) if backend.outstanding else 0.0,
     )

@@ -2,10 +2,11 @@
 
 Each backend takes a fixed number of requests at once. A scan that needs a slot waits in the order of
 policy/admission.py, so a flood from one source does not delay the others here either. A scan that would have to wait
-longer than policy/shedding.py allows fails immediately: BackendError with the cause BUSY.
+longer than policy/shedding.py allows fails immediately: BackendError with the cause BUSY. While all backends have
+failed for longer than ``patience``, scans fail immediately with the cause of that.
 
-A slot belongs to an attempt, which is a task: it is released when the attempt ends, even if the caller gave it up
-earlier and the scan goes on. What the results of attempts say about a backend, health.py decides.
+An attempt holds its slot until it ends, even if the caller gave it up earlier and the scan goes on. What results say
+about a backend, health.py decides.
 """
 
 import asyncio
@@ -13,9 +14,8 @@ import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from contentfilter.deadline import Deadline
 from contentfilter.endpoint import Address
@@ -23,71 +23,25 @@ from contentfilter.errors import BackendError, Cause
 from contentfilter.model import Scanner, ScanOutcome
 from contentfilter.policy.admission import UNLIMITED, AdmissionQueue, Priority, QueueEntry
 from contentfilter.policy.shedding import expected_wait, mean_with, patience, what_is_shed
-from contentfilter.scanners.health import (
-    USUAL,
-    Backend,
-    BackendHealth,
-    Health,
-    Patience,
-    choose,
-    describe,
-    usable,
-)
-from contentfilter.scanners.stream import ClosedError, Progress, UnreachableError
+from contentfilter.scanners import health
+from contentfilter.scanners.health import PATIENCE, Backend, BackendHealth, ProbeResult, State, choose, describe
+from contentfilter.scanners.stream import ClosedError, Owner, Progress, UnreachableError
 
 NEUTRAL = Priority(("", b""), 0, 0)
 """Priority of requests that do not come from mail."""
+SLOW = 3.0  # a backend is not unresponsive before it has taken so many times its mean time for a scan
 
 _NO_RETRY = frozenset({Cause.TOO_BIG, Cause.LIMITS})
 Ask = Callable[[Address, Progress], Coroutine[Any, Any, ScanOutcome]]
 """One attempt at one backend. Raises BackendError. The limiter sets the time-out."""
 Avoided = frozenset[Backend]
-
-
-class Attempts(Protocol):
-    """Owner of the tasks that attempts run in."""
-
-    def start(self, work: Coroutine[Any, Any, ScanOutcome], progress: Progress) -> asyncio.Task[ScanOutcome]: ...
-
-    async def give_up(self, task: asyncio.Task[ScanOutcome]) -> None:
-        """The caller does not wait for the attempt any longer: cancel it, or let it go on."""
-        ...
-
-
-class Cancelling:
-    """Attempts that end when they are given up."""
-
-    def start(self, work: Coroutine[Any, Any, ScanOutcome], progress: Progress) -> asyncio.Task[ScanOutcome]:
-        return asyncio.create_task(work)
-
-    async def give_up(self, task: asyncio.Task[ScanOutcome]) -> None:
-        await cancelled(task)
-
-
-async def cancelled(task: asyncio.Task[Any]) -> None:
-    """Cancel ``task`` and wait until it has released what it holds."""
-    task.cancel()
-    await asyncio.wait({task})
-
-
-@dataclass(slots=True, eq=False)
-class _Attempt:
-    """The limiter's record of a slot in use."""
-
-    backend: Backend
-    priority: Priority
-    began: float
-    deadline: Deadline  # of the caller, all attempts included
-    progress: Progress
-    over: asyncio.Future[None]  # what the caller waits for; a plain future costs less than asyncio.shield
-    given_up: bool = False
+_NONE: Avoided = frozenset()
 
 
 class ScannerLimiter:
     """Slots at the backends of one scanner, ``concurrency`` at each. ``shed`` counts scans that failed as BUSY.
 
-    ``max_wait``: seconds that a scan may wait for a slot. ``silence``: the cause reported for a backend that answers
-    no PING; such a clamd is most likely reloading its database.
+    ``max_wait``: seconds that a scan may wait for a slot. ``patience``: [failure] patience, in seconds.
     """
 
     def __init__(
@@ -99,148 +53,134 @@ class ScannerLimiter:
         max_wait: float = math.inf,
         shed: Counter[str] | None = None,
         clock: Callable[[], float] = time.monotonic,
-        silence: Cause = Cause.TIMEOUT,
-        patience: Patience = USUAL,
+        patience: float = PATIENCE,
     ) -> None:
         self.backends = tuple(Backend(address, concurrency) for address in addresses)
         self.clock = clock
-        self.patience = patience
+        self._patience = patience
         self._scanner = scanner
         self._max_wait = max_wait
         self._shed = Counter() if shed is None else shed
-        self._silence = silence
         self._turn = 0
-        self._mean: float | None = None  # seconds that a scan needs once it has a slot
+        self._mean: float | None = None  # seconds from the first slot of a scan to its answer
         self._slots = max(1, len(addresses) * concurrency)
         self._queue: AdmissionQueue[asyncio.Future[Backend]] = AdmissionQueue(UNLIMITED)  # the backends have limits
         self._retries: deque[tuple[asyncio.Future[Backend], Avoided]] = deque()  # they have had their turn
 
     async def run(
-        self, priority: Priority, ask: Ask, timeout: float, deadline: Deadline, attempts: Attempts | None = None
+        self, priority: Priority, ask: Ask, timeout: float, deadline: Deadline, owner: Owner | None = None
     ) -> ScanOutcome:
         """The outcome of ``ask`` at the backend chosen; ``timeout``: seconds for one attempt. Raises BackendError.
 
         At most two backends take the request: what kills or blocks one scanner must not do so to all of them. A
-        lone one is asked again if it closed without a byte. Those that cannot be reached cost no attempt.
+        lone one is asked again if it closed without a byte. Those that cannot be reached cost no attempt. ``owner``
+        takes over attempts that go on when they are given up.
         """
-        owner = Cancelling() if attempts is None else attempts
-        avoided: Avoided = frozenset()
-        taken = 0
-        backend = await self._acquire(priority, deadline)
+        avoided, taken = _NONE, 0
+        backend = self._book_if_free(priority) or await self._acquire(priority, deadline)
         began, started = self.clock(), time.monotonic()
-        try:
-            while True:
-                progress = Progress(backend.address, started)  # the outcome's seconds include earlier attempts
-                over = asyncio.get_running_loop().create_future()
-                attempt = _Attempt(backend, priority, self.clock(), deadline, progress, over)
-                try:
-                    return await self._attempt(attempt, ask, deadline.within(timeout), owner, movable=not taken)
-                except BackendError as error:
-                    taken += not isinstance(error, UnreachableError)
-                    if taken > 1 or error.cause in _NO_RETRY or deadline.expired():
+        while True:
+            progress = Progress(backend.address, started, owner)  # the outcome's seconds include earlier attempts
+            try:
+                outcome = await self._attempt(backend, priority, ask, deadline, timeout, progress)
+            except BackendError as error:
+                taken += not isinstance(error, UnreachableError)
+                if taken > 1 or error.cause in _NO_RETRY or deadline.expired():
+                    raise
+                avoided |= {backend}
+                if not self._usable(avoided):
+                    if not isinstance(error, ClosedError) or not self._usable(_NONE):
                         raise
-                    avoided |= {backend}
-                    if not usable(self.backends, self.clock(), avoided):
-                        if not isinstance(error, ClosedError) or backend.health.resting(self.clock()):
-                            raise
-                        avoided = frozenset()
-                backend = await self._acquire_again(priority, deadline, avoided)
-        finally:
-            self._mean = mean_with(self._mean, self.clock() - began)
+                    avoided = _NONE
+            else:
+                self._mean = mean_with(self._mean, self.clock() - began)
+                return outcome
+            backend = await self._acquire_again(priority, deadline, avoided)
 
     async def _attempt(
-        self, attempt: _Attempt, ask: Ask, end: Deadline, attempts: Attempts, *, movable: bool
+        self, backend: Backend, priority: Priority, ask: Ask, deadline: Deadline, timeout: float, progress: Progress
     ) -> ScanOutcome:
-        """One request, which :meth:`move` may end if it is ``movable``."""
-        backend, progress = attempt.backend, attempt.progress
-        task = attempts.start(ask(backend.address, progress), progress)
-        task.add_done_callback(partial(self._ended, attempt))
-        scope = asyncio.timeout_at(end.at)
+        """One request, which :meth:`learn` may end. The result is recorded before the slot is released."""
+        began, end = self.clock(), deadline.within(timeout).at
+        scope = asyncio.timeout_at(end)
+        backend.retryable.add(scope)
         try:
             async with scope:
-                if movable:
-                    backend.movable.add(scope)
-                await attempt.over
-            return task.result()
+                outcome = await ask(backend.address, progress)
+        except BackendError as error:
+            self._failed(backend, error, began, deadline)
+            raise
         except TimeoutError:
-            if task.done():
-                return task.result()  # at this very moment
-            error = progress.timed_out()
-            if scope.when() != end.at:
-                text = f"no answer to PING for {self.patience.move:g} s; asked elsewhere"
-                error = BackendError(self._silence, str(backend.address), text)
-            elif backend.silent and progress.connected:
-                error = BackendError(self._silence, str(backend.address), f"{error.detail}, not even to PING")
-            self._failed(attempt, error)
-            raise error from None
+            if scope.when() != end:
+                text = f"no sign of life for {self.clock() - backend.silent_since:.0f} s"
+                raise BackendError(backend.cause, str(backend.address), text) from None
+            late = progress.timed_out()
+            self._failed(backend, late, began, deadline)
+            raise late from None
+        else:
+            backend.answer(self.clock())
+            return outcome
         finally:
-            backend.movable.discard(scope)
-            if not task.done():
-                attempt.given_up = True
+            backend.retryable.discard(scope)
+            if progress.rest is None:
+                self._release(backend, priority)
+            else:
                 backend.given_up += 1
-                await attempts.give_up(task)
+                progress.rest.add_done_callback(partial(self._rest_ended, backend, priority))
 
-    def _ended(self, attempt: _Attempt, task: asyncio.Task[ScanOutcome]) -> None:
-        """Record the result, then release the slot."""
-        backend = attempt.backend
-        if attempt.given_up:
-            backend.given_up -= 1
-        elif not task.cancelled():
-            error = task.exception()
-            if isinstance(error, BackendError):
-                self._failed(attempt, error)
-            elif error is None:
-                backend.health = Health()
-                self.heard(backend)
-                backend.answered = backend.heard
-        if not attempt.over.done():
-            attempt.over.set_result(None)
-        self._release(backend, attempt.priority)
+    def _rest_ended(self, backend: Backend, priority: Priority, _: object) -> None:
+        backend.given_up -= 1
+        self._release(backend, priority)
 
     def describe(self) -> tuple[BackendHealth, ...]:
         """The state of each backend."""
         now, waiting = self.clock(), len(self._queue) + len(self._retries)
-        return tuple(describe(self._scanner.value, b, now, self._silence, waiting) for b in self.backends)
+        return tuple(describe(self._scanner, backend, now, waiting) for backend in self.backends)
 
     # What is known of a backend
 
-    def _failed(self, attempt: _Attempt, error: BackendError) -> None:
-        """A time-out that the caller's own deadline caused says less about the backend than one of the attempt."""
-        seconds = self.clock() - attempt.began if attempt.deadline.expired() else math.inf
-        self.failed(attempt.backend, error, attempt.began, seconds)
-
-    def failed(self, backend: Backend, error: BackendError, began: float, seconds: float) -> None:
-        """Record a failure after ``seconds``, of a request sent at ``began``."""
+    def _failed(self, backend: Backend, error: BackendError, began: float, deadline: Deadline) -> None:
+        """Record a failure. A time-out that the caller's own deadline caused says less about the backend."""
         now = self.clock()
-        if error.cause is not Cause.TIMEOUT and backend.health.failures and began < backend.health.last:
+        if error.cause is not Cause.TIMEOUT and backend.failures and began < backend.last:
             return  # sent before the last failure was known: one fault, counted once
+        seconds = now - began if deadline.expired() else math.inf
         absent = isinstance(error, UnreachableError) and error.cause is Cause.DOWN
-        backend.health = backend.health.failed(error.cause, now, seconds, absent=absent)
-        if error.cause in (Cause.DOWN, Cause.BAD_REPLY, Cause.MEMORY):
-            backend.silent_since = None  # it is not silent but broken
-            backend.heard = now
+        backend.fail(error.cause, now, seconds, absent=absent)
 
-    def heard(self, backend: Backend) -> None:
-        backend.heard = self.clock()
-        backend.silent_since = None
+    def learn(self, result: ProbeResult) -> None:
+        """Take a result of the prober. Requests that an unresponsive backend holds are ended: asked elsewhere, or
+        answered by the failure table."""
+        for backend in self.backends:
+            if str(backend.address) == result.backend:
+                backend.learn(result, self.clock())
+                if backend.state is State.UNRESPONSIVE and not backend.usable(self.clock(), self._longest()):
+                    ending, backend.retryable = backend.retryable, set()
+                    for scope in ending:
+                        scope.reschedule(asyncio.get_running_loop().time())
+        self.hand_out()
 
-    def move(self, backend: Backend, began: float) -> None:
-        """End the requests of a backend that has been silent since ``began``, if another one will do."""
-        others = usable(self.backends, self.clock(), {backend})
-        if backend.heard <= began and any(other.trusted() for other in others):
-            moving, backend.movable = backend.movable, set()
-            for scope in moving:
-                scope.reschedule(asyncio.get_running_loop().time())
+    def _longest(self) -> float:
+        """Seconds without a sign of life that are no reason to give a backend up: a slow one gets more."""
+        return max(self._patience, SLOW * (self._mean or 0.0))
+
+    def _usable(self, avoided: Avoided) -> list[Backend]:
+        return health.usable(self.backends, self.clock(), self._longest(), avoided)
+
+    def _choose(self, avoided: Avoided) -> Backend | None:
+        return choose(self.backends, self.clock(), self._longest(), avoided)
 
     # Slots
 
+    def _book_if_free(self, priority: Priority) -> Backend | None:
+        """A slot, if one is free and nobody waits."""
+        if self._queue or self._retries or (backend := self._choose(_NONE)) is None:
+            return None
+        self._queue.acquire(priority)
+        return self._book(backend)
+
     async def _acquire(self, priority: Priority, deadline: Deadline) -> Backend:
-        self._refuse_if_hopeless(frozenset())
-        if not self._queue and not self._retries:
-            backend = choose(self.backends, self.clock())
-            if backend is not None:
-                self._queue.acquire(priority)
-                return self._book(backend)
+        self._refuse_if_hopeless(_NONE)
         allowed = patience(self._scanner, large=priority.large, max_wait=self._max_wait)
         wait = expected_wait(self._queue.ahead(priority.rank), self._slots, self._mean or 0.0)
         if wait > min(allowed, deadline.left()):
@@ -252,13 +192,11 @@ class ScannerLimiter:
         try:
             async with deadline.within(allowed).timeout():
                 return await waiter
-        except TimeoutError:
+        except BaseException as error:
             self._queue.withdraw(entry)
             self._give_back(waiter, priority)
-            raise self._busy(priority, "no slot was free in time") from None
-        except BaseException:
-            self._queue.withdraw(entry)
-            self._give_back(waiter, priority)
+            if isinstance(error, TimeoutError):
+                raise self._busy(priority, "no slot was free in time") from None
             raise
 
     async def _acquire_again(self, priority: Priority, deadline: Deadline, avoided: Avoided) -> Backend:
@@ -289,8 +227,8 @@ class ScannerLimiter:
     def _book(self, backend: Backend) -> Backend:
         self._turn += 1
         backend.turn = self._turn
-        if not backend.outstanding and not backend.silent:
-            backend.heard = max(backend.heard, self.clock())  # its silence begins with the request
+        if not backend.outstanding:
+            backend.busy_since = self.clock()
         backend.outstanding += 1
         return backend
 
@@ -298,7 +236,8 @@ class ScannerLimiter:
         backend.outstanding -= 1
         if priority is not None:
             self._queue.release(priority)
-        self.hand_out()
+        if self._queue or self._retries:
+            self.hand_out()
 
     def hand_out(self) -> None:
         """Grant free slots: to retries first, as they have had their turn, then in the order of the queue."""
@@ -306,11 +245,11 @@ class ScannerLimiter:
             future, avoided = entry
             if self._grant(future, avoided):
                 self._retries.remove(entry)
-        while self._queue and (choose(self.backends, self.clock()) or not usable(self.backends, self.clock())):
+        while self._queue and (self._choose(_NONE) or not self._usable(_NONE)):
             waiting = self._queue.next_ready()
             if waiting is None:
                 return
-            self._grant(waiting.waiter, frozenset())
+            self._grant(waiting.waiter, _NONE)
             if waiting.waiter.cancelled() or waiting.waiter.exception() is not None:
                 self._queue.release(waiting.priority)
 
@@ -323,24 +262,32 @@ class ScannerLimiter:
         except BackendError as error:
             future.set_exception(error)
             return True
-        backend = choose(self.backends, self.clock(), avoided)
+        backend = self._choose(avoided)
         if backend is None:
             return False
         future.set_result(self._book(backend))
         return True
 
     def _refuse_if_hopeless(self, avoided: Avoided) -> None:
-        """BackendError if there is no backend to wait for: each is left alone for a while."""
-        now = self.clock()
-        if usable(self.backends, now, avoided):
+        """BackendError if there is no backend to wait for."""
+        if self._usable(avoided):
             return
         if not self.backends:
             raise BackendError(Cause.DOWN, self._scanner.value, "no backend configured")
-        next_up = min(self.backends, key=lambda b: b.health.rest_until)
-        rest = max(0.0, next_up.health.rest_until - now)
-        text = f"left alone for {rest:.1f} s after {next_up.health.failures} failures"
-        raise BackendError(next_up.health.cause, str(next_up.address), text)
+        now = self.clock()
+        first = min(self.backends, key=lambda b: b.rest_until if b.state is State.OPEN else now)
+        text = f"no sign of life for {now - first.silent_since:.0f} s"
+        if first.state is State.OPEN:
+            text = f"left alone for {first.rest_until - now:.1f} s after {first.failures} failures"
+        elif first.state is State.HALF_OPEN:
+            text = f"one request tests it after {first.failures} failures"
+        raise BackendError(first.cause, str(first.address), text)
 
     def _busy(self, priority: Priority, detail: str) -> BackendError:
+        """BUSY means that others are served. Where all are silent, that is the cause."""
+        now = self.clock()
+        first = self._usable(_NONE)[:1] or self.backends[:1]
+        if first and not first[0].trusted(now):
+            return BackendError(first[0].cause, str(first[0].address), detail)
         self._shed[what_is_shed(self._scanner, large=priority.large)] += 1
         return BackendError(Cause.BUSY, self._scanner.value, detail)

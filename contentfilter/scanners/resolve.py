@@ -1,6 +1,6 @@
 """Resolver cache: host names of backends to addresses, so that mail never waits twice for a name server.
 
-One look-up at a time for each name, by asyncio's getaddrinfo. A result is kept. When it is stale, it is used while
+One look-up at a time for each name. A result is kept. When it is stale, it is used while
 a new look-up runs, and it stays in force if that fails: the scanners outlive a name server's outage.
 """
 
@@ -8,22 +8,26 @@ import asyncio
 import socket
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
+
+from contentfilter.threads import in_thread
 
 Addresses = list[tuple[int, Any]]
 """(family, socket address) in the order in which they should be tried."""
 Key = tuple[str, int]
 
 FRESH = 30.0  # seconds for which a result is used without a new look-up
+MOST = 8  # addresses of a name that are tried
 AGAIN = 5.0  # seconds between two look-ups that fail, for a name that is known
 
 
 async def look_up(host: str, port: int) -> Addresses:
-    """getaddrinfo(3) in a thread. Raises OSError, or UnicodeError for what is not a host name."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    """getaddrinfo(3) in a thread of its own, which may hang. Raises OSError, or UnicodeError for no host name."""
+    found = await in_thread(partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM))
     if not found:
         raise OSError(f"no address for {host}")
-    return [(family, where) for family, _, _, _, where in found]
+    return [(family, where) for family, _, _, _, where in found[:MOST]]
 
 
 class Resolver:

@@ -19,11 +19,10 @@ from contentfilter.model import Message, Scanner, ScanOutcome, ScanStatus, Want
 from contentfilter.policy.admission import Priority
 from contentfilter.policy.budget import attempt_timeout
 from contentfilter.scanners import tls
-from contentfilter.scanners.health import USUAL, Patience
-from contentfilter.scanners.limiter import NEUTRAL, Attempts, ScannerLimiter
+from contentfilter.scanners.health import PATIENCE, ProbeResult
+from contentfilter.scanners.limiter import NEUTRAL, ScannerLimiter
 from contentfilter.scanners.resolve import Resolver
-from contentfilter.scanners.stream import Batch, Progress, StreamContext, query, request
-from contentfilter.scanners.watch import watch
+from contentfilter.scanners.stream import Batch, Owner, Progress, StreamContext, query, request
 from contentfilter.wire import spamd
 
 GROWTH = 1_048_576  # bytes that spamd's report may add to a message
@@ -45,7 +44,7 @@ class SpamdScanner:
         *,
         shed: Counter[str] | None = None,
         clock: Callable[[], float] = time.monotonic,
-        patience: Patience = USUAL,
+        patience: float = PATIENCE,
     ) -> None:
         addresses = tuple(Address.parse(text) for text in config.backends)
         self.limiter = ScannerLimiter(
@@ -65,7 +64,7 @@ class SpamdScanner:
         message: Message,
         deadline: Deadline,
         priority: Priority = NEUTRAL,
-        attempts: Attempts | None = None,
+        owner: Owner | None = None,
         *,
         user: bytes = b"",
         want: Want = Want.CHECK,
@@ -78,7 +77,7 @@ class SpamdScanner:
         if not message.size:
             return ScanOutcome(Scanner.SPAMD, ScanStatus.SKIPPED, detail="empty message")
         ask = partial(self._ask, message, user if spamd.usable_user(user) else b"", want)
-        return await self.limiter.run(priority, ask, attempt_timeout(message.size, self._config), deadline, attempts)
+        return await self.limiter.run(priority, ask, attempt_timeout(message.size, self._config), deadline, owner)
 
     async def _ask(
         self, message: Message, user: bytes, want: Want, address: Address, progress: Progress
@@ -94,25 +93,27 @@ class SpamdScanner:
         batches = _once(head, body)
         del body  # the batches hold it until it is sent
         reader = spamd.ResponseReader(want.value, 2 * message.size + GROWTH)  # line ends may double
+        conclude = partial(_outcome, want, progress)
         try:
-            response, complete = await request(address, batches, reader, self._context, progress, half_close=half_close)
+            response, complete = await request(
+                address, batches, reader, self._context, progress, half_close=half_close, conclude=conclude
+            )
         finally:
             batches.close()
-        if not complete and not response.code:
-            raise BackendError(Cause.BAD_REPLY, str(address), "a verdict before it had the whole message")
-        return _outcome(response, want, str(address), time.monotonic() - progress.began)
+        return await conclude(response, complete)
 
-    async def watch(self) -> None:
-        """Until it is cancelled: keep what is known about the backends up to date."""
-        await watch(self.limiter, self.probe)
+    def learn(self, result: ProbeResult) -> None:
+        """Take a result of the prober."""
+        self.limiter.learn(result)
 
-    async def probe(self, address: Address, deadline: Deadline) -> None:
+    async def probe(self, address: Address, deadline: Deadline, progress: Progress | None = None) -> None:
         """PING; needs no slot. Raises BackendError.
 
         spamd's children answer it: one that has none free does not answer in time.
         """
         command, reader = spamd.request("PING", 0), spamd.ResponseReader("PING", 0)
-        response = await query(address, command, reader, self._context, deadline, half_close=not address.tls)
+        half_close = not address.tls
+        response = await query(address, command, reader, self._context, deadline, progress, half_close=half_close)
         if response.code:
             raise BackendError(
                 spamd.cause(response.code, response.text), str(address), f"{response.code} {response.text}"
@@ -136,15 +137,18 @@ async def _compressed(view: memoryview) -> memoryview:
     return memoryview(b"".join((*parts, deflate.flush())))
 
 
-def _outcome(response: spamd.Response, want: Want, backend: str, seconds: float) -> ScanOutcome:
-    """Raises BackendError for an answer without a verdict."""
+async def _outcome(want: Want, progress: Progress, response: spamd.Response, complete: bool) -> ScanOutcome:
+    """The outcome of a response. Raises BackendError if it is no verdict."""
+    backend = str(progress.address)
     if response.code:
         raise BackendError(spamd.cause(response.code, response.text), backend, f"{response.code} {response.text}")
+    if not complete:
+        raise BackendError(Cause.BAD_REPLY, backend, "a verdict before it had the whole message")
     return ScanOutcome(
         Scanner.SPAMD,
         ScanStatus.FOUND if response.spam else ScanStatus.CLEAN,
         backend=backend,
-        seconds=seconds,
+        seconds=time.monotonic() - progress.began,
         score=response.score,
         threshold=response.threshold,
         rewritten=b"" if want is Want.CHECK else response.body,

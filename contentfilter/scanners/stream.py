@@ -14,14 +14,15 @@ import errno
 import socket
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from contentfilter.deadline import Deadline
 from contentfilter.endpoint import Address
 from contentfilter.errors import BackendError, Cause, RemoteProtocolError
+from contentfilter.model import ScanOutcome
 from contentfilter.scanners.resolve import Resolver
 from contentfilter.scanners.tls import Tls, TlsConnection, explain
 
@@ -58,16 +59,26 @@ class UnreachableError(BackendError):
     """Not connected, or not to the right peer: the request was never sent."""
 
 
+class Owner(Protocol):
+    """Owner of scans that go on when their caller has left."""
+
+    def take_over(self, rest: Coroutine[Any, Any, ScanOutcome], progress: "Progress") -> asyncio.Task[ScanOutcome]:
+        """Run the rest of an attempt in a task. Its caller is about to close the message."""
+        ...
+
+
 @dataclass(slots=True, eq=False)
 class Progress:
-    """State of one attempt, written by :func:`request`. ``sent``: the message is no longer needed."""
+    """State of one attempt, written by :func:`request`."""
 
     address: Address
     began: float = field(default_factory=time.monotonic)  # the first attempt of the scan, as monotonic time
+    owner: Owner | None = None  # None: the attempt ends when it is cancelled
     awaited: str = "connect"
     cause: Cause = Cause.TIMEOUT  # of a time-out in this state
     connected: bool = False
-    sent: bool = False
+    sent: bool = False  # the message is no longer needed
+    rest: asyncio.Task[ScanOutcome] | None = None  # what the owner has taken over
 
     def timed_out(self) -> BackendError:
         """The error of an attempt that is given up now."""
@@ -107,17 +118,22 @@ async def query(
     reader: Reader[R],
     context: StreamContext,
     deadline: Deadline,
+    progress: Progress | None = None,
     *,
     half_close: bool = False,
 ) -> R:
     """The answer to a short command that carries no message. Raises BackendError."""
-    progress, batches = Progress(address), iter([(command,)])
+    progress, batches = progress or Progress(address), iter([(command,)])
     try:
         async with deadline.timeout():
             answer, _ = await request(address, batches, reader, context, progress, half_close=half_close)
     except TimeoutError:
         raise progress.timed_out() from None
     return answer
+
+
+Conclude = Callable[[R, bool], Coroutine[Any, Any, ScanOutcome]]
+"""Makes the outcome of a response; the flag: the message was sent before it came. Raises BackendError."""
 
 
 async def request(
@@ -129,11 +145,13 @@ async def request(
     *,
     descriptor: int = -1,
     half_close: bool = False,
+    conclude: Conclude[R] | None = None,
 ) -> tuple[R, bool]:
     """One request and its response: (response, whether all of ``batches`` was sent before it came).
 
     ``descriptor`` travels with the first and only batch (Unix sockets only). ``half_close`` ends our direction after
-    the last byte. Raises BackendError only: UnreachableError if the request was never sent.
+    the last byte. Raises BackendError only: UnreachableError if the request was never sent. If it is cancelled while
+    it waits for the answer, the owner takes it over, with ``conclude`` for the answer. Not over TLS.
     """
     connection: Connection | None = None
     try:
@@ -143,34 +161,55 @@ async def request(
         else:
             connection = await _connect(address, context, progress)
         progress.connected, progress.awaited = True, "answer"
-        if descriptor >= 0:
-            socket.send_fds(sock, next(batches), [descriptor])
-            progress.sent = True
-            return await _receive(connection, reader), True
-        return await _exchange(connection, batches, reader, half_close, progress)
-    except TimeoutError:
-        raise progress.timed_out() from None
-    except RemoteProtocolError as error:
-        raise BackendError(Cause.BAD_REPLY, str(address), str(error)) from error
-    except EOFError:
-        raise ClosedError(Cause.DOWN, str(address), "closed without an answer") from None
-    except ssl.SSLError as error:
-        # Whoever can forge a certificate could as well cut the line: it counts as down.
-        name = context.tls.name if context.tls else ""
-        raise _failure(progress)(Cause.DOWN, str(address), explain(error, name or address.host)) from error
-    except OSError as error:
-        cause = Cause.BUSY if error.errno in _BUSY else Cause.DOWN
-        step = "answer" if progress.connected else "connect"
-        raise _failure(progress)(cause, str(address), f"{step}: {error.strerror or error}") from error
-    except UnicodeError as error:
-        raise UnreachableError(Cause.DOWN, str(address), "not a host name") from error
+        if descriptor < 0:
+            return await _exchange(connection, batches, reader, half_close, progress)
+        socket.send_fds(sock, next(batches), [descriptor])
+        progress.sent = True
+        return await _receive(connection, reader), True
+    except asyncio.CancelledError:
+        if progress.owner and progress.sent and conclude and isinstance(connection, PlainConnection):
+            progress.rest = progress.owner.take_over(_rest(connection, reader, progress, conclude), progress)
+            progress.rest.add_done_callback(connection.ended)
+            connection = None
+        raise
+    except (RemoteProtocolError, EOFError, OSError, UnicodeError) as error:  # TimeoutError is an OSError
+        raise _fault(error, progress, context.tls) from error
     finally:
         if connection is not None:
             connection.close()
 
 
-def _failure(progress: Progress) -> type[BackendError]:
-    return BackendError if progress.connected else UnreachableError
+async def _rest(
+    connection: "PlainConnection", reader: Reader[R], progress: Progress, conclude: Conclude[R]
+) -> ScanOutcome:
+    """The end of an attempt whose caller has left."""
+    try:
+        answer = await _receive(connection, reader)
+    except (RemoteProtocolError, EOFError, OSError) as error:
+        raise _fault(error, progress, None) from error
+    return await conclude(answer, True)
+
+
+def _fault(
+    error: RemoteProtocolError | EOFError | OSError | UnicodeError, progress: Progress, tls: Tls | None
+) -> BackendError:
+    kind = BackendError if progress.connected else UnreachableError
+    backend = str(progress.address)
+    if isinstance(error, TimeoutError):
+        return progress.timed_out()
+    if isinstance(error, RemoteProtocolError):
+        return BackendError(Cause.BAD_REPLY, backend, str(error))
+    if isinstance(error, EOFError):
+        return ClosedError(Cause.DOWN, backend, "closed without an answer")
+    if isinstance(error, ssl.SSLError):
+        # Anyone who can forge a certificate could as well cut the line: it counts as down.
+        name = tls.name if tls else ""
+        return kind(Cause.DOWN, backend, explain(error, name or progress.address.host))
+    if isinstance(error, OSError):
+        step = "answer" if progress.connected else "connect"
+        cause = Cause.BUSY if error.errno in _BUSY else Cause.DOWN
+        return kind(cause, backend, f"{step}: {error.strerror or error}")
+    return UnreachableError(Cause.DOWN, backend, "not a host name")
 
 
 # Connecting
@@ -297,7 +336,7 @@ class PlainConnection:
     """A TCP or Unix socket. No byte of the message is copied."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
+        self._sock, self._fd = sock, sock.fileno()  # asyncio is much slower with a socket than with its number
         self._loop = asyncio.get_running_loop()
 
     async def send(self, batch: Batch) -> None:
@@ -316,14 +355,23 @@ class PlainConnection:
 
     async def _writable(self) -> None:
         ready: asyncio.Future[None] = self._loop.create_future()
-        self._loop.add_writer(self._sock, _settle, ready)
+        self._loop.add_writer(self._fd, _settle, ready)
         try:
             await ready
         finally:
-            self._loop.remove_writer(self._sock)
+            self._loop.remove_writer(self._fd)
 
     async def receive(self) -> bytes:
-        return await self._loop.sock_recv(self._sock, RECEIVE)
+        """Not by asyncio's sock_recv: a cancellation at the wrong moment loses what it has read."""
+        while True:
+            ready: asyncio.Future[None] = self._loop.create_future()
+            self._loop.add_reader(self._fd, _settle, ready)
+            try:
+                await ready
+            finally:
+                self._loop.remove_reader(self._fd)
+            with suppress(BlockingIOError):
+                return self._sock.recv(RECEIVE)
 
     async def end_sending(self) -> None:
         with suppress(OSError):  # the peer has reset the connection
@@ -334,6 +382,10 @@ class PlainConnection:
             self._sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
+        self._sock.close()
+
+    def ended(self, _: object) -> None:
+        """Close it with the task that uses it."""
         self._sock.close()
 
 

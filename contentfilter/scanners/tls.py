@@ -14,6 +14,7 @@ from contentfilter.errors import ConfigError, Problem
 from contentfilter.settings import SpamdSettings
 
 PIECE = 65_536  # bytes encrypted or received in one step
+HANDSHAKE = 262_144  # bytes of the peer's handshake; certificates take a few thousand
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +100,15 @@ class TlsConnection:
 
     async def handshake(self) -> None:
         """Raises OSError; ssl.SSLError is one."""
+        read = 0
         while True:
             try:
                 self._tls.do_handshake()
             except ssl.SSLWantReadError:
+                if read > HANDSHAKE:
+                    raise OSError("TLS: the handshake is too long") from None
                 await self._flush()
-                await self._fill()
+                read += await self._fill()
             except ssl.SSLEOFError as error:
                 raise ConnectionResetError("closed in the TLS handshake") from error
             except ssl.SSLError:
@@ -149,10 +153,12 @@ class TlsConnection:
         if self._out.pending:
             await self._loop.sock_sendall(self._sock, self._out.read())
 
-    async def _fill(self) -> None:
-        """Wait for more from the peer."""
+    async def _fill(self) -> int:
+        """Wait for more from the peer; returns its bytes."""
         data = await self._loop.sock_recv(self._sock, PIECE)
+        await asyncio.sleep(0)  # a peer that floods must not hold the loop
         if data:
             self._in.write(data)
         else:
             self._in.write_eof()
+        return len(data)

@@ -192,7 +192,13 @@ def compose(
     reporter = StatusReporter(
         lifecycle, malformed, source, crashes, workers, configuration, overrides, recorder, pool, canary, receiver
     )
-    monitor = Monitor(log, configuration.settings, reporter.status, inherited.listener)
+    monitor = Monitor(
+        log,
+        configuration.settings,
+        reporter.status,
+        inherited.listener,
+        lambda results: workers.send(messages.BackendNews(results)),
+    )
     operations = Operations(source, notify, crashes, workers, configuration, pool, canary, reporter, monitor)
     handlers = {**operations.handlers(), **overrides.answers()}
     control = ControlServer(first.settings.service.run, handlers, log, malformed.note)

@@ -7,7 +7,7 @@ ignores. So commands arrive in order and none is missing, and a heartbeat tells 
 import asyncio
 from collections.abc import Callable
 
-from contentfilter.bus.messages import CacheUpdate, Configure, Heartbeat, Overrides, WorkerCommand
+from contentfilter.bus.messages import BackendNews, CacheUpdate, Configure, Heartbeat, Overrides, WorkerCommand
 from contentfilter.bus.sockets import SupervisorBus
 from contentfilter.deadline import Deadline
 from contentfilter.supervisor.process import WorkerProcess
@@ -46,7 +46,7 @@ class Workers:
         self._changed.set()
         return first
 
-    def send(self, command: Configure | Overrides) -> None:
+    def send(self, command: Configure | Overrides | BackendNews) -> None:
         """To all workers that run, and to those that start later."""
         self._newest[type(command)] = command
         self._bus.command(command, self._ready())

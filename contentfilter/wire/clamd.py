@@ -21,13 +21,11 @@ from contentfilter.wire.buffer import ReceiveBuffer, printable
 
 T = TypeVar("T")
 
-COMMANDS = frozenset({"PING", "VERSION", "VERSIONCOMMANDS", "STATS", "INSTREAM", "FILDES"})
+COMMANDS = frozenset({"VERSION", "INSTREAM", "FILDES"})
 CHUNK = 262_144  # bytes per INSTREAM chunk
 ANSWER_LIMIT = 4096
-STATS_LIMIT = 65_536
 
 _LINE_END = re.compile(rb"[\0\n]")
-_NUL = re.compile(rb"\0")
 _PREFIX = re.compile(rb"(?:\d{1,10}: )?(?:(?:stream|fd\[\d{1,10}\]): )?")
 _CLEAN = re.compile(rb"(?:\d{1,10}: )?(?:stream|fd\[\d{1,10}\]): OK")
 _EXTENDED = re.compile(rb"\([0-9a-fA-F]{32,128}:\d{1,20}\)$")
@@ -101,33 +99,19 @@ class Version:
     built: datetime | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """The numbers of STATS, summed over all pools."""
-
-    live: int
-    idle: int
-    maximum: int
-    queued: int
-
-
 class AnswerReader(Generic[T]):
     """Reader of one answer: feed it bytes, or the end of input, until it returns the event."""
 
-    __slots__ = ("_buffer", "_ends", "_limit", "_parse")
+    __slots__ = ("_buffer", "_parse")
 
-    def __init__(
-        self, parse: Callable[[bytes], T], limit: int = ANSWER_LIMIT, ends: re.Pattern[bytes] = _LINE_END
-    ) -> None:
+    def __init__(self, parse: Callable[[bytes], T]) -> None:
         self._buffer = ReceiveBuffer()
         self._parse = parse
-        self._limit = limit
-        self._ends = ends
 
     def feed(self, data: bytes) -> T | None:
         """The event, or None while the answer is incomplete. Errors: RemoteProtocolError."""
         self._buffer.feed(data)
-        line = self._buffer.line(self._ends, self._limit)
+        line = self._buffer.line(_LINE_END, ANSWER_LIMIT)
         if line is None:
             return None
         if len(self._buffer):
@@ -145,16 +129,8 @@ def scan_reader() -> AnswerReader[ScanAnswer]:
     return AnswerReader(parse_scan)
 
 
-def pong_reader() -> AnswerReader[bool]:
-    return AnswerReader(parse_pong)
-
-
 def version_reader() -> AnswerReader[Version]:
     return AnswerReader(parse_version)
-
-
-def stats_reader() -> AnswerReader[Stats]:
-    return AnswerReader(parse_stats, STATS_LIMIT, _NUL)  # its lines end with LF, the answer with NUL
 
 
 def parse_scan(line: bytes) -> ScanAnswer:
@@ -206,12 +182,6 @@ def _complaint(text: bytes, line: bytes) -> Failed:
     return Failed(cause, shown, any(part in lower for part in _REFUSALS))
 
 
-def parse_pong(line: bytes) -> bool:
-    if line != b"PONG":
-        raise RemoteProtocolError(f"not an answer to PING: {printable(line)!r}")
-    return True
-
-
 _VERSION = re.compile(
     rb"(?P<product>[\x21-\x7e][\x20-\x2e\x30-\x7e]{0,99})"
     rb"(?:/(?P<database>\d{1,9})/[A-Za-z]{3} (?P<month>[A-Za-z]{3}) +(?P<day>\d{1,2})"
@@ -222,7 +192,7 @@ _MONTHS = (b"Jan", b"Feb", b"Mar", b"Apr", b"May", b"Jun", b"Jul", b"Aug", b"Sep
 
 def parse_version(line: bytes) -> Version:
     """``ClamAV 1.4.6/27500/Tue Dec 24 09:30:00 2024``, or the product alone while no database is loaded."""
-    match = _VERSION.fullmatch(line.split(b"|", 1)[0])  # VERSIONCOMMANDS adds a bar and the list
+    match = _VERSION.fullmatch(line)
     if match is None:
         raise RemoteProtocolError(f"not an answer to VERSION: {printable(line)!r}")
     product = printable(match["product"])
@@ -235,18 +205,6 @@ def parse_version(line: bytes) -> Version:
     except ValueError as error:
         raise RemoteProtocolError(f"not a date: {printable(line)!r}") from error
     return Version(product, int(match["database"]), built)
-
-
-_THREADS = re.compile(rb"THREADS: live (\d{1,9}) +idle (\d{1,9}) +max (\d{1,9})")
-_QUEUE = re.compile(rb"QUEUE: (\d{1,9}) items")
-
-
-def parse_stats(text: bytes) -> Stats:
-    threads = [tuple(map(int, numbers)) for numbers in _THREADS.findall(text)]
-    if not threads or not text.rstrip().endswith(b"END"):
-        raise RemoteProtocolError(f"not an answer to STATS: {printable(text)!r}")
-    live, idle, maximum = (sum(column) for column in zip(*threads, strict=True))
-    return Stats(live, idle, maximum, sum(int(number) for number in _QUEUE.findall(text)))
 
 
 # ---------------------------------------------------------------- signature names

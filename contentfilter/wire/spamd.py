@@ -22,7 +22,7 @@ HEADER_LIMIT = 64  # header lines in a response
 _WITH_BODY = frozenset({"HEADERS", "PROCESS", "SYMBOLS"})
 _LF = re.compile(rb"\n")
 _STATUS = re.compile(rb"SPAMD/\d{1,3}\.\d{1,3} +(\d{1,3})(?: +(.*))?", re.DOTALL)
-_HEADER = re.compile(rb"([A-Za-z0-9-]+):[ \t]*(.*?)[ \t]*", re.DOTALL)
+_HEADER = re.compile(rb"([A-Za-z0-9-]+):(.*)", re.DOTALL)
 _NUMBER = rb"(-?\d{1,9}(?:\.\d{1,9})?)"
 _SPAM = re.compile(rb"(true|false|yes|no)\s*;\s*" + _NUMBER + rb"\s*/\s*" + _NUMBER, re.IGNORECASE)
 _LENGTH = re.compile(rb"\d{1,12}")
@@ -161,7 +161,7 @@ class ResponseReader:
         match = _HEADER.fullmatch(line)
         if match is None:
             raise RemoteProtocolError(f"not a header: {printable(line)!r}")
-        name, value = match[1].lower(), match[2]
+        name, value = match[1].lower(), match[2].strip(b" \t")
         if name == b"content-length":
             if self._length is not None or _LENGTH.fullmatch(value) is None or int(value) > self._max_body:
                 raise RemoteProtocolError(f"bad or second Content-length: {printable(value)!r}")

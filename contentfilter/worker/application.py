@@ -1,6 +1,5 @@
 """Application of a worker: handles each message, logs it, and emits its record."""
 
-import asyncio
 import os
 import time
 from functools import partial
@@ -14,7 +13,7 @@ from contentfilter.doors.admission import AcceptedMessage, PendingMessage
 from contentfilter.doors.canary import ASKED, CanaryMark, answer_for, recognise
 from contentfilter.model import Action, Envelope, OriginKind
 from contentfilter.policy.plan import recipient_limit
-from contentfilter.scanners.health import BackendHealth
+from contentfilter.scanners.health import BackendHealth, ProbeResult
 from contentfilter.store.release import load_secret
 from contentfilter.threads import in_thread
 from contentfilter.verdict.disposition import Disposition
@@ -43,7 +42,6 @@ class Application:
         self._secret, self._uid = secret, os.geteuid()
         self._bundle = bundle
         context.recall.change(self.settings.reuse)
-        self._watching = asyncio.create_task(self._watch())
 
     def recipient_limit(self, kind: OriginKind) -> int:
         return recipient_limit(kind, self._bundle.pipeline.switches)
@@ -99,6 +97,10 @@ class Application:
         """The state of each backend of clamd and spamd."""
         return self._bundle.backends()
 
+    def learn(self, results: tuple[ProbeResult, ...]) -> None:
+        """Take results of the prober."""
+        self._bundle.learn(results)
+
     def _emit(self, record: MailRecord, detail: MailDetail) -> None:
         """One record in the log and on the bus, and the trace in the log where smtplog asks for it."""
         plain, log = fields(record), self._context.log
@@ -111,17 +113,8 @@ class Application:
                 log.info("mail.step", id=record.id, stage=stage, text=text)
         self._context.emit(Event("mail.done", plain, msgspec.json.encode(detail)))
 
-    async def _watch(self) -> None:
-        """A failure here does not stop mail: scans find out for themselves which backends are healthy."""
-        try:
-            await self._bundle.watch()
-        except Exception:
-            self._context.log.exception("backends.watch-failed")
-
     async def close(self) -> None:
-        """Stop the background work. No message may be in progress."""
-        self._watching.cancel()
-        await asyncio.gather(self._watching, return_exceptions=True)
+        """No message may be in progress."""
         await self._bundle.aclose()
 
 

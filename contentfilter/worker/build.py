@@ -1,22 +1,22 @@
 """Composition root: builds the pipeline of a configuration, with everything that it holds open."""
 
-import asyncio
 import dataclasses
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 
 from contentfilter.config.controls import read_controls
 from contentfilter.config.load import load_settings
 from contentfilter.config.runtime import Runtime, make_runtime, worker_count
 from contentfilter.errors import ConfigError
+from contentfilter.model import Scanner
 from contentfilter.pipeline import Pipeline, Scanners
 from contentfilter.policy.overrides import AllowEntry, Bypass
 from contentfilter.scanners.cache import ScanCache
 from contentfilter.scanners.clamd import ClamdScanner
-from contentfilter.scanners.health import BackendHealth
+from contentfilter.scanners.health import BackendHealth, ProbeResult
 from contentfilter.scanners.signatures.engine import Engine
 from contentfilter.scanners.spamd import SpamdScanner
 from contentfilter.store.overrides import read_usable
@@ -55,8 +55,8 @@ class PipelineBundle:
         children = max(1, runtime.spamdchildren // worker_count(settings))
         scanners = Scanners(
             Engine(*lists, settings.signatures.mode, settings.signatures.formats) if any(lists) else None,
-            ClamdScanner(settings.clamd, shed=shed),
-            SpamdScanner(settings.spamd, children, shed=shed),
+            ClamdScanner(settings.clamd, shed=shed, patience=settings.failure.patience),
+            SpamdScanner(settings.spamd, children, shed=shed, patience=settings.failure.patience),
         )
         lookup, owners = (self.snapshot.lookup, self.snapshot.owners) if self.snapshot else (None, None)
         self.pipeline = Pipeline(
@@ -109,10 +109,11 @@ class PipelineBundle:
             for health in limiter.describe()
         )
 
-    async def watch(self) -> None:
-        """Keep the state of the backends fresh, until cancelled."""
+    def learn(self, results: Iterable[ProbeResult]) -> None:
+        """Take results of the prober."""
         scanners = self.pipeline.scanners
-        await asyncio.gather(scanners.clamd.watch(), scanners.spamd.watch())
+        for result in results:
+            (scanners.clamd if result.scanner is Scanner.CLAMD else scanners.spamd).learn(result)
 
     async def aclose(self) -> None:
         if self.snapshot:

@@ -16,7 +16,7 @@ from contentfilter.log import Logger
 from contentfilter.model import Envelope, OriginKind
 from contentfilter.policy.overrides import AllowEntry, Bypass
 from contentfilter.scanners.cache import ScanCache
-from contentfilter.scanners.health import BackendHealth
+from contentfilter.scanners.health import BackendHealth, ProbeResult
 from contentfilter.settings import Settings
 from contentfilter.verdict.disposition import Disposition
 from contentfilter.worker.crashes import DEATH_LIMIT, CrashAttribution, WorkerSlot, fingerprint
@@ -43,6 +43,10 @@ class Application(Protocol):
 
     def backends(self) -> tuple[BackendHealth, ...]:
         """State of the scanners that it uses, for the heartbeat."""
+        ...
+
+    def learn(self, results: tuple[ProbeResult, ...], /) -> None:
+        """Take results of the prober."""
         ...
 
     async def close(self) -> None:

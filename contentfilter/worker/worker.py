@@ -11,7 +11,17 @@ import signal
 import socket
 from dataclasses import asdict, dataclass
 
-from contentfilter.bus.messages import OVERRIDES, CacheUpdate, Configure, Event, Heartbeat, InFlight, Overrides, decode
+from contentfilter.bus.messages import (
+    OVERRIDES,
+    BackendNews,
+    CacheUpdate,
+    Configure,
+    Event,
+    Heartbeat,
+    InFlight,
+    Overrides,
+    decode,
+)
 from contentfilter.bus.sockets import BATCH_DELAY, WorkerBus
 from contentfilter.deadline import Deadline
 from contentfilter.doors.listener import Listener
@@ -100,6 +110,7 @@ class ApplicationFactory:
         self.events = EventSender(bus, loop)
         self.load = Load(log)
         self.cache = ScanCache(lambda key, kept: bus.send(CacheUpdate(key, kept)), self._late_scan)
+        self.news = BackendNews()
         self.overrides: Overrides = decode(read_all(options.orders), OVERRIDES)
 
     async def lease(self, generation: int, blob: bytes) -> ApplicationLease:
@@ -108,6 +119,7 @@ class ApplicationFactory:
             self._log, self.events.emit, self._bypasses, self._allowed, self.cache, self.load.shed, self._disk
         )
         application = await self._build(blob, shared)
+        application.learn(self.news.results)
         rules = application.settings.origin
         origin, _ = await in_thread(lambda: resolve(rules))  # the supervisor has reported unknown names
         return ApplicationLease(application, generation, self._slot, self._attribution, origin)
@@ -230,6 +242,9 @@ class Worker:
                 self._override(command)
             elif isinstance(command, CacheUpdate):
                 self._factory.cache.learn(command.key, command.kept)
+            elif isinstance(command, BackendNews):
+                self._factory.news = command
+                self._lease.application.learn(command.results)
             else:
                 self._offered = command
                 self._new_offer.set()

@@ -115,7 +115,7 @@ def envelopes(data: bytes) -> None:
 
 def clamd_answer(data: bytes) -> None:
     """The same event or error in one feed and in many; nothing in it that could end a line."""
-    for make in (clamd.scan_reader, clamd.pong_reader, clamd.version_reader, clamd.stats_reader):
+    for make in (clamd.scan_reader, clamd.version_reader):
         heard = [outcome(make(), data, size) for size in (len(data) + 1, 1, 13)]
         if isinstance(heard[0], str) and "more than one answer" in heard[0]:
             continue  # fed byte by byte the first answer is taken before the second one is seen

@@ -7,9 +7,8 @@ from typing import Any
 
 from contentfilter.deadline import Deadline
 from contentfilter.endpoint import Address
-from contentfilter.errors import Cause
 from contentfilter.model import Scanner
-from contentfilter.scanners.health import USUAL, Patience
+from contentfilter.scanners.health import PATIENCE
 from contentfilter.scanners.limiter import NEUTRAL, ScannerLimiter
 from contentfilter.scanners.stream import Progress
 
@@ -24,10 +23,9 @@ class Pool(ScannerLimiter):
         addresses: Sequence[Address],
         concurrency: int,
         clock: Callable[[], float] = time.monotonic,
-        silence: Cause = Cause.TIMEOUT,
-        patience: Patience = USUAL,
+        patience: float = PATIENCE,
     ) -> None:
-        super().__init__(Scanner.CLAMD, addresses, concurrency, clock=clock, silence=silence, patience=patience)
+        super().__init__(Scanner.CLAMD, addresses, concurrency, clock=clock, patience=patience)
 
     async def ask(self, question: Callable[[Address], Coroutine[Any, Any, Any]], deadline: Deadline) -> Any:
         return await self.run(NEUTRAL, partial(_asked, question), LONG, deadline)

@@ -62,6 +62,9 @@ class Trivial:
     async def isolate(self, accepted: AcceptedMessage, fingerprint: str) -> Disposition:
         return Disposition(Action.DEFER, text=f"isolated {fingerprint}")
 
+    def learn(self, results: object) -> None:
+        pass
+
     def backends(self) -> tuple[BackendHealth, ...]:
         return ()
 

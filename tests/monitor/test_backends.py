@@ -16,11 +16,11 @@ from contentfilter.settings import ClamdSettings, FailureSettings, Settings, Spa
 
 CLAMD = "unix:/c"
 SETTINGS = Settings(clamd=ClamdSettings(backends=(CLAMD,)), spamd=SpamdSettings(backends=()))
-WELL = BackendHealth("clamd", CLAMD, "well", 0, "", 0.0, 0.0, None, 0, 8, 0)
+WELL = BackendHealth("clamd", CLAMD, "closed", 0, "", 0.0, 0.0, None, 0, 8, 0)
 
 
 def sick(since: float, failed: float, cause: str = "down", **more: Any) -> BackendHealth:
-    return replace(WELL, state="doubtful", failures=2, cause=cause, since=since, failed=failed, **more)
+    return replace(WELL, failures=2, cause=cause, since=since, failed=failed, **more)
 
 
 def worker(slot: int, health: BackendHealth, silent: float = 0.0) -> WorkerStatus:
@@ -75,7 +75,7 @@ def test_a_trouble_begins_after_the_last_sound_answer() -> None:
 
 
 def test_a_backend_that_some_worker_leaves_alone_is_sick_whatever_others_say() -> None:
-    resting = replace(sick(30, 5), state="resting")
+    resting = replace(sick(30, 5), state="open")
     assert status(replace(WELL, answered=1.0), resting, probed=answered(1)).state == "failing"
 
 

@@ -1,9 +1,12 @@
 """The probe: it answers who asks within their deadline, does not pester, and follows the settings."""
 
 import asyncio
+import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from contentfilter.errors import Cause
 from contentfilter.model import Scanner
 from contentfilter.monitor import probe
 from contentfilter.monitor.probe import Prober
+from contentfilter.scanners.health import BackendHealth, ProbeResult
 from contentfilter.settings import ClamdSettings, Settings, SpamdSettings
 
 pytestmark = pytest.mark.asyncio
@@ -27,14 +31,19 @@ def settings(*, clamd: tuple[str, ...] = (), spamd: tuple[str, ...] = ()) -> Set
 
 
 @asynccontextmanager
-async def probing(given: Callable[[], Settings], *, rhythm: bool = False) -> AsyncIterator[Prober]:
+async def probing(given: Callable[[], Settings]) -> AsyncIterator[Prober]:
     prober = Prober(given)
-    task = asyncio.create_task(prober.run(rhythm=rhythm))
+    task = asyncio.create_task(prober.run())
     try:
         yield prober
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+def doubt(backend: str, failed: float = 0.0) -> BackendHealth:
+    """A worker's report of a failure, so many seconds ago."""
+    return BackendHealth("clamd", backend, "closed", 1, "down", failed, failed, None, 0, 8, 0)
 
 
 async def until(true: Callable[[], bool]) -> None:
@@ -75,50 +84,48 @@ async def test_who_asks_waits_no_longer_than_the_deadline(tmp_path: Path) -> Non
             began = time.monotonic()
             await prober.fresh(Deadline.after(0.2))
             assert time.monotonic() - began < 2
-            assert prober.results == {}
+            assert prober.results == {}, "it is reported after SILENT_AFTER"
             clamd.stop()
 
 
-async def test_many_who_ask_are_one_probe_and_trouble_does_not_make_many(tmp_path: Path) -> None:
+async def test_many_who_ask_are_one_probe_and_doubts_do_not_make_many(tmp_path: Path) -> None:
     with Peer(tmp_path, VERSION, read_clamd) as clamd:
         given = settings(clamd=(clamd.backend,))
         async with probing(lambda: given) as prober:
             await asyncio.gather(*(prober.fresh(Deadline.after(10)) for _ in range(20)))
             for _ in range(20):
                 await prober.fresh(Deadline.after(10))
-                prober.suspect(0.0)
+                prober.heard(doubt(clamd.backend))
             await asyncio.sleep(0)
             assert clamd.connections == 1
 
 
-async def test_without_a_rhythm_nobody_is_asked_until_somebody_has_trouble(tmp_path: Path) -> None:
+@pytest.mark.parametrize("why", ["a failure", "requests without an answer"])
+async def test_a_worker_that_doubts_a_backend_has_it_probed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    monkeypatch.setattr(probe, "AGAIN", 0.02)
     with Peer(tmp_path, VERSION, read_clamd) as clamd:
         given = settings(clamd=(clamd.backend,))
         async with probing(lambda: given) as prober:
-            prober.changed()
-            await asyncio.sleep(0.05)
-            assert clamd.connections == 0
-            prober.suspect(0.0)
             await until(lambda: bool(prober.results))
-    assert clamd.connections == 1
+            prober.heard(doubt(clamd.backend, failed=60.0))  # the probe came after it
+            well = replace(doubt(clamd.backend), failures=0, outstanding=8, quiet=probe.QUIET)
+            prober.heard(well)
+            await asyncio.sleep(0.1)
+            assert clamd.connections == 1
+            prober.heard(doubt(clamd.backend) if why == "a failure" else replace(well, quiet=probe.QUIET + 0.1))
+            await until(lambda: clamd.connections == 2)
 
 
-async def test_trouble_that_the_last_probe_came_after_is_no_news(tmp_path: Path) -> None:
-    with Peer(tmp_path, VERSION, read_clamd) as clamd:
-        given = settings(clamd=(clamd.backend,))
-        async with probing(lambda: given) as prober:
-            await prober.fresh(Deadline.after(10))
-            prober.suspect(60.0)
-            assert not prober._suspected
-            prober.suspect(0.0)
-            assert prober._suspected
-
-
-async def test_with_a_rhythm_the_start_and_changed_settings_are_a_reason(tmp_path: Path) -> None:
+async def test_the_start_the_rhythm_and_other_backends_are_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "EVERY", 0.05)
     with Peer(tmp_path, VERSION, read_clamd) as one, Peer(tmp_path, VERSION, read_clamd) as two:
         given = settings(clamd=(one.backend,))
-        async with probing(lambda: given, rhythm=True) as prober:
-            await until(lambda: (Scanner.CLAMD, one.backend) in prober.results)
+        async with probing(lambda: given) as prober:
+            await until(lambda: one.connections > 2)
             given = settings(clamd=(two.backend,))
             prober.changed()
             await until(lambda: (Scanner.CLAMD, two.backend) in prober.results)
@@ -133,18 +140,64 @@ async def test_one_that_does_not_answer_is_asked_again_until_it_does(
         given = settings(clamd=(clamd.backend,))
         backend = Scanner.CLAMD, clamd.backend
         async with probing(lambda: given) as prober:
-            await prober.fresh(Deadline.after(10))
+            await until(lambda: backend in prober.results)
             assert prober.results[backend].cause is not None
             await until(lambda: prober.results[backend].cause is None)
             assert clamd.connections == 3
 
 
-async def test_failing_probes_in_a_row_have_one_beginning() -> None:
-    given = settings(clamd=("unix:/nonexistent/clamd",))
+async def test_a_probe_without_an_answer_is_reported_while_it_waits_and_is_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clamd that hangs or reloads: one connection in its listen queue, and its answer counts when it comes."""
+    monkeypatch.setattr(probe, "SILENT_AFTER", 0.02)
+    monkeypatch.setattr(probe, "AGAIN", 0.02)
+    answer = threading.Event()
+
+    def late(peer: Peer, sock: socket.socket) -> None:
+        peer.read(sock)
+        answer.wait(20)
+        sock.sendall(b"ClamAV 1.0.7/27000/Fri Nov 20 08:00:00 2026\n")
+
+    published: list[tuple[ProbeResult, ...]] = []
+    with Peer(tmp_path, late, read_clamd) as clamd:
+        given = settings(clamd=(clamd.backend,))
+        prober = Prober(lambda: given, published.append)
+        task = asyncio.create_task(prober.run())
+        await until(lambda: len(published) > 5)
+        assert {(r.cause, r.asked) for (r,) in published} == {(Cause.TIMEOUT, published[0][0].asked)}
+        assert clamd.connections == 1
+        answer.set()
+        await until(lambda: published[-1][0].cause is None)
+        assert published[-1][0].database == "ClamAV 1.0.7/27000/2026-11-20 08:00:00+00:00"
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_an_answer_to_mail_of_any_worker_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "SILENT_AFTER", 0.02)
+    monkeypatch.setattr(probe, "AGAIN", 0.02)
+    published: list[tuple[ProbeResult, ...]] = []
+    with Peer(tmp_path, says_and_stays(b""), read_clamd) as clamd:
+        given = settings(clamd=(clamd.backend,))
+        prober = Prober(lambda: given, published.append)
+        task = asyncio.create_task(prober.run())
+        await until(lambda: bool(published))
+        before = time.monotonic()
+        prober.heard(replace(doubt(clamd.backend), answered=0.0))
+        await until(lambda: published[-1][0].answered >= before)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        clamd.stop()
+
+
+async def test_failing_probes_in_a_row_have_one_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "AGAIN", 0.02)
+    given, backend = settings(clamd=("unix:/nonexistent/clamd",)), (Scanner.CLAMD, "unix:/nonexistent/clamd")
     async with probing(lambda: given) as prober:
-        await prober.fresh(Deadline.after(10))
-        first = prober.results[Scanner.CLAMD, "unix:/nonexistent/clamd"]
-        await prober._look()
-        second = prober.results[Scanner.CLAMD, "unix:/nonexistent/clamd"]
+        await until(lambda: backend in prober.results)
+        first = prober.results[backend]
+        await until(lambda: prober.results[backend].at > first.at)
+        second = prober.results[backend]
     assert second.at > first.at
     assert second.since == first.since

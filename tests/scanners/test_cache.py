@@ -4,6 +4,7 @@ import asyncio
 import gc
 import mmap
 import os
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
@@ -20,7 +21,8 @@ from contentfilter.errors import BackendError, Cause
 from contentfilter.model import Message, Scanner, ScanOutcome, ScanStatus
 from contentfilter.scanners.cache import ScanCache, ScanRequest
 from contentfilter.scanners.cache_entries import CacheEntry, CacheKey
-from contentfilter.scanners.clamd import ClamdScanner
+from contentfilter.scanners.clamd import ClamdScanner, database_of
+from contentfilter.scanners.health import ProbeResult
 from contentfilter.scanners.limiter import NEUTRAL
 from contentfilter.settings import ClamdSettings, ReuseSettings
 
@@ -345,6 +347,14 @@ def clamd_of(backend: str) -> ClamdScanner:
     return ClamdScanner(ClamdSettings(backends=(backend,), proof=0.0))
 
 
+async def probed(scanner: ClamdScanner) -> None:
+    """As by the supervisor's prober."""
+    (backend,) = scanner.limiter.backends
+    database = database_of(await scanner.version(backend.address, Deadline.after(5.0)))
+    now = time.monotonic()
+    scanner.learn(ProbeResult(Scanner.CLAMD, str(backend.address), now, now, database=database))
+
+
 async def give_up(recall: ScanCache, scanner: ClamdScanner, message: Message, seconds: float = 0.1) -> None:
     q = ScanRequest(b"clamd", message, 5.0, database=scanner.database)
     deadline = Deadline.after(seconds)
@@ -368,8 +378,9 @@ async def test_a_scan_that_goes_on_holds_nothing_of_its_message(tmp_path, nothin
     recall = ScanCache(report=lambda said, seconds: ended.set())
     with Slow(tmp_path) as slow:
         scanner = clamd_of(slow.backend)
+        await probed(scanner)
         await give_up(recall, scanner, message)
-        assert recall._abandoned
+        assert recall.abandoned
         while message_mapped():
             await asyncio.sleep(0.01)
             gc.collect()
@@ -399,7 +410,7 @@ async def test_a_scan_that_goes_on_keeps_its_slot_until_clamd_has_ended_it(tmp_p
         assert len(slow.asked) == 2, "clamd got more scans at once than it may"
         assert [b.outstanding for b in scanner.limiter.backends] == [2]
         slow.says(OK)
-        while recall._abandoned:
+        while recall.abandoned:
             await asyncio.sleep(0.01)
         assert [b.outstanding for b in scanner.limiter.backends] == [0]
         last = message_of(MAIL + b"last")
@@ -447,7 +458,7 @@ async def test_where_no_retry_comes_a_scan_ends_with_its_last_message(tmp_path, 
             await recall.get(q, partial(scanner.scan, message, deadline, NEUTRAL), deadline)
         message.close()
         await settle()
-        assert not recall._abandoned
+        assert not recall.abandoned
         assert [b.outstanding for b in scanner.limiter.backends] == [0]
 
 
@@ -456,9 +467,9 @@ async def test_the_end_of_the_worker_ends_what_goes_on(tmp_path, nothing_left) -
     recall = ScanCache()
     with Slow(tmp_path) as slow:
         await give_up(recall, clamd_of(slow.backend), message_of(MAIL))
-        assert recall._abandoned
+        assert recall.abandoned
         await recall.aclose()
-        assert not recall._abandoned
+        assert not recall.abandoned
 
 
 @pytest.mark.parametrize(
@@ -501,9 +512,8 @@ async def test_a_message_that_clamd_has_not_got_as_a_whole_is_not_waited_for(tmp
     recall = ScanCache()
     with Peer(None, lambda peer, sock: (peer.over.wait(5), None)[1], read_clamd) as peer:
         scanner = clamd_of(peer.backend)
-        scanner._databases = {address: ("", float("inf")) for address in scanner._databases}
         await give_up(recall, scanner, Message(-1, len(data), data))
-        assert not recall._abandoned
+        assert not recall.abandoned
     await recall.aclose()
 
 
@@ -513,9 +523,8 @@ async def test_settings_switch_it_off(tmp_path, nothing_left) -> None:
     recall.change(ReuseSettings(late=0))
     with Peer(tmp_path, says_and_stays(b""), read_clamd) as peer:
         scanner = clamd_of(peer.backend)
-        scanner._databases = {address: ("", float("inf")) for address in scanner._databases}
         await give_up(recall, scanner, Message(-1, len(MAIL), MAIL))
-        assert not recall._abandoned
+        assert not recall.abandoned
     recall.change(ReuseSettings(keep=0))
     with Peer(tmp_path, says(b"stream: OK\0"), read_clamd) as peer:
         scanner = clamd_of(peer.backend)

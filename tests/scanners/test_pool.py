@@ -10,7 +10,7 @@ from lab.pool import Pool
 from contentfilter.deadline import Deadline
 from contentfilter.endpoint import Address
 from contentfilter.errors import BackendError, Cause
-from contentfilter.scanners.health import FAIR_TRY, LONGEST_REST, REST_AFTER, Backend, Health, choose
+from contentfilter.scanners.health import FAIR_TRY, LONGEST_REST, OPEN_AFTER, Backend, State, choose
 from contentfilter.scanners.stream import ClosedError
 
 pytestmark = pytest.mark.asyncio
@@ -85,19 +85,19 @@ async def test_an_address_that_is_none_is_refused_with_its_text(text: str) -> No
 
 
 async def test_failures_in_a_row_bring_a_rest_that_grows_to_a_limit() -> None:
-    health, now, rests = Health(), 0.0, []
-    for _ in range(REST_AFTER + 6):
-        health = health.failed(Cause.DOWN, now, 0.0)
-        rests.append(health.rest_until - now)
-        now = health.rest_until
+    backend, now, rests = Backend(A, 1), 100.0, []
+    for _ in range(OPEN_AFTER + 6):
+        backend.fail(Cause.DOWN, now, 0.0)
+        rests.append(max(0.0, backend.rest_until - now))
+        now = max(now, backend.rest_until)
     assert rests == [0.0, 0.0, 1.0, 2.0, 4.0, 8.0, LONGEST_REST, LONGEST_REST, LONGEST_REST]
 
 
 async def test_one_crash_that_cuts_many_questions_counts_once() -> None:
-    health = Health()
+    backend = Backend(A, 1)
     for _ in range(50):
-        health = health.failed(Cause.DOWN, 0.0, 0.0)
-    assert (health.failures, health.rest_until) == (REST_AFTER, 1.0)
+        backend.fail(Cause.DOWN, 0.0, 0.0)
+    assert (backend.failures, backend.rest_until, backend.state) == (OPEN_AFTER, 1.0, State.OPEN)
 
 
 @pytest.mark.parametrize(
@@ -114,13 +114,14 @@ async def test_one_crash_that_cuts_many_questions_counts_once() -> None:
     ],
 )
 async def test_only_a_backends_own_faults_count(cause: Cause, seconds: float, counts: bool) -> None:
-    assert Health().failed(cause, 0.0, seconds).failures == int(counts)
+    backend = Backend(A, 1)
+    backend.fail(cause, 0.0, seconds)
+    assert backend.failures == int(counts)
 
 
 async def test_the_choice_is_healthy_then_least_loaded_then_longest_unused() -> None:
-    rested = Health(REST_AFTER, rest_until=5.0)
     doubtful, busy, used, fresh = (
-        Backend(A, 9, health=rested),
+        Backend(A, 9, failures=OPEN_AFTER, state=State.OPEN, rest_until=5.0),
         Backend(A, 9, outstanding=2),
         Backend(A, 9, 1, turn=7),
         Backend(A, 9, 1, turn=3),
@@ -129,7 +130,9 @@ async def test_the_choice_is_healthy_then_least_loaded_then_longest_unused() -> 
     assert choose(everyone, now=10.0) is fresh
     assert choose(everyone, now=10.0, avoid={fresh}) is used
     assert choose([doubtful], now=10.0) is doubtful
+    doubtful.state = State.OPEN
     assert choose([doubtful], now=4.9) is None
+    assert choose([doubtful], now=10.0) is doubtful
     doubtful.outstanding = 1
     assert choose([doubtful], now=10.0) is None  # half-open: one question at a time
     assert choose([Backend(A, 2, outstanding=2)], now=0.0) is None
@@ -182,21 +185,21 @@ async def test_no_retry_when_the_deadline_is_over() -> None:
 
 async def test_a_resting_backend_fails_at_once_with_its_cause_and_is_tried_after_its_rest() -> None:
     clock = Clock()
-    pool, script = Pool((A,), 4, clock), Script(*[down(Cause.MEMORY)] * REST_AFTER)
-    for _ in range(REST_AFTER):
+    pool, script = Pool((A,), 4, clock), Script(*[down(Cause.MEMORY)] * OPEN_AFTER)
+    for _ in range(OPEN_AFTER):
         with pytest.raises(BackendError):
             await pool.ask(script, soon())
     with pytest.raises(BackendError, match="left alone") as caught:
         await pool.ask(script, soon())
-    assert (caught.value.cause, len(script.asked)) == (Cause.MEMORY, REST_AFTER)
+    assert (caught.value.cause, len(script.asked)) == (Cause.MEMORY, OPEN_AFTER)
     clock.now += 1.0
     assert await pool.ask(script, soon()) == A
-    assert pool.backends[0].health == Health()
+    assert (pool.backends[0].state, pool.backends[0].failures) == (State.CLOSED, 0)
 
 
 async def test_a_resting_backend_is_left_out_while_another_is_well() -> None:
     pool, script = Pool((A, B), 4, Clock()), Script()
-    pool.backends[0].health = Health(REST_AFTER, rest_until=2000.0)
+    pool.backends[0].state, pool.backends[0].rest_until = State.OPEN, 2000.0
     for _ in range(4):
         assert await pool.ask(script, soon()) == B
 
@@ -295,7 +298,7 @@ async def test_a_place_given_to_a_client_that_goes_away_at_that_moment_is_not_lo
 
 async def test_those_who_wait_for_a_backend_that_dies_hear_it_at_once() -> None:
     pool, release = Pool((A,), 1, Clock()), asyncio.Event()
-    pool.backends[0].health = Health(REST_AFTER - 1)
+    pool.backends[0].failures = OPEN_AFTER - 1
 
     async def dies(address: Address) -> None:
         await release.wait()
@@ -306,7 +309,7 @@ async def test_those_who_wait_for_a_backend_that_dies_hear_it_at_once() -> None:
     release.set()
     errors = await asyncio.gather(*tasks, return_exceptions=True)
     assert [getattr(error, "cause", None) for error in errors] == [Cause.DOWN] * 4
-    assert pool.backends[0].health.failures == REST_AFTER
+    assert pool.backends[0].failures == OPEN_AFTER
 
 
 async def test_one_that_waits_for_another_backend_does_not_hold_up_the_rest() -> None:
@@ -348,23 +351,29 @@ async def test_what_is_told_of_a_backend_is_how_it_stands_now() -> None:
     clock = Clock()
     pool = Pool((A,), 2, clock)
     (told,) = pool.describe()
-    assert (told.scanner, told.backend, told.state, told.answered, told.limit) == ("clamd", "unix:/a", "well", None, 2)
+    assert (told.scanner, told.backend, told.state, told.answered, told.limit) == (
+        "clamd",
+        "unix:/a",
+        "closed",
+        None,
+        2,
+    )
     for _ in range(2):
         with pytest.raises(BackendError):
             await pool.ask(Script(down(Cause.BAD_REPLY)), soon())
         clock.now += 10
     (told,) = pool.describe()
-    assert (told.state, told.failures, told.cause) == ("doubtful", 2, "bad-reply")
+    assert (told.state, told.failures, told.cause) == ("closed", 2, "bad-reply")
     assert (told.since, told.failed) == (20, 10)  # the first and the last of them
     with pytest.raises(BackendError):
         await pool.ask(Script(down()), soon())
     (told,) = pool.describe()
-    assert (told.state, told.failures, told.cause, told.since) == ("resting", 3, "down", 20)
+    assert (told.state, told.failures, told.cause, told.since) == ("open", 3, "down", 20)
     clock.now += LONGEST_REST
     await pool.ask(Script(), soon())
     clock.now += 4
     (told,) = pool.describe()
-    assert (told.state, told.failures, told.cause, told.since, told.answered) == ("well", 0, "", 0, 4)
+    assert (told.state, told.failures, told.cause, told.since, told.answered) == ("closed", 0, "", 0, 4)
 
 
 async def test_what_is_told_counts_who_is_asked_and_who_waits() -> None:

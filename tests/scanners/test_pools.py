@@ -3,9 +3,10 @@
 import asyncio
 import os
 import signal
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,15 @@ from contentfilter import settings
 from contentfilter.deadline import Deadline
 from contentfilter.errors import BackendError, Cause
 from contentfilter.model import Message, ScanOutcome, ScanStatus
+from contentfilter.monitor import probe
+from contentfilter.monitor.probe import Prober
+from contentfilter.scanners import health
 from contentfilter.scanners.clamd import ClamdScanner
-from contentfilter.scanners.health import Patience
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("nothing_left")]
 
 LETTER = b"From: a@example.org\r\nSubject: hello\r\n\r\nnothing in here\r\n"
-HASTY = Patience(look=0.02, suspect=0.05, quiet=0.1, idle=0.2, short=0.1, move=0.4, long=30.0)
+PATIENCE = 0.4
 WAIT = 20.0
 SIGNATURES = 150_000  # so many make clamd reload for some tenths of a second
 
@@ -37,7 +40,7 @@ def three(lab_directory: Path) -> Iterator[list[Clamd]]:
             each.stop()
 
 
-def scanner(*backends: str, concurrency: int = 4, patience: Patience = HASTY, **changes: object) -> ClamdScanner:
+def scanner(*backends: str, concurrency: int = 4, patience: float = PATIENCE, **changes: object) -> ClamdScanner:
     return ClamdScanner(
         settings.ClamdSettings(backends=backends, concurrency=concurrency, **changes),  # type: ignore[arg-type]
         patience=patience,
@@ -45,14 +48,30 @@ def scanner(*backends: str, concurrency: int = 4, patience: Patience = HASTY, **
 
 
 @asynccontextmanager
-async def watched(one: ClamdScanner) -> AsyncIterator[ClamdScanner]:
-    watching = asyncio.create_task(one.watch())
+async def watched(one: ClamdScanner, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ClamdScanner]:
+    """With a prober and heartbeats as in the daemon, only faster."""
+    for name, seconds in {"SILENT_AFTER": 0.1, "EVERY": 0.2, "AGAIN": 0.05, "QUIET": 0.1}.items():
+        monkeypatch.setattr(probe, name, seconds)
+    monkeypatch.setattr(health, "SILENT_AFTER", 0.1)
+    backends = tuple(str(backend.address) for backend in one.limiter.backends)
+    given = settings.Settings(
+        clamd=settings.ClamdSettings(backends=backends), spamd=settings.SpamdSettings(backends=())
+    )
+    prober = Prober(lambda: given, lambda results: [one.learn(result) for result in results])
+    tasks = asyncio.create_task(prober.run()), asyncio.create_task(beat(one, prober))
     try:
         yield one
     finally:
-        watching.cancel()
-        with suppress(asyncio.CancelledError):
-            await watching
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def beat(one: ClamdScanner, prober: Prober) -> None:
+    while True:
+        for each in one.limiter.describe():
+            prober.heard(each)
+        await asyncio.sleep(0.05)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -120,72 +139,91 @@ async def test_one_at_a_time_a_hanging_backend_is_met_once(three: list[Clamd], m
     assert (await stuck).backend == three[0].backend
 
 
-async def test_a_silent_clamd_is_set_aside_and_its_questions_are_asked_elsewhere(three: list[Clamd], message) -> None:
-    async with watched(scanner(*(each.backend for each in three))) as one:
+async def test_a_silent_clamd_is_set_aside_and_its_questions_are_asked_elsewhere(
+    three: list[Clamd], message, monkeypatch
+) -> None:
+    async with watched(scanner(*(each.backend for each in three)), monkeypatch) as one:
         letter = message(LETTER)
         three[0].signal(signal.SIGSTOP)
         outcomes = await scan_all(one, letter, 60)  # ends while it is stopped: what it held was moved
         assert {o.backend for o in outcomes} == {each.backend for each in three[1:]}
-        assert states(one) == ["silent", "well", "well"]
-        assert one.limiter.describe()[0].cause == "reloading"
+        assert states(one) == ["unresponsive", "closed", "closed"]
+        assert one.limiter.describe()[0].cause == "timeout"
         assert (await scan_all(one, letter, 8))[0].status is ScanStatus.CLEAN
         three[0].signal(signal.SIGCONT)
-        await until(lambda: states(one) == ["well"] * 3)  # the PING that it held back says so
+        await until(lambda: states(one) == ["closed"] * 3)  # the probe that it held back says so
         back = await scan_all(one, letter, 12)
         assert three[0].backend in {o.backend for o in back}
 
 
-async def test_a_lone_silent_clamd_is_waited_for(three: list[Clamd], message) -> None:
-    async with watched(scanner(three[0].backend)) as one:
+async def test_a_lone_silent_clamd_is_waited_for_as_long_as_patience_lasts(
+    three: list[Clamd], message, monkeypatch
+) -> None:
+    async with watched(scanner(three[0].backend, patience=WAIT), monkeypatch) as one:
         three[0].signal(signal.SIGSTOP)
         tasks = [asyncio.create_task(one.scan(message(LETTER), Deadline.after(WAIT))) for _ in range(4)]
-        await until(lambda: states(one) == ["silent"])
+        await until(lambda: states(one) == ["unresponsive"])
         late = asyncio.create_task(one.scan(message(LETTER), Deadline.after(WAIT)))
         three[0].signal(signal.SIGCONT)
         assert {o.status for o in await asyncio.gather(*tasks, late)} == {ScanStatus.CLEAN}
 
 
-async def test_a_lone_silent_clamd_that_lets_the_time_pass_is_called_reloading(three: list[Clamd], message) -> None:
-    async with watched(scanner(three[0].backend)) as one:
+@pytest.mark.parametrize("over", ["backend", "tcp_backend"], ids=["unix", "tcp"])
+async def test_a_hung_clamd_is_a_timeout_for_all_and_a_wait_for_the_first_only(
+    three: list[Clamd], message, monkeypatch, over: str
+) -> None:
+    """Those that it holds, those that wait for a slot, and those that come later: one cause."""
+    async with watched(scanner(getattr(three[0], over), concurrency=2), monkeypatch) as one:
         three[0].signal(signal.SIGSTOP)
-        with pytest.raises(BackendError) as caught:
-            await one.scan(message(LETTER), Deadline.after(1.0))
-        assert caught.value.cause is Cause.RELOADING
+        began, letter = time.monotonic(), message(LETTER)
+        first = await asyncio.gather(
+            *(one.scan(letter, Deadline.after(WAIT)) for _ in range(8)), return_exceptions=True
+        )
+        assert [getattr(error, "cause", None) for error in first] == [Cause.TIMEOUT] * 8
+        assert time.monotonic() - began < WAIT / 2
+        began = time.monotonic()
+        for _ in range(100):
+            with pytest.raises(BackendError, match="no sign of life") as caught:
+                await one.scan(letter, Deadline.after(WAIT))
+            assert caught.value.cause is Cause.TIMEOUT
+        assert time.monotonic() - began < 1.0
         three[0].signal(signal.SIGCONT)
+        await until(lambda: states(one) == ["closed"])
+        assert (await one.scan(letter, Deadline.after(WAIT))).status is ScanStatus.CLEAN
 
 
 def _write_signatures(path: Path) -> None:
     path.write_text("".join(f"Big.{n}:0:*:{n:048x}\n" for n in range(SIGNATURES)))
 
 
-async def test_a_real_reload_without_concurrency_fails_no_mail(three: list[Clamd], message) -> None:
-    """RELOAD while mail comes. clamd takes connections meanwhile, but answers neither scan nor PING."""
+async def test_a_real_reload_without_concurrency_fails_no_mail(three: list[Clamd], message, monkeypatch) -> None:
+    """RELOAD while mail comes. clamd takes connections meanwhile, but answers neither scans nor probes."""
     await asyncio.to_thread(_write_signatures, three[0].directory / "database" / "big.ndb")
-    async with watched(scanner(*(each.backend for each in three[:2]))) as one:
+    async with watched(scanner(*(each.backend for each in three[:2])), monkeypatch) as one:
         letter, outcomes, silent = message(LETTER), [], False
         assert await asyncio.to_thread(ask, three[0].socket, b"zRELOAD\0") == b"RELOADING\0"
         for _ in range(40):
             outcomes += await scan_all(one, letter, 8)
-            silent = silent or "silent" in states(one)
-        await until(lambda: states(one) == ["well", "well"])
+            silent = silent or "unresponsive" in states(one)
+        await until(lambda: states(one) == ["closed", "closed"])
         assert {o.status for o in outcomes} == {ScanStatus.CLEAN}
         assert (await scan_all(one, letter, 8))[-1].status is ScanStatus.CLEAN
         assert "Big.0" not in {o.name for o in outcomes}
 
 
-async def test_a_restarted_clamd_is_found_by_ping_and_no_mail_pays(three: list[Clamd], message) -> None:
+async def test_a_restarted_clamd_is_found_by_a_probe_and_no_mail_pays(three: list[Clamd], message, monkeypatch) -> None:
     """Every question of mail that is put while it is down or comes back is counted: none is put to it in vain."""
-    async with watched(scanner(*(each.backend for each in three[:2]))) as one:
+    async with watched(scanner(*(each.backend for each in three[:2])), monkeypatch) as one:
         letter = message(LETTER)
         await scan_all(one, letter, 8)
         three[0].kill()
-        await until(lambda: states(one) == ["resting", "well"])  # no mail came: PINGs have found it
+        await until(lambda: states(one) == ["open", "closed"])  # no mail came: probes have found it
         in_vain = one.limiter.backends[0].turn
         for _ in range(10):
             await scan_all(one, letter, 8)
         assert one.limiter.backends[0].turn == in_vain  # never chosen
         three[0].start()
-        await until(lambda: one.limiter.backends[0].health.proven)
+        await until(lambda: one.limiter.backends[0].proven)
         outcomes = await scan_all(one, letter, 8)
         assert three[0].backend in {o.backend for o in outcomes}
-        assert states(one) == ["well", "well"]
+        assert states(one) == ["closed", "closed"]

@@ -57,7 +57,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 async def ask(address: Address, around: StreamContext, connect: float = 5.0, seconds: float = 5.0) -> clamd.ScanAnswer:
     context = replace(around, connect=connect)
-    return await query(address, clamd.command("PING"), clamd.scan_reader(), context, Deadline.after(seconds))
+    return await query(address, clamd.command("VERSION"), clamd.scan_reader(), context, Deadline.after(seconds))
 
 
 @pytest.mark.parametrize("host", ["192.0.2.9", "2001:db8::1"])

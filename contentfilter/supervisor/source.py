@@ -109,6 +109,8 @@ class ConfigLoader:
             raise ConfigError(wrong)
         users = await self._files.run("[origin]: the user database", partial(resolve, settings.origin))
         controls, problems = await read_controls(settings.service.control, self._files)
+        if errors := tuple(problem for problem in problems if not problem.warning):
+            raise ConfigError(errors)
         runtime, more = make_runtime(settings, controls, "")
         self._problems, self._unknown_users = (*problems, *more), users[1]
         return settings, runtime

@@ -4,7 +4,7 @@
 ``name value``, ``name=value`` or ``name: value``; ``#`` starts a comment, at the start of a line or after a blank; the
 last line of a name wins. A file of its own holds the value in its first line; blanks behind it are cut.
 Numbers are read as qmail reads them: digits count up to the first other character. A value that is no number is an
-error, for which a configuration is refused. What only looks odd is a warning.
+error: a reload is refused, and a start uses the value that would hold without it. What only looks odd is a warning.
 """
 
 import difflib
@@ -147,7 +147,7 @@ class _Taken:
             return
         if isinstance(parameter.default, str):
             if raw and not _FACILITY.fullmatch(raw):
-                report.add(line, f"{name}: {_shown(raw)} is not LOG_LOCAL0 to LOG_LOCAL7; nothing is changed")
+                report.add(line, f"{name}: {_shown(raw)} is not LOG_LOCAL0 to LOG_LOCAL7; the value is not used")
                 return
             self.values[name] = raw.decode("ascii")
         else:
@@ -155,7 +155,7 @@ class _Taken:
             number = int(digits[0]) if digits and len(digits[0]) < 19 else -1
             if not parameter.smallest <= number <= parameter.largest:
                 allowed = f" from {parameter.smallest} to {parameter.largest}" if parameter.largest < 2**63 - 1 else ""
-                report.add(line, f"{name}: {_shown(raw)} is not a number{allowed}; nothing is changed")
+                report.add(line, f"{name}: {_shown(raw)} is not a number{allowed}; the value is not used")
                 return
             if digits and digits.end() < len(raw):
                 report.add(line, f"{name}: {_shown(raw)} is read as {number}, as qmail does", warning=True)

@@ -32,7 +32,7 @@ Spares :func:`parse_key` for most rows of a large table.
 _STRANGE = re.compile(rb"[\x00-\x20\x7f]")
 _LABEL = rb"[0-9a-z_-]+"
 _DOMAIN = re.compile(_LABEL + rb"(?:\." + _LABEL + rb")*|\[[0-9a-f.:]+\]")
-_NO_LOCAL = re.compile(rb"[\\\"<>()\[\],;:]")
+_NO_LOCAL = re.compile(rb"[<>\",;:]")
 _INVISIBLE = (  # white space, controls and characters that are shown as nothing: Unicode's Default_Ignorable and others
     "\x7f-\xa0\xad\u034f\u061c\u115f\u1160\u1680\u17b4\u17b5\u180b-\u180f\u2000-\u200f\u2028-\u202f\u205f-\u206f"
     "\u2800\u3000\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\uffff\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"

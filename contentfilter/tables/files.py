@@ -13,7 +13,7 @@ from contentfilter.errors import ConfigError, Problem
 from contentfilter.files import TRANSFER_TIMEOUT, FileAccess, SourceState, file_state, first_line
 from contentfilter.policy.addresses import normal
 from contentfilter.policy.options import OPTIONS
-from contentfilter.tables.owners import PREFS, parse_owners
+from contentfilter.tables.owners import PREFS, only_owners
 from contentfilter.tables.rows import TABLES, Rows, Table, read_table
 from contentfilter.threads import in_thread
 
@@ -40,20 +40,24 @@ async def load_tables(control: str, files: FileAccess | None = None) -> tuple[Ro
 
 def _parse(texts: Sequence[tuple[bytes, SourceState]]) -> tuple[Rows, tuple[Problem, ...]]:
     tables: list[Table] = []
-    refused: list[Problem] = []
     problems: list[Problem] = []
+    damage: list[Problem] = []
+    refused: list[Problem] = []
     for name, (text, state) in zip((*TABLES, PREFS), texts, strict=True):
-        parse = parse_owners if name == PREFS else partial(read_table, allowed=OPTIONS[name])
         try:
-            table, found = parse(text, state.path)
-            tables.append(table)
-            problems += found
+            table, found, damaged = read_table(text, state.path, OPTIONS.get(name, ()))
         except ConfigError as e:
             refused += e.problems
+            continue
+        tables.append(table)
+        problems += found
+        damage += damaged
     if refused:
         raise ConfigError((*refused, *problems))
-    clamav, spamd, owners = tables
-    return Rows(clamav, spamd, sources=tuple(state for _, state in texts), prefs=owners), tuple(problems)
+    clamav, spamd, listed = tables
+    problems += only_owners(listed, texts[-1][1].path)
+    states = tuple(state for _, state in texts)
+    return Rows(clamav, spamd, sources=states, damage=tuple(damage), prefs=listed), tuple(problems)
 
 
 async def default_domain(control: str, files: FileAccess) -> tuple[bytes, tuple[SourceState, ...]]:

@@ -93,8 +93,10 @@ class Keeper:
     async def _take(
         self, settings: Settings, rows: Rows, problems: tuple[Problem, ...]
     ) -> tuple[bool, tuple[Problem, ...]]:
-        """Rows become the snapshot, unless too many of them are gone."""
+        """Rows become the snapshot, unless most of them are invalid or too many are gone: some are better than none."""
         old, state = self._header, settings.service.state
+        if old is not None and rows.damage:
+            raise ConfigError((*rows.damage, *problems))
         now = (len(rows.clamav), len(rows.spamd))
         less = shrink.shrunk((old.clamav_rows, old.spamd_rows), now, settings.tables) if old else ""
         if less:

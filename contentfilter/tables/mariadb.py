@@ -29,7 +29,7 @@ from contentfilter.settings import MariaDbSettings, Settings
 from contentfilter.tables.files import default_domain
 from contentfilter.tables.owners import OwnerBuilder
 from contentfilter.tables.result import Builder
-from contentfilter.tables.rows import TABLES, Rows, Table
+from contentfilter.tables.rows import TABLES, Rows
 from contentfilter.threads import in_thread
 
 BATCH = 2000  # rows that are taken together
@@ -68,9 +68,10 @@ async def read_tables(
         sources = (SourceState(server_name(db), fingerprint=fingerprint), *states)
         if fingerprint and sources == known:
             return None
-        (clamav, problems), (spamd, more) = [await session.table(index) for index in (0, 1)]
+        clamav, spamd = [await session.table(index) for index in (0, 1)]
         owners, odd = await session.owners()
-    return Rows(clamav, spamd, domain, sources, owners), (*problems, *more, *odd)
+    rows = Rows(clamav.table, spamd.table, domain, sources, owners, (*clamav.damage(), *spamd.damage()))
+    return rows, (*clamav.report.problems(), *spamd.report.problems(), *odd)
 
 
 @asynccontextmanager
@@ -210,14 +211,13 @@ class _Session:
             await cursor.close()
         return "|".join("" if value is None else readable(value[:256]) for value in rows[0])
 
-    async def table(self, index: int) -> tuple[Table, tuple[Problem, ...]]:
+    async def table(self, index: int) -> Builder:
         """The rows of clamavclients (0) or spamdclients (1)."""
         query = table_query(self.db, index)
         builder = Builder(TABLES[index])
         if query:
             await self._read(query, builder)
-            builder.finish()
-        return builder.table, builder.report.problems()
+        return builder
 
     async def owners(self) -> tuple[Collection[bytes], tuple[Problem, ...]]:
         """Owners of preferences in SpamAssassin's table."""

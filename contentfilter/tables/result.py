@@ -32,7 +32,7 @@ Columns = Sequence[bytes | None]
 
 
 class Builder:
-    """``begin`` with the columns, ``add`` the rows, ``finish``, then take ``table`` and ``report``."""
+    """``begin`` with the columns, ``add`` the rows, then take ``table``, ``report`` and ``damage``."""
 
     def __init__(self, name: str) -> None:
         """``name``: of the table."""
@@ -75,10 +75,10 @@ class Builder:
         for row in batch:
             self._add(row)
 
-    def finish(self) -> None:
-        """Call after the last row. Raises ConfigError where most rows were skipped."""
-        if damage := damaged(self._skipped, len(self.table)):
-            raise self._bad(f"{damage} The first: {self.report.problems()[0].text}")
+    def damage(self) -> tuple[Problem, ...]:
+        """One problem if most rows were skipped; see :func:`read_table`."""
+        text = damaged(self._skipped, len(self.table))
+        return (Problem(self.report.path, 0, f"{text} The first: {self.report.problems()[0].text}"),) if text else ()
 
     def _add(self, row: Columns) -> None:
         address, exempt, *options = [row[place] if place >= 0 else None for place in self._order]

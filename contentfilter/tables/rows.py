@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from contentfilter.errors import ConfigError, Problem
+from contentfilter.errors import Problem
 from contentfilter.files import ProblemCollector, SourceState, plain_text
 from contentfilter.model import readable
 from contentfilter.policy.addresses import EXEMPT, PLAIN_KEYS, parse_key
@@ -29,6 +29,7 @@ class Rows:
     default_domain: bytes = b""  # what a recipient without domain gets for the look-up
     sources: tuple[SourceState, ...] = ()
     prefs: Collection[bytes] = ()  # owners of SpamAssassin preferences: user@domain and @domain, each once
+    damage: tuple[Problem, ...] = ()  # tables that should not take the place of others
 
 
 def parse_table(text: bytes, path: str, allowed: Collection[bytes] = ALL_OPTIONS) -> tuple[Table, tuple[Problem, ...]]:
@@ -40,25 +41,24 @@ def parse_table(text: bytes, path: str, allowed: Collection[bytes] = ALL_OPTIONS
     return _parse(text, report, allowed)[0], report.problems()
 
 
-def read_table(text: bytes, path: str, allowed: Collection[bytes] = ALL_OPTIONS) -> tuple[Table, tuple[Problem, ...]]:
-    """As :func:`parse_table`; raises ConfigError where most rows are invalid: it is not the file that was meant.
-
-    The first problem of the error says so, the others name the rows.
-    """
+def read_table(
+    text: bytes, path: str, allowed: Collection[bytes] = ALL_OPTIONS
+) -> tuple[Table, tuple[Problem, ...], tuple[Problem, ...]]:
+    """As :func:`parse_table`, and the damage: one problem if most rows are invalid, for it is not what was meant."""
     report = ProblemCollector(path)
     table, skipped = _parse(text, report, allowed)
     problems = report.problems()
     if damage := damaged(skipped, len(table)):
         first = next(problem for problem in problems if not problem.warning)
-        raise ConfigError((Problem(path, first.line, f"{damage} The first: {first.text}"), *problems))
-    return table, problems
+        return table, problems, (Problem(path, first.line, f"{damage} The first: {first.text}"),)
+    return table, problems, ()
 
 
 def damaged(skipped: int, good: int) -> str:
     """The complaint about rows of which most are invalid, so that none of them should take effect; else empty."""
     if skipped <= good:
         return ""
-    return f"{skipped} of {skipped + good} rows are invalid: nothing of it is used, what is in force stays."
+    return f"{skipped} of {skipped + good} rows are invalid: what is in force stays."
 
 
 def _parse(text: bytes, report: ProblemCollector, allowed: Collection[bytes]) -> tuple[Table, int]:

@@ -119,7 +119,7 @@ def test_what_is_no_number_is_an_error_so_that_what_is_in_force_stays(refused, c
     ((name, line, text),) = refused(**files)
     assert (name, line) == (place, 1)
     assert "samsgsize" in text
-    assert "nothing is changed" in text
+    assert "the value is not used" in text
     assert text.isascii()
 
 

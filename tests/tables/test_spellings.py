@@ -12,7 +12,9 @@ import pytest
 from contentfilter.endpoint import Address
 from contentfilter.errors import ConfigError
 from contentfilter.policy.addresses import alias, deciding, folded, normal, parse_key
+from contentfilter.settings import ServiceSettings, Settings
 from contentfilter.tables.files import load_tables
+from contentfilter.tables.keeper import Keeper
 from contentfilter.tables.result import Builder
 from contentfilter.tables.rows import Rows, parse_table
 from contentfilter.tables.snapshot import Snapshot, compile_snapshot
@@ -138,14 +140,32 @@ DAMAGE = {
 @pytest.mark.parametrize("name", ["clamavclients", "spamdclients", "spamprefs"])
 @pytest.mark.parametrize("data", DAMAGE.values(), ids=DAMAGE)
 def test_a_file_that_is_not_what_it_should_be_changes_nothing(tmp_path: Path, name: str, data: bytes) -> None:
+    config = Settings(service=ServiceSettings(control=str(tmp_path), state=str(tmp_path)))
+    keeper = Keeper()
+    (tmp_path / name).write_text("a@x.example\n")
+    assert asyncio.run(keeper.update(config, reread=True))[0]
+    before = (tmp_path / "tables.snapshot").read_bytes()
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ConfigError) as caught:
-        asyncio.run(load_tables(str(tmp_path)))
+        asyncio.run(keeper.update(config, reread=True))
+    assert asyncio.run(keeper.update(config, reread=False)) == (False, ())
     problem = caught.value.problems[0]
     assert problem.path.endswith(name)
     assert problem.line >= 1
     assert len(problem.text) < 300
     assert len(caught.value.problems) <= 102
+    assert name in keeper.state().trouble
+    assert (tmp_path / "tables.snapshot").read_bytes() == before
+
+
+def test_without_any_tables_the_good_rows_of_a_damaged_file_are_better_than_none(tmp_path: Path) -> None:
+    (tmp_path / "clamavclients").write_bytes(DAMAGE["most rows"])
+    keeper = Keeper()
+    config = Settings(service=ServiceSettings(control=str(tmp_path), state=str(tmp_path)))
+    changed, problems = asyncio.run(keeper.update(config, reread=True))
+    assert changed
+    assert len(problems) == 2
+    assert keeper.state().clamav_rows == 1
 
 
 @pytest.mark.parametrize(
@@ -169,10 +189,9 @@ def test_rows_of_a_database_are_judged_likewise() -> None:
     builder = Builder("clamavclients")
     builder.begin([("address", 253)])
     builder.add([(b"a@x.example",), (b"x@@y",), (None,)])
-    with pytest.raises(ConfigError, match="2 of 3 rows are invalid"):
-        builder.finish()
+    assert "2 of 3 rows are invalid" in builder.damage()[0].text
     builder.add([(b"b@x.example",)])
-    builder.finish()
+    assert builder.damage() == ()
 
 
 # Backends

@@ -1,6 +1,21 @@
 """Addresses of backends and listeners, as settings write them."""
 
+import ipaddress
+import re
 from dataclasses import dataclass
+
+_LABEL = r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)"
+_NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*\.?")
+
+
+def valid_host(text: str) -> bool:
+    """Return True for an IP address and for a name that DNS or /etc/hosts can have."""
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        last = text.rstrip(".").rpartition(".")[2]
+        return len(text) <= 253 and _NAME.fullmatch(text) is not None and not last.isdigit()  # 127.0.1 is neither
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +32,10 @@ class Address:
         """``unix:/path``, ``tcp:host:port``, ``tls:host:port``, ``tcp:[v6]:port``; else a ValueError that says why."""
         kind, _, rest = text.partition(":")
         if kind == "unix":
-            if not rest.startswith("/") or "\0" in rest or len(rest.encode()) > 107:
+            if not rest.startswith("/") or len(rest.encode("utf-8", "replace")) > 107:
                 raise ValueError(f"{text!r}: unix: needs an absolute path of at most 107 bytes")
+            if rest != rest.strip() or not rest.isprintable() or rest.endswith("/"):
+                raise ValueError(f"{text!r}: unix: needs the path of a socket, without blanks at its end")
             return cls(path=rest)
         if kind not in ("tcp", "tls"):
             raise ValueError(f"{text!r}: a backend is unix:/path, tcp:host:port or tls:host:port")
@@ -27,7 +44,7 @@ class Address:
             host = host[1:-1]
         elif ":" in host:
             raise ValueError(f"{text!r}: an IPv6 address stands in brackets, {kind}:[::1]:783")
-        if not host or not host.isascii() or not host.isprintable() or " " in host:
+        if not valid_host(host):
             raise ValueError(f"{text!r}: {kind}: needs a host, {kind}:host:port")
         if not (port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65_536):
             raise ValueError(f"{text!r}: the port is a number from 1 to 65535")
@@ -49,7 +66,7 @@ def parse_listen(text: str) -> tuple[str, int] | None:
         host = host[1:-1]
     elif ":" in host:
         raise ValueError(f"{text!r}: an IPv6 address stands in brackets, [::1]:9464")
-    if not (colon and host and host.isascii() and host.isprintable() and " " not in host):
+    if not (colon and valid_host(host)):
         raise ValueError(f'{text!r}: expected "address:port" or "off"')
     if not (port.isascii() and port.isdigit() and len(port) <= 5 and int(port) < 65_536):
         raise ValueError(f"{text!r}: the port is a number up to 65535")

@@ -71,10 +71,12 @@ class ProblemCollector:
         self.path = path
         self._found: list[Problem] = []
         self._more = 0
+        self.errors = 0  # all that are not warnings
         self._more_are_warnings = True
 
     def add(self, line: int, text: str, *, warning: bool = False) -> None:
         """Note one; beyond the limit it is only counted."""
+        self.errors += not warning
         if len(self._found) < MAX_PROBLEMS:
             self._found.append(Problem(self.path, line, text, warning))
         else:
@@ -155,6 +157,24 @@ class FileAccess:
             return call()
         finally:
             self._pending = None
+
+
+def plain_text(data: bytes, report: ProblemCollector) -> bytes:
+    """A text that a person saved, as UTF-8 with LF: byte order mark and CR are removed, each with a warning.
+
+    Raises ConfigError for UTF-16 and for anything else that is no text.
+    """
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ConfigError((Problem(report.path, 1, "UTF-16; save the file as UTF-8. Nothing of it is used"),))
+    if len(data) < data.count(b"\0") * 4 < len(data) * 3:  # fewer are a matter of their lines
+        raise ConfigError((Problem(report.path, 1, "UTF-16, or no text at all; save the file as UTF-8"),))
+    if data.startswith(b"\xef\xbb\xbf"):
+        data = data[3:]
+        report.add(1, "starts with a UTF-8 byte order mark, which is ignored", warning=True)
+    if (cr := data.find(b"\r")) >= 0:
+        report.add(data.count(b"\n", 0, cr) + 1, "lines end in CR, which is ignored", warning=True)
+        data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    return data
 
 
 def first_line(data: bytes) -> bytes:

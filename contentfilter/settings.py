@@ -34,16 +34,16 @@ class ListenSettings(Section, frozen=True):
 class ServiceSettings(Section, frozen=True):
     workers: Annotated[int, Meta(ge=0, le=1024)] = 0  # 0: one per core
     budget: Seconds = 240.0  # for one message, all steps together
-    max_in_flight: Count = 256  # messages at once in one worker …
+    max_in_flight: Count = 256  # concurrent messages in one worker …
     max_in_flight_bytes: Size = 268_435_456  # … and all bytes of those above 256 KiB; one is always let in
-    max_waiting: Annotated[int, Meta(ge=0, le=100_000)] = 1024  # in one worker, for a place; more wait in the backlog
-    admission_wait: Seconds = 30.0  # the longest wait for a place; then the message is deferred
-    max_message: Size = 1_073_741_824  # what is larger is deferred unopened
-    memory_floor: Size = 67_108_864  # below so much available memory messages wait; 0: never
+    max_waiting: Annotated[int, Meta(ge=0, le=100_000)] = 1024  # in one worker, for a slot; more wait in the backlog
+    admission_wait: Seconds = 30.0  # the longest wait for a slot; then the message is deferred
+    max_message: Size = 1_073_741_824  # larger ones are deferred unopened
+    memory_floor: Size = 67_108_864  # messages wait while less memory is available; 0: never
     disk_floor: Size = 67_108_864  # the same for the disk of the state directory
     drain: Seconds = 60.0  # after SIGTERM, for messages under way
     heartbeat: Seconds = 1.0
-    stuck_after: Seconds = 30.0  # a worker silent for so long is replaced
+    stuck_after: Seconds = 30.0  # a worker that was silent for longer is replaced
     state: str = "/var/lib/contentfilter"
     run: str = "/run/contentfilter"
     control: str = "/var/qmail/control"  # qmail's control directory
@@ -102,14 +102,16 @@ class SignatureSettings(Section, frozen=True):
 
 class ClamdSettings(Section, frozen=True):
     backends: tuple[str, ...] = ("unix:/run/clamav/clamd.ctl",)
-    concurrency: Count = 8  # scans at once per backend and worker
+    concurrency: Count = 8  # concurrent scans per backend and worker
     connect_timeout: Seconds = 5.0
-    timeout_base: Seconds = 60.0  # one try: this and …
-    timeout_per_megabyte: Annotated[float, Meta(ge=0, le=86400)] = 5.0  # … so much for each 1,000,000 bytes …
+    timeout_base: Seconds = 60.0  # one attempt: this and …
+    timeout_per_megabyte: Annotated[float, Meta(ge=0, le=86400)] = 5.0  # … this for each 1,000,000 bytes …
     timeout: Seconds = 120.0  # … but never more
-    max_wait: Seconds = 120.0  # the longest wait for a place at a backend; then it is busy
+    max_wait: Seconds = 120.0  # the longest wait for a slot of a backend; then it is busy
     max_size: Size = 26_214_400  # clamd's MaxFileSize: above it clamd's OK means nothing
-    proof: Annotated[float, Meta(ge=0, le=86400)] = 10.0  # its OK counts so long after it found a test virus; 0: ever
+    proof: Annotated[float, Meta(ge=0, le=86400)] = (
+        10.0  # seconds for which its OK is trusted after it has found a test virus; 0: always
+    )
     action: VirusAction = "reject"
 
 
@@ -120,8 +122,8 @@ class SpamdSettings(Section, frozen=True):
     tls_key: str = ""
     tls_name: str = ""  # in spamd's certificate; empty: the backend's host
     connect_timeout: Seconds = 5.0
-    timeout_base: Seconds = 60.0  # one try: this and …
-    timeout_per_megabyte: Annotated[float, Meta(ge=0, le=86400)] = 5.0  # … so much for each 1,000,000 bytes …
+    timeout_base: Seconds = 60.0  # one attempt: this and …
+    timeout_per_megabyte: Annotated[float, Meta(ge=0, le=86400)] = 5.0  # … this for each 1,000,000 bytes …
     timeout: Seconds = 120.0  # … but never more
     max_wait: Seconds = 60.0  # the longest wait for a child; above 256 KiB a quarter of it; then it is busy
     max_size: Size = 268_435_456  # safety cap where samsgsize sets none
@@ -135,12 +137,16 @@ class SpamdSettings(Section, frozen=True):
 
 
 class ReuseSettings(Section, frozen=True):
-    """Answers of clamd and spamd that are kept for the retry, and scans that go on for it."""
+    """Stored answers of clamd and spamd for a retry, and scans that continue for it."""
 
-    keep: Annotated[float, Meta(ge=0, le=3600)] = 900.0  # for so long an answer counts; 0: none is kept or shared
-    slow: Annotated[float, Meta(ge=0, le=3600)] = 5.0  # answers that took longer are kept
+    keep: Annotated[float, Meta(ge=0, le=3600)] = (
+        900.0  # seconds for which an answer is valid; 0: none is stored or shared
+    )
+    slow: Annotated[float, Meta(ge=0, le=3600)] = 5.0  # answers that took longer are stored
     entries: Count = 1000  # answers in each worker
-    late: Annotated[float, Meta(ge=0, le=3600)] = 300.0  # so long may a scan go on when its message is given up; 0: not
+    late: Annotated[float, Meta(ge=0, le=3600)] = (
+        300.0  # seconds that a scan may continue after its message was given up; 0: none
+    )
     late_scans: Count = 8  # such scans in each worker
 
 
@@ -184,7 +190,7 @@ class HeaderSettings(Section, frozen=True):
 
 
 class QuarantineSettings(Section, frozen=True):
-    quota: Size = 1_073_741_824  # for all that is kept; 0: no limit
+    quota: Size = 1_073_741_824  # of everything in it; 0: no limit
     retention: Annotated[float, Meta(gt=0, le=3650)] = 30.0  # days
     protect: Annotated[float, Meta(ge=0, le=3650)] = 1.0  # days; what is younger never makes room: new mail is deferred
 
@@ -214,7 +220,7 @@ class CanarySettings(Section, frozen=True):
     enabled: bool = True  # where a hook is found
     every: Annotated[float, Meta(ge=1, le=86400)] = 60.0  # seconds from the start of one round to the next
     hook: str = ""  # empty: bin/qmail-queue beside the control directory if it is the hook, else the packaged one
-    conf: str = "/etc/contentfilter/queue.conf"  # its configuration; the socket that mail goes to stands there
+    conf: str = "/etc/contentfilter/queue.conf"  # its configuration, which names the socket
 
 
 class LogSettings(Section, frozen=True):

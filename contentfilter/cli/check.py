@@ -87,7 +87,7 @@ async def examine(config_path: str, queue_conf: Path) -> CheckResults:
         findings.problems += e.problems
     try:
         rows, problems = await read_source(settings) or (Rows(), ())
-        findings.problems += problems
+        findings.problems += (*rows.damage, *problems)
         findings.counts |= {"clamavclients rows": len(rows.clamav), "spamdclients rows": len(rows.spamd)}
         if rows.prefs:
             findings.counts["owners of preferences"] = len(rows.prefs)

@@ -9,7 +9,7 @@ import csv
 import json
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -21,14 +21,15 @@ from contentfilter.config.controls import read_controls
 from contentfilter.config.load import load_settings
 from contentfilter.deadline import Deadline
 from contentfilter.errors import ConfigError, Problem
+from contentfilter.files import ProblemCollector
 from contentfilter.model import readable
 from contentfilter.policy.addresses import EXEMPT, candidates, deciding, parse_key
-from contentfilter.policy.options import OPTIONS
+from contentfilter.policy.options import ALL_OPTIONS, OPTIONS
 from contentfilter.settings import Settings
 from contentfilter.tables.edit import Edit, change_table, locked
 from contentfilter.tables.files import MAX_SIZE
 from contentfilter.tables.keeper import read_source
-from contentfilter.tables.rows import TABLES, Rows, parse_table, row_text
+from contentfilter.tables.rows import TABLES, Rows, parse_row, parse_table, row_text
 
 LOCK_WAIT = 10.0  # seconds
 GLOBALS = {"clamavclients": "clamglobal", "spamdclients": "spamglobal"}
@@ -162,8 +163,12 @@ def _print_answer(name: str, answer: dict[str, Any]) -> None:
 def add(
     config_path: str, tables: tuple[str, ...], dry_run: bool, as_json: bool, exempt: bool, keys: tuple[str, ...]
 ) -> None:
-    """Add rows. An existing row with the opposite meaning is changed."""
-    put = {key: EXEMPT if exempt or raw.startswith("!") else b"" for raw, key in _parsed(keys)}
+    """Add rows. An existing row with the opposite meaning is changed.
+
+    Options follow their key: bob@example.com virus=mark. They need --table clamav or --table spamd.
+    """
+    allowed = OPTIONS[tables[0]] if len(tables) == 1 else ()
+    put = _rows(keys, allowed, exempt=exempt)
     _change(config_path, tables, put, dry_run=dry_run, as_json=as_json)
 
 
@@ -231,6 +236,31 @@ def _first_cells(text: bytes) -> bytes:
     if column >= 0:
         keys[0] = b""
     return b"\n".join(keys)
+
+
+def _rows(words: Sequence[str], allowed: Collection[bytes], *, exempt: bool) -> dict[bytes, bytes]:
+    """The rows of a command line: keys, each with its options behind it. Raises UsageError."""
+    lines: list[bytes] = []
+    for raw in map(os.fsencode, words):
+        option = raw.partition(b"=")[0] in ALL_OPTIONS
+        if option and not lines:
+            raise click.UsageError(f"{readable(raw)!r}: an option follows its key")
+        if option:
+            lines[-1] += b" " + raw
+        else:
+            lines.append((EXEMPT if exempt and not raw.startswith(EXEMPT) else b"") + raw)
+    rows = {}
+    for line in lines:
+        report = ProblemCollector("")
+        row = parse_row(line, 0, report, allowed)
+        wrong = next((problem.text for problem in report.problems() if not problem.warning), "")
+        if row is None or wrong:
+            text = wrong.partition("; the row is")[0].removesuffix(". The line is skipped")
+            raise click.UsageError(text or f"{readable(line)!r} is not a row")
+        if row[1] == EXEMPT and b" " in line:
+            raise click.UsageError(f"{readable(line)!r}: an exempt row has no options")
+        rows[row[0]] = row[1]
+    return rows
 
 
 def _parsed(keys: Collection[str]) -> Iterator[tuple[str, bytes]]:

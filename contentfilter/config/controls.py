@@ -3,8 +3,8 @@
 ``control/NAME`` beats a line in ``control/options``, which beats the default. In options a line is
 ``name value``, ``name=value`` or ``name: value``; ``#`` starts a comment, at the start of a line or after a blank; the
 last line of a name wins. A file of its own holds the value in its first line; blanks behind it are cut.
-Numbers are read as qmail reads them: digits count up to the first other character, and what does not begin
-with a digit changes nothing. What looks odd is a warning; only a file that cannot be read is an error.
+Numbers are read as qmail reads them: digits count up to the first other character. A value that is no number is an
+error: a reload is refused, and a start uses the value that would hold without it. What only looks odd is a warning.
 """
 
 import difflib
@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from contentfilter.errors import ConfigError, Problem
-from contentfilter.files import FileAccess, ProblemCollector, first_line
+from contentfilter.files import FileAccess, ProblemCollector, first_line, plain_text
 from contentfilter.model import readable
 
 SIZE_MAX = 1 << 20
@@ -48,7 +48,7 @@ PARAMETERS = (
     Parameter("skipsachk", 0, 2, help="no spam check for: 1 authenticated clients, 2 those and relays"),
     Parameter("samsgsize", 0, help="largest message for spamd, in bytes; 0: only the safety cap"),
     Parameter("sanetcheck", False, 1, help="spamd's network tests (a matter of how spamd is started)"),
-    Parameter("spamdchildren", 10, 10_000, 1, "requests to spamd at once"),
+    Parameter("spamdchildren", 10, 10_000, 1, "concurrent requests to spamd"),
     Parameter("chksignature", False, 1, help="base64 signatures of Windows programs"),
     Parameter("chkloadertype", False, 1, help="base64 loader types"),
     Parameter("xoriginatingip", True, 1, help="adds X-Originating-IP"),
@@ -85,7 +85,15 @@ async def read_controls(directory: str, files: FileAccess | None = None) -> tupl
         except ConfigError as e:
             unreadable.extend(e.problems)
             return path, None
-        return path, data if state.size >= 0 else None
+        report = ProblemCollector(path)
+        try:
+            text = plain_text(data, report)
+        except ConfigError as e:
+            unreadable.extend(e.problems)
+            return path, None
+        if name != OPTIONS:  # which other programs read, too
+            problems.extend(report.problems())
+        return path, text if state.size >= 0 else None
 
     if not await files.run(directory, partial(os.path.isdir, directory)):
         problems.append(Problem(directory, 0, "no such directory: all parameters have their defaults", warning=True))
@@ -133,21 +141,21 @@ class _Taken:
         if name in EXPIRED:
             report.add(line, f"{name} has expired: its receiver is gone. It does nothing", warning=True)
             return
-        parameter = _BY_NAME[name]
-        kept = f"{shown_value(self.values[name])!r} stays in force"
+        parameter, raw = _BY_NAME[name], raw.strip(b" \t")
+        if not raw and not isinstance(parameter.default, str):
+            report.add(line, f"{name}: without a value, which changes nothing", warning=True)
+            return
         if isinstance(parameter.default, str):
             if raw and not _FACILITY.fullmatch(raw):
-                report.add(line, f"{name}: {_shown(raw)} is not LOG_LOCAL0 to LOG_LOCAL7; {kept}", warning=True)
+                report.add(line, f"{name}: {_shown(raw)} is not LOG_LOCAL0 to LOG_LOCAL7; the value is not used")
                 return
             self.values[name] = raw.decode("ascii")
         else:
             digits = _DIGITS.match(raw)
             number = int(digits[0]) if digits and len(digits[0]) < 19 else -1
             if not parameter.smallest <= number <= parameter.largest:
-                allowed = f"from {parameter.smallest} to {parameter.largest}" if parameter.largest < 2**63 - 1 else ""
-                report.add(
-                    line, f"{name}: {_shown(raw)} is not a number {allowed}".rstrip() + f"; {kept}", warning=True
-                )
+                allowed = f" from {parameter.smallest} to {parameter.largest}" if parameter.largest < 2**63 - 1 else ""
+                report.add(line, f"{name}: {_shown(raw)} is not a number{allowed}; the value is not used")
                 return
             if digits and digits.end() < len(raw):
                 report.add(line, f"{name}: {_shown(raw)} is read as {number}, as qmail does", warning=True)
@@ -156,7 +164,7 @@ class _Taken:
 
 
 def shown_value(value: int | str) -> str:
-    """A value as it stands in a control file: booleans are 0 and 1."""
+    """A value as in a control file: booleans are 0 and 1."""
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 

@@ -104,7 +104,7 @@ def _only_key(path: str, data: bytes) -> bytes:
 
 
 def sound(key: bytes) -> bool:
-    """Z85 of 32 bytes. Not every five characters are: the largest stand for more than 32 bits."""
+    """Z85 of 32 bytes. Not every five characters are valid: the largest exceed 32 bits."""
     if not _KEY.fullmatch(key):
         return False
     try:

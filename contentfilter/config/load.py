@@ -1,4 +1,4 @@
-"""``contentfilter.toml`` read into :class:`Settings`: strictly, and with every problem at once, each at its line.
+"""Parser of ``contentfilter.toml``: strict, and it reports all problems of the file, each with its line.
 
 A missing file at the default place means the built-in defaults; anywhere else it is an error. What can only be
 seen from several values together (a heartbeat slower than the patience for it) is a problem too.
@@ -229,7 +229,7 @@ class _Reader:
         if db.socket and db.tls != "off":
             self._note(("mariadb", "tls"), "[mariadb] tls: over a Unix socket there is none; leave it off")
         if not db.socket and db.tls == "off" and db.host not in ("localhost", "127.0.0.1", "::1"):
-            text = f"[mariadb] tls: off; whoever is between us and {db.host} can change who is protected"
+            text = f"[mariadb] tls: off; anybody between this machine and {db.host} can change who is protected"
             self._note(("mariadb", "host"), text, warning=True)
 
     def _backends(self, section: str, backends: tuple[str, ...]) -> None:
@@ -241,7 +241,7 @@ class _Reader:
             except ValueError as e:
                 self._note((section, "backends"), f"[{section}] backends: {e}")
         if len(set(backends)) < len(backends):
-            self._note((section, "backends"), f"[{section}] backends: one stands here twice", warning=True)
+            self._note((section, "backends"), f"[{section}] backends: an address is repeated", warning=True)
 
     def _absolute(self, section: str, key: str, path: str, *, socket: bool) -> None:
         if not path.startswith("/") or "\0" in path:

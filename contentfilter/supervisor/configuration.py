@@ -59,7 +59,7 @@ class Configuration:
     async def reload(self) -> tuple[str, ...]:
         """Read everything again. Returns the workers that have not taken the new one in time, as text.
 
-        See ``problems`` for what kept the old one in force.
+        ``problems`` has the reasons if the old one stays in force.
         """
         async with self._reloading:
             late: tuple[str, ...] = ()

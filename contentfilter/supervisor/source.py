@@ -109,6 +109,9 @@ class ConfigLoader:
             raise ConfigError(wrong)
         users = await self._files.run("[origin]: the user database", partial(resolve, settings.origin))
         controls, problems = await read_controls(settings.service.control, self._files)
+        errors = tuple(problem for problem in problems if not problem.warning)
+        if errors and self._runtime is not None:  # better the values in force than defaults; a start has only those
+            raise ConfigError(errors)
         runtime, more = make_runtime(settings, controls, "")
         self._problems, self._unknown_users = (*problems, *more), users[1]
         return settings, runtime

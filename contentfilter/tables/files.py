@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from contentfilter.errors import Problem
+from contentfilter.errors import ConfigError, Problem
 from contentfilter.files import TRANSFER_TIMEOUT, FileAccess, SourceState, file_state, first_line
+from contentfilter.policy.addresses import normal
 from contentfilter.policy.options import OPTIONS
-from contentfilter.tables.owners import PREFS, parse_owners
-from contentfilter.tables.rows import TABLES, Rows, parse_table
+from contentfilter.tables.owners import PREFS, only_owners
+from contentfilter.tables.rows import TABLES, Rows, Table, read_table
 from contentfilter.threads import in_thread
 
 MAX_SIZE = 256 << 20  # bytes of one table file
@@ -38,16 +39,29 @@ async def load_tables(control: str, files: FileAccess | None = None) -> tuple[Ro
 
 
 def _parse(texts: Sequence[tuple[bytes, SourceState]]) -> tuple[Rows, tuple[Problem, ...]]:
-    (clamav, problems), (spamd, more) = (
-        parse_table(text, state.path, OPTIONS[name]) for name, (text, state) in zip(TABLES, texts, strict=False)
-    )
-    owners, odd = parse_owners(texts[-1][0], texts[-1][1].path)
+    tables: list[Table] = []
+    problems: list[Problem] = []
+    damage: list[Problem] = []
+    refused: list[Problem] = []
+    for name, (text, state) in zip((*TABLES, PREFS), texts, strict=True):
+        try:
+            table, found, damaged = read_table(text, state.path, OPTIONS.get(name, ()))
+        except ConfigError as e:
+            refused += e.problems
+            continue
+        tables.append(table)
+        problems += found
+        damage += damaged
+    if refused:
+        raise ConfigError((*refused, *problems))
+    clamav, spamd, listed = tables
+    problems += only_owners(listed, texts[-1][1].path)
     states = tuple(state for _, state in texts)
-    return Rows(clamav, spamd, sources=states, prefs=owners), (*problems, *more, *odd)
+    return Rows(clamav, spamd, sources=states, damage=tuple(damage), prefs=listed), tuple(problems)
 
 
 async def default_domain(control: str, files: FileAccess) -> tuple[bytes, tuple[SourceState, ...]]:
     """The domain that qmail-send will give to a recipient without one, and the state of the files that say so."""
     found = [await files.read(os.path.join(control, name), MAX_SIZE) for name in _DOMAIN]
     domain = next(filter(None, (first_line(text) for text, _ in found)), b"")
-    return domain.lower(), tuple(state for _, state in found)
+    return normal(b"@" + domain)[1:], tuple(state for _, state in found)

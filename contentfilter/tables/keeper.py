@@ -29,7 +29,7 @@ class TableState(msgspec.Struct, frozen=True):
     clamav_rows: int
     spamd_rows: int
     age: float  # seconds since they were last known to be what the source has
-    trouble: str  # why they are not brought up to date; empty: they are
+    trouble: str  # why they cannot be updated; empty: they are current
 
 
 class Keeper:
@@ -59,8 +59,8 @@ class Keeper:
         """Bring the snapshot up to date. Returns whether it is another one now, and the rows that were skipped.
 
         ``reread`` reads the source even where it looks unchanged. Raises ConfigError with ``reread`` for what does not
-        mend itself: a table file that cannot be read, a snapshot that cannot be written. Everything else is a trouble,
-        and so is a full disk at the start where an earlier run left a sound snapshot.
+        mend itself: a table file that cannot be read, a snapshot that cannot be written. :meth:`state` reports
+        everything else, and a full disk at the start where an earlier run left a sound snapshot.
         """
         path = os.path.join(settings.service.state, FILE)
         start = path != self._path
@@ -80,7 +80,7 @@ class Keeper:
         except ConfigError as error:
             if reread and settings.tables.source == "files":
                 raise
-            self._trouble = str(error)
+            self._trouble = str(error.problems[0])
         except OSError as error:
             self._trouble = f"cannot write the snapshot: {error.strerror}"
             problem = Problem(path, 0, self._trouble)
@@ -93,8 +93,10 @@ class Keeper:
     async def _take(
         self, settings: Settings, rows: Rows, problems: tuple[Problem, ...]
     ) -> tuple[bool, tuple[Problem, ...]]:
-        """Rows become the snapshot, unless too many of them are gone."""
+        """Rows become the snapshot, unless most of them are invalid or too many are gone: some are better than none."""
         old, state = self._header, settings.service.state
+        if old is not None and rows.damage:
+            raise ConfigError((*rows.damage, *problems))
         now = (len(rows.clamav), len(rows.spamd))
         less = shrink.shrunk((old.clamav_rows, old.spamd_rows), now, settings.tables) if old else ""
         if less:

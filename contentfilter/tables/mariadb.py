@@ -1,7 +1,7 @@
-"""The recipient tables from MariaDB or MySQL, read for a snapshot. Nothing here stands in the path of a message.
+"""The recipient tables from MariaDB or MySQL, read for a snapshot. No message waits for any of this.
 
-Each look is one short connection of its own: nothing of an earlier trouble can be left in it, and aiomysql's pool,
-which can wait for ever, is not needed. Unchanged tables cost one fingerprint query. All that is read comes from one
+Each refresh opens a connection of its own: no state of an earlier failure is left in it, and aiomysql's pool, which
+can wait without a limit, is not needed. Unchanged tables cost one fingerprint query. All that is read comes from one
 read-only transaction, so that the fingerprint belongs to exactly these rows. Every wait has a limit; whatever goes
 wrong is a ConfigError that says what the server said.
 
@@ -29,7 +29,8 @@ from contentfilter.settings import MariaDbSettings, Settings
 from contentfilter.tables.files import default_domain
 from contentfilter.tables.owners import OwnerBuilder
 from contentfilter.tables.result import Builder
-from contentfilter.tables.rows import TABLES, Rows, Table
+from contentfilter.tables.rows import TABLES, Rows
+from contentfilter.threads import in_thread
 
 BATCH = 500  # rows that are taken together
 BATCH_BYTES = 1 << 20  # the same, if the rows are large
@@ -67,15 +68,16 @@ async def read_tables(
         sources = (SourceState(server_name(db), fingerprint=fingerprint), *states)
         if fingerprint and sources == known:
             return None
-        (clamav, problems), (spamd, more) = [await session.table(index) for index in (0, 1)]
+        clamav, spamd = [await session.table(index) for index in (0, 1)]
         owners, odd = await session.owners()
-    return Rows(clamav, spamd, domain, sources, owners), (*problems, *more, *odd)
+    rows = Rows(clamav.table, spamd.table, domain, sources, owners, (*clamav.damage(), *spamd.damage()))
+    return rows, (*clamav.report.problems(), *spamd.report.problems(), *odd)
 
 
 @asynccontextmanager
 async def _session(db: MariaDbSettings, deadline: Deadline, files: FileAccess) -> AsyncIterator["_Session"]:
     """A read-only transaction. Its end closes the connection, whatever happened; all errors become ConfigError."""
-    trouble = partial(_bad, server_name(db))
+    failed = partial(_bad, server_name(db))
     password = await _password(db.password_file, files)
     try:
         tls = (
@@ -97,15 +99,15 @@ async def _session(db: MariaDbSettings, deadline: Deadline, files: FileAccess) -
             verified=db.tls == "verify",
         )
     except (OSError, ValueError) as e:
-        raise trouble(f"TLS: {e}") from e
+        raise failed(f"TLS: {e}") from e
     with closing(connection):
         try:
             async with deadline.within(db.connect_timeout).timeout():
                 await connection.ping()  # connects
         except TimeoutError as e:
-            raise trouble(f"no connection and login within {db.connect_timeout:g} s") from e
+            raise failed(f"no connection and login within {db.connect_timeout:g} s") from e
         except Exception as e:  # aiomysql believes the server: nonsense from it can raise anything
-            raise trouble(f"cannot connect: {_said(e)}") from e
+            raise failed(f"cannot connect: {_said(e)}") from e
         session = _Session(connection, db, deadline)
         try:
             await session.begin()
@@ -114,9 +116,9 @@ async def _session(db: MariaDbSettings, deadline: Deadline, files: FileAccess) -
             raise
         except TimeoutError as e:
             late = f"not done within {db.load_timeout:g} s" if deadline.expired() else f"silent for {db.timeout:g} s"
-            raise trouble(late) from e
+            raise failed(late) from e
         except Exception as e:  # as above
-            raise trouble(_said(e)) from e
+            raise failed(_said(e)) from e
 
 
 class _Connection(aiomysql.Connection):  # type: ignore[misc]  # aiomysql has no types
@@ -209,13 +211,13 @@ class _Session:
             await cursor.close()
         return "|".join("" if value is None else readable(value[:256]) for value in rows[0])
 
-    async def table(self, index: int) -> tuple[Table, tuple[Problem, ...]]:
+    async def table(self, index: int) -> Builder:
         """The rows of clamavclients (0) or spamdclients (1)."""
         query = table_query(self.db, index)
         builder = Builder(TABLES[index])
         if query:
             await self._read(query, builder)
-        return builder.table, builder.report.problems()
+        return builder
 
     async def owners(self) -> tuple[Collection[bytes], tuple[Problem, ...]]:
         """Owners of preferences in SpamAssassin's table."""
@@ -229,7 +231,7 @@ class _Session:
         cursor = await self._execute(query)
         builder.begin([(name, kind) for name, kind, *_ in cursor.description or ()])
         while batch := await self._batch(cursor):
-            builder.add(batch)
+            await in_thread(partial(builder.add, batch))
         async with self._limit().timeout():
             await cursor.close()
 

@@ -5,13 +5,13 @@ asked once for each owner among a message's recipients, so this must be known be
 spamd's business.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from contentfilter.errors import ConfigError, Problem
 from contentfilter.files import ProblemCollector
 from contentfilter.model import readable
 from contentfilter.policy.addresses import EVERYBODY, EXEMPT, PLAIN_KEYS, parse_key
-from contentfilter.tables.rows import parse_table, short
+from contentfilter.tables.rows import Table, parse_table, short
 
 PREFS = "spamprefs"
 """The list's name in the control directory."""
@@ -21,14 +21,19 @@ _DOMAINS = (b"@~", b"%@", b"%")  # how panels write the preferences of a domain,
 _MAX_SIZE = 256 << 20  # bytes of all names
 
 
-def parse_owners(text: bytes, path: str) -> tuple[Collection[bytes], tuple[Problem, ...]]:
+def parse_owners(text: bytes, path: str) -> tuple[Table, tuple[Problem, ...]]:
     """The owners in a list of one per line, with comments as in the tables, and what is wrong with it."""
     table, problems = parse_table(text, path, ())
+    return table, (*problems, *only_owners(table, path))
+
+
+def only_owners(table: Table, path: str) -> tuple[Problem, ...]:
+    """Remove from ``table`` the keys that are no owners, and report them."""
     report = ProblemCollector(path)
     for key in [key for key, value in table.items() if value == EXEMPT or key == EVERYBODY or key.startswith(b".")]:
         sign = "!" if table.pop(key) == EXEMPT else ""
         report.add(0, f"{sign}{readable(key)}: an owner is user@domain or @domain. The line is skipped")
-    return table, (*problems, *report.problems())
+    return report.problems()
 
 
 class OwnerBuilder:

@@ -13,7 +13,7 @@ from contentfilter.model import readable
 from contentfilter.policy.addresses import EXEMPT, MAX_KEY, PLAIN_KEYS, parse_key
 from contentfilter.policy.options import OPTIONS, format_options, parse_option
 from contentfilter.tables.files import MAX_SIZE
-from contentfilter.tables.rows import Table, short
+from contentfilter.tables.rows import Table, damaged, short
 
 # Types of result columns, from the protocol.
 _TEXT = frozenset({15, 247, 249, 250, 251, 252, 253, 254})
@@ -32,13 +32,14 @@ Columns = Sequence[bytes | None]
 
 
 class Builder:
-    """``begin`` with the columns, ``add`` the rows, then take ``table`` and ``report``. ``name``: of the table."""
+    """``begin`` with the columns, ``add`` the rows, then take ``table``, ``report`` and ``damage``."""
 
     def __init__(self, name: str) -> None:
+        """``name``: of the table."""
         self.table: Table = {}
         self.report = ProblemCollector(f"{name} in the database")
         self._names = OPTIONS[name]
-        self._size = 0
+        self._size = self._skipped = 0
         self._order: list[int] = []  # the place in a row of each of the table's columns, -1 where there is none
         self._value = lru_cache(4096)(self._options)
 
@@ -74,15 +75,22 @@ class Builder:
         for row in batch:
             self._add(row)
 
+    def damage(self) -> tuple[Problem, ...]:
+        """One problem if most rows were skipped; see :func:`read_table`."""
+        text = damaged(self._skipped, len(self.table))
+        return (Problem(self.report.path, 0, f"{text} The first: {self.report.problems()[0].text}"),) if text else ()
+
     def _add(self, row: Columns) -> None:
         address, exempt, *options = [row[place] if place >= 0 else None for place in self._order]
         if address is None:
             self.report.add(0, "a row whose address is NULL is skipped")
+            self._skipped += 1
             return
         marked = address.startswith(EXEMPT)
         key, wrong = parse_key(address.removeprefix(EXEMPT))
         if wrong:
             self.report.add(0, f"{short(address)}: {wrong}. The row is skipped")
+            self._skipped += 1
             return
         small = sum(len(option) for option in (exempt, *options) if option) <= 2 * MAX_KEY  # fit for the cache
         value, problems = (self._value if small else self._options)(exempt, *options)
@@ -91,7 +99,7 @@ class Builder:
         value = EXEMPT if marked else value
         before = self.table.setdefault(key, value)
         if before != value:
-            self.report.add(0, f"{short(address)} stands there more than once, with different meanings", warning=True)
+            self.report.add(0, f"{short(address)} is there more than once, with different meanings", warning=True)
             if before == EXEMPT:  # better protected once too often
                 self.table[key] = value
 

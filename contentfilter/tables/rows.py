@@ -2,7 +2,7 @@
 
 One row per line: ``[!]key [name=value ...]``; ``#`` starts a comment, at the start of a line or after white space.
 Keys: :mod:`contentfilter.policy.addresses`. A line that cannot be a row is reported and skipped. Where a key
-stands twice the last line counts, and that is reported too. A million rows take about a second.
+is repeated the last line counts, and that is reported too. A million rows take about a second.
 """
 
 from array import array
@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from contentfilter.errors import Problem
-from contentfilter.files import ProblemCollector, SourceState
+from contentfilter.files import ProblemCollector, SourceState, plain_text
 from contentfilter.model import readable
 from contentfilter.policy.addresses import EXEMPT, PLAIN_KEYS, parse_key
 from contentfilter.policy.options import ALL_OPTIONS, OPTIONS, format_options, parse_option
@@ -29,6 +29,7 @@ class Rows:
     default_domain: bytes = b""  # what a recipient without domain gets for the look-up
     sources: tuple[SourceState, ...] = ()
     prefs: Collection[bytes] = ()  # owners of SpamAssassin preferences: user@domain and @domain, each once
+    damage: tuple[Problem, ...] = ()  # tables that should not take the place of others
 
 
 def parse_table(text: bytes, path: str, allowed: Collection[bytes] = ALL_OPTIONS) -> tuple[Table, tuple[Problem, ...]]:
@@ -37,13 +38,33 @@ def parse_table(text: bytes, path: str, allowed: Collection[bytes] = ALL_OPTIONS
     ``path`` is for the problems, ``allowed`` are the options that this table has.
     """
     report = ProblemCollector(path)
-    if text.startswith(b"\xef\xbb\xbf"):
-        text = text[3:]
-        report.add(1, "starts with a UTF-8 byte order mark, which is left out", warning=True)
-    if b"\r\n" in text:
-        line = text.count(b"\n", 0, text.find(b"\r\n")) + 1
-        report.add(line, "lines end in CR LF; the CR is left out", warning=True)
-        text = text.replace(b"\r\n", b"\n")
+    return _parse(text, report, allowed)[0], report.problems()
+
+
+def read_table(
+    text: bytes, path: str, allowed: Collection[bytes] = ALL_OPTIONS
+) -> tuple[Table, tuple[Problem, ...], tuple[Problem, ...]]:
+    """As :func:`parse_table`, and the damage: one problem if most rows are invalid, for it is not what was meant."""
+    report = ProblemCollector(path)
+    table, skipped = _parse(text, report, allowed)
+    problems = report.problems()
+    if damage := damaged(skipped, len(table)):
+        first = next(problem for problem in problems if not problem.warning)
+        return table, problems, (Problem(path, first.line, f"{damage} The first: {first.text}"),)
+    return table, problems, ()
+
+
+def damaged(skipped: int, good: int) -> str:
+    """The complaint about rows of which most are invalid, so that none of them should take effect; else empty."""
+    if skipped <= good:
+        return ""
+    return f"{skipped} of {skipped + good} rows are invalid: what is in force stays."
+
+
+def _parse(text: bytes, report: ProblemCollector, allowed: Collection[bytes]) -> tuple[Table, int]:
+    """The rows, and the number of those that were skipped."""
+    text = plain_text(text, report)
+    skipped = 0
     text += b"" if text.endswith(b"\n") else b"\n"
     folded = text.lower()
     keys: list[bytes] = []
@@ -59,8 +80,11 @@ def parse_table(text: bytes, path: str, allowed: Collection[bytes] = ALL_OPTIONS
             number += len(run)
         else:
             end = text.index(b"\n", at) + 1
+            before = report.errors
             row = parse_row(text[at : end - 1], number, report, allowed)
-            if row is not None:
+            if row is None:
+                skipped += report.errors > before
+            else:
                 if row[1]:
                     values[len(keys)] = row[1]
                 keys.append(row[0])
@@ -73,7 +97,7 @@ def parse_table(text: bytes, path: str, allowed: Collection[bytes] = ALL_OPTIONS
         table.update((key, values.get(index, b"")) for index, key in enumerate(keys))
     else:
         table.update((keys[index], value) for index, value in values.items())
-    return table, report.problems()
+    return table, skipped
 
 
 def _end_of_plain(folded: bytes, at: int) -> int:
@@ -109,12 +133,12 @@ def parse_row(
     if written == EXEMPT:
         wrong = "no blank after !; write !key"
     elif not wrong and not all(b"=" in option for option in options):
-        wrong = "after a key only name=value may stand, or a comment that starts with #"
+        wrong = "only name=value, or a comment that starts with #, may follow a key"
     if wrong:
         report.add(number, f"{short(written)}: {wrong}. The line is skipped")
         return None
     if line[:1] in b" \t":
-        report.add(number, "starts with a blank, which is left out", warning=True)
+        report.add(number, "starts with a blank, which is ignored", warning=True)
     if key.startswith(b"@") and b"." not in key and b"@" not in written:
         report.add(number, f"{short(written)} means the domain {readable(key)}, not a mailbox", warning=True)
     good = {}

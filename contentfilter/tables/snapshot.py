@@ -1,16 +1,11 @@
-"""The snapshot: both recipient tables, and the owners of preferences, in one immutable file that all workers map.
+"""The snapshot: both recipient tables and the owners of preferences in one immutable file, which all workers map.
 
-The rows lie in buckets by CRC-32 of the key; a look-up is a hash, two offsets and a search in some
-fifty bytes, straight in the map. Nothing is built in memory when a snapshot is opened, so a million
-rows cost a worker nothing of its own. Equal rows in equal order give an equal file.
+A look-up is a hash, two offsets and a search in some fifty bytes of the map. Nothing is built in memory when a snapshot
+is opened, so a million rows cost a worker no memory of its own. Equal rows in equal order give an equal file.
+docs/snapshot-format.md describes the format.
 
-    magic, length and CRC-32 of the header   16 bytes, little-endian as all numbers here
-    header                                   JSON
-    offsets                                  32 bits for each bucket and one more: where it begins
-    buckets                                  rows of: LF, key, NUL, flags, [options, NUL, options]
-
-A file is written beside its place and renamed, and never changed afterwards: a worker that has mapped
-it goes on with what it has until it opens the next.
+A file is written beside its place and renamed, and never changed afterwards: a worker that has mapped it continues with
+it until it opens the next.
 """
 
 import mmap
@@ -29,7 +24,7 @@ import msgspec
 
 from contentfilter.errors import ConfigError, Problem
 from contentfilter.files import SourceState, replace_file
-from contentfilter.policy.addresses import EVERYBODY, EXEMPT, candidate_keys
+from contentfilter.policy.addresses import EVERYBODY, EXEMPT, alias, candidate_keys, folded, normal
 from contentfilter.policy.plan import Lookup, Owners, Row
 from contentfilter.tables.rows import Rows
 
@@ -42,7 +37,7 @@ _MAX_HEADER = 1 << 20
 _READ = 1 << 20
 
 # What the flags byte of a row says. BASE keeps it clear of NUL and LF.
-CLAMAV, SPAMD, CLAMAV_EXEMPT, SPAMD_EXEMPT, OPTIONS, PREFS, BASE = 1, 2, 4, 8, 16, 32, 64
+CLAMAV, SPAMD, CLAMAV_EXEMPT, SPAMD_EXEMPT, OPTIONS, PREFS, BASE, ALIAS = 1, 2, 4, 8, 16, 32, 64, 128
 _BOTH = BASE | CLAMAV | SPAMD  # without options
 _ALIKE = (_BOTH, _BOTH | PREFS, _BOTH | CLAMAV_EXEMPT | SPAMD_EXEMPT, _BOTH | CLAMAV_EXEMPT | SPAMD_EXEMPT | PREFS)
 
@@ -76,6 +71,10 @@ def compile_snapshot(rows: Rows, path: str, created: float | None = None) -> Hea
     for key in rows.prefs:
         flags, *options = records.get(key, bytes((BASE,)))
         records[key] = bytes((flags | PREFS, *options))
+    for key in [key for key in records if b"xn--" in key]:
+        if (other := alias(key)) and other not in records:
+            flags, *options = records[key]
+            records[other] = bytes((flags | ALIAS, *options))
     count = 1 << max(0, len(records) - 1).bit_length()
     slots = [b""] * count
     mask = count - 1
@@ -108,7 +107,7 @@ def compile_snapshot(rows: Rows, path: str, created: float | None = None) -> Hea
 
 
 def _records(clamav: Mapping[bytes, bytes], spamd: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
-    """Each key once, with what stands behind its NUL."""
+    """Each key once, with the bytes that follow its NUL."""
     record = lru_cache(_record)
     records = dict.fromkeys(clamav, record(b"", None))
     if any(clamav.values()):
@@ -137,11 +136,10 @@ class Snapshot:
         self.header = header
         self._file = file
         self._rows_at = offsets_at + 4 * (header.buckets + 1)
-        self.lookup: Lookup = _make_lookup(header, file, offsets_at, extension.lower())
+        index = _Index(header, file, offsets_at, extension.lower())
+        self.lookup: Lookup = index.rows
         """The rows of clamavclients and spamdclients that decide for a recipient; None where none applies."""
-        self.owners: Owners | None = (
-            _make_owners(header, file, offsets_at, extension.lower()) if header.prefs_rows else None
-        )
+        self.owners: Owners | None = index.owner if header.prefs_rows else None
         """Whose SpamAssassin preferences a recipient has; None where nobody has any."""
 
     @classmethod
@@ -169,6 +167,8 @@ class Snapshot:
         prefs = []
         for record in self._file[self._rows_at :].split(b"\n")[1:]:
             key, _, rest = record.partition(b"\0")
+            if rest[0] & ALIAS:
+                continue
             flags, options = rest[0], rest[1:].split(b"\0") if rest[0] & OPTIONS else (b"", b"")
             if flags & CLAMAV:
                 clamav[key] = EXEMPT if flags & CLAMAV_EXEMPT else options[0]
@@ -183,81 +183,74 @@ class Snapshot:
         self._file.close()
 
 
-def _make_lookup(header: Header, file: mmap.mmap, offsets_at: int, extension: bytes) -> Lookup:
-    # One closure without inner calls: with methods and attributes a look-up takes half as long again.
-    find, offsets_of = file.find, _PAIR.unpack_from
-    buckets_at = offsets_at + 4 * (header.buckets + 1)
-    mask = header.buckets - 1
-    tables = (CLAMAV if header.clamav_rows else 0) | (SPAMD if header.spamd_rows else 0)
-    default = b"@" + header.default_domain.lower() if header.default_domain else b""
-    simple = header.has_domains and not (extension or header.parent_labels)
-    everybody = _everybody(header)
+class _Index:
+    """Look-ups in the mapped file; docs/snapshot-format.md describes it."""
 
-    def lookup(recipient: bytes) -> Found:
-        address = recipient.lower()
-        at = address.rfind(b"@")
-        if at < 0:
-            if not default:
-                return everybody
-            at = len(address)
-            address += default
-        clamav, spamd = everybody
-        missing = tables
-        for key in (address, address[at:]) if simple else candidate_keys(address, at, extension, header):
-            start, end = offsets_of(file, offsets_at + ((crc32(key) & mask) << 2))
-            found = find(b"\n%b\0" % key, buckets_at + start, buckets_at + end)
-            if found < 0 or b"\0" in key:
-                continue
-            flags = file[found + len(key) + 2]
+    def __init__(self, header: Header, file: mmap.mmap, offsets_at: int, extension: bytes) -> None:
+        self._header, self._file, self._extension = header, file, extension
+        self._offsets_at = offsets_at
+        self._buckets_at = offsets_at + 4 * (header.buckets + 1)
+        self._default = b"@" + folded(header.default_domain) if header.default_domain else b""
+        self._tables = (CLAMAV if header.clamav_rows else 0) | (SPAMD if header.spamd_rows else 0)
+        self._everybody = tuple(
+            None if value is None else Row(EVERYBODY, value == EXEMPT, b"" if value == EXEMPT else value)
+            for value in header.everybody
+        )
+
+    def rows(self, recipient: bytes) -> Found:
+        """The row of each table that decides for a recipient: the first of its keys that this table has, else ``*``."""
+        clamav, spamd = self._everybody
+        missing = self._tables
+        for key in self._keys(recipient):
+            flags, virus, spam = self._record(key)
             hit = flags & missing
-            if not hit:
-                continue
-            virus, spam = _options(file, found, buckets_at + end) if flags & OPTIONS else (b"", b"")
+            if hit and flags & ALIAS:
+                key = normal(key)
             if hit & CLAMAV:
                 clamav = Row(key, flags & CLAMAV_EXEMPT > 0, virus)
             if hit & SPAMD:
-                spamd = clamav if hit & CLAMAV and flags in _ALIKE else Row(key, flags & SPAMD_EXEMPT > 0, spam)
+                spamd = (
+                    clamav if hit & CLAMAV and flags & ~ALIAS in _ALIKE else Row(key, flags & SPAMD_EXEMPT > 0, spam)
+                )
             missing &= ~hit
             if not missing:
                 break
         return clamav, spamd
 
-    return lookup
-
-
-def _make_owners(header: Header, file: mmap.mmap, offsets_at: int, extension: bytes) -> Owners:
-    buckets_at = offsets_at + 4 * (header.buckets + 1)
-    default = header.default_domain.lower()
-
-    def owner_of(recipient: bytes) -> tuple[bytes, bytes]:
-        address = recipient.lower()
-        if b"@" not in address:
-            address += b"@" + default
-        at = address.rfind(b"@")
-        for key in candidate_keys(address, at, extension, header):
-            place = offsets_at + ((crc32(key) & (header.buckets - 1)) << 2)
-            start, end = _PAIR.unpack_from(file, place)
-            found = file.find(b"\n%b\0" % key, buckets_at + start, buckets_at + end)
-            if found >= 0 and b"\0" not in key and file[found + len(key) + 2] & PREFS:
-                return key, address if key.startswith(b"@") else key
+    def owner(self, recipient: bytes) -> tuple[bytes, bytes]:
+        """The owner of the preferences that a recipient has, and the name to ask spamd with; both empty: nobody."""
+        keys = self._keys(recipient)
+        for key in keys:
+            flags = self._record(key)[0]
+            if flags & PREFS:
+                own, address = (normal(key), normal(keys[0])) if flags & ALIAS else (key, keys[0])
+                return own, address if own.startswith(b"@") else own
         return b"", b""
 
-    return owner_of
+    def _keys(self, recipient: bytes) -> list[bytes]:
+        """The keys that could decide, the most specific first; none for a recipient without any domain."""
+        address = folded(recipient)
+        at = address.rfind(b"@")
+        if at < 0:
+            at = len(address)
+            address += self._default
+        return candidate_keys(address, at, self._extension, self._header) if at < len(address) else []
 
-
-def _everybody(header: Header) -> Found:
-    clamav, spamd = (
-        None if value is None else Row(EVERYBODY, value == EXEMPT, b"" if value == EXEMPT else value)
-        for value in header.everybody
-    )
-    return clamav, spamd
-
-
-def _options(file: mmap.mmap, start: int, limit: int) -> tuple[bytes, bytes]:
-    """Those of the row at ``start``, for each table."""
-    end = file.find(b"\n", start + 1, limit)
-    _, clamav, spamd = file[start : limit if end < 0 else end].split(b"\0")
-    return clamav[1:], spamd
+    def _record(self, key: bytes) -> tuple[int, bytes, bytes]:
+        """The flags of a key, and the options in each table; 0 for a key that is in none."""
+        place = self._offsets_at + ((crc32(key) & (self._header.buckets - 1)) << 2)
+        start, end = _PAIR.unpack_from(self._file, place)
+        end += self._buckets_at
+        found = self._file.find(b"\n%b\0" % key, self._buckets_at + start, end)
+        if found < 0 or b"\0" in key:  # a NUL is never part of a key, but ends one
+            return 0, b"", b""
+        at = found + len(key) + 2
+        flags = self._file[at]
+        if not flags & OPTIONS:
+            return flags, b"", b""
+        stop = self._file.find(b"\n", at, end)
+        virus, _, spam = self._file[at + 1 : end if stop < 0 else stop].partition(b"\0")
+        return flags, virus, spam
 
 
 def read_header(path: str) -> Header:

@@ -68,14 +68,14 @@ def test_problems_of_all_files_are_told_at_once_with_file_and_line(check, place)
     found = {line.split(": ")[0] + " " + os.path.relpath(line.split(": ")[1], place) for line in lines}
     assert found == {
         "error contentfilter.toml:12",
-        "warning control/options:2",
+        "error control/options:2",
         "error control/clamavclients:2",
         "warning control/clamavclients:3",
         "error control/spamdclients:1",
         "error control/badsignatures:2",
         "warning control/badloadertypes",
     }
-    assert summary.startswith("4 errors, 3 warnings")
+    assert summary.startswith("6 errors, 2 warnings")
 
 
 @pytest.mark.parametrize("name", ["clamavclients", "spamdclients", "options", "badsignatures", "clamglobal"])

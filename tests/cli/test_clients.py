@@ -70,6 +70,41 @@ def test_a_bad_address_is_wrong_usage_and_changes_nothing(run, control, command,
     assert os.listdir(control) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "row"),
+    [
+        (("--table", "clamav", "Bob@x.example", "virus=MOVE:B@x.example"), b"bob@x.example virus=move:B@x.example\n"),
+        (("--table", "clamav", "a@x.example", "virus=mark", "@b\u00fccher.example"),
+         b"a@x.example virus=mark\n@xn--bcher-kva.example\n"),
+        (("--table", "clamav", "mailto=x@x.example"), b"mailto=x@x.example\n"),
+    ],
+)  # fmt: skip
+def test_options_follow_their_key(run, control, words, row):
+    run("add", *words)
+    assert (control / "clamavclients").read_bytes() == row
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("virus=mark",), "an option follows its key"),
+        (("a@x.example", "virus=mark"), "virus"),
+        (("--table", "clamav", "a@x.example", "spam=mark"), "belongs into spamdclients"),
+        (("--table", "clamav", "a@x.example", "virus=delete"), "expected mark"),
+        (("--table", "clamav", "--exempt", "a@x.example", "virus=mark"), "no options"),
+        (("--table", "clamav", "a@x.example", "vrius=mark@x.example", "b:c@x.example"), "cannot be in an address"),
+        (("mailto:a@x.example",), "mailto"),
+        (("a@x\u200b.example",), "U+200B"),
+        (("a@x.example,",), "not a domain"),
+        (("a@x.example b@x.example",), "name=value"),
+        (("#a@x.example",), "not a row"),
+    ],
+)
+def test_a_row_that_cannot_be_is_wrong_usage_with_the_reason(run, control, words, says):
+    assert says in run("add", *words, status=2).output
+    assert not (control / "clamavclients").exists()
+
+
 @pytest.mark.parametrize("arguments", [("add", "u@x.example"), ("add", "--json", "u@x.example"), ("import", "-")])
 def test_a_dry_run_writes_nothing(run, control, arguments):
     out = run(*arguments, "--dry-run", text="u@x.example\n").stdout

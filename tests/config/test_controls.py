@@ -94,17 +94,68 @@ def test_options_beats_the_default_and_says_its_line(read):
     assert controls.places["clamglobal"].endswith("/options:2")
 
 
+@pytest.fixture
+def refused(tmp_path):
+    def refused(**files):
+        for name, content in files.items():
+            (tmp_path / name).write_bytes(content)
+        try:
+            problems = asyncio.run(read_controls(str(tmp_path)))[1]
+        except ConfigError as error:
+            problems = error.problems
+        errors = [problem for problem in problems if not problem.warning]
+        return [(Path(problem.path).name, problem.line, problem.text) for problem in errors]
+
+    return refused
+
+
 @pytest.mark.parametrize(
-    "content", [b"", b"\n", b"x", b" 5", b"-1", b"+5", b"\xff\x00", b"9" * 30, b"\n5", b"\xd9\xa3"]
+    "content",
+    [b"x", b"-1", b"+5", b"\xff\x00xxx", b"9" * 30, b"\xd9\xa3", b"yes", b"\xc2\xa05", b"\xe2\x80\x8b5", b"x5"],
 )
-def test_what_is_no_number_leaves_what_is_in_force_and_is_told(read, content):
-    controls, problems = read(samsgsize=content, options=b"samsgsize 7\n")
+@pytest.mark.parametrize("place", ["samsgsize", "options"])
+def test_what_is_no_number_is_an_error_so_that_what_is_in_force_stays(refused, content, place):
+    files = {"options": b"samsgsize 7\n"} | {place: b"samsgsize " + content if place == "options" else content}
+    ((name, line, text),) = refused(**files)
+    assert (name, line) == (place, 1)
+    assert "samsgsize" in text
+    assert "the value is not used" in text
+    assert text.isascii()
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b" \t\n", b"\n5"])
+def test_a_file_without_a_value_changes_nothing_and_is_told(read, content):
+    controls, ((name, line, text),) = read(samsgsize=content, options=b"samsgsize 7\n")
     assert controls.values["samsgsize"] == 7
     assert controls.places["samsgsize"].endswith("/options:1")
-    ((name, line, text),) = problems
     assert (name, line) == ("samsgsize", 1)
-    assert "stays in force" in text
-    assert text.isascii()
+    assert "without a value" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "warned"), [(b" 1\n", ""), (b"\xef\xbb\xbf1\n", "byte order mark"), (b"1\r\n", "CR"), (b"\t1\r", "CR")]
+)
+@pytest.mark.parametrize("name", ["clamglobal", "options"])
+def test_blanks_byte_order_marks_and_carriage_returns_do_not_switch_protection_off(read, name, content, warned):
+    if name == "options":
+        content = content.replace(b"1", b"clamglobal 1")
+    controls, problems = read(**{name: content})
+    assert controls.values["clamglobal"] is True
+    assert [warned in text for _, _, text in problems] == ([True] if warned and name != "options" else [])
+
+
+@pytest.mark.parametrize("name", ["clamglobal", "options", "badsignatures"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_is_an_error_with_its_file(refused, name, encoding):
+    ((file, line, text),) = refused(**{name: "clamglobal 1\nspamglobal 1\n".encode(encoding)})
+    assert (file, line) == (name, 1)
+    assert "UTF-16" in text
+
+
+def test_a_byte_order_mark_costs_no_signature(read):
+    controls, problems = read(badsignatures=b"\xef\xbb\xbfTVqQAAMAA\r\nTVpQAAIAA\r\n")
+    assert controls.badsignatures == b"TVqQAAMAA\nTVpQAAIAA\n"
+    assert len(problems) == 2
 
 
 def test_digits_count_up_to_the_first_other_character_as_in_qmail(read):
@@ -126,13 +177,12 @@ def test_digits_count_up_to_the_first_other_character_as_in_qmail(read):
         ("sysfacility", b"log_local0", b"mail"),
     ],
 )
-def test_values_have_their_ranges(read, name, good, bad):
+def test_values_have_their_ranges(read, refused, name, good, bad):
     controls, problems = read(options=name.encode() + b" " + good)
     assert str(controls.values[name]) in (good.decode(), "True")
     assert problems == []
-    controls, problems = read(options=name.encode() + b" " + bad)
-    assert controls.values[name] == DEFAULTS[name]
-    assert len(problems) == 1
+    (problem,) = refused(options=name.encode() + b" " + bad)
+    assert name in problem[2]
 
 
 def test_parameters_of_other_programs_are_none_of_our_business(read):

@@ -1,4 +1,4 @@
-"""contentfilter.toml: every problem at once, each with its line and in words; and a sample that is the defaults."""
+"""contentfilter.toml: all problems, each with its line and in words; and a sample that is the defaults."""
 
 import re
 from pathlib import Path

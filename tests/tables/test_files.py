@@ -113,7 +113,7 @@ def test_a_loop_of_links_is_an_error(tmp_path):
 
 
 class Changing:
-    """Stands for os.fstat: says that the file has changed, so many times."""
+    """In place of os.fstat: says that the file has changed, the given number of times."""
 
     def __init__(self, times):
         self.times, self.calls, self.real = times, 0, os.fstat

@@ -121,7 +121,7 @@ def test_bytes_that_are_no_address_are_left_out_and_the_others_stay(db: MariaDb,
 
 @pytest.mark.parametrize("value", BYTES)
 def test_an_address_in_no_known_character_set_stays_the_bytes_that_it_is(db: MariaDb, place: Path, value: str) -> None:
-    """As in an envelope, where it may stand so."""
+    """As in an envelope, which may contain it."""
     db.run("ALTER TABLE clamavclients DROP PRIMARY KEY, MODIFY address LONGBLOB")
     db.run(f"INSERT INTO clamavclients (address) VALUES ('a@x.example'), ({value})")
     rows, problems = read(db, place)
@@ -455,7 +455,7 @@ def test_a_million_rows_load_in_seconds_and_the_loop_still_answers(own_db: Maria
         ('socket = "run/db"', "socket: expected an absolute path", False),
         ('password_file = "secret"', "password_file: expected an absolute path", False),
         ('socket = "/run/db"\ntls = "verify"', "tls: over a Unix socket", False),
-        ('host = "db.example"', "whoever is between us and db.example", True),
+        ('host = "db.example"', "between this machine and db.example", True),
         ('password = "x"', "unknown key 'password' in [mariadb]", False),
     ],
 )

@@ -129,7 +129,7 @@ def test_strange_recipients_are_answered(ask, recipient, table):
         (b"localhost", b"@localhost"),
         (b"u@[192.0.2.1]", b"u@[192.0.2.1]"),
         (b"a.b+c=d/e'f@x.example", b"a.b+c=d/e'f@x.example"),
-        (b"\xc3\xa4@\xc3\xb6.example", b"\xc3\xa4@\xc3\xb6.example"),
+        (b"\xc3\xa4@\xc3\xb6.example", b"\xc3\xa4@xn--nda.example"),
     ],
 )
 def test_keys_as_administrators_write_them(written, key):

@@ -1,4 +1,4 @@
-"""The text of a table: what becomes a row, and that nothing is left out silently."""
+"""The text of a table: which lines become rows, and that nothing is skipped silently."""
 
 import pytest
 from hypothesis import given, settings

@@ -134,7 +134,7 @@ class Daemon:
         return self
 
     def command(self) -> tuple[list[str], dict[str, str]]:
-        """What :meth:`start` runs, and its environment."""
+        """Command line of :meth:`start`, and its environment."""
         environ = {**os.environ, "NOTIFY_SOCKET": str(self.directory / "notify.sock"), **self._environ}
         environ["PYTHONPATH"] = os.pathsep.join(p for p in (environ.get("PYTHONPATH", ""), str(PACKAGE)) if p)
         if self._watchdog:

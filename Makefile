@@ -1,6 +1,6 @@
 # contentfilter: everything that a clone needs, each as one command. `make` alone lists them.
 #
-# On Debian, as root, missing packages are installed; otherwise you are told which (tools/prepare.sh).
+# On Debian, as root, missing packages are installed; otherwise the command names them (tools/prepare.sh).
 # Python lives in .venv, made with the first python3 of 3.11 or later; PYTHON=... chooses another.
 
 BIN := .venv/bin

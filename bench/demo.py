@@ -33,7 +33,7 @@ SETTINGS = {"spamd": {"subject_tag": "[SPAM] "}}
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class Example:
     """One message: recipients, environment and expected result."""
 
     what: str
@@ -55,18 +55,18 @@ ANNA, BELA, CARL, LAB, OUT = (
 )
 
 CASES = (
-    Case("a letter to an unprotected recipient", mails.PLAIN, (OUT,), "queued: virus=skipped; spam=skipped"),
-    Case("a letter", mails.PLAIN, (ANNA,), "queued: virus=clean; spam=clean"),
-    Case("NUL bytes, bare CR, no final newline", mails.ODD, (CARL,), "queued: virus=clean; spam=skipped"),
-    Case("EICAR", mails.VIRUS, (ANNA,), "rejected: message contains a virus"),
-    Case("EICAR from an authenticated client", mails.VIRUS, (CARL,), "queued", (("SMTPAUTHUSER", "carl"),)),
-    Case("EICAR to an exempt recipient", mails.VIRUS, (LAB,), "queued: virus=skipped"),
-    Case(
+    Example("a letter to an unprotected recipient", mails.PLAIN, (OUT,), "queued: virus=skipped; spam=skipped"),
+    Example("a letter", mails.PLAIN, (ANNA,), "queued: virus=clean; spam=clean"),
+    Example("NUL bytes, bare CR, no final newline", mails.ODD, (CARL,), "queued: virus=clean; spam=skipped"),
+    Example("EICAR", mails.VIRUS, (ANNA,), "rejected: message contains a virus"),
+    Example("EICAR from an authenticated client", mails.VIRUS, (CARL,), "queued", (("SMTPAUTHUSER", "carl"),)),
+    Example("EICAR to an exempt recipient", mails.VIRUS, (LAB,), "queued: virus=skipped"),
+    Example(
         "a Windows executable named invoice.pdf", mails.with_program(), (CARL,), "rejected: message carries a Windows"
     ),
-    Case("GTUBE", mails.SPAM, (ANNA,), "queued: virus=clean; spam=found"),
-    Case("GTUBE to one recipient with a spam check and one without", mails.SPAM, (ANNA, CARL), "2 submissions"),
-    Case("EICAR to one protected and one unprotected recipient", mails.VIRUS, (ANNA, OUT), "queued: virus=skipped"),
+    Example("GTUBE", mails.SPAM, (ANNA,), "queued: virus=clean; spam=found"),
+    Example("GTUBE to one recipient with a spam check and one without", mails.SPAM, (ANNA, CARL), "2 submissions"),
+    Example("EICAR to one protected and one unprotected recipient", mails.VIRUS, (ANNA, OUT), "queued: virus=skipped"),
 )
 
 

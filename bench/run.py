@@ -35,6 +35,7 @@ import parts  # noqa: E402
 import rates  # noqa: E402
 import stages  # noqa: E402
 from figures import Figure, Summary, markdown  # noqa: E402
+from lab.lifeline import end_with_us  # noqa: E402
 from lab.process import exit_on_sigterm  # noqa: E402
 from measure import Runs, interleaved, of  # noqa: E402
 from plots import Plot, save, text  # noqa: E402
@@ -162,7 +163,11 @@ def main(arguments: Sequence[str]) -> int:
         directory.chmod(0o711)  # clamd and spamd run as their own users
         try:
             corpus = directory / "corpus"
-            subprocess.run([sys.executable, HERE / "make_corpus.py", corpus], check=True, stdout=subprocess.DEVNULL)
+            words = [sys.executable, HERE / "make_corpus.py", corpus]
+            with subprocess.Popen(words, stdout=subprocess.DEVNULL) as process:
+                end_with_us(process.pid)
+            if process.returncode:
+                raise subprocess.CalledProcessError(process.returncode, words)
             report.console.rule(part)
             run[part](directory, corpus)
         except Exception:  # what the other parts measure is worth having all the same

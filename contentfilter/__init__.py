@@ -1,3 +1,3 @@
-"""contentfilter: the content filter that stands where qmail-queue stood."""
+"""contentfilter: a content filter that takes the place of qmail-queue."""
 
 __version__ = "0.1.0"

@@ -43,7 +43,7 @@ class Address:
         if host.startswith("[") and host.endswith("]"):
             host = host[1:-1]
         elif ":" in host:
-            raise ValueError(f"{text!r}: an IPv6 address stands in brackets, {kind}:[::1]:783")
+            raise ValueError(f"{text!r}: write an IPv6 address in brackets, {kind}:[::1]:783")
         if not valid_host(host):
             raise ValueError(f"{text!r}: {kind}: needs a host, {kind}:host:port")
         if not (port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65_536):
@@ -65,7 +65,7 @@ def parse_listen(text: str) -> tuple[str, int] | None:
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     elif ":" in host:
-        raise ValueError(f"{text!r}: an IPv6 address stands in brackets, [::1]:9464")
+        raise ValueError(f"{text!r}: write an IPv6 address in brackets, [::1]:9464")
     if not (colon and valid_host(host)):
         raise ValueError(f'{text!r}: expected "address:port" or "off"')
     if not (port.isascii() and port.isdigit() and len(port) <= 5 and int(port) < 65_536):

@@ -71,7 +71,7 @@ class Cause(enum.Enum):
     BAD_REPLY = "bad-reply"
     RELOADING = "reloading"
     MEMORY = "memory"  # the scanner itself ran out of memory
-    POISON = "poison"  # the message killed two workers: nobody looks at it any more
+    POISON = "poison"  # the message killed two workers: it is no longer examined
     BYPASSED = "bypassed"  # an operator ordered that it is not asked for a while
 
 

@@ -1,7 +1,7 @@
 """Log lines: events with fixed names and fields, one line each, JSON or logfmt.
 
-A line is written at once and is at most PIPE_BUF long, so the lines of several workers on one pipe
-never mix; where they go is a matter of log_target.py. docs/logs.md describes every event and field. Nothing here
+A line is written with one call and is at most PIPE_BUF long, so the lines of several workers on one pipe
+never mix; log_target.py decides where they go. docs/logs.md describes every event and field. Nothing here
 is global: the code that starts a process makes its logger.
 """
 
@@ -127,7 +127,7 @@ def make_logger(style: Literal["json", "logfmt"], level: str, target: Target | i
     target = Stream(target) if isinstance(target, int) else target
 
     def finish(logger: Any, method: str, event: EventDict) -> tuple[tuple[bytes, str], dict[str, Any]]:
-        """All in one step: this runs for every message. When, how bad and what come first, as people read it."""
+        """Render the line in one step, because this runs for every message. Time, level and event come first."""
         if "exc_info" in event:
             event = structlog.processors.format_exc_info(logger, method, event)
         if target.lost:
@@ -192,7 +192,7 @@ def _logfmt(event: EventDict) -> bytes:
 
 
 class Forward(logging.Handler):
-    """Brings asyncio's and the libraries' own log records into our lines."""
+    """Handler that passes log records of asyncio and other libraries on to our logger."""
 
     def __init__(self, log: Logger) -> None:
         super().__init__(logging.WARNING)
@@ -221,7 +221,7 @@ class RateLimiter:
         self._held = 0
 
     def allow(self) -> int | None:
-        """None: hold this one back. Otherwise how many were held back since the last."""
+        """Number of events suppressed since the last one; None: suppress this one, too."""
         now = time.monotonic()
         if now < self._next:
             self._held += 1

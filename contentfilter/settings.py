@@ -34,7 +34,7 @@ class ListenSettings(Section, frozen=True):
 class ServiceSettings(Section, frozen=True):
     workers: Annotated[int, Meta(ge=0, le=1024)] = 0  # 0: one per core
     budget: Seconds = 240.0  # for one message, all steps together
-    max_in_flight: Count = 256  # concurrent messages in one worker …
+    max_in_flight: Count = 256  # simultaneous messages in one worker …
     max_in_flight_bytes: Size = 268_435_456  # … and all bytes of those above 256 KiB; one is always let in
     max_waiting: Annotated[int, Meta(ge=0, le=100_000)] = 1024  # in one worker, for a slot; more wait in the backlog
     admission_wait: Seconds = 30.0  # the longest wait for a slot; then the message is deferred
@@ -102,7 +102,7 @@ class SignatureSettings(Section, frozen=True):
 
 class ClamdSettings(Section, frozen=True):
     backends: tuple[str, ...] = ("unix:/run/clamav/clamd.ctl",)
-    concurrency: Count = 8  # concurrent scans per backend and worker
+    concurrency: Count = 8  # simultaneous scans per backend and worker
     connect_timeout: Seconds = 5.0
     timeout_base: Seconds = 60.0  # one attempt: this and …
     timeout_per_megabyte: Annotated[float, Meta(ge=0, le=86400)] = 5.0  # … this for each 1,000,000 bytes …
@@ -220,7 +220,7 @@ class CanarySettings(Section, frozen=True):
     enabled: bool = True  # where a hook is found
     every: Annotated[float, Meta(ge=1, le=86400)] = 60.0  # seconds from the start of one round to the next
     hook: str = ""  # empty: bin/qmail-queue beside the control directory if it is the hook, else the packaged one
-    conf: str = "/etc/contentfilter/queue.conf"  # its configuration, which names the socket
+    conf: str = "/etc/contentfilter/queue.conf"  # its configuration; it names the socket that mail goes to
 
 
 class LogSettings(Section, frozen=True):

@@ -33,14 +33,14 @@ _NAME = re.compile(r"[!-~]{1,200}")
 
 @click.group()
 def allow() -> None:
-    """Signatures that pass for a while, each with owner, reason and end."""
+    """Let signatures pass for a limited time, each with owner, reason and end."""
 
 
 @allow.command()
 @click.argument("signature")
 @click.option("--for", "seconds", required=True, callback=span, metavar="TIME", help="How long: 30m, 12h, 3d.")
-@click.option("--reason", required=True, help="Why; it stands in the log of each message that passes.")
-@click.option("--owner", default="", help="Who wants it; you, if not given.")
+@click.option("--reason", required=True, help="Reason, logged with each message that passes.")
+@click.option("--owner", default="", help="Owner of the exception. Default: you.")
 @click.pass_obj
 def add(config_path: str, signature: str, seconds: float, reason: str, owner: str) -> None:
     """Let SIGNATURE pass, by the name that the log shows. A second time changes reason and end."""

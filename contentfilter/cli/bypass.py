@@ -19,25 +19,25 @@ from contentfilter.policy.overrides import SCANNERS, Bypass
 
 WAIT = 30.0  # seconds; the daemon itself waits up to 15 for its workers and the disk
 
-as_json_option = click.option("--json", "as_json", is_flag=True, help="The answer as JSON.")
-reason_option = click.option("--reason", default="", help="Why; it stands in the log and in every status.")
+as_json_option = click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
+reason_option = click.option("--reason", default="", help="Reason, shown in the log and by status.")
 
 
 @click.group(invoke_without_command=True)
 @as_json_option
 @click.pass_context
 def bypass(ctx: click.Context, as_json: bool) -> None:
-    """Leave a scanner out for a while: its mail passes, marked unchecked.
+    """Bypass a scanner for a limited time: its mail passes, marked unchecked.
 
-    For the night when clamd is down and mail must flow. Without a command: what is bypassed now. Everything is
-    noted in audit.jsonl in the state directory. Each bypass ends by itself.
+    For the night when clamd is down and mail must flow. Without a command: list the active bypasses. Everything is
+    recorded in audit.jsonl in the state directory. Each bypass ends by itself.
     """
     if ctx.invoked_subcommand is None:
         _list(ctx.obj, as_json)
 
 
 def _command(scanner: Scanner) -> click.Command:
-    """``contentfilter bypass clamd`` and its like."""
+    """Sub-command ``contentfilter bypass SCANNER``."""
 
     @bypass.command(scanner.value, help=_HELP[scanner])
     @click.option(
@@ -45,10 +45,10 @@ def _command(scanner: Scanner) -> click.Command:
         "origins",
         multiple=True,
         type=click.Choice([kind.value for kind in OriginKind]),
-        help="Only mail of this origin; may be repeated. Without: all mail.",
+        help="Only mail of this origin; may be repeated. Default: all mail.",
     )
     @click.option("--for", "seconds", required=True, callback=span, metavar="TIME", help="1m to 7d: 30m, 12h, 3d.")
-    @click.option("--reason", required=True, help="Why; it stands in the log line of each message that passes.")
+    @click.option("--reason", required=True, help="Reason, logged with each message that passes.")
     @as_json_option
     @click.pass_obj
     def command(config_path: str, origins: tuple[str, ...], seconds: float, reason: str, as_json: bool) -> None:
@@ -56,22 +56,22 @@ def _command(scanner: Scanner) -> click.Command:
         kinds = tuple(map(OriginKind, origins))
         reply = _order(config_path, messages.AskBypass(scanner, seconds, reason, kinds, _claim()))
         new = next((b for b in reply.bypasses if b.scanner is scanner), None)
-        text = _told(new) if new else f"{scanner.value} is asked again already"
+        text = _described(new) if new else f"{scanner.value} is in use again already"
         _answer(reply, as_json, text)
 
     return command
 
 
 _HELP = {
-    Scanner.SIGNATURES: "Leave out the lists of signatures and of loader types.",
-    Scanner.CLAMD: "Leave out clamd: no virus is found.",
-    Scanner.SPAMD: "Leave out spamd: no spam is found.",
+    Scanner.SIGNATURES: "Bypass the lists of signatures and of loader types.",
+    Scanner.CLAMD: "Bypass clamd: no virus is found.",
+    Scanner.SPAMD: "Bypass spamd: no spam is found.",
 }
 
 
-def _told(order: Bypass) -> str:
-    names = ", ".join(kind.value for kind in order.origins) or "every"
-    return f"{order.scanner.value} is not asked for mail of {names} origin until {when(order.until)}: passes unchecked"
+def _described(order: Bypass) -> str:
+    mail = f"mail of {', '.join(kind.value for kind in order.origins)} origin" if order.origins else "all mail"
+    return f"{order.scanner.value} is bypassed for {mail} until {when(order.until)}: passes unchecked"
 
 
 _COMMANDS = tuple(map(_command, SCANNERS))
@@ -81,7 +81,7 @@ _COMMANDS = tuple(map(_command, SCANNERS))
 @as_json_option
 @click.pass_obj
 def list_(config_path: str, as_json: bool) -> None:
-    """What is bypassed or drained now: who ordered it, why and until when."""
+    """List active bypasses and a drain: who ordered each, why, and until when."""
     _list(config_path, as_json)
 
 
@@ -90,10 +90,10 @@ def list_(config_path: str, as_json: bool) -> None:
 @as_json_option
 @click.pass_obj
 def end(config_path: str, scanner: str, as_json: bool) -> None:
-    """Ask SCANNER again, before the bypass ends by itself. Status 1: there was none."""
+    """End the bypass of SCANNER before its time. Status 1: there was none."""
     which = None if scanner == "all" else Scanner(scanner)
     reply = _order(config_path, messages.AskBypassEnd(which, _claim()))
-    _answer(reply, as_json, "every scanner is asked again" if which is None else f"{scanner} is asked again")
+    _answer(reply, as_json, "every scanner is in use again" if which is None else f"{scanner} is in use again")
 
 
 @click.command()
@@ -102,16 +102,16 @@ def end(config_path: str, scanner: str, as_json: bool) -> None:
 @as_json_option
 @click.pass_obj
 def drain(config_path: str, seconds: float | None, reason: str, as_json: bool) -> None:
-    """Finish the messages under way and accept no more.
+    """Finish the messages in progress and accept no new ones.
 
     Hooks wait, with their message, until mail is accepted again or their budget in queue.conf is over; nothing is
-    refused for good. Without --for it lasts until `contentfilter resume` or a restart of the daemon.
+    refused permanently. Without --for it lasts until `contentfilter resume` or a restart of the daemon.
     """
     _check(seconds, reason)
     reply = _order(config_path, messages.AskDrain(seconds, reason, _claim()))
     until = reply.drain.until if reply.drain else None
     text = f"no mail is accepted until {when(until) if until else 'contentfilter resume'}"
-    _answer(reply, as_json, f"{text}; messages under way: {reply.in_flight}")
+    _answer(reply, as_json, f"{text}; messages in progress: {reply.in_flight}")
 
 
 @click.command()
@@ -123,7 +123,7 @@ def resume(config_path: str, as_json: bool) -> None:
 
 
 def _check(seconds: float | None, reason: str, *, needed: bool = False) -> None:
-    """Wrong usage is told before the daemon is asked."""
+    """Report wrong usage before the daemon is asked."""
     if why := Bypass.objection(seconds, reason):
         raise click.UsageError(why)
     if needed and not reason.strip():
@@ -131,7 +131,7 @@ def _check(seconds: float | None, reason: str, *, needed: bool = False) -> None:
 
 
 def _claim() -> str:
-    """Who is behind root; the daemon notes it as a claim."""
+    """User behind sudo; the daemon records it as a claim."""
     return os.environ.get("SUDO_USER", "")
 
 

@@ -1,4 +1,4 @@
-"""The database that stands for simscan's list of forbidden attachments does its work in a real clamd."""
+"""The database that replaces simscan's list of forbidden attachments does its work in a real clamd."""
 
 import base64
 import zipfile

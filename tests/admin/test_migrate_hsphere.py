@@ -51,7 +51,7 @@ def test_the_settings_keep_the_old_controls_out_of_reach() -> None:
     assert msgspec.convert(toml, Settings).service.control == CONTROL != Settings().service.control
 
 
-def test_a_parameters_own_file_beats_options_and_the_contradiction_is_told() -> None:
+def test_a_parameters_own_file_beats_options_and_the_contradiction_is_reported() -> None:
     done = migrate(TABLES | {"options": b"\nsamsgsize 1\n", "samsgsize": b"2 \nnot read\n"})
     assert options(done) == {"samsgsize": "2"}
     assert [d.kind for d in said(done, "options", 2)] == [ChangeKind.CHECK]
@@ -68,7 +68,7 @@ def test_the_last_line_counts_in_options() -> None:
     "line", [b"skipcachk 3", b"clamglobal yes", b"samsgsize 250k", b"samsgsize -1", b"databytes", b"sysfacility LOCAL0",
              b"samsgsize 1\0", b"databytes \xb2", b"spamglobal 1 # all"]
 )  # fmt: skip
-def test_a_wrong_value_is_left_out_and_named(line: bytes) -> None:
+def test_a_wrong_value_is_skipped_and_named(line: bytes) -> None:
     done = migrate(TABLES | {"options": b"# ours\n" + line + b"\n"})
     assert options(done) == {}
     assert [d.kind for d in said(done, "options", 2)] == [ChangeKind.CHECK]
@@ -122,7 +122,7 @@ def test_keys_of_the_tables(old: bytes, new: bytes) -> None:
             b"joe@", b"a@b@c", b"@.example.com", b"a\0@example.com", b"a@exa..mple", b"\\*@example.com", b"!", b"! ",
             b"!!a@example.com", b"!#a@example.com"]
 )  # fmt: skip
-def test_a_key_that_our_tables_cannot_hold_is_left_out_and_named(key: bytes) -> None:
+def test_a_key_that_our_tables_cannot_hold_is_skipped_and_named(key: bytes) -> None:
     done = migrate({"spamdclients": b"# c\n" + key + b"\nz@example.com\n"})
     assert rows(done, "spamdclients") == [b"z@example.com"]
     assert [d.kind for d in said(done, "spamdclients", 2)] == [ChangeKind.CHECK]
@@ -142,7 +142,7 @@ def test_the_tables_written_are_read_back_without_a_problem() -> None:
     assert table == {key.removeprefix(b"!"): b"!" if key.startswith(b"!") else b"" for key in keys}
 
 
-def test_lines_of_dos_and_exempting_rows_are_told() -> None:
+def test_lines_of_dos_and_exempting_rows_are_reported() -> None:
     done = migrate({"clamavclients": b"a@example.com\r\n!b@example.com\r\n"})
     assert any(d.subject == "CR LF" for d in said(done, "clamavclients"))
     assert said(done, "clamavclients", 2)[0].kind is ChangeKind.CHECK

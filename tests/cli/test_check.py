@@ -55,7 +55,7 @@ def test_a_good_configuration_is_one_line(check):
     ]
 
 
-def test_problems_of_all_files_are_told_at_once_with_file_and_line(check, place):
+def test_problems_of_all_files_are_reported_together_with_file_and_line(check, place):
     with open(place / "contentfilter.toml", "a") as settings:
         settings.write("[clamd]\ntiemout = 5\n")
     control = place / "control"

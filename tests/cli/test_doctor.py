@@ -1,4 +1,4 @@
-"""``contentfilter doctor`` on real daemons: each fault is found, told with its remedy, and never holds it up."""
+"""``contentfilter doctor`` on real daemons: each fault is found and reported with its remedy, and none hangs it."""
 
 import itertools
 import json
@@ -100,7 +100,7 @@ def make_server(lab_directory: Path, clamd: Clamd, spamd: Spamd, hook_program: P
 
 @pytest.fixture(scope="module")
 def shared(make_server: Callable[..., Server]) -> Server:
-    """Whoever changes something puts it back."""
+    """A test that changes something puts it back."""
     return make_server()
 
 
@@ -174,7 +174,7 @@ def test_modes_that_shut_out_or_let_in_are_found(shared: Server) -> None:
     assert shared.found(0)
 
 
-def test_a_hook_that_is_not_installed_is_told_and_one_that_was_replaced_is_an_error(shared: Server) -> None:
+def test_a_hook_that_is_not_installed_is_reported_and_one_that_was_replaced_is_an_error(shared: Server) -> None:
     queue, real = shared.bin / "qmail-queue", shared.bin / "qmail-queue.real"
     kept = real.read_bytes()
     try:
@@ -218,7 +218,7 @@ def test_a_queue_conf_that_the_hook_refuses_is_an_error(shared: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("image", "told", "level", "word"),
+    ("image", "dialect", "level", "word"),
     [
         (b"214 notqmail home page", "notqmail", "ok", "looks like notqmail"),
         (b"214 notqmail home page", "sagredo", "warning", "looks like notqmail"),
@@ -234,10 +234,10 @@ def test_a_queue_conf_that_the_hook_refuses_is_an_error(shared: Server) -> None:
     ],
 )
 def test_the_dialect_is_compared_where_the_qmail_can_be_recognised(
-    shared: Server, image: bytes | None, told: str, level: str, word: str
+    shared: Server, image: bytes | None, dialect: str, level: str, word: str
 ) -> None:
     try:
-        shared.write_conf(dialect=told)
+        shared.write_conf(dialect=dialect)
         if image is not None:
             shared.smtpd.write_bytes(image)
         assert [word in what for what in shared.of("dialect", level)] == [True]
@@ -293,7 +293,7 @@ def test_clamd_s_limits_are_compared_with_ours(shared: Server, lines: str, level
     ("days", "level"),
     [(-0.1, "ok"), (1.9, "ok"), (2.1, "warning"), (6.9, "warning"), (8, "error"), (None, "warning")],
 )
-def test_an_old_database_is_told(days: float | None, level: str) -> None:
+def test_an_old_database_is_reported(days: float | None, level: str) -> None:
     now = datetime(2026, 6, 1, tzinfo=UTC)
     version = Version("ClamAV", 1, None if days is None else now - timedelta(days=days))
     assert doctor_scanners.freshness("unix:/there", version, now).level.value == level
@@ -307,7 +307,7 @@ def test_a_worker_that_may_open_too_few_files_is_a_warning(make_server: Callable
     assert ["may open 512 files" in what for what in server.of("limits", "warning")] == [True]
 
 
-def test_users_that_are_not_there_are_told_by_name(shared: Server) -> None:
+def test_users_that_do_not_exist_are_reported_by_name(shared: Server) -> None:
     config = shared.system.daemon.config
     kept = config.read_text()
     try:

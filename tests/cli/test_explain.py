@@ -19,7 +19,7 @@ CONTROLS = {
 }
 
 
-class Asker:
+class Client:
     """Runs the command on one configuration."""
 
     def __init__(self, directory: Path, clamd: str, spamd: str) -> None:
@@ -53,11 +53,11 @@ class Asker:
 
 
 @pytest.fixture
-def ask(tmp_path: Path, clamd: Clamd, spamd: Spamd) -> Asker:
-    return Asker(tmp_path, clamd.backend, spamd.backend)
+def ask(tmp_path: Path, clamd: Clamd, spamd: Spamd) -> Client:
+    return Client(tmp_path, clamd.backend, spamd.backend)
 
 
-def test_a_refusal_says_which_row_scanner_and_rule(ask: Asker) -> None:
+def test_a_refusal_says_which_row_scanner_and_rule(ask: Client) -> None:
     result = ask(mails.VIRUS, "--sender", "a@example.net")
     assert result.exit_code == 1
     assert "from <a@example.net>, 1 recipient(s)" in result.stdout
@@ -68,27 +68,27 @@ def test_a_refusal_says_which_row_scanner_and_rule(ask: Asker) -> None:
     assert "SMTP text    message contains a virus" in result.stdout
 
 
-def test_mail_that_passes_shows_its_headers_and_status_0(ask: Asker) -> None:
+def test_mail_that_passes_shows_its_headers_and_status_0(ask: Client) -> None:
     result = ask(mails.PLAIN)
     assert result.exit_code == 0
     assert "X-ContentFilter: explain; virus=clean; spam=clean" in result.stdout
 
 
-def test_a_forged_field_is_shown_with_its_new_name(ask: Asker) -> None:
+def test_a_forged_field_is_shown_with_its_new_name(ask: Client) -> None:
     result = ask(b"X-Virus-Status: Clean\n" + mails.PLAIN)
     assert "(X-Virus-Status becomes X-Received-X-Virus-Status)" in result.stdout
 
 
 def test_an_unprotected_recipient_needs_no_scanner(tmp_path: Path) -> None:
     nobody = "unix:/nonexistent/socket"
-    result = Asker(tmp_path, nobody, nobody)(mails.VIRUS, to="user@elsewhere.example")
+    result = Client(tmp_path, nobody, nobody)(mails.VIRUS, to="user@elsewhere.example")
     assert result.exit_code == 0
     assert "clamd        not asked: no row in clamavclients" in result.stdout
 
 
-def test_a_scanner_that_is_down_is_told(tmp_path: Path) -> None:
+def test_a_scanner_that_is_down_is_reported(tmp_path: Path) -> None:
     nobody = "unix:/nonexistent/socket"
-    result = Asker(tmp_path, nobody, nobody)(mails.PLAIN)
+    result = Client(tmp_path, nobody, nobody)(mails.PLAIN)
     assert result.exit_code == 1
     assert "unchecked, down" in result.stdout
     assert "defer: the client is asked to try again later" in result.stdout
@@ -105,14 +105,14 @@ def test_a_scanner_that_is_down_is_told(tmp_path: Path) -> None:
     ],
     ids=["stranger", "relay", "authenticated", "local", "bounce"],
 )
-def test_the_origin_decides_who_is_skipped(ask: Asker, options: tuple[str, ...], kind: str) -> None:
+def test_the_origin_decides_who_is_skipped(ask: Client, options: tuple[str, ...], kind: str) -> None:
     found = ask.json(mails.VIRUS, *options)
     assert found["origin"] == kind
     expected = {"relay": "queue", "authenticated": "queue", "bounce": "drop"}.get(kind, "reject")
     assert found["decision"] == expected
 
 
-def test_json_has_the_record_the_story_and_the_text(ask: Asker) -> None:
+def test_json_has_the_record_the_story_and_the_text(ask: Client) -> None:
     found = ask.json(mails.VIRUS)
     assert found["rule"] == "clamd: Eicar-Test-Signature.UNOFFICIAL"
     assert "[explain] (#5.7.1)" in str(found["text"])
@@ -120,7 +120,7 @@ def test_json_has_the_record_the_story_and_the_text(ask: Asker) -> None:
     assert stages == ["message", "origin", "recipients", "signatures", "loadertypes", "clamd", "spamd", "decision"]
 
 
-def test_nothing_is_left_behind(ask: Asker) -> None:
+def test_nothing_is_left_behind(ask: Client) -> None:
     ask(mails.VIRUS, "--origin", "bounce")
     assert list((ask.directory / "state").rglob("*")) == []
 
@@ -136,12 +136,12 @@ def test_nothing_is_left_behind(ask: Asker) -> None:
     ],
     ids=["no file", "no recipient", "bad variable", "long address", "no configuration"],
 )
-def test_wrong_use_is_told_clearly(words: list[str], status: int, part: str) -> None:
+def test_wrong_use_is_reported_clearly(words: list[str], status: int, part: str) -> None:
     result = CliRunner().invoke(cli, words)
     assert result.exit_code == status, result.output
     assert part in result.output
 
 
-def test_an_empty_message_and_a_message_of_nuls(ask: Asker) -> None:
+def test_an_empty_message_and_a_message_of_nuls(ask: Client) -> None:
     assert ask(b"", to="x@elsewhere.example").exit_code == 0
     assert ask(b"\0" * 100_000).exit_code == 0

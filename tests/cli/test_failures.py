@@ -106,8 +106,8 @@ def test_what_cannot_happen_is_said(config: Path) -> None:
 
 
 def test_each_cause_is_explained(config: Path) -> None:
-    told = " ".join(call(config, "-v").stdout.split())
-    assert all(f"{cause.value} {meaning.text}" in told for cause, meaning in MEANINGS.items())
+    printed = " ".join(call(config, "-v").stdout.split())
+    assert all(f"{cause.value} {meaning.text}" in printed for cause, meaning in MEANINGS.items())
 
 
 def test_without_a_daemon_it_is_the_file_and_says_so(config: Path) -> None:
@@ -126,7 +126,7 @@ def test_a_bad_file_without_a_daemon_is_a_configuration_error_with_its_line(conf
         assert f"{config}:6: [[failure.rule]] cause: expected one of" in result.stderr
 
 
-def test_a_running_daemon_is_asked_and_a_newer_file_is_told(daemon: Daemon) -> None:
+def test_a_running_daemon_is_asked_and_a_newer_file_is_printed(daemon: Daemon) -> None:
     same = call(daemon.config)
     assert (same.exit_code, same.stderr) == (0, "")
     daemon.write_config(toml(daemon._settings) + RULE)
@@ -144,7 +144,7 @@ def test_a_running_daemon_is_asked_and_a_newer_file_is_told(daemon: Daemon) -> N
     assert "pass*" in after.stdout
 
 
-def test_a_daemon_that_goes_on_with_the_old_file_is_told_with_what_is_wrong(daemon: Daemon) -> None:
+def test_a_daemon_that_goes_on_with_the_old_file_is_printed_with_what_is_wrong(daemon: Daemon) -> None:
     daemon.write_config(toml(daemon._settings) + RULE.replace('"pass"', '"drop"'))
     result = call(daemon.config)
     assert result.exit_code == 1

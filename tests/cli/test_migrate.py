@@ -83,7 +83,7 @@ def test_what_is_written_is_what_the_daemon_reads(name: str, tmp_path: Path, req
         assert settings.spamd.reject_score == 9.5
 
 
-def test_what_needs_a_person_is_status_1_and_stands_first(simscan: Path, tmp_path: Path) -> None:
+def test_what_needs_a_person_is_status_1_and_comes_first(simscan: Path, tmp_path: Path) -> None:
     (simscan / "simcontrol").write_text(":clam=yes\nexample.com:regex=x\n")
     result = run("simscan", simscan, "--output", tmp_path / "new")
     assert result.exit_code == 1

@@ -41,7 +41,7 @@ def test_without_a_terminal_a_line_comes_now_and_then(capfd: pytest.CaptureFixtu
     assert not any("\x1b" in line for line in said)
 
 
-def test_quick_work_without_a_terminal_says_nothing_and_ends_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+def test_quick_work_without_a_terminal_says_nothing_and_ends_immediately(capfd: pytest.CaptureFixture[str]) -> None:
     began = time.monotonic()
     with progress("reading"):
         pass

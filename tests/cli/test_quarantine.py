@@ -139,7 +139,7 @@ def test_show_gives_the_exact_message_or_header(three):
 
 
 def on_a_terminal(place: Place, *arguments: str) -> bytes:
-    """What the command writes to a terminal."""
+    """Output of the command on a terminal."""
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ |= {"TERM": "xterm", "COLUMNS": "200"}

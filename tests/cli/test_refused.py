@@ -56,7 +56,7 @@ def test_an_order_that_is_refused_says_why(config: Path, words: tuple[str, ...])
     assert not list((config.parent / "state").iterdir())
 
 
-def test_who_may_not_ask_is_told_so_and_not_that_nobody_is_there(config: Path, monkeypatch: Any) -> None:
+def test_a_refused_user_sees_a_refusal_and_not_that_no_daemon_runs(config: Path, monkeypatch: Any) -> None:
     (config.parent / "run" / "control.sock").touch()
     monkeypatch.setattr(sockets, "ask", lambda *_: None)
     monkeypatch.setattr("os.access", lambda *_: False)

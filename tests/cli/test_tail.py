@@ -1,4 +1,4 @@
-"""What tail prints of an event, whatever is in it, and which events it prints."""
+"""``contentfilter tail``: the lines of events with any contents, and the choice of events."""
 
 import json
 from typing import Any

@@ -81,20 +81,20 @@ def lines(result: Result) -> dict[str, str]:
 # One message
 
 
-def test_an_incident_is_told_in_full(place: Place) -> None:
+def test_an_incident_is_shown_in_full(place: Place) -> None:
     result = place.why(FIRST)
     assert result.exit_code == 0
-    told = lines(result)
-    assert told["incident"] == FIRST
-    assert told["message-id"] == "<first@host>"
-    assert told["client"] == "192.0.2.7"
-    assert told["message"] == STORY[0][1]
-    assert told["decision"] == STORY[1][1]
-    assert told["SMTP text"] == "refused [x] (#5.7.1)"
-    assert list(told)[-3:] == ["message", "decision", "SMTP text"]
+    printed = lines(result)
+    assert printed["incident"] == FIRST
+    assert printed["message-id"] == "<first@host>"
+    assert printed["client"] == "192.0.2.7"
+    assert printed["message"] == STORY[0][1]
+    assert printed["decision"] == STORY[1][1]
+    assert printed["SMTP text"] == "refused [x] (#5.7.1)"
+    assert list(printed)[-3:] == ["message", "decision", "SMTP text"]
 
 
-def test_a_copy_in_the_quarantine_is_told_with_its_releases(place: Place) -> None:
+def test_a_copy_in_the_quarantine_is_shown_with_its_releases(place: Place) -> None:
     entries = place.state / "quarantine" / "entries"
     entries.mkdir(parents=True)
     place.add("1k7tr8000000000a", quarantined=1)
@@ -117,8 +117,8 @@ def test_a_copy_in_the_quarantine_is_told_with_its_releases(place: Place) -> Non
 def test_times_are_local_and_say_their_offset(place: Place) -> None:
     words = [sys.executable, "-m", "contentfilter", "--config", str(place.config), "why", FIRST]
     environ = {**os.environ, "TZ": "XXX-05:30"}
-    told = subprocess.run(words, capture_output=True, text=True, env=environ, timeout=60, check=True).stdout
-    assert "2023-11-15T03:43:20+05:30" in told
+    printed = subprocess.run(words, capture_output=True, text=True, env=environ, timeout=60, check=True).stdout
+    assert "2023-11-15T03:43:20+05:30" in printed
 
 
 @pytest.mark.parametrize("prefix", [FIRST, FIRST.upper(), "1k7tr9", THIRD[:15]])
@@ -210,7 +210,7 @@ def test_messages_are_found_newest_first(place: Place, options: list[str], expec
     assert place.why(*options).exit_code == (0 if expected else 1)
 
 
-def test_many_are_a_table_and_one_is_told_in_full(place: Place) -> None:
+def test_many_are_a_table_and_one_is_shown_in_full(place: Place) -> None:
     rows = [line.split("\t") for line in place.why("--since", "2020-01-01").stdout.splitlines()[1:]]
     assert [row[0] for row in rows] == [THIRD, SECOND, FIRST]
     assert rows[0][2:] == ["joe@example.net", "A@b +29", "reject", "clamd: Eicar"]
@@ -246,8 +246,8 @@ def test_on_a_terminal_it_is_a_table(place: Place) -> None:
 
 def test_nothing_in_the_journal_drives_the_terminal(place: Place) -> None:
     evil = "\x1b]0;x\x07\r\n\t\x9b31m"
-    told = MailDetail((("message", evil), (evil, "x")), evil, evil)
-    place.add("evil000000000000", account=told, sender=evil, recipients=[evil], rule=evil, user=evil, remote=evil)
+    printed = MailDetail((("message", evil), (evil, "x")), evil, evil)
+    place.add("evil000000000000", account=printed, sender=evil, recipients=[evil], rule=evil, user=evil, remote=evil)
     place.add("evil000000000001", sender=evil, recipients=[evil], rule=evil)
     whole, table = place.why("evil000000000000"), place.why("--sender", f"*{evil}*")
     assert (whole.exit_code, table.exit_code) == (0, 0)
@@ -310,7 +310,7 @@ def test_a_damaged_journal_is_an_error_message(place: Place, damage: str) -> Non
     assert result.stderr.startswith("contentfilter: ")
 
 
-def test_an_incident_that_is_pasted_at_once_is_waited_for(place: Place) -> None:
+def test_an_incident_that_is_pasted_too_early_is_waited_for(place: Place) -> None:
     """The journal has a message a moment after its answer went out."""
     fresh = new_incident()
     later = threading.Timer(0.5, lambda: place.add(fresh))

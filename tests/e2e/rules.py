@@ -64,7 +64,7 @@ class Person:
     spam_options: dict[str, str]
     fate: str = "deliver"  # mark, move, remove, reject, defer: ever stronger
     to: str = ""
-    text: str = ""  # what the client reads if it comes to that
+    text: str = ""  # what the client reads if it is refused
     virus_word: str = "skipped"
     spam_word: str = "skipped"
     seen_by: str = ""  # scanners that looked for a virus
@@ -90,7 +90,7 @@ FATES = ["deliver", "mark", "move", "remove", "reject", "defer"]
 class Expected:
     """With a ``text`` the whole message is refused or deferred; else each recipient has a copy, or theirs is kept."""
 
-    text: str = ""  # a pattern; ID stands for the incident, here and in the bytes
+    text: str = ""  # a pattern; ID is replaced by the incident, here and in the bytes
     withheld: tuple[int, ...] = ()
     copies: list[tuple[tuple[str, ...], bytes]] = field(default_factory=list)  # for whom, and its bytes
 
@@ -107,7 +107,7 @@ def expect(world: World, mail: Mail) -> Expected:
     refused = [p for p in people if p.fate == "reject"]
     everybody = tuple(range(len(people)))
     if refused and (world.strictest or len(refused) == len(people)):
-        if origin == "bounce":  # qmail-send would come again for ever
+        if origin == "bounce":  # qmail-send would retry for ever
             return Expected(withheld=everybody)
         return Expected(text=f"D{refused[0].text} " + r"\[ID\] \(#5\.7\.1\)")
     if deferred := [p for p in people if p.fate == "defer"]:
@@ -202,7 +202,7 @@ def meet(p: Person, action: str, text: str) -> None:
 
 
 def failed(world: World, origin: str, kind: str, asked: list[Person], what: str) -> None:
-    """Bounces always pass: qmail-send would come again for ever."""
+    """Bounces always pass: qmail-send would retry for ever."""
     if origin != "bounce" and world.faults[kind] == "defer":
         for p in asked:
             p.meets("defer", "", what + r" not possible now \([^)]+\), please try again")

@@ -52,7 +52,7 @@ class Lab:
         everybody = os.dup(process._readers[2])  # all have it as their stderr
         result = process.wait()
         poll = select.poll()
-        poll.register(everybody, 0)  # the end of the last one is told unasked
+        poll.register(everybody, 0)  # the end of the last one is reported without asking
         assert poll.poll(hook_lab.FINAL * 1000), "something that the hook started is still there"
         os.close(everybody)
         return self.system.delivered(result, self.standin)
@@ -62,7 +62,7 @@ class Lab:
         return self.deliver(message, *to, env=env)
 
     def report(self) -> list[str] | None:
-        """What the log says about the parts of the last message; None: that the hook never told."""
+        """Results of the parts of the last message, from the log; None: the hook never reported."""
         done = self.system.daemon.wait_for("mail.done", where=lambda r: r["sender"] == self.sender.decode())
         line = self.system.daemon.wait_for("mail.report", where=lambda r: r["id"] == done[0]["id"])[0]
         return line["results"]
@@ -189,7 +189,7 @@ def test_the_real_queue_of_one_copy_or_of_all_fails(lab: Lab, point: str, mishap
     message = message_of(70_000)
     for which in ("virus=clean", "spam=found", "X-Envelope-To: moved", "X-Test"):
         d = lab.deliver(message, knobs={"at": point, "when": which, **mishap})
-        assert d.status not in (0, 31), "a mishap is never a success and never a refusal for good"
+        assert d.status not in (0, 31), "a mishap is never a success and never a permanent refusal"
         queued = lab.check(d, message)
         assert (point == "end") or queued == 0
         lab.retry(message)

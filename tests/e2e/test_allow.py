@@ -19,7 +19,7 @@ def run(system: System, *words: str, status: int = 0) -> str:
     return done.stdout + done.stderr
 
 
-def test_allow_is_live_at_once_and_ends_when_it_is_removed(make_system, clamd) -> None:
+def test_allow_is_in_force_immediately_and_ends_when_it_is_removed(make_system, clamd) -> None:
     system = make_system(clamd=clamd, settings={"tables": {"refresh": 3600}})
     assert system.deliver(VIRUS).status == 82
     said = run(system, "add", EICAR_NAME, "--for", "1h", "--reason", "test of the test")

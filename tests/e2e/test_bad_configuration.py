@@ -129,7 +129,7 @@ def test_what_is_wrong_at_the_start_ends_it_with_one_clear_line(name: str) -> No
         daemon.clean()
 
 
-def test_a_user_who_may_not_read_or_write_is_told_what() -> None:
+def test_a_user_who_may_not_read_or_write_sees_the_reason() -> None:
     """As another user than root, where the tests may become one."""
     another = "setpriv --reuid=nobody --regid=nogroup --clear-groups"
     python = f"{another} {sys.executable} -P -m contentfilter"
@@ -164,11 +164,11 @@ BAD_LINES = {
 }
 
 
-def test_bad_lines_are_left_out_and_told_and_the_rest_holds(make_system, clamd) -> None:
+def test_bad_lines_are_skipped_and_reported_and_the_rest_holds(make_system, clamd) -> None:
     system = make_system(clamd=clamd, controls=BAD_LINES)
-    told = system.daemon.log("service.problem")
-    assert all(line["line"] > 0 and line["text"] for line in told)
-    seen = {Path(line["path"]).name for line in told}
+    problems = system.daemon.log("service.problem")
+    assert all(line["line"] > 0 and line["text"] for line in problems)
+    seen = {Path(line["path"]).name for line in problems}
     assert {"options", "clamavclients", "badsignatures"} <= seen
     assert system.deliver(VIRUS, b"ok@mixed.example").status == TOLD
     assert system.deliver(VIRUS, b"x@protected.example").status == TOLD

@@ -175,7 +175,7 @@ def lines_of(system: System, part: str) -> list[str]:
 
 @contextmanager
 def wrong_descriptors(directory: Path) -> Iterator[dict[str, list[int]]]:
-    """What might be passed in place of message and envelope."""
+    """Descriptors that might be passed in place of message and envelope."""
     envelope_fd, message_fd = sealed(ENVELOPE), sealed(MESSAGE)
     path = directory / "message"
     path.write_bytes(MESSAGE)

@@ -57,8 +57,8 @@ def test_clamd_is_down_and_mail_must_flow(make_system: Make, own_clamd: Clamd) -
     own_clamd.stop()
     assert system.deliver(PLAIN).text.startswith("Zvirus check not possible now (down)")
 
-    told = run(system, *BYPASS, SUDO_USER="alice")
-    assert told.startswith("clamd is not asked for mail of every origin until ")
+    printed = run(system, *BYPASS, SUDO_USER="alice")
+    assert printed.startswith("clamd is bypassed for all mail until ")
     passed = system.deliver(PLAIN)
     assert passed.status == 0
     assert b"virus=unchecked" in passed.only.message
@@ -84,7 +84,7 @@ def test_clamd_is_down_and_mail_must_flow(make_system: Make, own_clamd: Clamd) -
     assert run(system, "bypass").splitlines()[1].startswith("clamd\tall mail\t")
     assert "clamd is bypassed for all mail until " in run(system, "status", status=1)
 
-    assert run(system, "bypass", "end", "all") == "every scanner is asked again\n"
+    assert run(system, "bypass", "end", "all") == "every scanner is in use again\n"
     assert system.deliver(PLAIN).text.startswith("Zvirus check not possible now (down)")
     assert json.loads(run(system, "bypass", "list", "--json"))["bypasses"] == []
     assert run(system, "bypass", "list") == "nothing is bypassed\n"
@@ -114,7 +114,7 @@ def test_a_bypass_ends_to_the_second_though_the_supervisor_sleeps(lab_directory:
 
 
 def mail_until_the_end(directory: Path, seconds: float) -> int:
-    """How many messages passed by a bypass that lasts for so long, the daemon's start included."""
+    """Number of messages that a bypass of that length passed, the daemon's start included."""
     system = System(directory, controls={"options": "clamglobal 1\n"}, settings=STOPPED)
     end = time.time() + seconds
     order = {"scanner": "clamd", "since": end - 60, "until": end, "reason": "r", "by": "root", "origins": []}
@@ -156,7 +156,7 @@ def test_only_mail_of_the_origin_named_passes(make_system: Make) -> None:
     assert system.deliver(PLAIN, env={"RELAYCLIENT": ""}).status != 0
 
 
-def test_signatures_stand_for_both_lists_and_for_nothing_else(make_system: Make, clamd: Clamd) -> None:
+def test_signatures_means_both_lists_and_nothing_else(make_system: Make, clamd: Clamd) -> None:
     system = make_system(clamd=clamd)
     assert system.deliver(with_program()).status == 82
     run(system, "bypass", "signatures", "--for", "1h", "--reason", "false alarms")
@@ -217,8 +217,8 @@ def test_a_damaged_file_bypasses_nothing_and_the_next_order_mends_it(lab_directo
 def test_a_disk_that_refuses_does_not_keep_mail_from_flowing(make_system: Make) -> None:
     system = make_system(settings=STOPPED)
     (system.directory / "state" / "bypass.json").mkdir()
-    told = run(system, *BYPASS, status=1)
-    assert "a restart forgets" in told
+    printed = run(system, *BYPASS, status=1)
+    assert "a restart forgets" in printed
     assert system.deliver(PLAIN).status == 0
     assert system.daemon.wait_for("orders.not-saved")
     assert status(system).orders_problem
@@ -239,7 +239,7 @@ def test_a_disk_that_refuses_does_not_keep_mail_from_flowing(make_system: Make) 
         (("drain", "--for", "8d"), "7 days"),
     ],
 )
-def test_wrong_use_is_told_before_the_daemon_is_asked(system: System, words: tuple[str, ...], said: str) -> None:
+def test_wrong_use_is_reported_before_the_daemon_is_asked(system: System, words: tuple[str, ...], said: str) -> None:
     assert said in run(system, *words, status=2)
     assert status(system).bypasses == ()
 
@@ -248,8 +248,8 @@ def test_a_drain_under_load_loses_and_refuses_nothing(make_system: Make) -> None
     system = make_system(controls={"options": "", "clamavclients": ""}, settings=HTTP | {"service": {"workers": 2}})
     with Load(system) as load:
         load.more()
-        told = run(system, "drain", "--reason", "new disk")
-        assert told.startswith("no mail is accepted until contentfilter resume")
+        printed = run(system, "drain", "--reason", "new disk")
+        assert printed.startswith("no mail is accepted until contentfilter resume")
         until(lambda: status(system).waiting == load.senders, "every hook waits in the queue")
         until(lambda: not any(worker.open for worker in status(system).workers), "every heartbeat is newer than that")
         drained = status(system)

@@ -1,6 +1,6 @@
 """The canary with everything real: hook, daemon, clamd, spamd. Green when mail is scanned, and only then.
 
-In place of the real qmail-queue stands a tripwire, and no test may find it sprung, whatever it did to the daemon.
+A tripwire takes the place of the real qmail-queue, and no test may find it sprung, whatever it did to the daemon.
 """
 
 import hashlib
@@ -108,11 +108,11 @@ def test_green_when_everything_is_scanned(make: Make, clamd: Clamd, spamd: Spamd
     assert lines == GREEN
     reply = json.loads(aviary.command("canary", "--json").stdout)
     assert reply["ok"] is True
-    told = {result["sample"]: result["text"] for result in reply["results"]}
-    assert told["clean"] == "signatures, loadertypes, clamd, spamd found nothing"
-    assert told["eicar"].startswith("clamd: Eicar-Test-Signature")
-    assert re.match(r"spamd: 100\d(\.\d)? points of 5 ", told["gtube"])
-    assert told["signature"] == "signatures: TVqQAAMAA"
+    texts = {result["sample"]: result["text"] for result in reply["results"]}
+    assert texts["clean"] == "signatures, loadertypes, clamd, spamd found nothing"
+    assert texts["eicar"].startswith("clamd: Eicar-Test-Signature")
+    assert re.match(r"spamd: 100\d(\.\d)? points of 5 ", texts["gtube"])
+    assert texts["signature"] == "signatures: TVqQAAMAA"
     samples = scrape(aviary.daemon)
     now = time.time()
     for name, word in GREEN.items():
@@ -140,7 +140,7 @@ def test_no_trace_of_it_in_what_is_known_about_mail(make: Make, clamd: Clamd, sp
     assert [message["recipient_count"] for message in known] == [1]
     quarantine = aviary.directory / "state" / "quarantine"
     assert not quarantine.exists() or not [p for p in quarantine.rglob("*") if p.is_file()]
-    assert [line["results"] for line in aviary.daemon.log("canary.done")] == [GREEN]  # three rounds, told once
+    assert [line["results"] for line in aviary.daemon.log("canary.done")] == [GREEN]  # three rounds, logged once
 
 
 def test_clamd_gone_is_red_within_a_round_and_green_again_after_it_is_back(make: Make, lab_directory: Path) -> None:
@@ -152,15 +152,15 @@ def test_clamd_gone_is_red_within_a_round_and_green_again_after_it_is_back(make:
         assert red.value("canary_result", sample="signature") == 1
         assert red.value("canary_runs_total", sample="eicar", result="unchecked") >= 1
         before = red.value("canary_last_success_timestamp_seconds", sample="eicar")
-        (told, *_) = aviary.daemon.wait_for("canary.failed", where=lambda line: line["sample"] == "eicar")
-        assert told["result"] == "unchecked"
-        assert told["why"].startswith("clamd: down")
+        (line, *_) = aviary.daemon.wait_for("canary.failed", where=lambda line: line["sample"] == "eicar")
+        assert line["result"] == "unchecked"
+        assert line["why"].startswith("clamd: down")
         clamd.start()
         green = scrape_until(aviary.daemon, lambda s: s.value("canary_result", sample="eicar") == 1)
         assert green.value("canary_last_success_timestamp_seconds", sample="eicar") > before
         aviary.daemon.wait_for("canary.done", 2)
         failures = aviary.daemon.log("canary.failed")
-        assert len(failures) <= 4, "each failure is told when it begins, not every second"
+        assert len(failures) <= 4, "each failure is logged when it begins, not every second"
 
 
 def test_a_clamd_that_knows_nothing_is_red_although_it_answers_ok(make: Make, lab_directory: Path) -> None:

@@ -106,15 +106,13 @@ def test_a_full_state_directory_costs_entries_and_no_mail(
         system.daemon.stop()
 
 
-@pytest.mark.parametrize("trouble", ["full", "read-only"])
-def test_a_daemon_starts_on_a_disk_that_takes_nothing(
-    make_system: MakeSystem, lab_directory: Path, trouble: str
-) -> None:
+@pytest.mark.parametrize("fault", ["full", "read-only"])
+def test_a_daemon_starts_on_a_disk_that_takes_nothing(make_system: MakeSystem, lab_directory: Path, fault: str) -> None:
     """With the tables that it had."""
-    with small_disk(lab_directory / f"start-{trouble}") as state:
+    with small_disk(lab_directory / f"start-{fault}") as state:
         system = make_system(settings={"service": {"state": str(state)}})
         assert system.daemon.stop() == 0
-        if trouble == "full":
+        if fault == "full":
             fill(state)
         else:
             assert os.system(f"mount -o remount,ro {state}") == 0
@@ -172,15 +170,15 @@ def test_a_worker_without_memory_defers_or_is_replaced_and_loses_nothing(make_sy
 
 
 def test_the_run_directory_is_emptied_and_mail_goes_on(make_system: MakeSystem, lab_directory: Path) -> None:
-    """The sockets in it are made anew: workers that start afterwards find the supervisor, and so does ``status``."""
+    """The sockets in it are recreated: workers that start afterwards find the supervisor, and so does ``status``."""
     run = lab_directory / "run-emptied"
     run.mkdir()
     system = make_system(settings={"service": {"run": str(run), "stuck_after": 2.0}})
     shutil.rmtree(run)
     for _ in range(3):
         assert len(system.deliver(PLAIN, NOBODY).queued) == 1
-    (told,) = system.daemon.wait_for("bus.mended")
-    assert len(told["paths"]) == 3
+    (line,) = system.daemon.wait_for("bus.mended")
+    assert len(line["paths"]) == 3
     os.kill(system.daemon.workers()[0], signal.SIGKILL)
     system.daemon.wait_for("worker.ready", 2)
     began = time.monotonic()
@@ -209,7 +207,7 @@ def test_a_flood_of_reports_costs_no_mail_and_little_memory(make_system: MakeSys
     assert most_memory(system.daemon.pid) < 150e6
 
 
-def test_the_queue_socket_is_removed_and_who_asks_is_told(make_system: MakeSystem) -> None:
+def test_the_queue_socket_is_removed_and_the_hook_says_so(make_system: MakeSystem) -> None:
     system = make_system()
     Path(system.daemon.socket).unlink()
     d = system.deliver(PLAIN, NOBODY, budget=1)
@@ -223,7 +221,7 @@ def test_the_queue_socket_is_removed_and_who_asks_is_told(make_system: MakeSyste
 # The supervisor
 
 
-def test_a_supervisor_that_stands_still_stops_no_mail(make_system: MakeSystem) -> None:
+def test_a_stopped_supervisor_stops_no_mail(make_system: MakeSystem) -> None:
     system = make_system(settings={"service": {"stuck_after": 2.0}})
     workers = system.daemon.workers()
     system.daemon.signal(signal.SIGSTOP)
@@ -312,7 +310,7 @@ DAYS: dict[str, tuple[Callable[[bytes], Talk], str]] = {
     "hangs": (lambda good: says_and_stays(b""), "timeout"),
     "says half and hangs": (lambda good: says_and_stays(good[: len(good) // 2]), "timeout"),
     "says half and closes": (lambda good: says(good[: len(good) // 2]), "bad-reply"),
-    "closes at once": (lambda good: closes(), "down"),
+    "closes immediately": (lambda good: closes(), "down"),
     "closes after the question": (lambda good: closes_after_question(), "down"),
 }
 

@@ -101,7 +101,7 @@ CLIENTS = {"stranger": {}, "relay": {"RELAYCLIENT": ""}, "authenticated": {"SMTP
 
 
 class Running:
-    """One system whose configuration and tables are written anew for each world."""
+    """One system whose configuration and tables are rewritten for each world."""
 
     def __init__(self, system: System, clamd: Peer, spamd: Peer) -> None:
         self.system, self._clamd, self._spamd = system, clamd, spamd
@@ -209,7 +209,7 @@ def check(running: Running, world: World, mail: Mail, d: Delivered) -> None:
 
 
 def accounted(d: Delivered, kept: list[Path]) -> list[bytes]:
-    """Who got the message, and for whom it is kept, each as often as it was."""
+    """Recipients of the message and those for whom it was quarantined, each as often as it happened."""
     found = [address for q in d.queued for address in q.envelope.recipients]
     for said in (json.loads(sidecar.read_text()) for sidecar in kept):
         found += [bytes.fromhex(said["envelope_hex"]["recipients"][index]) for index in said["withheld_from"]]

@@ -17,7 +17,7 @@ from contentfilter.model import OriginKind, Scanner
 from contentfilter.policy.failure import MEANINGS, failure_action
 from contentfilter.settings import FailureSettings, FaultRule, Settings
 
-# What a scripted scanner is told to do -> the cause that must come of it.
+# Script of a scanner -> the cause that must result.
 CLAMD = {
     "gone": Cause.DOWN,
     "too-big": Cause.TOO_BIG,
@@ -74,7 +74,7 @@ def toml_rules() -> str:
 
 
 def users(origin: OriginKind) -> dict[str, list[str]]:
-    """Who we are to this daemon."""
+    """Our origin as this daemon sees it."""
     me = [str(os.getuid())]
     return {
         "smtp_users": [] if origin in (OriginKind.LOCAL, OriginKind.BOUNCE) else me,

@@ -22,7 +22,7 @@ HIDING: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("name", HIDING)
 def test_what_hides_behind_more_than_anybody_reads_is_unchecked(make_system, clamd, name: str) -> None:
-    """The same part at the end is found where less stands in front of it."""
+    """The same part at the end is found where less precedes it."""
     hidden = (
         b"\nbegin 644 x\n" + with_program()[-50:] if name == "many begin lines" else b"\n--x\n" + ENCODED + b"QUJD\n"
     )
@@ -91,7 +91,7 @@ def test_a_scanners_answer_forges_no_field_by_any_line_end(make_system, tmp_path
 @pytest.mark.parametrize(
     "written", [b"%b: forged", b"%b \0: forged", b"\0%b: forged", b"a: b\r%b: forged", b"%b\r\n :forged"]
 )
-def test_a_field_in_our_name_is_renamed_whatever_stands_around_it(system: System, name: bytes, written: bytes) -> None:
+def test_a_field_in_our_name_is_renamed_whatever_surrounds_it(system: System, name: bytes, written: bytes) -> None:
     message = written % name + b"\nSubject: s\n\nbody\n"
     delivered = system.deliver(message, b"user@protected.example").only.message
     assert delivered.count(b"X-Received-") == 1

@@ -35,7 +35,7 @@ def set_smtplog(system: System, value: int) -> None:
     system.daemon.wait_for("worker.reload", before + 1)
 
 
-def test_smtplog_decides_whose_story_is_told_and_a_reload_changes_it(make_system: MakeSystem, clamd: Clamd) -> None:
+def test_smtplog_decides_whose_trace_is_logged_and_a_reload_changes_it(make_system: MakeSystem, clamd: Clamd) -> None:
     system = make_system(clamd=clamd)
     assert story(system, b"0@a.example", VIRUS)[1] == []
     set_smtplog(system, 1)

@@ -1,4 +1,4 @@
-"""A message in more forms than the hook can submit at once: nobody is lost, and nothing is deferred for ever."""
+"""A message in more forms than the hook can submit in one go: nobody is lost, and nothing is deferred for ever."""
 
 import json
 from collections.abc import Callable

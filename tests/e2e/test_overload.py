@@ -1,4 +1,4 @@
-"""More mail than the machine can scan: all of it is accepted or told to come again, and soon all is as before."""
+"""More mail than the machine can scan: all of it is accepted or deferred, and soon all is as before."""
 
 import time
 from pathlib import Path
@@ -39,10 +39,10 @@ def nothing_bad(outcome: Outcome, count: int) -> None:
     assert outcome.lost == set()
     assert outcome.doubled == set()
     assert {status for status in outcome.statuses.values() if status not in (0, *TEMPORARY)} == set()
-    assert [text for text in outcome.texts if not text.startswith("Z")] == [], "none may be refused for good"
+    assert [text for text in outcome.texts if not text.startswith("Z")] == [], "none may be refused permanently"
 
 
-def test_two_thousand_hooks_at_once(make_system, tmp_path: Path) -> None:
+def test_two_thousand_simultaneous_hooks(make_system, tmp_path: Path) -> None:
     """Two workers, a slow clamd, a short backlog: nothing lost, nothing refused, memory bounded, and soon over."""
     with Peer(tmp_path, slow(0.1, b"fd[10]: OK\0"), read_clamd, backlog=64) as clamd:
         settings = {
@@ -60,10 +60,10 @@ def test_two_thousand_hooks_at_once(make_system, tmp_path: Path) -> None:
     nothing_bad(outcome, HOOKS)
     deferred = HOOKS - len(outcome.accepted)
     busy = [text for text in outcome.texts if "content filter busy, please try again [" in text and "#4.3.2" in text]
-    assert len(busy) == deferred, "who is not accepted is told why"
+    assert len(busy) == deferred, "each deferral gives its reason"
     assert len(outcome.accepted) > HOOKS / 10, "work goes on meanwhile"
     assert (fresh.status, len(fresh.queued)) == (0, 1)
-    assert answered < 2.0, "back to normal at once"
+    assert answered < 2.0, "back to normal immediately"
     assert system.daemon.workers() == workers, "nobody died"
     peaks = [most_memory(pid) for pid in workers]
     assert max(peaks) < MEMORY
@@ -72,7 +72,7 @@ def test_two_thousand_hooks_at_once(make_system, tmp_path: Path) -> None:
     assert all(line["rule"].startswith("busy: ") and line["recipients"] for line in lines.values())
     shed = system.daemon.log("load.shed")
     assert bool(shed) == bool(deferred)
-    print(f"{HOOKS} hooks in {outcome.seconds:.1f} s, {deferred} told busy, fresh {answered:.2f} s, peak {peaks}")
+    print(f"{HOOKS} hooks in {outcome.seconds:.1f} s, {deferred} deferred, fresh {answered:.2f} s, peak {peaks}")
 
 
 def test_a_flood_from_one_network_does_not_delay_the_mail_of_others(make_system, tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_flood_from_one_network_does_not_delay_the_mail_of_others(make_system,
     assert max(took) < 2.5, f"{took}: behind 160 messages, 40 in a second, it would have been 4"
 
 
-def test_spamd_is_left_out_before_clamd_large_mail_first_and_the_signatures_never(make_system, tmp_path: Path) -> None:
+def test_spamd_is_skipped_before_clamd_large_mail_first_and_the_signatures_never(make_system, tmp_path: Path) -> None:
     answer = b"SPAMD/1.1 0 EX_OK\r\nSpam: False ; 0.0 / 5.0\r\n\r\n"
     with (
         Peer(tmp_path, slow(0.02, b"fd[10]: OK\0"), read_clamd, backlog=64) as clamd,

@@ -14,7 +14,7 @@ from lab.daemon import PACKAGE, Daemon
 from lab.hook import until
 
 NOBODY = b"a@elsewhere.example"
-OPEN = {"queue.sock"}  # whoever sends mail must reach it
+OPEN = {"queue.sock"}  # every sender of mail must reach it
 
 
 def readable_by_others(directory: Path) -> list[str]:

@@ -44,7 +44,7 @@ def test_one_part_that_fails_before_the_commit_undoes_all(system: System, point:
 
 
 def test_one_part_that_fails_after_the_commit_is_no_success(system: System) -> None:
-    """It cannot be undone any more, so the client must send again: twice is better than never."""
+    """It can no longer be undone, so the client must send again: twice is better than never."""
     d = system.deliver(PLAIN, *SPLIT, knobs={"at": "end", "when": "virus=clean", "exit": "53"})
     assert d.status == 53
     assert [q.envelope.recipients for q in d.queued] == [SPLIT[1:]]
@@ -170,7 +170,7 @@ def test_every_size_around_the_ways_that_bytes_take(system: System, to: tuple[by
 
 
 def test_a_mark_changes_the_subject_and_nothing_else(system: System) -> None:
-    """GTUBE makes it spam; the odd bytes stand in header and body."""
+    """GTUBE makes it spam; the odd bytes are in header and body."""
     head, _, gtube = SPAM.partition(b"\n\n")
     for name in ("NUL", "bare CR", "8-bit", "body without end"):
         odd = b"X-Odd: \xff\0\r!\n"

@@ -1,4 +1,4 @@
-"""What was kept can be let go, and passes the filter once it is forwarded."""
+"""Quarantined mail can be released, and passes the filter when it is forwarded."""
 
 import json
 import os
@@ -34,8 +34,8 @@ def released(system: System, tmp_path: Path) -> bytes:
     incident = next(e["incident"] for e in listed if e["sender"] == "kept@example.net")
     words = ("quarantine", "release", incident, "--queue", str(system.queue_program), "--yes")
     command(system, *words, env=standin.environ())
-    told = json.loads(command(system, "why", incident, "--json", env={}))["quarantine"]
-    assert [(done["by"] != "", done["to"]) for done in told["released"]] == [(True, ["user@protected.example"])]
+    facts = json.loads(command(system, "why", incident, "--json", env={}))["quarantine"]
+    assert [(done["by"] != "", done["to"]) for done in facts["released"]] == [(True, ["user@protected.example"])]
     (queued,) = standin.queued()
     assert queued.envelope.sender == b"kept@example.net"
     assert queued.envelope.recipients == (b"user@protected.example",)

@@ -41,7 +41,7 @@ def options(slow: Slow, **reuse: Any) -> dict[str, Any]:
 
 
 def given_up(system: System, slow: Slow, message: bytes, word: bytes = OK) -> Delivered:
-    """The first try: deferred. The scan goes on and comes to its end."""
+    """The first try: deferred. The scan continues to its end."""
     first = system.deliver(message)
     assert first.text.startswith("Z"), first
     assert not first.queued
@@ -52,7 +52,7 @@ def given_up(system: System, slow: Slow, message: bytes, word: bytes = OK) -> De
 
 
 def scan(system: System, count: int) -> dict[str, Any]:
-    """What the record of the ``count``-th message says of clamd."""
+    """clamd's part of the record of the ``count``-th message."""
     return next(s for s in system.daemon.wait_for("mail.done", count)[count - 1]["scans"] if s["scanner"] == "clamd")
 
 
@@ -95,8 +95,8 @@ def test_other_content_is_never_answered_from_memory(system: System, slow: Slow)
     assert len(slow.asked) == 4
 
 
-def test_what_stands_in_a_forged_received_field_is_looked_at(system: System, slow: Slow) -> None:
-    """What is not a host's name or a date is content."""
+def test_the_contents_of_a_forged_received_field_are_scanned(system: System, slow: Slow) -> None:
+    """Everything that is not a host name or a date is content."""
     given_up(system, slow, tried(MAIL, 1))
     forged = [
         tried(MAIL, 1).replace(b"mail.example.net", b"X5O!P%@AP"),
@@ -193,7 +193,7 @@ def test_every_worker_knows_it_and_a_new_one_does_not(make_system: Callable[...,
     system = make_system(**changed)
     given_up(system, slow, tried(MAIL, 1))
     for minute in range(2, 40):
-        hooks = [system.start_hook(tried(MAIL, minute)) for _ in range(10)]  # many at once reach every worker
+        hooks = [system.start_hook(tried(MAIL, minute)) for _ in range(10)]  # many simultaneous ones reach every worker
         assert {process.wait(60).status for process, _ in hooks} == {0}
         kept = [r["pid"] for r in system.records() if any(s.get("reused") == "kept" for s in r["scans"])]
         if len(set(kept)) == 2:
@@ -207,7 +207,7 @@ def test_every_worker_knows_it_and_a_new_one_does_not(make_system: Callable[...,
     assert len(slow.asked) == asked + 1
 
 
-def test_a_reload_keeps_the_memory_unless_clamd_is_configured_anew(system: System, slow: Slow) -> None:
+def test_a_reload_keeps_the_memory_unless_the_configuration_of_clamd_changes(system: System, slow: Slow) -> None:
     given_up(system, slow, tried(MAIL, 1))
     slow.thinks()
     system.daemon.reload()

@@ -58,7 +58,7 @@ def test_all_is_well_and_the_first_line_says_so(make_system: Callable[..., Syste
     assert "\x1b" not in done.stdout
 
 
-def test_a_stopped_clamd_is_told_with_since_and_consequence_and_is_well_again_when_it_is_back(
+def test_a_stopped_clamd_is_reported_with_since_and_consequence_and_is_healthy_again_when_it_is_back(
     make_system: Callable[..., System], lab_directory: Path, spamd: Spamd
 ) -> None:
     directory = lab_directory / f"own{os.getpid()}"
@@ -82,8 +82,8 @@ def test_a_stopped_clamd_is_told_with_since_and_consequence_and_is_well_again_wh
         assert "(bounces pass unchecked)" in first
         assert "runbook: clamd is down" in done.stdout
         assert "deferred: 1 by clamd: down" in done.stdout
-        time_told = backend(status(system)[1], "clamd")["since"]
-        assert abs(time_told - sick["since"]) < 2  # it does not begin anew with each look
+        printed = backend(status(system)[1], "clamd")["since"]
+        assert abs(printed - sick["since"]) < 2  # it does not restart with each look
         own.start()
         well = status_until(system, lambda s: s["ok"], seconds=15)  # no mail is needed for that
         assert (well["verdict"], backend(well, "clamd")["state"]) == ("mail is flowing", "well")
@@ -118,7 +118,7 @@ def test_a_stopped_spamd_lets_mail_pass_and_the_verdict_says_unchecked(
     assert command(system, "status").returncode == 1
 
 
-def test_the_oldest_message_and_its_worker_are_told(make_system: Callable[..., System], tmp_path: Path) -> None:
+def test_the_oldest_message_and_its_worker_are_shown(make_system: Callable[..., System], tmp_path: Path) -> None:
     with Peer(tmp_path, says_and_stays(b""), read_clamd) as peer:
         system = make_system(clamd=peer)
         process, _ = system.start_hook(mails.PLAIN, (VIRUS_ONLY,))
@@ -131,7 +131,7 @@ def test_the_oldest_message_and_its_worker_are_told(make_system: Callable[..., S
         process.kill()
 
 
-def test_hooks_that_wait_for_a_stuck_worker_are_told(make_system: Callable[..., System]) -> None:
+def test_hooks_that_wait_for_a_stuck_worker_are_reported(make_system: Callable[..., System]) -> None:
     system = make_system()
     (worker,) = system.daemon.workers()
     os.kill(worker, signal.SIGSTOP)
@@ -144,7 +144,7 @@ def test_hooks_that_wait_for_a_stuck_worker_are_told(make_system: Callable[..., 
     assert [system.delivered(process.wait(), standin).status for process, standin in waiting] == [0, 0, 0]
 
 
-def test_a_configuration_that_is_not_in_force_is_told(make_system: Callable[..., System]) -> None:
+def test_a_configuration_that_is_not_in_force_is_reported(make_system: Callable[..., System]) -> None:
     system = make_system()
     system.daemon.write_config(system.daemon.config.read_text() + "[nonsense]\n")
     system.daemon.reload()
@@ -155,7 +155,7 @@ def test_a_configuration_that_is_not_in_force_is_told(make_system: Callable[...,
     assert "runbook: A new configuration is refused" in done.stdout
 
 
-def test_without_a_daemon_the_remedy_is_told(make_system: Callable[..., System]) -> None:
+def test_without_a_daemon_the_remedy_is_shown(make_system: Callable[..., System]) -> None:
     system = make_system()
     assert system.daemon.stop() == 0
     done = command(system, "status")

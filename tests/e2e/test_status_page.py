@@ -24,15 +24,15 @@ def test_decisions_of_real_messages_are_shown_with_their_story(
     where = address(system.daemon)
     browser.open(f"http://{where}/")
     browser.wait("document.querySelector('#held').textContent.includes('No decision since')")
-    told = [system.deliver(message).text for message in (PLAIN, SPAM, VIRUS)]
+    answers = [system.deliver(message).text for message in (PLAIN, SPAM, VIRUS)]
     browser.wait("document.querySelectorAll('details').length === 3")  # it asks again by itself
     virus = browser.text("details")  # the newest is on top
     assert "refused" in virus
     assert "clamd: " in virus
     browser.evaluate("document.querySelector('summary').click()")
     story = browser.text("details[open] dl")
-    assert told[2].startswith("D")
-    assert told[2][1:] in story
+    assert answers[2].startswith("D")
+    assert answers[2][1:] in story
     assert "reject: the message is refused permanently; rule: clamd: " in story
     assert system.daemon.wait_for("mail.done", 3)[2]["id"] in story
     assert browser.text("#sums").replace("\n", " ").startswith("messages 3 ")
@@ -45,7 +45,7 @@ def test_decisions_of_real_messages_are_shown_with_their_story(
     assert browser.console == []
 
 
-def test_a_sick_backend_is_told_and_so_is_a_dead_daemon(make_system, browser: Browser) -> None:
+def test_a_sick_backend_is_answers_and_so_is_a_dead_daemon(make_system, browser: Browser) -> None:
     with socket.create_server(("127.0.0.1", 0)) as nobody:
         sick = f"tcp:127.0.0.1:{nobody.getsockname()[1]}"
     system = make_system(settings=PAGE | {"clamd": {"backends": [sick]}})

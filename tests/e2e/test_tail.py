@@ -1,4 +1,4 @@
-"""``contentfilter tail`` on the real system: what it prints, what it leaves out, and how it ends."""
+"""``contentfilter tail`` on the real system: what it prints, what it omits, and how it ends."""
 
 import json
 import os
@@ -163,7 +163,7 @@ def test_nothing_that_a_sender_wrote_drives_the_terminal(follow: Callable[..., t
     assert max(map(len, follower.lines)) <= 400
 
 
-def test_without_a_daemon_it_ends_at_once_with_the_remedy(make_system: Callable[..., System]) -> None:
+def test_without_a_daemon_it_ends_immediately_with_the_remedy(make_system: Callable[..., System]) -> None:
     system = make_system()
     assert system.daemon.stop() == 0
     for command in ("tail", "top"):

@@ -98,7 +98,7 @@ def make(make_system: Make, db: MariaDb, sql_spamd: Spamd, tmp_path: Path) -> Ma
 
 
 def asked(spamd: Spamd, work: Callable[[], Delivered]) -> tuple[Delivered, list[str]]:
-    """What came of it, and for whom spamd was asked meanwhile."""
+    """Outcome, and the users whose preferences spamd read meanwhile."""
     before = len(spamd.users())
     done = work()
     return done, sorted(spamd.users()[before:])
@@ -265,14 +265,14 @@ def test_explain_tells_whose_preferences_hold(make: Make, tmp_path: Path) -> Non
     words = ["--config", str(system.daemon.config), "explain", "--json", str(tmp_path / "mail")]
     recipients = ("strict@x.example", "b@strict.example", "a@plain.example")
     words += [word for address in recipients for word in ("--recipient", address)]
-    told = json.loads(CliRunner().invoke(cli, words, catch_exceptions=False).stdout)["story"]
+    story = json.loads(CliRunner().invoke(cli, words, catch_exceptions=False).stdout)["story"]
     whose = {"strict@x.example": "strict@x.example", "b@strict.example": "@strict.example"}
     for recipient, owner in whose.items():
         assert any(
             stage == "recipients" and text.startswith(recipient) and f"by the preferences of {owner}" in text
-            for stage, text in told
+            for stage, text in story
         )
         assert any(
-            stage == "spamd" and text.startswith(f"by the preferences of {owner}: found") for stage, text in told
+            stage == "spamd" and text.startswith(f"by the preferences of {owner}: found") for stage, text in story
         )
-    assert any(stage == "spamd" and text.startswith("clean, 3 of 20 points") for stage, text in told)
+    assert any(stage == "spamd" and text.startswith("clean, 3 of 20 points") for stage, text in story)

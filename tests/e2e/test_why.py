@@ -28,7 +28,7 @@ def command(system: System, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def why(system: System, *words: str) -> Any:
-    """What the journal says, once it says something."""
+    """Output of ``why``, as soon as the journal has the message."""
     end = time.monotonic() + WAIT
     while (done := command(system, "why", *words, "--json")).returncode:
         assert done.returncode == 1, done.stderr
@@ -66,7 +66,7 @@ def untimed(story: list[list[str]]) -> list[list[str]]:
 def test_why_tells_what_explain_tells(system: System, tmp_path: Path, message: bytes, recipients: list[bytes]) -> None:
     before = len(system.records())
     delivered = system.deliver(message, *recipients)
-    told = why(system, last(system, before + 1))
+    facts = why(system, last(system, before + 1))
     (tmp_path / "message").write_bytes(message)
     words = [word for name, value in SMTP.items() for word in ("--env", f"{name}={value}")]
     words += [word for recipient in recipients for word in ("--recipient", recipient.decode())]
@@ -74,11 +74,11 @@ def test_why_tells_what_explain_tells(system: System, tmp_path: Path, message: b
         system, "explain", "--json", "--sender", "sender@example.net", *words, str(tmp_path / "message")
     )
     expected = json.loads(explained.stdout)
-    assert untimed(told["story"]) == untimed(expected["story"])
-    assert len(told["story"]) >= 6
-    assert told["text"] == delivered.text.lstrip("DZ") == expected["text"].replace("[explain]", f"[{told['id']}]")
+    assert untimed(facts["story"]) == untimed(expected["story"])
+    assert len(facts["story"]) >= 6
+    assert facts["text"] == delivered.text.lstrip("DZ") == expected["text"].replace("[explain]", f"[{facts['id']}]")
     for name in ("sender", "recipients", "recipient_count", "decision", "reason", "rule", "size", "remote", "origin"):
-        assert told[name] == expected[name], name
+        assert facts[name] == expected[name], name
 
 
 def test_the_text_that_the_client_got_is_enough(system: System) -> None:
@@ -119,9 +119,9 @@ def test_the_report_of_a_split_message_completes_its_story(system: System) -> No
     incident = last(system, before + 1)
     system.daemon.wait_for("mail.report", where=lambda line: line["id"] == incident)
     end = time.monotonic() + WAIT
-    while (told := why(system, incident))["report"] is None:
+    while (facts := why(system, incident))["report"] is None:
         assert time.monotonic() < end
-    assert told["report"] == ["0+", "0+", "0+"]
+    assert facts["report"] == ["0+", "0+", "0+"]
     assert "all 3 submissions were queued" in command(system, "why", incident).stdout
 
 

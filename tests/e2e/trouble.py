@@ -1,4 +1,4 @@
-"""What the tests of bad days share: who is killed, what is still open, mail that keeps coming."""
+"""Shared by the tests of bad days: kills, open descriptors, and a continuous stream of mail."""
 
 import contextlib
 import itertools
@@ -29,13 +29,13 @@ def kill_everything(daemon: Daemon) -> None:
 
 
 def waiting_in(daemon: Daemon, peer: Peer, count: int = 1) -> None:
-    """Until the daemon has put so many questions to a scanner that does not answer: it holds messages."""
+    """Wait until ``count`` requests have reached a scanner that does not answer: the daemon holds messages."""
     until(lambda: len(peer.seen) >= count, "no question reached the scanner")
     assert daemon.workers()
 
 
 def targets(pid: int) -> list[str]:
-    """What the descriptors of a process point to. A container may not let root see those of other users' processes."""
+    """Targets of the descriptors of a process. A container may not let root see those of other users' processes."""
     found = []
     try:
         for entry in Path(f"/proc/{pid}/fd").iterdir():
@@ -63,7 +63,7 @@ def own_memory(daemon: Daemon) -> int:
 
 @contextlib.contextmanager
 def watched(look: Callable[[], int]) -> Iterator[list[int]]:
-    """What ``look`` said all the time while the block ran."""
+    """Results of ``look`` while the block ran."""
     seen: list[int] = [look()]
     over = threading.Event()
 
@@ -103,10 +103,10 @@ class Load:
             thread.join()
 
     def more(self, count: int = 10) -> None:
-        """Until so many further messages came to their end."""
+        """Wait until ``count`` further messages have ended."""
         with self._news:
             goal = len(self.results) + count
-            assert self._news.wait_for(lambda: len(self.results) >= goal, 60), "the mail stands still"
+            assert self._news.wait_for(lambda: len(self.results) >= goal, 60), "mail does not move"
 
     def _send(self, number: int) -> None:
         for count in itertools.count():

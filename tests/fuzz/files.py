@@ -1,4 +1,4 @@
-"""Targets: what stands in files. Tables, controls, rule lists, settings, the quarantine's sidecars, queue.conf."""
+"""Targets: contents of files. Tables, controls, rule lists, settings, the quarantine's sidecars, queue.conf."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from contentfilter.tables.rows import TABLES, parse_table, row_text
 
 
 def readable_problems(problems: tuple[Problem, ...]) -> None:
-    """What a log or a terminal shows: one line each, not without end."""
+    """Texts for a log or a terminal: one line each, bounded."""
     for problem in problems:
         assert problem.text.isprintable(), problem.text[:200]
         assert len(problem.text) < 2000
@@ -41,7 +41,7 @@ def table(data: bytes) -> None:
 
 
 def controls(data: bytes) -> None:
-    """control/options: every value within its limits, whatever stands there."""
+    """control/options: every value within its limits, whatever the file contains."""
     taken = _Taken()
     readable_problems(taken.options("options", data))
     for parameter in PARAMETERS:

@@ -28,7 +28,7 @@ class HookParsers:
         return status, used.value
 
     def answer(self, packet: bytes, body: bytes | None, message_size: int) -> str | None:
-        """What it reads in an answer; None where it takes it for no answer."""
+        """The answer as the hook reads it; None if it rejects it."""
         out = ctypes.create_string_buffer(ROOM)
         size = len(body or b"")
         good = self.library.parse_answer(

@@ -59,7 +59,7 @@ def finds(message: bytes) -> bool:
 
 
 def decoders(data: bytes) -> None:
-    """What encoders write is read back wherever it stands; and any bytes are decoded to no more than they can hold."""
+    """Output of encoders is read back at any position, and any bytes are decoded to no more than they can hold."""
     for decode in (decoding.base64, decoding.quoted, decoding.uuencode, decoding.raw, decoding.yenc):
         assert len(b"".join(decode(data, 0, len(data), FREE))) <= 63 * (len(data) + 1)
     assert len(b"".join(decoding.binhex(data, 0, len(data), FREE))) <= 256 * (len(data) + 1)
@@ -99,7 +99,7 @@ def header_lines(data: bytes) -> None:
 
 
 def corrected(message: bytes, tag: bytes) -> tuple[bytes, int]:
-    """What goes in front of the message, and how many of its bytes that replaces."""
+    """Bytes that precede the message, and the number of its own bytes that they replace."""
     missing, changes = headers.correct(message, ALL, tag)
     header, skip = headers.changed_block(message, changes) if changes else (b"", 0)
     return missing + header, skip

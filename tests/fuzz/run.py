@@ -43,7 +43,7 @@ def compiled(name: str) -> str:
 
 
 def run(name: str, seconds: int) -> bool:
-    """Whether it went without a finding."""
+    """True if it ended without a finding."""
     learned, findings = WORK / "learned" / name, WORK / "findings" / name
     for directory in (learned, findings):
         directory.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""Where fuzzing starts: a few legal inputs for each target, made by the product's own encoders.
+"""Seeds: a few legal inputs for each target, made by the product's own encoders.
 
-What fuzzing itself came upon stands in corpus/: inputs that reach what these don't, and every finding.
+Inputs found by fuzzing are in corpus/: those that reach further branches, and every finding.
 """
 
 from collections.abc import Mapping
@@ -125,7 +125,7 @@ def seeds() -> Mapping[str, list[bytes]]:
 
 
 def corpus(target: str) -> list[bytes]:
-    """What fuzzing kept for this target: one input for each new branch, and every finding."""
+    """Corpus of this target: one input for each new branch, and every finding."""
     return [path.read_bytes() for path in sorted((CORPUS / target).glob("*"))]
 
 

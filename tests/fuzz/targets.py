@@ -1,4 +1,4 @@
-"""What hostile bytes may never do: one function for each format, which takes any bytes and asserts.
+"""Fuzz targets: one function for each format, which takes any bytes and asserts.
 
 Three things are looked at beside "only the documented errors": what was read can be written and read again, two
 readers of one format agree (the hook's in C and the daemon's in Python; one feed and many), and what people or a

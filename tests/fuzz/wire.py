@@ -63,14 +63,14 @@ def answer(data: bytes) -> None:
         return
     if body == b"":  # nothing to map
         return
-    assert said == told(read)
+    assert said == described(read)
     printable(read.text)
     encoded = hook.encode_answer(read)
     assert hook.decode_answer(encoded.packet, encoded.body) == read
     assert hook_parsers().answer(encoded.packet, encoded.body, 1000) == said
 
 
-def told(read: hook.Answer) -> str:
+def described(read: hook.Answer) -> str:
     """An answer as hook_parsers.c writes it down."""
     lines = [f"{hook.ACTION_CODES[read.action]} {hook.REASON_CODES[read.reason]} {read.text}\n"]
     for submission in read.submissions:
@@ -131,7 +131,7 @@ def clamd_answer(data: bytes) -> None:
 
 
 def outcome(reader: Any, data: bytes, size: int) -> object:
-    """What the reader says in the end; an error as its text."""
+    """Final result of the reader; an error as its text."""
     try:
         for piece in pieces(data, size):
             event = reader.feed(piece)
@@ -144,7 +144,7 @@ def outcome(reader: Any, data: bytes, size: int) -> object:
 
 
 def refusal(name: str) -> None:
-    """What the SMTP client is told about a finding of that name fits into the hook's answer."""
+    """The SMTP reply about a finding of that name fits into the hook's answer."""
     found = Match(RecipientAction.REJECT, Reason.VIRUS, "clamd", ScanOutcome(Scanner.CLAMD, ScanStatus.FOUND, name))
     text = text_for(Decision(Action.REJECT, Reason.VIRUS, "clamd", found), "0123456789abcdef")
     assert hook.encode_answer(hook.Answer(Action.REJECT, Reason.VIRUS, text)).body is None
@@ -178,7 +178,7 @@ def spam_fields(block: bytes) -> None:
 
 
 def frame(data: bytes) -> None:
-    """Frames of the bus, from whoever has the socket."""
+    """Frames of the bus, from any process that can open the socket."""
     for decoder in (messages.REPORTS, messages.OVERRIDES, messages.COMMANDS, messages.QUESTIONS, messages.REPLIES):
         try:
             read = messages.decode(b"\x01" + data, decoder)

@@ -84,7 +84,7 @@ def test_levels_below_the_wanted_one_are_not_written(target: tuple[int, Path]) -
     assert [json.loads(line)["level"] for line in lines(target[1])] == ["warning"]
 
 
-def test_an_exception_stands_in_the_line(target: tuple[int, Path]) -> None:
+def test_an_exception_is_in_the_line(target: tuple[int, Path]) -> None:
     log = make_logger("json", "info", target[0])
     try:
         raise ValueError("x" * 10)

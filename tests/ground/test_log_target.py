@@ -1,4 +1,4 @@
-"""Where lines go: journald's severities, the local syslogd with its facility, and never a wait."""
+"""Log targets: journald's severities, the local syslogd with its facility, and never a wait."""
 
 import os
 import re
@@ -28,7 +28,7 @@ class Syslogd:
         return found
 
 
-class Kept:
+class Collected:
     """A target that keeps what it gets."""
 
     lost = 0
@@ -67,7 +67,7 @@ def test_a_syslog_line_has_facility_severity_time_name_and_pid(
     facility: str, level: str, number: int, path: Path
 ) -> None:
     syslogd = Syslogd(path)
-    Syslog(str(path), facility, Kept()).write(b'{"event":"x"}\n', level)
+    Syslog(str(path), facility, Collected()).write(b'{"event":"x"}\n', level)
     (line,) = syslogd.lines()
     form = rb"<(\d+)>[A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d contentfilter\[(\d+)\]: (.*)"
     match = re.fullmatch(form, line, re.DOTALL)
@@ -80,7 +80,7 @@ def test_every_facility_that_sysfacility_may_name_is_known() -> None:
 
 
 def test_a_syslogd_that_was_restarted_gets_the_next_line(path: Path) -> None:
-    instead = Kept()
+    instead = Collected()
     syslog, first = Syslog(str(path), "", instead), Syslogd(path)
     syslog.write(b"one\n", "info")
     assert len(first.lines()) == 1
@@ -93,7 +93,7 @@ def test_a_syslogd_that_was_restarted_gets_the_next_line(path: Path) -> None:
 
 
 def test_a_restart_between_two_lines_loses_none(path: Path) -> None:
-    instead = Kept()
+    instead = Collected()
     syslog, first = Syslog(str(path), "", instead), Syslogd(path)
     syslog.write(b"one\n", "info")
     first.socket.close()
@@ -104,7 +104,7 @@ def test_a_restart_between_two_lines_loses_none(path: Path) -> None:
 
 
 def test_a_syslogd_that_does_not_read_is_not_waited_for(path: Path) -> None:
-    instead = Kept()
+    instead = Collected()
     syslogd, syslog = Syslogd(path), Syslog(str(path), "", instead)
     for _ in range(5_000):
         syslog.write(b"x" * 500 + b"\n", "info")
@@ -115,7 +115,7 @@ def test_a_syslogd_that_does_not_read_is_not_waited_for(path: Path) -> None:
     assert syslogd.lines()[0].endswith(b" again"), "it goes on when there is room"
 
 
-def test_lines_that_get_nowhere_are_counted_and_told(path: Path) -> None:
+def test_lines_that_get_nowhere_are_counted_and_reported(path: Path) -> None:
     reader, writer = os.pipe()
     log = make_logger("json", "info", Syslog(str(path), "", Stream(writer)))
     os.close(reader)

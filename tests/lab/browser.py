@@ -131,11 +131,11 @@ class Browser:
         raise TimeoutError(f"never true: {expression}; the page says:\n{self.text()}\n{self.console}")
 
     def text(self, selector: str = "body") -> str:
-        """What stands on the screen."""
+        """Visible text."""
         return str(self.evaluate(f"document.querySelector({json.dumps(selector)})?.innerText ?? ''"))
 
     def look(self, *, dark: bool = False, width: int = 1200, height: int = 900) -> None:
-        """How whoever sits there likes it."""
+        """Media preferences of the user."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         narrow = width < 600
@@ -148,12 +148,12 @@ class Browser:
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, **_KEYS.get(key, {}))
 
     def screenshot(self, *, whole: bool = False) -> bytes:
-        """What is to be seen now, or the whole page, as PNG."""
+        """Screenshot of the visible part, or of the whole page, as PNG."""
         found = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         return base64.b64decode(found["data"])
 
     def colours(self, png: bytes) -> dict[str, int]:
-        """How many pixels have each colour (``#rrggbb``). The browser itself decodes the picture."""
+        """Number of pixels of each colour (``#rrggbb``). The browser itself decodes the picture."""
         found: dict[str, int] = self.evaluate(_COLOURS % base64.b64encode(png).decode())
         return found
 

@@ -1,7 +1,7 @@
 """A real clamd with a few signatures of its own: up in a tenth of a second, on a Unix socket and on TCP.
 
 The signatures match test strings that are put together when the daemon starts, so that no virus
-scanner stops at these files. Each one stands for a class of findings.
+scanner stops at these files. Each one represents a class of findings.
 """
 
 import shutil

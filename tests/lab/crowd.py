@@ -1,4 +1,4 @@
-"""Very many hooks at once: each message has a number, and what became of it is told by number."""
+"""Very many simultaneous hooks. Each message has a number, and outcomes are counted by number."""
 
 import contextlib
 import fcntl
@@ -43,7 +43,7 @@ class Outcome:
 
     @property
     def doubled(self) -> set[int]:
-        """Twice, or queued though the client was told to come again."""
+        """Twice, or queued although the client was asked to retry."""
         return {n for n, count in self.queued.items() if count > 1 or self.statuses[n] != 0}
 
 

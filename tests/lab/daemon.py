@@ -136,7 +136,7 @@ class Daemon:
         return self
 
     def command(self) -> tuple[list[str], dict[str, str]]:
-        """What :meth:`start` runs, and its environment."""
+        """Command line of :meth:`start`, and its environment."""
         environ = {**os.environ, "NOTIFY_SOCKET": str(self.directory / "notify.sock"), **self._environ}
         watched = str(Path(__file__).with_name("watched")) if watchdog.REPORT in environ else ""
         paths = (watched, environ.get("PYTHONPATH", ""), str(PACKAGE))

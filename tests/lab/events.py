@@ -1,4 +1,4 @@
-"""What the source says about its log lines: every call of a logger with its event, its level and its fields.
+"""Log lines as the source has them: every call of a logger with its event, its level and its fields.
 
 As a program it brings the tables in docs/logs.md and the events in etc/log-schema.json up to date:
 ``PYTHONPATH=.:tests python -m lab.events``. New fields are described in the schema by hand.
@@ -23,7 +23,7 @@ LEVELS = ("debug", "info", "warning", "error", "exception")
 
 @dataclass
 class Said:
-    """All that is said about one event."""
+    """Levels and fields of one event."""
 
     levels: set[str] = field(default_factory=set)
     fields: set[str] = field(default_factory=set)
@@ -31,7 +31,7 @@ class Said:
 
 
 def said() -> dict[str, Said]:
-    """By event. Its name stands in a call, of a logger or of what makes the event, and is never put together."""
+    """By event. Its name is a literal in a call that logs or makes the event, and is never assembled."""
     found: dict[str, Said] = {}
     for path in sorted(Path(contentfilter.__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -75,7 +75,7 @@ for _when, _also in (("begin", set()), ("active", {"left"}), ("end", {"ended"}))
 
 
 def fields_of(event: str, source: dict[str, Said]) -> set[str]:
-    """All that a line of that event may have beside the common fields."""
+    """Fields that a line of that event may have beside the common ones."""
     return source.get(event, Said()).fields | MORE.get(event, set())
 
 

@@ -67,7 +67,7 @@ class HookResult:
     status: int  # negative: the signal that ended it
     pid: int
     stderr: bytes
-    texts: dict[int, bytes]  # what stood in the pipes (and files) that were given as descriptors
+    texts: dict[int, bytes]  # contents of the pipes and files that were given as descriptors
 
 
 class HookProcess:
@@ -213,7 +213,7 @@ Reply = wire.Answer | Raw | Literal["close", "silent"]
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What the hook sent, and what is known about it."""
+    """Request of the hook, and the facts about its sender."""
 
     request: wire.Request
     message: bytes  # the first MiB
@@ -244,7 +244,7 @@ def sealed(body: bytes) -> int:
 
 
 class FakeDaemon:
-    """Answers the n-th offer with the n-th reply; the last one stands for all that follow."""
+    """Answers the n-th offer with the n-th reply; the last one is repeated."""
 
     def __init__(
         self,
@@ -289,7 +289,7 @@ class FakeDaemon:
             connection.close()
 
     def wait(self, offers: int = 0, reports: int = 0) -> None:
-        """Until so many came in."""
+        """Wait until ``offers`` requests and ``reports`` reports have arrived."""
         with self._changed:
             done = self._changed.wait_for(lambda: len(self.offers) >= offers and len(self.reports) >= reports, FINAL)
         assert done, f"{len(self.offers)} offers and {len(self.reports)} reports after {FINAL} s"

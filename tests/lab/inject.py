@@ -27,7 +27,7 @@ def build(directory: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What went wrong where. ``how``: a name of ERRORS, ``short`` or ``kill``."""
+    """One injected fault. ``how``: a name of ERRORS, ``short`` or ``kill``."""
 
     number: int
     how: str
@@ -104,7 +104,7 @@ class Bench:
         try:
             result = process.wait()
             poll = select.poll()
-            poll.register(everybody, 0)  # the end of the last one is told unasked
+            poll.register(everybody, 0)  # the end of the last one is reported without asking
             assert poll.poll(hook_lab.FINAL * 1000), f"{fault}: something that the hook started is still there"
         finally:
             os.close(everybody)

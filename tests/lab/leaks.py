@@ -11,7 +11,7 @@ SETTLE = 2.0  # seconds
 
 
 def descriptors() -> list[str]:
-    """What every open descriptor of this process points to, sockets and pipes by their number."""
+    """Targets of all open descriptors of this process, sockets and pipes by their number."""
     found = []
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):

@@ -102,7 +102,7 @@ Talk = Callable[[Peer, socket.socket], None]
 
 
 def read_clamd(sock: socket.socket) -> bytes:
-    """A whole clamd command: with FILDES also the descriptor (closed at once), with INSTREAM all chunks."""
+    """A whole clamd command: with FILDES also the descriptor (closed immediately), with INSTREAM all chunks."""
     data, ancillary, _, _ = sock.recvmsg(65_536, socket.CMSG_SPACE(16))
     for _, _, raw in ancillary:
         fds = array.array("i", raw)
@@ -206,7 +206,7 @@ def floods(start: bytes, block: bytes) -> Talk:
 
 
 def closes() -> Talk:
-    """Accepts and closes at once, the question unread."""
+    """Accepts and closes immediately, with the question unread."""
 
     def talk(peer: Peer, sock: socket.socket) -> None:
         return

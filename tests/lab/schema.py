@@ -1,4 +1,4 @@
-"""Whether a log line is as etc/log-schema.json has it: the few words of JSON Schema that the file uses.
+"""Validator for etc/log-schema.json: the few keywords of JSON Schema that the file uses.
 
 Stricter in one point: a field that the schema does not name is wrong.
 """

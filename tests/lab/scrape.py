@@ -31,7 +31,7 @@ def get(address: str, path: str, **headers: str) -> tuple[int, str]:
 
 
 def address(daemon: lab.daemon.Daemon) -> str:
-    """Where a daemon with HTTP answers."""
+    """Address of a daemon with HTTP."""
     where: str = daemon.wait_for("http.ready")[-1]["address"]
     return where
 
@@ -57,7 +57,7 @@ class Samples(dict[tuple[str, frozenset[tuple[str, str]]], float]):
         return sum(v for (n, found), v in self.items() if n == f"contentfilter_{name}" and wanted <= found)
 
     def counts(self, name: str, *labels: str) -> dict[tuple[str, ...], float]:
-        """What is not zero, by these labels."""
+        """Values other than zero, by these labels."""
         found: dict[tuple[str, ...], float] = {}
         for (n, series), value in self.items():
             if n == f"contentfilter_{name}" and value:
@@ -83,7 +83,7 @@ def scrape_until(daemon: lab.daemon.Daemon, true: Callable[[Samples], bool]) -> 
 
 
 def promtool(*arguments: str | Path, text: str | None = None) -> str:
-    """What it says; raises with that when it finds a fault."""
+    """Output of promtool. Raises AssertionError with it for a fault."""
     program = find_program("promtool", "prometheus")
     done = subprocess.run([program, *arguments], input=text, capture_output=True, text=True, timeout=60, check=False)
     said = done.stdout + done.stderr

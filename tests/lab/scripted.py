@@ -37,7 +37,7 @@ SPAMD_FAULTS = {
 
 
 def script(message: bytes) -> dict[str, str]:
-    """What the message says that the scanners shall say."""
+    """Script of the scanners in the message's header."""
     found = re.search(rb"^X-Test: (.*)$", message, re.MULTILINE)
     return dict(word.rpartition("=")[::2] for word in found.group(1).decode().split()) if found else {}
 
@@ -51,7 +51,7 @@ def spam_fields(score: float, threshold: float) -> bytes:
 
 
 def wrapped(message: bytes, score: float, threshold: float) -> bytes:
-    """What PROCESS makes of a message: spam goes into a report, as with report_safe."""
+    """Message as PROCESS returns it: spam goes into a report, as with report_safe."""
     fields = spam_fields(score, threshold)
     if score < threshold:
         head, _, body = message.partition(b"\n\n")

@@ -51,7 +51,7 @@ class Standin:
         """All complete submissions, in the order in which their processes were started."""
         paths = sorted(self.directory.glob("*.msg"), key=lambda path: path.stat().st_mtime_ns)
         found = [self._read(path) for path in paths]
-        most = int(Path("/proc/sys/kernel/pid_max").read_text())  # after which the numbers begin anew
+        most = int(Path("/proc/sys/kernel/pid_max").read_text())  # after which the numbers restart
         return sorted(found, key=lambda queued: (queued.pid - found[0].ppid) % most)
 
     def leftovers(self) -> list[str]:
@@ -59,7 +59,7 @@ class Standin:
         return sorted(path.name for path in self.directory.glob("*.tmp"))
 
     def stalled(self) -> list[int]:
-        """Processes that stand still because of the knob STALL."""
+        """Processes that the knob STALL holds."""
         return [int(path.stem) for path in self.directory.glob("*.stalled")]
 
     def _read(self, message: Path) -> Queued:

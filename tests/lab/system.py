@@ -28,7 +28,7 @@ SMTP = {"PROTO": "TCP", "TCPREMOTEIP": "192.0.2.7", "TCPREMOTEHOST": "mail.examp
 
 @dataclass(frozen=True, slots=True)
 class Delivered:
-    """What one message came to: the hook's status, its text, and what the stand-in queued."""
+    """Outcome of one message: the hook's status, its text, and what the stand-in queued."""
 
     status: int
     text: str
@@ -142,8 +142,8 @@ class System:
         self.daemon.__enter__()
         return self
 
-    def __exit__(self, *trouble: Any) -> None:
-        self.daemon.__exit__(*trouble)
+    def __exit__(self, *error: Any) -> None:
+        self.daemon.__exit__(*error)
 
 
 @contextmanager

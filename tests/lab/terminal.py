@@ -18,7 +18,7 @@ def run(arguments: list[str], environ: dict[str, str]) -> tuple[bytes, bytes]:
         while True:
             try:
                 shown += os.read(ours, 65536)
-            except OSError:  # EIO: nobody has the other end any more
+            except OSError:  # EIO: the other end is closed
                 break
         os.close(ours)
         assert process.stdout is not None

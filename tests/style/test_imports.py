@@ -1,4 +1,4 @@
-"""Who may import whom, and that importing does nothing: read from the syntax trees, nothing is run."""
+"""Allowed imports between rooms, and no effects of an import: read from the syntax trees, nothing is run."""
 
 import ast
 import builtins
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from style.tree import PACKAGE, Module, modules
 
 # The rooms, lowest first, and the rooms that each may import from. A file at the top of the package is ground, except
-# for the pipeline. An arrow that is not in this table fails, and so does an entry that no import needs any more.
+# for the pipeline. An arrow that is not in this table fails, and so does an entry that no import needs.
 ROOMS: dict[str, str] = {
     "ground": "",
     "wire": "ground",
@@ -51,7 +51,7 @@ COMPUTES = {"socket.CMSG_SPACE", "socket.CMSG_LEN"}  # the exceptions: arithmeti
 
 
 def imports(module: Module) -> Iterator[tuple[ast.stmt, str]]:
-    """Each import with the full name of the module that it brings in, wherever in the file it stands."""
+    """Each import with the full name of the module that it brings in, wherever it is in the file."""
     for node in ast.walk(module.tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -149,7 +149,7 @@ def test_formats_and_decisions_do_no_io() -> None:
 
 
 def run_at_import(tree: ast.Module) -> Iterator[ast.AST]:
-    """What runs when the module is imported: all but the bodies of functions and the main block."""
+    """Statements that run when the module is imported: all but the bodies of functions and the main block."""
     todo: list[ast.AST] = list(tree.body)
     while todo:
         node = todo.pop()

@@ -37,7 +37,7 @@ def test_who_has_everything_hears_nothing() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_an_ordinary_user_is_told_what_to_install(bare: str) -> None:
+def test_an_ordinary_user_reads_what_to_install(bare: str) -> None:
     done = prepare("packages", "setup", PATH=bare)
     assert done.returncode == 1
     assert "missing packages: gcc musl-tools" in done.stderr

@@ -1,4 +1,4 @@
-"""What the repository says about itself is true: versions, commands, links, sizes, and no trace of one machine."""
+"""The repository describes itself correctly: versions, commands, links, sizes, and no trace of one machine."""
 
 import importlib.metadata
 import os
@@ -181,7 +181,7 @@ def prose(path: Path) -> str:
 
 
 def code(path: Path) -> Iterator[str]:
-    """What stands in back quotes or in a block: what a reader may type."""
+    """Text in back quotes or in a block: what a reader may type."""
     text = path.read_text()
     for block in re.findall(r"^```.*?\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
         yield from block.splitlines()

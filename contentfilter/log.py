@@ -146,7 +146,7 @@ def make_logger(style: Literal["json", "logfmt"], level: str, target: Target | i
 
 
 def _structlog() -> Any:
-    """The library without rich, which its console renderer would load: 50 ms and 9 MiB in each process."""
+    """The library without rich, which its console renderer would load: 50 ms and 4 MiB in each process."""
     blocked = "rich" not in sys.modules
     if blocked:
         sys.modules["rich"] = None  # type: ignore[assignment]  # importing it raises ImportError, which is handled

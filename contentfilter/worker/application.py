@@ -73,7 +73,7 @@ class Application:
         except EnvelopeError as error:  # the hook checks it too: the client is another program
             self._context.log.warning("intake.bad-envelope", id=job.incident, why=str(error))
             return deferral("the envelope is malformed", job.incident)
-        if (mark := self._canary(job)) is not None:
+        if (mark := self._canary(job, envelope)) is not None:
             return await self._answer_canary(mark, job)
         disposition, record, detail = await self._bundle.pipeline.handle(
             job.incident, envelope, job.message, job.origin, job.deadline, job.request.attempt
@@ -108,9 +108,9 @@ class Application:
         context = self._bundle.pipeline.unopened(offered.incident, envelope, offered.origin, size, rule)
         self._emit(make_record(context, offered.request.attempt, seconds), make_detail(context, answer.text))
 
-    def _canary(self, job: AcceptedMessage) -> CanaryMark | None:
-        """The mark of a sample that our own supervisor sent; None for mail."""
-        if job.origin.uid != self._uid or job.origin.remote_ip:
+    def _canary(self, job: AcceptedMessage, envelope: Envelope) -> CanaryMark | None:
+        """The mark of a sample that our own supervisor sent; None for mail, which has a recipient."""
+        if job.origin.uid != self._uid or job.origin.remote_ip or envelope.sender or envelope.recipients:
             return None
         return recognise(job.request.environ, self._secret, job.message.data, time.time())
 

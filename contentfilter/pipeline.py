@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple, ParamSpec, TypeVar
 
 import msgspec
@@ -47,15 +48,15 @@ from contentfilter.scanners.spamd import SpamdScanner
 from contentfilter.settings import Settings
 from contentfilter.store.poison import keep_poison
 from contentfilter.store.quarantine import Quarantine
-from contentfilter.store.release import released
+from contentfilter.store.release_token import UsedTokens, has_token, verify
 from contentfilter.verdict.context import MessageContext
 from contentfilter.verdict.disposition import Disposition
+from contentfilter.verdict.headers import HEADER_LIMIT, exceeds_limit, is_long
 from contentfilter.verdict.record import MailDetail, MailRecord, fields, make_detail, make_record, quarantine_facts
 from contentfilter.verdict.reply import make_disposition
 
 MANY_RECIPIENTS = 500
 """Above this, work for each recipient leaves the event loop."""
-LONG_HEADER = 48 * 1024
 """Bytes of a header block above which its changes are computed off the event loop."""
 POISON = "it killed two workers"
 
@@ -110,7 +111,7 @@ class Pipeline:
         ``bypasses`` and ``allowed`` are called for each message and return those in force.
         ``cache`` has the results for equal messages; None: every scan is made.
         ``disk``: threads for calls that a hung disk may block; None: the event loop's.
-        ``secret`` authenticates messages released from quarantine; empty: none is taken as released.
+        ``secret`` verifies release tokens; empty: none is valid.
         """
         self.settings = settings
         self.switches = switches
@@ -123,6 +124,7 @@ class Pipeline:
         self.bypasses = bypasses
         self.cache, self._reuse = cache or ScanCache(), cache is not None
         self._disk = disk
+        self._used = UsedTokens(Path(settings.service.state))
         self._kinds = {
             Scanner.CLAMD: hashlib.sha256(msgspec.msgpack.encode(settings.clamd)).digest(),
             Scanner.SPAMD: hashlib.sha256(msgspec.msgpack.encode(settings.spamd)).digest(),
@@ -179,8 +181,16 @@ class Pipeline:
     ) -> MessageContext:
         """Plan, ask the scanners that can still change the decision, decide."""
         plan = await self._plan(envelope, message, origin)
-        if not origin.remote_ip and (by := await self._released(message)):  # the token does not count over SMTP
-            plan = plan.released_by(by)
+        if exceeds_limit(message.data) and origin.kind is not OriginKind.BOUNCE:
+            plan = plan.exceeding(f"header above {HEADER_LIMIT} bytes")
+        try:
+            released = await self._released(envelope, message, origin, deadline)
+        except (OSError, TimeoutError) as error:
+            rule = f"quarantine: the release token cannot be marked as used: {error or 'out of time'}"
+            deferred = Decision(Action.DEFER, Reason.NONE, rule)
+            return MessageContext(incident, origin, envelope, message, self.settings, self.switches, plan, (), deferred)
+        if released:
+            plan = plan.released_by(released)
         outcomes: tuple[ScanOutcome, ...] = ()
         for stage, ask in self._stages() if any(step.run for step in plan.steps) else ():
             if not any(map(plan.runs, stage)):
@@ -258,12 +268,21 @@ class Pipeline:
             self._shared[origin.kind] = plan
         return plan
 
-    async def _released(self, message: Message) -> str | None:
-        """The incident of a message that an operator released from quarantine; None: it is not such a message."""
-        facts = (message.data, self.secret, time.time())
-        if message.size > self.settings.signatures.thread_above:
-            return await asyncio.to_thread(released, *facts)
-        return released(*facts)
+    async def _released(self, envelope: Envelope, message: Message, origin: Origin, deadline: Deadline) -> str:
+        """The incident of a message released from quarantine whose token is used now; empty: no valid token.
+
+        No token counts over SMTP. Raises OSError or TimeoutError if its use cannot be stored.
+        """
+        smtp = origin.remote_ip or origin.helo
+        if smtp or origin.kind not in (OriginKind.LOCAL, OriginKind.STRANGER) or not has_token(message.data):
+            return ""
+        now = time.time()
+        token = await asyncio.to_thread(verify, message.data, self.secret, now, envelope.recipients)
+        if token is None:
+            return ""
+        async with deadline.timeout():
+            first = await asyncio.get_running_loop().run_in_executor(self._disk, self._used.use, token, now)
+        return token.incident if first else ""
 
     def _stages(self) -> tuple[tuple[tuple[Scanner, ...], "_Ask"], ...]:
         """Each stage with the method that asks its scanners."""
@@ -366,8 +385,7 @@ async def _for_recipients(envelope: Envelope, function: Callable[P, T], *args: P
 
 
 async def _concluded(context: MessageContext, attempt: int, started: float) -> Handled:
-    data = context.message.data
-    if len(data) > LONG_HEADER and data.find(b"\n\n", 0, LONG_HEADER) < 0 and data.find(b"\n\r\n", 0, LONG_HEADER) < 0:
+    if is_long(context.message.data):
         return await asyncio.to_thread(_conclude, context, attempt, started)
     return await _for_recipients(context.envelope, _conclude, context, attempt, started)
 

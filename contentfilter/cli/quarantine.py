@@ -13,6 +13,7 @@ import os
 import pwd
 import re
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -23,11 +24,14 @@ import click
 
 from contentfilter.cli.common import become_owner, moment
 from contentfilter.cli.progress import Progress, progress
-from contentfilter.cli.quarantine_view import print_entries, print_message, story
+from contentfilter.cli.quarantine_view import SHOWN, print_entries, print_message, story
 from contentfilter.config.load import load_settings
 from contentfilter.deadline import Deadline
 from contentfilter.errors import QuarantineError
+from contentfilter.model import readable
+from contentfilter.policy.overrides import utc
 from contentfilter.settings import Settings
+from contentfilter.store.overrides import audit
 from contentfilter.store.quarantine import Quarantine
 from contentfilter.store.release import Releaser, load_secret
 from contentfilter.store.sidecar import Search, Sidecar, plain
@@ -63,6 +67,7 @@ _FILTERS = (
 )
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _yes = click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
+_reason = click.option("--reason", metavar="TEXT", default="", help="Reason, for the audit trail (audit.jsonl).")
 _dry_run = click.option("--dry-run", is_flag=True, help="Only print what would be done.")
 
 
@@ -86,6 +91,26 @@ class Context:
     settings: Settings
     quarantine: Quarantine
     by: str  # the user who runs the command
+
+    def audit(self, action: str, entry: Sidecar, text: str, reason: str, **more: Any) -> str:
+        """Add ``action`` to the audit trail; returns ``text``. Raises QuarantineError: it is done, but not audited."""
+        withheld = [readable(address) for address in entry.withheld[:SHOWN]]
+        event = {
+            "time": utc(time.time()),
+            "event": f"quarantine.{action}",
+            "id": entry.incident,
+            "by": self.by,
+            "reason": _shown(reason),
+            "sender": readable(entry.sender),
+            "withheld": withheld,
+            "rule": entry.rule,
+            "released": len(entry.released),
+        } | {name: list(map(_shown, values[:SHOWN])) for name, values in more.items()}
+        try:
+            audit(self.settings.service.state, (event,))
+        except OSError as error:
+            raise QuarantineError(f"{entry.incident}: {text}, but not audited: {error}") from None
+        return text
 
 
 def _context(config_path: str) -> Context:
@@ -155,8 +180,15 @@ def show(config_path: str, incident: str, part: str | None, as_json: bool) -> No
 @click.argument("incidents", nargs=-1)
 @_filters
 @click.option("--to", metavar="ADDRESS", multiple=True, help="Recipient, in place of those from whom it was withheld.")
+@click.option(
+    "--forward",
+    metavar="ADDRESS",
+    multiple=True,
+    help="Address to which a recipient forwards: the copy to exactly these passes the filter once.",
+)
 @click.option("--again", is_flag=True, help="Also release entries that were released before.")
 @click.option("--queue", metavar="PATH", help="The real qmail-queue.  [default: `queue` in queue.conf]")
+@_reason
 @_dry_run
 @_yes
 @_json
@@ -166,8 +198,10 @@ def release(
     incidents: tuple[str, ...],
     search: Search,
     to: tuple[str, ...],
+    forward: tuple[str, ...],
     again: bool,
     queue: str | None,
+    reason: str,
     dry_run: bool,
     yes: bool,
     as_json: bool,
@@ -182,11 +216,12 @@ def release(
         click.confirm(f"Release {len(chosen)} messages?", abort=True, err=True)
     program = Path(queue) if queue else real_queue(_queue_conf())
     releaser = Releaser(context.quarantine, program, load_secret(Path(context.settings.service.state)), context.by)
-    addresses = tuple(address.encode("utf-8", "surrogateescape") for address in to)
+    addresses = (_bytes(to), again, _bytes(forward))
 
     def one(entry: Sidecar) -> str:
-        done = asyncio.run(releaser.release(entry.incident, Deadline.after(SUBMISSION), addresses, again))
-        return f"released to {', '.join(done.to)}"
+        done = asyncio.run(releaser.release(entry.incident, Deadline.after(SUBMISSION), *addresses))
+        text = f"released to {', '.join(done.to)}"
+        return context.audit("release", entry, text, reason=reason, to=done.to, forward=forward)
 
     _each(chosen, one, "released", as_json)
 
@@ -194,16 +229,23 @@ def release(
 @quarantine.command()
 @click.argument("incidents", nargs=-1)
 @_filters
+@_reason
 @_dry_run
 @_yes
 @_json
 @click.pass_obj
 def delete(
-    config_path: str, incidents: tuple[str, ...], search: Search, dry_run: bool, yes: bool, as_json: bool
+    config_path: str,
+    incidents: tuple[str, ...],
+    search: Search,
+    reason: str,
+    dry_run: bool,
+    yes: bool,
+    as_json: bool,
 ) -> None:
     """Delete entries permanently."""
-    quarantine = _context(config_path).quarantine
-    chosen = _choose(quarantine, incidents, search)
+    context = _context(config_path)
+    chosen = _choose(context.quarantine, incidents, search)
     if dry_run:
         print_entries(chosen, as_json)
         return
@@ -211,8 +253,8 @@ def delete(
         click.confirm(f"Delete {len(chosen)} messages permanently?", abort=True, err=True)
 
     def one(entry: Sidecar) -> str:
-        quarantine.delete(entry.incident)
-        return "deleted"
+        context.quarantine.delete(entry.incident)
+        return context.audit("delete", entry, "deleted", reason=reason)
 
     _each(chosen, one, "deleted", as_json)
 
@@ -233,6 +275,14 @@ def expire(config_path: str, dry_run: bool, as_json: bool) -> None:
         click.echo(incident)
     verb = "would be removed" if dry_run else "removed"
     click.echo(f"{len(result.entries)} entries and {result.stray} orphaned files {verb}, {result.used} bytes in use")
+
+
+def _bytes(addresses: tuple[str, ...]) -> tuple[bytes, ...]:
+    return tuple(address.encode("utf-8", "surrogateescape") for address in addresses)
+
+
+def _shown(text: str) -> str:
+    return readable(text.encode("utf-8", "replace")[:300])
 
 
 def real_queue(conf: Path) -> Path:

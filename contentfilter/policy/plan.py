@@ -86,7 +86,7 @@ class ScanPlan(msgspec.Struct, frozen=True):
     users: tuple[tuple[bytes, bytes], ...] = ()  # for spamd: each owner, and the address that it is asked for
     owners_ignored: int = 0  # recipients whose own preferences are not used, because there are too many owners
     want: Want = Want.CHECK
-    limit: str = ""  # databytes or maxrecipients, where one of them is exceeded
+    limit: str = ""  # databytes, maxrecipients or the size of the header, where one of them is exceeded
     hold: str = ""  # why the policies are not known now
     released: str = ""  # the incident under which an operator released this message from quarantine
 
@@ -99,6 +99,10 @@ class ScanPlan(msgspec.Struct, frozen=True):
         if len(self.users) < 2:
             return self
         return msgspec.structs.replace(self, users=tuple([user for user in self.users if user[0] in owners]))
+
+    def exceeding(self, limit: str) -> "ScanPlan":
+        """The plan for a message that exceeds ``limit``: no scanner runs."""
+        return msgspec.structs.replace(self, steps=_no_steps(limit), hold="", limit=limit)
 
     def released_by(self, incident: str) -> "ScanPlan":
         """The plan for a message that was released: no scanner runs again."""

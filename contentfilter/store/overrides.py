@@ -87,7 +87,12 @@ def save(
             if allowed is not None:
                 _replace(os.path.join(state, ALLOW_FILE), allowed)
     finally:
-        _append(os.path.join(state, AUDIT), b"".join(msgspec.json.encode(event) + b"\n" for event in events))
+        audit(state, events)
+
+
+def audit(state: str, events: Iterable[Mapping[str, Any]]) -> None:
+    """Append one line for each event to the audit trail; durable on return. Raises OSError."""
+    _append(os.path.join(state, AUDIT), b"".join(msgspec.json.encode(event) + b"\n" for event in events))
 
 
 def change_allowed(state: str, change: Callable[[tuple[AllowEntry, ...]], tuple[AllowEntry, ...]], now: float) -> None:

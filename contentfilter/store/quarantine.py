@@ -13,19 +13,20 @@ import asyncio
 import errno
 import fcntl
 import hashlib
+import mmap
 import os
 import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import aiofiles
 import msgspec
 
 from contentfilter.deadline import Deadline
@@ -35,8 +36,8 @@ from contentfilter.model import Message
 from contentfilter.settings import Settings
 from contentfilter.store.retention import NEW, RetentionLimits, outdated, scan, survey, unreferenced
 from contentfilter.store.sidecar import Release, Search, Sidecar, described, parse, valid_incident
+from contentfilter.threads import DaemonExecutor
 
-T = TypeVar("T")
 DAY = 86_400.0
 RECOUNT = 60.0
 """Seconds for which the bytes in use are remembered rather than counted."""
@@ -68,9 +69,9 @@ class Quarantine:
     ) -> None:
         """``quota`` in bytes (0: none), ``retention`` and ``protect`` in days.
 
-        ``disk``: threads for calls that a hung disk may block; None: the event loop's.
+        ``disk``: threads for calls that a hung disk may block; None: its own.
         """
-        self._disk = disk
+        self._disk = disk or DaemonExecutor("quarantine", 4)
         self.directory = directory
         self._entries = directory / "entries"
         self._messages = directory / "messages"
@@ -96,23 +97,32 @@ class Quarantine:
         """
         if not valid_incident(incident):
             raise OSError(errno.EINVAL, f"not a file name: incident {incident!r}")
-        async with deadline.timeout():
-            kept = self._clock()
-            sidecar = {"incident": incident, "size": message.size, "time": kept}
-            sidecar |= await asyncio.to_thread(described, message.data) | facts
-            await self._on_disk(self._make_room, message.size, sidecar)
-            name = await self._on_disk(self._keep_message, incident, message)
-            try:
-                await self._put_sidecar(incident, sidecar | {"sha256": name}, kept)
-            except BaseException:
-                self._drop(incident, name)
-                raise
-        return name
+        call = self._disk.submit(self._keep, incident, message, message.data, facts)
+        try:
+            async with deadline.timeout():
+                return await asyncio.wrap_future(call)
+        except BaseException:
+            call.add_done_callback(partial(self._undo, incident))
+            raise
 
-    def _keep_message(self, incident: str, message: Message) -> str:
-        """Off the loop: store the bytes, which stay valid even if the message is closed meanwhile."""
+    def _undo(self, incident: str, call: Future[str]) -> None:
+        """Remove what a call stored after its caller had given up: that message was deferred."""
+        if not call.cancelled() and call.exception() is None:
+            self._disk.submit(self._drop, incident, call.result())
+
+    def _keep(self, incident: str, message: Message, data: mmap.mmap | bytes, facts: dict[str, Any]) -> str:
+        """Off the loop. The view keeps ``data`` valid even if the message is closed meanwhile."""
         with message.view() as view:
-            return self._keep_bytes(incident, view)
+            kept = self._clock()
+            sidecar = {"incident": incident, "size": len(view), "time": kept} | described(data) | facts
+            self._make_room(len(view), sidecar)
+            name = self._keep_bytes(incident, view)
+        try:
+            self._put_sidecar(incident, sidecar | {"sha256": name}, kept)
+        except BaseException:
+            self._drop(incident, name)
+            raise
+        return name
 
     def _keep_bytes(self, incident: str, view: memoryview) -> str:
         """Hash, then link the very bytes that are here already, or copy."""
@@ -150,24 +160,22 @@ class Quarantine:
             raise
         return name
 
-    async def _put_sidecar(self, incident: str, sidecar: dict[str, Any], kept: float) -> None:
+    def _put_sidecar(self, incident: str, sidecar: dict[str, Any], kept: float) -> None:
         """Write or replace a sidecar in one step; the entry is durable when this returns."""
+        content = msgspec.json.encode(sidecar) + b"\n"
         temporary = self._entries / (NEW + secrets.token_hex(8))
         try:
-            async with aiofiles.open(temporary, "xb", opener=_private, executor=self._disk) as file:
-                await file.write(await asyncio.to_thread(msgspec.json.encode, sidecar))  # long for many recipients
-                await file.write(b"\n")
-                await file.flush()
+            with open(temporary, "xb", opener=_private) as file:
+                if (written := file.write(content)) != len(content):
+                    raise OSError(errno.EIO, f"{written} of {len(content)} bytes written")
+                file.flush()
                 os.utime(file.fileno(), (kept, kept))
-                await self._on_disk(os.fsync, file.fileno())
+                os.fsync(file.fileno())
             os.rename(temporary, self._entries / f"{incident}.json")
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        await self._on_disk(sync_directory, self._entries)
-
-    async def _on_disk(self, call: Callable[..., T], *arguments: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._disk, call, *arguments)
+        sync_directory(self._entries)
 
     def _below(self, *names: str) -> Path:
         """The folder of that name; each level is ours alone, whatever the umask, and no symbolic link."""
@@ -344,7 +352,7 @@ class Quarantine:
         sidecar = msgspec.json.decode(self._sidecar(incident))
         sidecar["released"] = [*sidecar.get("released", []), msgspec.to_builtins(release)]
         kept = self._path(incident, "json").lstat().st_mtime
-        await self._put_sidecar(incident, sidecar, kept)
+        await asyncio.wrap_future(self._disk.submit(self._put_sidecar, incident, sidecar, kept))
 
 
 def _private(path: str, flags: int) -> int:

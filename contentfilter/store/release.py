@@ -1,19 +1,8 @@
-"""A kept message goes to the real qmail-queue, once, and is not caught again on its way.
-
-In front of the original bytes stands one line,
-``X-ContentFilter-Released: INCIDENT; by=USER; expires=UNIX-TIME; sha256=HEX; mac=HEX``.
-When qmail-local forwards the message it passes the hook again, with Received and Delivered-To lines
-above ours; :func:`released` knows it by that line. The HMAC-SHA256 covers the line, and the line names
-the hash of every byte below it. The MAC is checked first, so only our own tokens cost a hash. Anyone who
-can read a released message could send the same bytes again until the token ends: honour it only for
-messages that do not come in over SMTP.
-"""
+"""Release: hands a quarantined message to the real qmail-queue once, with a token that lets a forwarded copy pass."""
 
 import asyncio
 import hashlib
-import hmac
 import os
-import re
 import secrets
 import socket
 import stat
@@ -26,42 +15,30 @@ from pathlib import Path
 
 from contentfilter.deadline import Deadline
 from contentfilter.errors import ContentFilterError, QuarantineError
-from contentfilter.model import BytesLike, readable
+from contentfilter.model import readable
 from contentfilter.store.quarantine import Quarantine
+from contentfilter.store.release_token import LIFETIME, sign
 from contentfilter.store.sidecar import Release, Sidecar
 from contentfilter.wire import envelope as envelope_format
 
 KEY_FILE = "release.key"
-LIFETIME = 7 * 86_400.0
-"""Seconds for which a token holds: as long as qmail-send keeps trying (queuelifetime)."""
-
-TOKEN_WITHIN = 1 << 16
-"""Bytes at the start of a message in which the line is looked for: room for the lines of a hundred hops."""
-
-_NAME = b"X-ContentFilter-Released:"
 _SECRET_SIZE = 32
 _PIECE = 1 << 20
-_EMPTY_LINE = re.compile(rb"^\r?\n", re.MULTILINE)
-_TOKEN = re.compile(
-    rb"(X-ContentFilter-Released: ([A-Za-z0-9_-]{1,64}); by=[A-Za-z0-9._@-]{1,32}; expires=([0-9]{1,12}); "
-    rb"sha256=([0-9a-f]{64})); mac=([0-9a-f]{64})\n"
-)
-
 _STATUSES = {
     11: "an address is longer than 1002 bytes",
-    31: "it refused the message for good",
+    31: "it refused the message permanently",
     51: "out of memory",
     52: "it ran out of time",
     53: "write error; perhaps the disk is full",
     54: "it could not read the message or the envelope",
     55: "it could not read a control file",
     56: "the network to the queue host failed",
-    61: "trouble with qmail's home directory",
-    62: "trouble with the queue directory",
-    63: "trouble with a file in queue/pid",
-    64: "trouble with a file in queue/pid",
-    65: "trouble with a file in queue/mess",
-    66: "trouble with a file in queue/intd or queue/todo",
+    61: "problem with qmail's home directory",
+    62: "problem with the queue directory",
+    63: "problem with a file in queue/pid",
+    64: "problem with a file in queue/pid",
+    65: "problem with a file in queue/mess",
+    66: "problem with a file in queue/intd or queue/todo",
     71: "the queue host refused it for now",
     81: "internal defect in qmail-queue",
     91: "it did not accept the envelope",
@@ -101,56 +78,29 @@ def _read_secret(path: Path) -> bytes:
         return file.read(_SECRET_SIZE)
 
 
-def sign(secret: bytes, incident: str, by: str, expires: int, sha256: str) -> bytes:
-    """The trace line, with its line end."""
-    user = re.sub(r"[^A-Za-z0-9._@-]", "_", by)[:32] or "_"
-    line = f"X-ContentFilter-Released: {incident}; by={user}; expires={expires}; sha256={sha256}".encode("ascii")
-    return line + b"; mac=" + _mac(secret, line) + b"\n"
-
-
-def released(data: BytesLike, secret: bytes, now: float) -> str | None:
-    """The incident from which ``data`` was released; None where it was not, or where a byte was changed since.
-
-    Only the first line of that name counts, in the header and within TOKEN_WITHIN; lines of other names
-    may stand above it. Microseconds where there is none. Without a secret (it could not be read) nothing was
-    released: with an empty key anybody could sign.
-    """
-    if not secret:
-        return None
-    head = bytes(data[:TOKEN_WITHIN])
-    start = 0 if head.startswith(_NAME) else head.find(b"\n" + _NAME) + 1
-    if _EMPTY_LINE.search(head, 0, start):
-        return None
-    token = _TOKEN.match(head, start)
-    if token is None or int(token[3]) < now:
-        return None
-    if not hmac.compare_digest(_mac(secret, token[1]), token[5]):
-        return None
-    with memoryview(data) as whole, whole[token.end() :] as below:
-        if hashlib.sha256(below).hexdigest().encode("ascii") != token[4]:
-            return None
-    return token[2].decode("ascii")
-
-
-def _mac(secret: bytes, line: bytes) -> bytes:
-    return hmac.new(secret, b"contentfilter release 1\0" + line, "sha256").hexdigest().encode("ascii")
-
-
 @dataclass(frozen=True, slots=True)
 class Releaser:
-    """Everything that releases have in common."""
+    """Quarantine, program and key with which messages are released."""
 
     quarantine: Quarantine
     queue: Path  # the real qmail-queue
     secret: bytes
-    by: str  # who asks
+    by: str  # the user who releases
     lifetime: float = LIFETIME
     clock: Callable[[], float] = time.time
 
     async def release(
-        self, incident: str, deadline: Deadline, to: tuple[bytes, ...] = (), again: bool = False
+        self,
+        incident: str,
+        deadline: Deadline,
+        to: tuple[bytes, ...] = (),
+        again: bool = False,
+        forward: tuple[bytes, ...] = (),
     ) -> Release:
         """Hand the message to qmail-queue, for ``to`` or those from whom it was withheld.
+
+        The token is valid for one message through the hook, to exactly the addresses ``forward``: those to which the
+        recipients forward. By default it is valid for the recipients themselves.
 
         The entry is marked only after qmail-queue has exited 0. Raises QuarantineError; OSError where the
         message went out but could not be marked.
@@ -160,7 +110,7 @@ class Releaser:
                 raise QuarantineError(f"{incident}: released before, by {entry.released[-1].by}")
             recipients = to or entry.withheld
             if not recipients:
-                raise QuarantineError(f"{incident}: was withheld from nobody; say to whom it shall go")
+                raise QuarantineError(f"{incident}: was withheld from nobody; name the recipients with --to")
             try:
                 envelope = envelope_format.build(entry.sender, recipients)
             except ContentFilterError as error:
@@ -168,7 +118,8 @@ class Releaser:
             now = self.clock()
             with self.quarantine.message(incident) as message:
                 _verify(entry, message)
-                line = sign(self.secret, incident, self.by, int(now + self.lifetime), entry.sha256)
+                expires = int(now + self.lifetime)
+                line = sign(self.secret, incident, self.by, expires, entry.sha256, forward or recipients)
                 await submit(self.queue, line, message, envelope, deadline)
             release = Release(now, self.by, tuple(map(readable, recipients)))
             await self.quarantine.note_release(incident, release)
@@ -176,16 +127,16 @@ class Releaser:
 
 
 def _verify(entry: Sidecar, message: BufferedReader) -> None:
-    """Only the very bytes that were kept go out."""
+    """Raise QuarantineError unless the bytes are those that were stored."""
     if hashlib.file_digest(message, "sha256").hexdigest() != entry.sha256:
-        raise QuarantineError(f"{entry.incident}: the message's bytes are not those that were kept")
+        raise QuarantineError(f"{entry.incident}: the message has changed since it was stored")
     message.seek(0)
 
 
 async def submit(program: Path, line: bytes, message: BufferedReader, envelope: bytes, deadline: Deadline) -> None:
     """Run ``program`` as a qmail-queue: ``line`` and ``message`` on descriptor 0, then ``envelope`` on 1.
 
-    Should we die half-way, it finds the envelope without its final NUL and queues nothing. Raises
+    If this process dies half-way, the program finds an envelope without its final NUL and queues nothing. Raises
     QuarantineError for every exit status but 0.
     """
     ours, theirs = zip(*(socket.socketpair() for _ in range(2)), strict=True)
@@ -208,7 +159,7 @@ async def submit(program: Path, line: bytes, message: BufferedReader, envelope: 
                 process.kill()
             await process.wait()
             if isinstance(error, TimeoutError):
-                raise QuarantineError(f"{program}: no end within the time") from None
+                raise QuarantineError(f"{program}: timed out") from None
             raise
     finally:
         for end in ours:

@@ -5,21 +5,23 @@ Two things change existing fields: the subject tag on spam, and forged copies of
 The body is never touched here.
 """
 
-import base64
 import mmap
-import quopri
 import re
-from collections.abc import Iterator
 
 from contentfilter.model import readable
+from contentfilter.verdict import encoded_words
 from contentfilter.verdict.disposition import HeaderChange, RenameHeader, ReplaceText
+from contentfilter.verdict.encoded_words import LOOK_MAX, begins_with_word
 
 HEADER_LIMIT = 1 << 20
-"""Bytes at the start of a message in which the header block is looked for."""
+"""Maximum size of a header in bytes. A message with a longer one is rejected, except a bounce."""
+INLINE_LIMIT = 1 << 14
+"""Bytes of a header that may be worked on in the event loop: the worst one takes milliseconds for each delivery."""
 
 MESSAGE_ID_MAX = 250
+SUBJECTS_READ = 16
+"""Subject fields that are searched for a tag; further ones are tagged without that."""
 LINE_MAX = 76  # of a line with encoded words (RFC 2047, 2)
-SUBJECT_LOOK = 1000  # bytes of a subject in which its tag is looked for
 
 _MESSAGE_ID = re.compile(rb"^Message-ID[ \t]*:[ \t\r]*(?:\n[ \t]+)?([^\r\n]*)", re.IGNORECASE | re.MULTILINE)
 _OURS = re.compile(  # readers that drop NULs or take a name with blanks must not be fooled either
@@ -33,11 +35,8 @@ _FLAG = re.compile(rb"X-Spam-Flag:", re.IGNORECASE)
 _STATUS = re.compile(rb"(X-Spam-Status:[ \t]*)(Yes|No)\b([^\n]*)", re.IGNORECASE)
 _REQUIRED = re.compile(rb" required=[0-9.+-]+")
 _SUBJECT = re.compile(rb"^(Subject[ \t]*:)([^\n]*(?:\n[ \t][^\n]*)*)", re.IGNORECASE | re.MULTILINE)
-_WORD = re.compile(rb"=\?([!->@-~]{1,40})\?([bq])\?([ !->@-~]*)\?=", re.IGNORECASE)
-_BETWEEN = re.compile(rb"(\?=)[ \t]+(?==\?)")
 _NO_LINE_ENDS = bytes.maketrans(b"\r\0", b"  ")
 _REPLY = r"(?:(?:\w{1,5}(?:\[\d{1,3}\])?:|\[[^]]{1,40}\]) ?){0,10}"  # Re: AW: Re[2]: [a mailing list]
-_PIECE = 36  # bytes of an encoded word: 60 characters, so that it fits beside "Subject: "
 _FIELD = re.compile(rb"^([!-9;-~]+)[ \t]*:[^\n]*(?:\n[ \t][^\n]*)*\n?", re.MULTILINE)
 
 
@@ -47,14 +46,30 @@ def header_block(data: mmap.mmap | bytes) -> bytes:
     A message that begins with an empty line has none. Where no empty line comes within HEADER_LIMIT,
     the block ends at the last whole line inside it.
     """
-    if data[:1] == b"\n" or data[:2] == b"\r\n":
-        return b""
-    end = data.find(b"\n\n", 0, HEADER_LIMIT)
-    earlier = data.find(b"\n\r\n", 0, end + 2 if end >= 0 else HEADER_LIMIT)
-    if (end := earlier if earlier >= 0 else end) >= 0:
-        return bytes(data[: end + 1])
+    if (end := _header_end(data)) >= 0:
+        return bytes(data[:end])
     head = bytes(data[:HEADER_LIMIT])
     return head if len(head) < HEADER_LIMIT else head[: head.rfind(b"\n") + 1]
+
+
+def exceeds_limit(data: mmap.mmap | bytes) -> bool:
+    """True if the header does not end within HEADER_LIMIT: forged fields behind it would not be noticed."""
+    return len(data) > HEADER_LIMIT and _header_end(data) < 0
+
+
+def is_long(data: mmap.mmap | bytes) -> bool:
+    """True if work on the header belongs in a thread: it does not end within INLINE_LIMIT."""
+    return len(data) > INLINE_LIMIT and _header_end(data, INLINE_LIMIT) < 0
+
+
+def _header_end(data: mmap.mmap | bytes, limit: int = HEADER_LIMIT) -> int:
+    """Offset of the empty line; -1 if there is none within ``limit``."""
+    if data[:1] == b"\n" or data[:2] == b"\r\n":
+        return 0
+    end = data.find(b"\n\n", 0, limit)
+    earlier = data.find(b"\n\r\n", 0, end + 2 if end >= 0 else limit)
+    found = earlier if earlier >= 0 else end
+    return found + 1 if found >= 0 else -1
 
 
 def message_id(block: bytes) -> str:
@@ -130,57 +145,21 @@ def changed_block(original: mmap.mmap | bytes, changes: tuple[HeaderChange, ...]
 def _tag_subjects(block: bytes, text: str) -> tuple[bytes, list[ReplaceText]]:
     """The tag in front of each Subject: readers differ in which of several they show. Results: see :func:`correct`."""
     plain, present = text.encode("utf-8"), re.compile(_REPLY + re.escape(text))
-    tags = _encoded(text), _encoded(text, before_word=True)
+    tags = encoded_words.encode(text), encoded_words.encode(text, before_word=True)
     fold = b"\r\n " if b"\r\n" in block else b"\n "
-    changes = []
-    subject = None
+    changes: list[ReplaceText] = []
+    subject, read = None, 0
     for subject in _SUBJECT.finditer(block):
         value = subject.group(2).lstrip(b" \t")
-        if (b"=?" in value or plain in value) and present.match(_readable_subject(value)):
-            continue
+        if read < SUBJECTS_READ and (b"=?" in value[:LOOK_MAX] or plain in value[:LOOK_MAX]):
+            read += 1
+            if present.match(encoded_words.decode(value)):
+                continue
         name = subject.group(1)
-        new = name + b" " + tags[_WORD.match(value.lstrip()) is not None]
+        new = name + b" " + tags[begins_with_word(value.lstrip())]
         if value[:1] not in (b"\r", b"\n"):
             length = len(new) - new.rfind(b"\n") + len(value.split(b"\n", 1)[0].rstrip(b"\r"))
             new += b" " if length <= LINE_MAX else fold
         old = block[subject.start() : subject.end() - len(value)]
         changes.append(ReplaceText(subject.start(), old, new))
     return b"" if subject else b"Subject: " + tags[0] + b"\n", changes
-
-
-def _encoded(text: str, before_word: bool = False) -> bytes:
-    """``text`` for a header: unchanged if it is printable ASCII, else in RFC 2047's encoded words.
-
-    White space between encoded words is not displayed: ``before_word`` puts the space between two into the first.
-    """
-    if text.isascii() and text.isprintable():
-        return text.encode("ascii")
-    pieces = [b""]
-    for character in text + " " * before_word:
-        more = character.encode("utf-8")
-        if len(pieces[-1]) + len(more) > _PIECE:  # no character may be cut in two
-            pieces.append(b"")
-        pieces[-1] += more
-    return b"\n ".join(b"=?utf-8?b?" + base64.b64encode(piece) + b"?=" for piece in pieces)
-
-
-def _readable_subject(value: bytes) -> str:
-    """The beginning of a subject as people read it: unfolded, with its encoded words decoded."""
-    start = b" ".join(value[:SUBJECT_LOOK].split())
-    if b"=?" not in start:
-        return start.decode("utf-8", "replace")
-    return "".join(_decoded_pieces(_BETWEEN.sub(rb"\1", start)))
-
-
-def _decoded_pieces(text: bytes) -> Iterator[str]:
-    at = 0
-    for word in _WORD.finditer(text):
-        yield text[at : word.start()].decode("utf-8", "replace")
-        at = word.end()
-        charset, how, data = word.groups()
-        try:
-            raw = base64.b64decode(data + b"==") if how in b"bB" else quopri.decodestring(data, header=True)
-            yield raw.decode(charset.decode("ascii").partition("*")[0], "replace")
-        except (ValueError, LookupError):
-            yield word.group(0).decode("utf-8", "replace")
-    yield text[at:].decode("utf-8", "replace")

@@ -45,6 +45,8 @@ def _wording(decision: Decision) -> tuple[str, str]:
         return f"message looks like spam ({decision.rule.partition(': ')[2]})", "5.7.1"
     if decision.rule.startswith("maxrecipients"):
         return "too many recipients for one message", "5.5.3"
+    if decision.rule.startswith("header"):
+        return "message header exceeds the size limit", "5.3.4"
     return "message exceeds the size limit", "5.3.4"
 
 
@@ -69,11 +71,11 @@ def _delivery(context: MessageContext, group: DeliveryGroup, correct: _Correct) 
         recipients = tuple([envelope.recipients[index] for index in group.recipients])
         edited = Envelope(envelope.sender, (group.moved_to,) if group.moved_to else recipients)
     added = _added(context, group, recipients)
-    claimed = _claimed(context, group)
+    claimed = _claimed(group)
     is_spam = group.spam is ScanStatus.FOUND
     tag = settings.spamd.subject_tag.encode("utf-8") if is_spam else b""
     spam = next(iter(spam_outcomes(context.outcomes, group.owner)), None)
-    rewritten = spam.rewritten if spam and claimed else b""
+    rewritten = spam.rewritten if spam else b""
     agreed = spam is not None and spam.status is group.spam  # else these recipients have a threshold of their own
     content = None
     if rewritten and is_spam and agreed and context.plan.want is Want.PROCESS:
@@ -90,20 +92,17 @@ def _delivery(context: MessageContext, group: DeliveryGroup, correct: _Correct) 
 
 
 _FAMILIES = {
-    families: frozenset(compress((b"contentfilter", b"virus-", b"spam-"), families))
-    for families in product((False, True), repeat=3)
+    families: frozenset((b"contentfilter", *compress((b"virus-", b"spam-"), families)))
+    for families in product((False, True), repeat=2)
 }
 
 
-def _claimed(context: MessageContext, group: DeliveryGroup) -> frozenset[bytes]:
-    """The families of header fields that speak for us in this delivery."""
-    if context.plan.released:  # the release's own field must reach the next hop unchanged
-        return _FAMILIES[False, False, False]
-    return _FAMILIES[
-        context.settings.headers.trace,
-        group.virus is not ScanStatus.SKIPPED,
-        group.spam is not ScanStatus.SKIPPED,
-    ]
+def _claimed(group: DeliveryGroup) -> frozenset[bytes]:
+    """The families of header fields that speak for us in this delivery.
+
+    X-ContentFilter always does, even if no such field is added: a release token is one.
+    """
+    return _FAMILIES[group.virus is not ScanStatus.SKIPPED, group.spam is not ScanStatus.SKIPPED]
 
 
 def _added(context: MessageContext, group: DeliveryGroup, recipients: tuple[bytes, ...]) -> list[bytes]:

@@ -80,8 +80,9 @@ class Application:
         self._emit(make_record(context, pending.attempt, seconds), make_detail(context, text))
 
     def _canary(self, accepted: AcceptedMessage) -> CanaryMark | None:
-        """The mark of a sample that our own supervisor sent; None for mail."""
-        if accepted.origin.uid != self._uid or accepted.origin.remote_ip:
+        """The mark of a sample that our own supervisor sent; None for mail, which has a recipient."""
+        envelope = accepted.envelope
+        if accepted.origin.uid != self._uid or accepted.origin.remote_ip or envelope.sender or envelope.recipients:
             return None
         return recognise(accepted.environ, self._secret, accepted.message.data, time.time())
 

@@ -21,7 +21,8 @@ from contentfilter.cli.quarantine import real_queue
 from contentfilter.deadline import Deadline
 from contentfilter.model import Message
 from contentfilter.store.quarantine import Quarantine
-from contentfilter.store.release import load_secret, released
+from contentfilter.store.release import load_secret
+from contentfilter.store.release_token import verify
 
 MAIL = b"Message-ID: <m1@x>\nSubject: \x1b[31mred [bold]\n\nbody\x1b]0;title\x07\xff\0\n"
 
@@ -198,7 +199,7 @@ def test_release_goes_to_the_queue_of_queue_conf_with_a_token_of_this_place(thre
     (queued,) = standin.queued()
     assert queued.envelope_bytes == b"Fs@there\0Ta@here\0\0"
     assert queued.message.endswith(b"\n" + MAIL + b"1")
-    assert released(queued.message, load_secret(three.state), time.time()) == "0a1"
+    assert verify(queued.message, load_secret(three.state), time.time(), (b"a@here",))
     assert b"; by=" + pwd.getpwuid(os.getuid()).pw_name.encode() in queued.message
     assert three.run("list").output.count("released") == 1
 
@@ -210,6 +211,43 @@ def test_release_to_somebody_else_and_once_more_only_when_asked(three, standin):
     assert again.exit_code == 1
     assert "released before" in again.stderr
     assert three.run("release", "0a1", "--again").exit_code == 0
+
+
+def test_a_release_names_the_addresses_to_which_the_recipient_forwards(three, standin):
+    assert three.run("release", "0a1", "--forward", "final@there").exit_code == 0
+    (queued,) = standin.queued()
+    assert queued.envelope.recipients == (b"a@here",)
+    secret, now = load_secret(three.state), time.time()
+    assert verify(queued.message, secret, now, (b"final@there",))
+    assert verify(queued.message, secret, now, (b"a@here",)) is None
+
+
+def audit(place):
+    return [json.loads(line) for line in (place.state / "audit.jsonl").read_text().splitlines()]
+
+
+def test_releases_and_deletions_are_audited_with_who_when_why_and_before(three, standin):
+    me = pwd.getpwuid(os.getuid()).pw_name
+    three.run("release", "0a1", "--reason", "false positive", "--forward", "f@there")
+    three.run("delete", "0a2", "--reason", "asked by the \x1b[31mowner")
+    three.run("delete", "0b", "--reason", "not there")
+    released, deleted = audit(three)
+    common = {"by": me, "sender": "s@there", "rule": "clamd: Win.Bad", "withheld": ["a@here"]}
+    assert released["time"].startswith("20")
+    assert {name: released[name] for name in common} == common
+    assert (released["event"], released["id"], released["reason"]) == ("quarantine.release", "0a1", "false positive")
+    assert (released["to"], released["forward"], released["released"]) == (["a@here"], ["f@there"], 0)
+    assert (deleted["event"], deleted["id"], deleted["released"]) == ("quarantine.delete", "0a2", 0)
+    assert deleted["reason"] == "asked by the ?[31mowner"
+    assert {name: deleted[name] for name in common} == common
+
+
+def test_a_release_that_cannot_be_audited_is_done_and_reported(three, standin):
+    (three.state / "audit.jsonl").mkdir()
+    result = three.run("release", "0a1")
+    assert result.exit_code == 1
+    assert "released to a@here, but not audited" in result.stderr
+    assert len(standin.queued()) == 1
 
 
 def test_a_failed_release_is_status_1_and_the_others_still_go(three, standin, monkeypatch):

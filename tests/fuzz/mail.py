@@ -16,11 +16,12 @@ from contentfilter.scanners.signatures import mime
 from contentfilter.scanners.signatures.engine import Engine, default_loadertypes, default_signatures
 from contentfilter.scanners.signatures.marks import Marks
 from contentfilter.scanners.signatures.work import Work
-from contentfilter.store import release, sidecar
+from contentfilter.store import release_token, sidecar
 from contentfilter.verdict import headers
 
 UNITS = 60.0  # of CPU time for any input of a fuzzer's size: some hundred times what the slowest takes
 SECRET = b"0123456789abcdef0123456789abcdef"
+TO = (b"a@x",)
 NOW = 1_700_000_000
 MARKS = Marks((b"TV", b"UE"))
 FREE = Work(1 << 40)
@@ -112,13 +113,14 @@ def field_lines(block: bytes) -> list[bytes]:
 
 def marks(data: bytes) -> None:
     """Nobody without the key makes a mark, and no byte of a marked message may change."""
-    assert release.released(data, SECRET, NOW) is None
+    assert release_token.verify(data, SECRET, NOW, TO) is None
     assert canary.recognise({canary.VARIABLE.encode(): data}, SECRET, data, NOW) is None
-    digest = release.hashlib.sha256(data).hexdigest()
-    line = release.sign(SECRET, "0123456789abcdef", data[:40].decode("latin-1"), NOW + 60, digest)
+    digest = release_token.hashlib.sha256(data).hexdigest()
+    line = release_token.sign(SECRET, "0123456789abcdef", data[:40].decode("latin-1"), NOW + 60, digest, TO)
     assert line.count(b"\n") == 1
-    assert release.released(line + data, SECRET, NOW) == "0123456789abcdef"
-    assert release.released(line + data + b"x", SECRET, NOW) is None
+    assert release_token.verify(line + data, SECRET, NOW, TO).incident == "0123456789abcdef"
+    assert release_token.verify(line + data + b"x", SECRET, NOW, TO) is None
+    assert release_token.verify(line + data, SECRET, NOW, (b"b@x", *TO)) is None
     token = canary.sign(SECRET, canary.CLEAN, "0" * 32, NOW + 60, data).encode("ascii")
     name = canary.VARIABLE.encode()
     assert canary.recognise({name: token}, SECRET, data, NOW) is not None

@@ -11,6 +11,8 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -57,8 +59,6 @@ class Clock:
     """Starts now, because files carry true times, and moves only by hand."""
 
     def __init__(self):
-        import time
-
         self.now = time.time()
 
     def __call__(self):
@@ -205,6 +205,49 @@ def test_a_failure_at_any_step_leaves_nothing_and_is_told(tmp_path, monkeypatch,
                 break
     assert told
     assert fails.calls < nth
+
+
+@pytest.mark.parametrize("step", ["link", "rename", "fsync", "utime"])
+def test_a_step_that_hangs_costs_the_message_its_deadline_and_leaves_nothing_when_it_returns(
+    tmp_path, monkeypatch, step
+):
+    """The message was deferred: what is stored afterwards is removed again."""
+    true, end, ended = getattr(os, step), threading.Event(), threading.Event()
+
+    def hang(*arguments, **options):
+        end.wait(30)
+        return true(*arguments, **options)
+
+    monkeypatch.setattr(os, step, hang)
+    quarantine = Quarantine(tmp_path)
+
+    async def keep_with_a_watchdog() -> float:
+        delays, finished = [0.0], asyncio.Event()
+
+        async def watch() -> None:
+            while not finished.is_set():
+                before = time.monotonic()
+                await asyncio.sleep(0.01)
+                delays.append(time.monotonic() - before)
+
+        watching = asyncio.create_task(watch())
+        with pytest.raises(TimeoutError):
+            await quarantine.keep("id1", message_of(MAIL), facts_of(), Deadline.after(0.5))
+        finished.set()
+        await watching
+        return len(delays)
+
+    drop = quarantine._drop
+
+    def dropped(*arguments):
+        drop(*arguments)
+        ended.set()
+
+    monkeypatch.setattr(quarantine, "_drop", dropped)
+    assert asyncio.run(keep_with_a_watchdog()) > 5, "the event loop goes on"
+    end.set()
+    assert ended.wait(20)
+    assert files(tmp_path) == []
 
 
 def test_an_expired_deadline_is_told(tmp_path):

@@ -1,134 +1,28 @@
 """A release reaches qmail-queue once, byte for byte, and its token holds for exactly that message."""
 
 import asyncio
-import hashlib
-import mmap
 import os
 import signal
 import stat
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from lab.standin import Standin, build
 
 from contentfilter.deadline import Deadline
 from contentfilter.errors import QuarantineError
 from contentfilter.model import Message
 from contentfilter.store.quarantine import Quarantine
-from contentfilter.store.release import LIFETIME, TOKEN_WITHIN, Releaser, load_secret, released, sign
+from contentfilter.store.release import Releaser, load_secret
+from contentfilter.store.release_token import LIFETIME, verify
 
 SECRET = bytes(range(32))
-NOW = 1_800_000_000.0
-MAIL = b"Subject: kept\nX-ContentFilter: forged\n\n\0body\xff without line end"
-
-
-def token(data: bytes = MAIL, secret: bytes = SECRET, expires: float = NOW + 10, by: str = "root") -> bytes:
-    return sign(secret, "0a1b2c", by, int(expires), hashlib.sha256(data).hexdigest())
-
-
-# The token
-
-
-def test_without_a_secret_nothing_was_released():
-    """A worker that cannot read the key has an empty one; anybody can sign with that."""
-    assert released(token(secret=b"") + MAIL, b"", NOW) is None
-
-
-def test_a_token_is_one_header_line_that_names_incident_user_and_end():
-    line = token(by="ann")
-    assert line.startswith(b"X-ContentFilter-Released: 0a1b2c; by=ann; expires=1800000010; sha256=")
-    assert line.count(b"\n") == 1
-    assert line.endswith(b"\n")
-    assert len(line) < 998
-
-
 BIG = bytes(range(256)) * 12_000
-
-
-@pytest.mark.parametrize(
-    "data",
-    [MAIL, b"", b"\n", b"\nno header", b"Subject: x", b"A: b\r\n\r\nc", BIG],
-    ids=["mail", "empty", "newline", "body", "header", "crlf", "binary"],
-)
-def test_a_token_is_known_whatever_the_message_looks_like(data):
-    assert released(token(data) + data, SECRET, NOW) == "0a1b2c"
-
-
-def test_a_token_is_known_in_a_mapped_file():
-    with tempfile.TemporaryFile() as file:
-        file.write(token() + MAIL)
-        file.flush()
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            assert released(data, SECRET, NOW) == "0a1b2c"
-
-
-def test_what_delivery_puts_in_front_does_not_matter():
-    front = b"Delivered-To: a@b\nReceived: (qmail 1 invoked by uid 2); 1 Jan 2027\n\t(folded)\nX-Envelope-To: c\n"
-    for hops in (1, 100):
-        assert released(front * hops + token() + MAIL, SECRET, NOW) == "0a1b2c"
-
-
-@given(st.integers(0, len(token() + MAIL) - 1), st.integers(1, 255))
-def test_no_byte_of_it_can_be_changed(at, difference):
-    data = bytearray(token() + MAIL)
-    data[at] ^= difference
-    assert released(data, SECRET, NOW) is None
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        token() + MAIL + b"\n",
-        token() + MAIL[:-1],
-        token() + b"X-More: 1\n" + MAIL,
-        token(expires=NOW - 1) + MAIL,
-        token(secret=bytes(32)) + MAIL,
-        token(by="root")[:-1] + b"\r\n" + MAIL,
-        b" " + token() + MAIL,
-        b"X" + token() + MAIL,
-        b"\n" + token() + MAIL,  # in the body
-        b"\r\n" + token() + MAIL,
-        b"A: b\n\n" + token() + MAIL,
-        b"A: b\n\r\n" + token() + MAIL,
-        token() + token() + MAIL,  # only the first one counts
-        token().replace(b"mac=", b"mac= ") + MAIL,
-        token().lower() + MAIL,
-        b"X-ContentFilter-Released: \n" + token() + MAIL,
-        MAIL,
-        b"",
-    ],
-)
-def test_anything_else_is_no_release(data):
-    assert released(data, SECRET, NOW) is None
-
-
-def test_a_token_ends_at_its_time():
-    data = token(expires=NOW + 10) + MAIL
-    assert released(data, SECRET, NOW + 10) == "0a1b2c"
-    assert released(data, SECRET, NOW + 11) is None
-
-
-def test_a_forger_costs_neither_a_hash_nor_a_long_search(monkeypatch):
-    """The body is hashed only behind a MAC that is right; the header is searched only to its limit."""
-    body = bytes(8 << 20)
-    forged = token(body, secret=bytes(32))
-    beyond = b"A: b\n" * (TOKEN_WITHIN // 5 + 1) + token(body) + body
-    monkeypatch.setattr(hashlib, "sha256", lambda *_: pytest.fail("hashed"))
-    assert released(forged * 20 + body, SECRET, NOW) is None
-    assert released(beyond, SECRET, NOW) is None
-
-
-def test_a_user_name_cannot_break_the_line():
-    line = sign(SECRET, "a", "x\ny; mac=z\0é", 1, "0" * 64)
-    assert line.count(b"\n") == 1
-    assert b"by=x_y__mac_z__;" in line
+MAIL = b"Subject: kept\nX-ContentFilter: forged\n\n\0body\xff without line end"
 
 
 # The secret
@@ -223,9 +117,23 @@ def test_what_goes_out_is_known_on_its_way_back_as_long_as_qmail_would_try(relea
     standin = queue()
     keep(releaser)
     release(releaser)
-    forwarded = b"Delivered-To: x\nReceived: (qmail)\n" + standin.queued()[0].message
-    assert released(forwarded, SECRET, time.time() + LIFETIME - 60) == "id1"
-    assert released(forwarded, SECRET, time.time() + LIFETIME + 60) is None
+    forwarded = (
+        b"Delivered-To: c@here\nReceived: (qmail 7 invoked by uid 500); 9 Jan 2027 08:15:00 -0000\n"
+        + standin.queued()[0].message
+    )
+    for later, incident in ((LIFETIME - 60, "id1"), (LIFETIME + 60, None)):
+        found = verify(forwarded, SECRET, time.time() + later, RECIPIENTS[1:])
+        assert (found.incident if found else None) == incident
+
+
+def test_a_token_is_for_the_addresses_to_which_the_recipients_forward(releaser, queue):
+    standin = queue()
+    keep(releaser)
+    release(releaser, forward=(b"final@there",))
+    (queued,) = standin.queued()
+    assert queued.envelope.recipients == RECIPIENTS[1:]
+    assert verify(queued.message, SECRET, time.time(), (b"final@there",))
+    assert verify(queued.message, SECRET, time.time(), RECIPIENTS[1:]) is None
 
 
 def test_a_release_is_marked_with_who_when_and_to_whom(releaser, queue):
@@ -298,7 +206,7 @@ def test_a_queue_that_is_killed_is_an_error(releaser, queue):
 def test_a_queue_that_hangs_is_killed_at_the_deadline(releaser, queue):
     standin = queue(at="message", stall="1")
     keep(releaser)
-    with pytest.raises(QuarantineError, match="no end within the time"):
+    with pytest.raises(QuarantineError, match="timed out"):
         release(releaser, seconds=0.5)
     (pid,) = standin.stalled()
     with pytest.raises(ProcessLookupError):
@@ -368,7 +276,7 @@ def test_bytes_that_are_not_the_ones_kept_do_not_go_out(releaser, queue):
     keep(releaser)
     with open(releaser.quarantine.directory / "entries" / "id1.eml", "r+b") as file:
         file.write(b"X")
-    with pytest.raises(QuarantineError, match="not those that were kept"):
+    with pytest.raises(QuarantineError, match="has changed since it was stored"):
         release(releaser)
     assert standin.queued() == []
 
@@ -385,7 +293,7 @@ def test_an_address_that_would_break_the_envelope_is_refused(releaser, queue, to
 def test_withheld_from_nobody_needs_an_address(releaser, queue):
     standin = queue()
     keep(releaser, withheld=())
-    with pytest.raises(QuarantineError, match="to whom"):
+    with pytest.raises(QuarantineError, match="--to"):
         release(releaser)
     release(releaser, to=(b"x@y",))
     assert standin.queued()[0].envelope.recipients == (b"x@y",)

@@ -38,11 +38,21 @@ class Origin(msgspec.Struct, frozen=True):
     user: bytes = b""  # the authenticated name, when kind is AUTHENTICATED
 
 
+RECIPIENTS_MAX = 100_000
+"""Recipients of one message, whoever sends it."""
+
+
 class Envelope(msgspec.Struct, frozen=True):
     """Sender and recipients exactly as the client gave them. Zero recipients are legal."""
 
     sender: bytes
     recipients: tuple[bytes, ...]
+    surplus: int = 0  # recipients beyond ``recipients``: too many, so the message is not delivered
+
+    @property
+    def count(self) -> int:
+        """Number of recipients that the client gave."""
+        return len(self.recipients) + self.surplus
 
 
 @dataclass(slots=True)

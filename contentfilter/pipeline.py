@@ -155,7 +155,7 @@ class Pipeline:
         each recipient as one with both checks. A copy that cannot be written changes nothing for the message.
         """
         started = time.monotonic()
-        plan = unscanned_plan(len(envelope.recipients), POISON)
+        plan = unscanned_plan(envelope, origin.kind, self.switches, POISON)
         outcomes = tuple(
             [ScanOutcome(scanner, ScanStatus.UNCHECKED, detail=POISON, cause=Cause.POISON) for scanner in Scanner]
         )

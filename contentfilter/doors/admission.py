@@ -1,17 +1,16 @@
-"""Intake state of one worker, shared by all doors: limits, counters, the admission queue, and idle connections.
+"""Intake state of one worker, shared by all doors: limits, counters and the admission queue.
 
-A connection with a message holds a slot or waits for one (policy/admission.py). A connection without a message in hand
-(no request yet, or answered and waiting for the hook's report) is idle; a local user may have only a few of those, so
-that they cannot keep mail out.
+A connection with a message holds a slot or waits for one (policy/admission.py). All connections come from users of the
+mail system, or from the receiver process, which limits those of other users (contentfilter/receiver).
 """
 
 import asyncio
 import os
 import time
 from base64 import b32hexencode
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from random import getrandbits
 from typing import Any, Protocol
@@ -19,38 +18,36 @@ from typing import Any, Protocol
 import msgspec
 
 from contentfilter.deadline import Deadline
-from contentfilter.doors.message import Spool
 from contentfilter.doors.origin import ResolvedOrigin
 from contentfilter.log import Logger, RateLimiter
-from contentfilter.model import Action, Message, Origin
+from contentfilter.model import Action, Envelope, Message, Origin, OriginKind
 from contentfilter.policy.admission import UNLIMITED, AdmissionQueue, Priority
 from contentfilter.threads import DaemonExecutor
-from contentfilter.wire import hook
+from contentfilter.verdict.disposition import Disposition
 
-MAX_IDLE = 16  # idle connections of one local user
-MAX_IDLE_TOTAL = 256  # of all local users together
 OPENING_THREADS = 8
 
 
 class AcceptedMessage(msgspec.Struct, frozen=True):
-    """An opened message that has a slot. Its owner closes ``message`` after the answer."""
+    """An opened message that has a slot. Its door closes ``message`` after the answer."""
 
-    request: hook.Request
-    origin: Origin
-    envelope: bytes  # the block as received; its grammar is not checked yet
-    message: Message
-    deadline: Deadline  # the answer must be ready by then
     incident: str
+    origin: Origin
+    envelope: Envelope
+    message: Message
+    deadline: Deadline  # the result must be ready by then
+    attempt: int = 0  # 0 for the first offer of a message, 1 for the second, ...
+    environ: Mapping[bytes, bytes] = {}  # of the client, where the door knows it
 
 
 class PendingMessage(msgspec.Struct, frozen=True):
-    """A message that waits for a slot, unopened. Whoever closes the connection also closes ``fds``."""
+    """A message that waits for a slot, unopened."""
 
-    request: hook.Request
-    fds: list[int]
+    incident: str
     origin: Origin
     priority: Priority
-    incident: str
+    size: int  # bytes
+    attempt: int = 0
 
 
 class Waiter(Protocol):
@@ -68,12 +65,22 @@ class Waiter(Protocol):
 class Handler(Protocol):
     """Decides about messages."""
 
-    async def handle(self, accepted: AcceptedMessage, /) -> hook.Answer:
-        """May raise anything: that defers the message."""
+    def hold(self) -> AbstractContextManager[object]:
+        """While it is held, the handler stays usable, whatever is reloaded."""
         ...
 
-    def rejected_busy(self, pending: PendingMessage, why: str, answer: hook.Answer, seconds: float, /) -> None:
-        """Record that a message got no slot within ``seconds`` and was deferred. May raise anything, too."""
+    def recipient_limit(self, kind: OriginKind, /) -> int:
+        """Recipients above which a message from such a client is rejected; see :class:`Envelope`."""
+        ...
+
+    async def handle(self, accepted: AcceptedMessage, /) -> Disposition:
+        """Call it while the handler is held. May raise anything: that defers the message."""
+        ...
+
+    def rejected_busy(
+        self, pending: PendingMessage, envelope: Envelope, why: str, text: str, seconds: float, /
+    ) -> None:
+        """Record that a message got no slot within ``seconds`` and was deferred with ``text``. May raise anything."""
         ...
 
 
@@ -83,7 +90,6 @@ class IntakeLimits:
 
     handler: Handler
     origin: ResolvedOrigin
-    spool: Spool
     budget: float  # seconds for one message
     max_in_flight: int
     max_waiting: int = 1024
@@ -128,9 +134,7 @@ class IntakeState:
         self.garbage_log = RateLimiter(1.0)
         self.queue: AdmissionQueue[Waiter] = AdmissionQueue(limits.max_in_flight, limits.max_waiting, limits.max_bytes)
         self.exhausted = ""  # the resource that is below its watermark: no message gets a slot meanwhile
-        self._idle: Counter[int] = Counter()
-        self._trusted_files: Executor = DaemonExecutor("open", OPENING_THREADS)
-        self._untrusted_files: Executor = DaemonExecutor("open untrusted", OPENING_THREADS)
+        self.opening: Executor = DaemonExecutor("open", OPENING_THREADS)
 
     def apply(self, limits: IntakeLimits) -> None:
         self.limits = limits
@@ -155,44 +159,22 @@ class IntakeState:
         while (entry := self.queue.next_ready()) is not None:
             entry.waiter.begin()
 
-    def reject_busy(self, pending: PendingMessage, seconds: float) -> hook.Answer:
+    def reject_busy(self, pending: PendingMessage, envelope: Envelope, seconds: float) -> Disposition:
         """The deferral of a message that waited ``seconds`` without getting a slot."""
         self.counters.busy += 1
         code = "4.3.1" if self.exhausted else "4.3.2"
         why = f"content filter is short of {self.exhausted}" if self.exhausted else "content filter busy"
-        answer = deferral(why, pending.incident, code)
+        disposition = deferral(why, pending.incident, code)
         try:
-            self.limits.handler.rejected_busy(pending, why, answer, seconds)
+            self.limits.handler.rejected_busy(pending, envelope, why, disposition.text, seconds)
         except Exception:  # the message is deferred in any case
             self.counters.errors += 1
             self.log.exception("intake.internal-error", id=pending.incident)
-        return answer
+        return disposition
 
     def is_trusted(self, uid: int) -> bool:
         """True for clients that run as a user of the mail system."""
         return self.limits.origin.system(uid, self.own_uid)
-
-    def opening_threads(self, *, trusted: bool) -> Executor:
-        """Threads that open messages. A local user's files may hang; they share no thread with the mail system's."""
-        return self._trusted_files if trusted else self._untrusted_files
-
-    # Idle connections
-
-    def track_idle(self, uid: int) -> bool:
-        """Count an idle connection of ``uid``; False if that user has too many. Trusted users have no limit."""
-        if self.is_trusted(uid):
-            return True
-        if self._idle[uid] >= MAX_IDLE or self._idle.total() >= MAX_IDLE_TOTAL:
-            return False
-        self._idle[uid] += 1
-        return True
-
-    def untrack_idle(self, uid: int) -> None:
-        """The reverse of a successful :meth:`track_idle`."""
-        if self._idle[uid] > 1:
-            self._idle[uid] -= 1
-        else:
-            del self._idle[uid]  # keep no entries of 0, nor of users that are not counted
 
 
 def new_incident() -> str:
@@ -201,6 +183,5 @@ def new_incident() -> str:
     return b32hexencode(number.to_bytes(10, "big")).decode("ascii").lower()
 
 
-def deferral(what: str, incident: str, code: str = "4.3.0") -> hook.Answer:
-    text = f"{what}, please try again [{incident}] (#{code})"
-    return hook.Answer(Action.DEFER, text=text)
+def deferral(what: str, incident: str, code: str = "4.3.0") -> Disposition:
+    return Disposition(Action.DEFER, text=f"{what}, please try again [{incident}] (#{code})")

@@ -4,7 +4,7 @@ import mmap
 
 from contentfilter.model import Message
 from contentfilter.verdict.disposition import Delivery, Disposition, HeaderChange
-from contentfilter.verdict.headers import changed_block
+from contentfilter.verdict.headers import HEADER_LIMIT, changed_block
 from contentfilter.wire import envelope as envelope_format
 from contentfilter.wire import hook
 
@@ -14,6 +14,15 @@ def render(disposition: Disposition, message: Message) -> hook.Answer:
     blocks: dict[int, tuple[bytes, int]] = {}  # by identity: the changes may be long, and shared by many deliveries
     submissions = tuple([_submission(delivery, message, blocks) for delivery in disposition.deliveries])
     return hook.Answer(disposition.action, disposition.reason, disposition.text, submissions)
+
+
+def bytes_rendered(disposition: Disposition, message: Message, envelope: int) -> int:
+    """Bytes that :func:`render` works on at most, for an envelope of ``envelope`` bytes."""
+    header = min(message.size, HEADER_LIMIT)
+    bodies = [
+        header * bool(each.changes) if each.content is None else len(each.content) for each in disposition.deliveries
+    ]
+    return sum(bodies) + sum(len(field.field) for each in disposition.deliveries for field in each.added) + envelope
 
 
 def _submission(delivery: Delivery, message: Message, blocks: dict[int, tuple[bytes, int]]) -> hook.Submission:

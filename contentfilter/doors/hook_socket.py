@@ -60,17 +60,30 @@ def unexpected_event(connection: socket.socket) -> str:
     return "out of turn" if packet else "gone"
 
 
-def send_answer(connection: socket.socket, encoded: hook.EncodedAnswer) -> None:
-    """Send an answer whole; a long body goes into a sealed memfd. Raises OSError."""
-    if encoded.body is None:
-        connection.send(encoded.packet, socket.MSG_DONTWAIT)
-        return
-    fd = sealed_memfd("answer", encoded.body)
-    try:
-        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("=i", fd))
-        connection.sendmsg([encoded.packet], [rights], socket.MSG_DONTWAIT)
-    finally:
-        os.close(fd)
+class PreparedAnswer:
+    """An encoded answer; a long body is in a sealed memfd. Whoever has it closes it."""
+
+    def __init__(self, packet: bytes, fd: int = -1) -> None:
+        self._packet, self._fd = packet, fd
+
+    def send(self, connection: socket.socket) -> None:
+        """Send it whole. Raises OSError."""
+        if self._fd < 0:
+            connection.send(self._packet, socket.MSG_DONTWAIT)
+            return
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("=i", self._fd))
+        connection.sendmsg([self._packet], [rights], socket.MSG_DONTWAIT)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def prepare_answer(answer: hook.Answer) -> PreparedAnswer:
+    """Encode an answer. Raises LocalProtocolError, or OSError where there is no descriptor for a long body."""
+    encoded = hook.encode_answer(answer)
+    return PreparedAnswer(encoded.packet, -1 if encoded.body is None else sealed_memfd("answer", encoded.body))
 
 
 def receive_report(connection: socket.socket) -> hook.CommitReport:

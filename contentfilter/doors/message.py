@@ -1,9 +1,8 @@
 """Open the two descriptors that a client passes: the message (read if small, else mapped) and the envelope.
 
-A message is mapped without a copy if it can no longer change (a sealed memfd) or if the client is a system user.
-Otherwise it is first copied into a private file: a local user could truncate the file under the mapping, and reading
-it would then kill the worker with SIGBUS. A descriptor that is not a readable regular file of the announced size
-raises :class:`MessageError`. In every case both descriptors end up owned by the result or closed.
+A message is mapped without a copy: it comes from a user of the mail system, or it is a copy that the receiver process
+made of what another user passed. A descriptor that is not a readable regular file of the announced size raises
+:class:`MessageError`. In every case both descriptors end up owned by the result or closed.
 """
 
 import fcntl
@@ -11,27 +10,17 @@ import mmap
 import os
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from contentfilter.errors import MessageError
 from contentfilter.model import Message
 
-ENVELOPE_LIMIT = 128 * 1024 * 1024  # 100,000 recipients of the longest legal address fit
+ENVELOPE_LIMIT = 128 * 1024 * 1024  # RECIPIENTS_MAX recipients of the longest legal address fit
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 SMALL = 64 * 1024  # bytes; up to this size one read is cheaper than mapping, page faults and unmapping
-_CHUNK = 4 * 1024 * 1024
 _O_PATH = getattr(os, "O_PATH", 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Spool:
-    """Place for copies of untrusted messages: memory up to ``memory`` bytes, else unnamed files in ``directory``."""
-
-    directory: str
-    memory: int = 16 * 1024 * 1024
-
-
-def open_pair(fds: Sequence[int], sizes: tuple[int, int], *, trusted: bool, spool: Spool) -> tuple[Message, bytes]:
+def open_pair(fds: Sequence[int], sizes: tuple[int, int]) -> tuple[Message, bytes]:
     """The message and the envelope block of ``fds`` (message first), whose announced ``sizes`` are in bytes.
 
     Takes ownership of all ``fds``: on any error all are closed. Raises MessageError.
@@ -47,17 +36,13 @@ def open_pair(fds: Sequence[int], sizes: tuple[int, int], *, trusted: bool, spoo
         raise
     finally:
         os.close(fds[1])
-    return open_message(fds[0], sizes[0], trusted=trusted, spool=spool), envelope
+    return open_message(fds[0], sizes[0]), envelope
 
 
-def open_message(fd: int, size: int, *, trusted: bool, spool: Spool) -> Message:
+def open_message(fd: int, size: int) -> Message:
     """Map or read ``size`` bytes of ``fd``; takes ownership of ``fd``. Raises MessageError."""
     try:
-        _check_file(fd, size, "message")
-        sealed = _is_sealed(fd)
-        if size and not (trusted or sealed):
-            fd, untrusted = _copy(fd, size, spool), fd
-            os.close(untrusted)
+        check_file(fd, size, "message")
         if size <= SMALL:
             return Message(fd, size, _read(fd, size, "message"))
         # MAP_PRIVATE: older kernels refuse a shared mapping of a write-sealed memfd.
@@ -75,19 +60,22 @@ def read_envelope(fd: int, size: int) -> bytes:
     if size > ENVELOPE_LIMIT:
         raise MessageError(f"envelope of {size} bytes")
     try:
-        _check_file(fd, size, "envelope")
+        check_file(fd, size, "envelope")
         return _read(fd, size, "envelope")
     except OSError as e:
         raise MessageError(f"envelope: {e.strerror}") from e
 
 
-def _check_file(fd: int, size: int, what: str) -> None:
-    """Raise MessageError or OSError unless ``fd`` is a regular file of ``size`` bytes: nothing else is read."""
+def check_file(fd: int, size: int, what: str) -> None:
+    """Raise MessageError or OSError unless ``fd`` is a regular file of ``size`` bytes, open for reading."""
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         raise MessageError(f"{what}: not a regular file")
     if status.st_size != size:
         raise MessageError(f"{what}: {status.st_size} bytes where {size} were announced")
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)  # checked here, because clamd reports what it cannot read as clean
+    if flags & os.O_ACCMODE == os.O_WRONLY or flags & _O_PATH:
+        raise MessageError(f"{what}: descriptor is not open for reading")
 
 
 def _read(fd: int, size: int, what: str) -> bytes:
@@ -96,39 +84,6 @@ def _read(fd: int, size: int, what: str) -> bytes:
     if len(data) != size:
         raise MessageError(f"{what} changed while it was read")
     return data
-
-
-def _is_sealed(fd: int) -> bool:
-    """True if the message can no longer change. Raises MessageError or OSError."""
-    flags = fcntl.fcntl(fd, fcntl.F_GETFL)  # checked here, because clamd reports what it cannot read as clean
-    if flags & os.O_ACCMODE == os.O_WRONLY or flags & _O_PATH:
-        raise MessageError("message: descriptor is not open for reading")
-    try:
-        return fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS == SEALS
-    except OSError:  # EINVAL: this kind of file cannot be sealed
-        return False
-
-
-def _copy(source: int, size: int, spool: Spool) -> int:
-    """A new private file with the first ``size`` bytes of ``source``. Raises MessageError or OSError."""
-    in_memory = size <= spool.memory
-    if in_memory:
-        target = os.memfd_create("message", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    else:
-        target = os.open(spool.directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC | os.O_EXCL, 0o600)
-    try:
-        done = 0
-        while done < size:
-            count = os.sendfile(target, source, done, min(size - done, _CHUNK))
-            if count == 0:
-                raise MessageError("message shrank while it was copied")
-            done += count
-        if in_memory:
-            fcntl.fcntl(target, fcntl.F_ADD_SEALS, SEALS | fcntl.F_SEAL_SEAL)
-    except BaseException:
-        os.close(target)
-        raise
-    return target
 
 
 def sealed_memfd(name: str, data: bytes) -> int:
@@ -147,4 +102,4 @@ def sealed_memfd(name: str, data: bytes) -> int:
 
 def message_of(data: bytes) -> Message:
     """A message from bytes that no client passed. Raises OSError."""
-    return open_message(sealed_memfd("message", data), len(data), trusted=True, spool=Spool(""))
+    return open_message(sealed_memfd("message", data), len(data))

@@ -7,27 +7,38 @@ every message passes here. Packets: doors/hook_socket.py; formats: wire/hook.py.
 """
 
 import asyncio
-import os
 import socket
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from contextlib import suppress
 from enum import Enum
 
 from contentfilter.deadline import Deadline
-from contentfilter.doors.admission import AcceptedMessage, IntakeState, PendingMessage, Waiter, deferral, new_incident
+from contentfilter.doors.admission import (
+    AcceptedMessage,
+    Handler,
+    IntakeState,
+    PendingMessage,
+    Waiter,
+    deferral,
+    new_incident,
+)
 from contentfilter.doors.hook_socket import (
+    PreparedAnswer,
     peer_credentials,
+    prepare_answer,
     receive_report,
     receive_request,
-    send_answer,
     unexpected_event,
 )
-from contentfilter.doors.message import open_pair
+from contentfilter.doors.hook_work import INLINE_BYTES, answer_with, close_all, open_offered, parse_envelope
+from contentfilter.doors.message import ENVELOPE_LIMIT, read_envelope
 from contentfilter.doors.origin import classify, represented
-from contentfilter.errors import LocalProtocolError, MessageError, ProtocolError
-from contentfilter.model import Message
+from contentfilter.errors import EnvelopeError, LocalProtocolError, MessageError, ProtocolError
+from contentfilter.model import Envelope
 from contentfilter.policy.admission import QueueEntry, priority_of
+from contentfilter.verdict.disposition import Disposition
+from contentfilter.wire import envelope as envelope_format
 from contentfilter.wire import hook
 
 REQUEST_WAIT = 5.0  # seconds from connecting to the request packet; hooks send it immediately
@@ -35,7 +46,6 @@ HOOK_BUDGET_MAX = 3600.0  # seconds, in queue.conf
 HOOK_GRACE, HOOK_ABORT = 30.0, 10.0  # seconds that a hook may take to commit, and to give up (queue_hook/commit.c)
 RESERVE = 1.0  # seconds between the handler's deadline and the end of the budget; half of it to decide about a timeout
 FAST = 0.05  # seconds; only a handling that takes longer is watched for a client that goes away
-INLINE = 1024 * 1024  # bytes; larger messages are read and copied off the event loop
 
 
 class Stage(Enum):
@@ -70,8 +80,8 @@ class Connection:
         "_budget_end",
         "_cancel_reason",
         "_entry",
+        "_fds",
         "_hook_end",
-        "_idle_uid",
         "_pending",
         "_socket",
         "_state",
@@ -91,8 +101,8 @@ class Connection:
         self._timer: asyncio.TimerHandle | None = None
         self._watching = False
         self._cancel_reason = ""
-        self._idle_uid: int | None = None  # set while the connection counts as idle
-        self._pending: PendingMessage | None = None  # owns the descriptors until the message is opened
+        self._pending: tuple[PendingMessage, hook.Request] | None = None
+        self._fds: list[int] = []  # until the message is opened
         self._entry: QueueEntry[Waiter] | None = None  # while in the admission queue
         self.began = time.monotonic()
         self._budget_end = self._hook_end = self.began  # once there is a request: of the message, of the hook
@@ -110,11 +120,6 @@ class Connection:
         """Take the request, which is usually here already, or wait a short time for it."""
         if self._take_request():
             return
-        _, uid = peer_credentials(self._socket)
-        if not self._state.track_idle(uid):
-            self._reject_garbage("too many connections of this user without a request")
-            return
-        self._idle_uid = uid
         self._watch(self._take_request)
         self._set_timer(self._state.loop.time() + REQUEST_WAIT, self._reject_garbage, "no request in time")
 
@@ -148,25 +153,27 @@ class Connection:
         if received is None:  # a probe: it connected and closed
             self._close()
             return True
-        request, fds = received
-        self._untrack_idle()
+        request, self._fds = received
         self.incident, self.size = new_incident(), request.message_size
         pid, uid = peer_credentials(self._socket)
         uid, pid = represented(uid, pid, request.environ, self._state.own_uid)
         origin = classify(uid, pid, request.environ, self._state.limits.origin)
-        self._pending = PendingMessage(request, fds, origin, priority_of(origin, self.size), self.incident)
-        self._admit(self._pending)
+        priority = priority_of(origin, self.size, request.envelope_size)
+        self._pending = PendingMessage(self.incident, origin, priority, self.size, request.attempt), request
+        self._admit(*self._pending)
         return True
 
-    def _admit(self, pending: PendingMessage) -> None:
+    def _admit(self, pending: PendingMessage, request: hook.Request) -> None:
         """Begin if there is a free slot; otherwise wait for one, which may shed a connection."""
         state, limits = self._state, self._state.limits
-        self._hook_end = hook_end(pending.request, self.began, time.monotonic())
+        self._hook_end = hook_end(request, self.began, time.monotonic())
         self._budget_end = min(self.began + limits.budget, self._hook_end)
-        if self.size > limits.max_message:
+        if self.size > limits.max_message or request.envelope_size > ENVELOPE_LIMIT:
+            what = "message" if self.size > limits.max_message else "envelope"
+            why = f"{self.size} bytes" if what == "message" else f"envelope of {request.envelope_size} bytes"
             state.counters.bad_messages += 1
-            state.log.warning("intake.bad-message", id=self.incident, why=f"{self.size} bytes", uid=pending.origin.uid)
-            self._answer(deferral("message is larger than the content filter takes", self.incident))
+            state.log.warning("intake.bad-message", id=self.incident, why=why, uid=pending.origin.uid)
+            self._defer(f"{what} is larger than the content filter takes")
             self._close()
         elif state.queue.try_acquire(pending.priority):
             self.begin()
@@ -174,7 +181,7 @@ class Connection:
             self._enter(Stage.WAITING)
             self._watch(self._peer_moved)
             self._set_timer(
-                min(self.began + limits.admission_wait, self._deadline().at), self._waited_too_long, pending
+                min(self.began + limits.admission_wait, self._deadline().at), self._waited_too_long, pending, request
             )
             self._entry = QueueEntry(pending.priority, self)
             if (shed := state.queue.enqueue(self._entry)) is not None:
@@ -195,7 +202,7 @@ class Connection:
         self._unwatch()
         self._entry = None
         self._enter(Stage.STARTING)
-        self._task = self._state.loop.create_task(self._serve(self._pending))
+        self._task = self._state.loop.create_task(self._serve(*self._pending))
         self._set_timer(self._state.loop.time() + FAST, self._handling_is_slow)
 
     def shed_connection(self) -> None:
@@ -203,63 +210,71 @@ class Connection:
         self._state.counters.crowded += 1
         self._close()
 
-    def _waited_too_long(self, pending: PendingMessage) -> None:
-        self._answer(self._state.reject_busy(pending, time.monotonic() - self.began))
+    def _waited_too_long(self, pending: PendingMessage, request: hook.Request) -> None:
+        envelope, size = Envelope(b"", ()), request.envelope_size
+        if size <= INLINE_BYTES:
+            with suppress(MessageError, EnvelopeError, IndexError):
+                envelope = envelope_format.parse(read_envelope(self._fds[-1], size))
+        self._send(self._state.reject_busy(pending, envelope, time.monotonic() - self.began))
         self._close()
 
     # Stages STARTING, OPENING and HANDLING
 
-    async def _serve(self, pending: PendingMessage) -> None:
-        state, request, origin = self._state, pending.request, pending.origin
-        message: Message | None = None
+    async def _serve(self, pending: PendingMessage, request: hook.Request) -> None:
+        state, origin = self._state, pending.origin
+        answered = 0
         self._enter(Stage.OPENING)
         try:
             if self._cancel_reason:
                 raise asyncio.CancelledError
             state.counters.retries += request.attempt > 0
-            message, envelope = await self._open(pending)
-            self._enter(Stage.HANDLING)
-            accepted = AcceptedMessage(request, origin, envelope, message, self._deadline(), self.incident)
-            # The handler of this moment: a reload while the message was opened has closed the earlier one.
-            answered = self._answer(await state.limits.handler.handle(accepted))
+            handler = state.limits.handler
+            with handler.hold():  # also while the message is opened: a reload then closes only what nobody uses
+                answered = await self._decide(handler, pending, request)
         except asyncio.CancelledError:
-            answered = self._cancelled()
+            self._cancelled()
         except MessageError as error:
             state.counters.bad_messages += 1
             state.log.warning("intake.bad-message", id=self.incident, why=str(error), uid=origin.uid, pid=origin.pid)
-            answered = self._answer(deferral("message could not be taken over", self.incident))
+            self._defer("message could not be taken over")
+        except EnvelopeError as error:  # the hook checks it too: the client is another program
+            state.log.warning("intake.bad-envelope", id=self.incident, why=str(error))
+            self._defer("the envelope is malformed")
         except Exception:  # the one boundary: a defect defers
-            answered = self._answer(self._internal_error())
+            self._internal_error()
         finally:
-            if message is not None:
-                message.close()
             state.release(pending.priority)
         self._task = None
-        if answered is not None and len(answered.submissions) >= 2:
-            self._await_report(origin.uid)
+        if answered >= 2:
+            self._await_report()
         else:
             self._close()
+
+    async def _decide(self, handler: Handler, pending: PendingMessage, request: hook.Request) -> int:
+        """Open the message, have it handled, answer. Returns the number of submissions in the answer that was sent."""
+        fds, self._fds = self._fds, []
+        sizes = (request.message_size, request.envelope_size)
+        message, block = await open_offered(fds, sizes, self._state.opening)
+        try:
+            envelope = await parse_envelope(block, handler.recipient_limit(pending.origin.kind))
+            del block
+            self._enter(Stage.HANDLING)
+            accepted = AcceptedMessage(
+                self.incident, pending.origin, envelope, message, self._deadline(), request.attempt, request.environ
+            )
+            disposition = await handler.handle(accepted)
+            try:
+                prepared = await answer_with(disposition, message, request.envelope_size)
+            except OSError as error:
+                self._answer_failed(error)
+                return 0
+            return len(disposition.deliveries) if self._send_prepared(prepared) else 0
+        finally:
+            message.close()
 
     def _deadline(self, reserve: float = RESERVE) -> Deadline:
         """When the answer must be ready: the end of the budget, less a reserve for what follows."""
         return Deadline(self._budget_end - min(reserve, reserve * (self._budget_end - self.began) / 10))
-
-    async def _open(self, pending: PendingMessage) -> tuple[Message, bytes]:
-        state, request = self._state, pending.request
-        fds, self._pending = pending.fds, None
-        sizes = (request.message_size, request.envelope_size)
-        trusted, spool = state.is_trusted(pending.origin.uid), state.limits.spool
-        if trusted and max(sizes) <= INLINE:
-            return open_pair(fds, sizes, trusted=trusted, spool=spool)
-        opening = state.opening_threads(trusted=trusted).submit(open_pair, fds, sizes, trusted=trusted, spool=spool)
-        try:
-            return await asyncio.shield(asyncio.wrap_future(opening))
-        except asyncio.CancelledError:
-            if opening.cancel():  # no thread has begun
-                _close_all(fds)
-            else:
-                opening.add_done_callback(_discard)
-            raise
 
     def _handling_is_slow(self) -> None:
         """From now on, notice a hook that goes away, and enforce the deadline."""
@@ -271,48 +286,51 @@ class Connection:
             self._unwatch()
             self.cancel(reason)
 
-    def _cancelled(self) -> hook.Answer | None:
+    def _cancelled(self) -> None:
         log, counters = self._state.log, self._state.counters
         if self._cancel_reason == "overdue":
             counters.errors += 1
             log.error("intake.internal-error", id=self.incident, why="the handling overran its deadline")
-            return self._answer(deferral("out of time", self.incident))
+            self._defer("out of time")
+            return
         counters.gone += self._cancel_reason == "gone"
         reason = self._cancel_reason or "cancelled"
         log.info("intake.client-gone", id=self.incident, why=reason, stage=self.stage.value)
-        return None
 
-    def _internal_error(self) -> hook.Answer:
-        """The deferral for the exception that is being handled, which is logged."""
+    def _internal_error(self) -> None:
+        """Defer because of the exception that is being handled, which is logged."""
         self._state.counters.errors += 1
         self._state.log.exception("intake.internal-error", id=self.incident)
-        return deferral("internal error in the content filter", self.incident)
+        self._defer("internal error in the content filter")
 
     # Stages ANSWERING and REPORT
 
-    def _answer(self, answer: hook.Answer) -> hook.Answer | None:
-        """Send ``answer``; returns what was sent, or None if nothing was."""
-        try:
-            encoded = hook.encode_answer(answer)
-        except ProtocolError:
-            answer = self._internal_error()
-            encoded = hook.encode_answer(answer)
+    def _defer(self, why: str) -> None:
+        self._send(deferral(why, self.incident))
+
+    def _send(self, disposition: Disposition) -> None:
+        """Send a disposition without deliveries."""
+        self._send_prepared(prepare_answer(hook.Answer(disposition.action, text=disposition.text)))
+
+    def _send_prepared(self, prepared: PreparedAnswer) -> bool:
+        """False if the hook is gone."""
         self._enter(Stage.ANSWERING)
         self._unwatch()
         try:
-            send_answer(self._socket, encoded)
+            prepared.send(self._socket)
         except OSError as error:
-            self._state.log.info("intake.answer-failed", id=self.incident, why=error.strerror)
-            return None
+            self._answer_failed(error)
+            return False
+        finally:
+            prepared.close()
         self._state.counters.answered += 1
-        return answer
+        return True
 
-    def _await_report(self, uid: int) -> None:
+    def _answer_failed(self, error: OSError) -> None:
+        self._state.log.info("intake.answer-failed", id=self.incident, why=error.strerror)
+
+    def _await_report(self) -> None:
         """For as long as the hook may take: it has its grace from the answer on, even when the budget is over."""
-        if not self._state.track_idle(uid):
-            self._report(None)
-            return
-        self._idle_uid = uid
         self._enter(Stage.REPORT)
         self._watch(self._take_report)
         until = max(self._hook_end, self._state.loop.time() + HOOK_GRACE) + HOOK_ABORT
@@ -353,19 +371,12 @@ class Connection:
             self._timer.cancel()
             self._timer = None
 
-    def _untrack_idle(self) -> None:
-        if self._idle_uid is not None:
-            self._state.untrack_idle(self._idle_uid)
-            self._idle_uid = None
-
     def _close(self) -> None:
         self._enter(Stage.CLOSED)
         self._unwatch()
-        self._untrack_idle()
         self._socket.close()
-        if self._pending is not None:
-            _close_all(self._pending.fds)
-            self._pending = None
+        close_all(self._fds)
+        self._fds, self._pending = [], None
         if self._entry is not None:
             self._state.queue.withdraw(self._entry)
             self._state.fill_slots()  # a large message may have kept others waiting
@@ -381,13 +392,3 @@ def hook_end(request: hook.Request, accepted: float, now: float) -> float:
     budget = min(request.budget, HOOK_BUDGET_MAX)
     sent = request.sent
     return (accepted if sent is None or not now - budget <= sent <= now else sent) + budget
-
-
-def _discard(opening: "Future[tuple[Message, bytes]]") -> None:
-    if opening.exception() is None:
-        opening.result()[0].close()
-
-
-def _close_all(fds: list[int]) -> None:
-    for fd in fds:
-        os.close(fd)

@@ -19,6 +19,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from contentfilter.model import Origin, OriginKind
+from contentfilter.wire.envelope import memory_cost
 
 LARGE = 262_144  # bytes; a message above it ranks behind the small ones
 OLDEST_EVERY = 4
@@ -42,10 +43,14 @@ class Priority(msgspec.Struct, frozen=True):
         return self.bytes_charged > 0
 
 
-def priority_of(origin: Origin, size: int) -> Priority:
-    """The priority of a message of ``size`` bytes."""
-    large = size > LARGE
-    return Priority(source_of(origin), 2 * large + (origin.kind not in _OURS), size if large else 0)
+def priority_of(origin: Origin, size: int, envelope: int = 0) -> Priority:
+    """The priority of a message of ``size`` bytes whose envelope has ``envelope`` bytes.
+
+    The rank is by size alone. An envelope is charged at the memory that it may take while the message is handled.
+    """
+    charged = size + memory_cost(envelope)
+    rank = 2 * (size + envelope > LARGE) + (origin.kind not in _OURS)
+    return Priority(source_of(origin), rank, charged if charged > LARGE else 0)
 
 
 def source_of(origin: Origin) -> SourceKey:

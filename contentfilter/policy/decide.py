@@ -81,8 +81,9 @@ def decide(
     plan: ScanPlan, outcomes: tuple[ScanOutcome, ...], origin: OriginKind, recipients: int, settings: Settings
 ) -> Decision:
     """The decision for a message with ``recipients`` recipients."""
-    if plan.limit:
-        return Decision(Action.REJECT, Reason.SIZE, plan.limit)
+    if plan.limit:  # bounces have one recipient; a user of qmail-send that sends more is asked to stop, not refused
+        action = Action.DEFER if origin is OriginKind.BOUNCE else Action.REJECT
+        return Decision(action, Reason.SIZE, plan.limit)
     if plan.hold:
         return Decision(Action.DEFER, Reason.NONE, plan.hold)
     if recipients == 0:  # legal for qmail-queue

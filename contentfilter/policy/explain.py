@@ -43,9 +43,7 @@ def trace(
 ) -> tuple[TraceLine, ...]:
     """All steps in the order in which they were taken."""
     lines = [
-        TraceLine(
-            "message", f"{size} bytes from <{readable(envelope.sender)}>, {len(envelope.recipients)} recipient(s)"
-        ),
+        TraceLine("message", f"{size} bytes from <{readable(envelope.sender)}>, {envelope.count} recipient(s)"),
         TraceLine("origin", f"{origin.kind.value}: {_ORIGINS[origin.kind]} (uid {origin.uid})"),
     ]
     for policy, members in plan.groups[:GROUPS_SHOWN]:

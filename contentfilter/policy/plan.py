@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from contentfilter.model import Check, Envelope, Origin, OriginKind, Scanner, Want, readable
+from contentfilter.model import RECIPIENTS_MAX, Check, Envelope, Origin, OriginKind, Scanner, Want, readable
 from contentfilter.policy.options import DEFAULTS, Options, read_options
 from contentfilter.settings import Settings
 
@@ -256,7 +256,7 @@ def make_plan(
     ``owners`` finds the preferences of a recipient; None: no recipient has any.
     """
     recipients = envelope.recipients
-    limit = _exceeded_limit(len(recipients), size, origin, switches)
+    limit = _exceeded_limit(envelope, size, origin.kind, switches)
     rules = _general_rules(origin, switches)
     if lookup is None:
         if not limit and origin.kind is not OriginKind.BOUNCE and _needs_tables(rules, settings):
@@ -284,19 +284,23 @@ def make_plan(
     return ScanPlan(groups, steps, users, preferences.left_out, _want(found, settings, size * len(users)))
 
 
-def unscanned_plan(recipients: int, reason: str) -> ScanPlan:
+def unscanned_plan(envelope: Envelope, kind: OriginKind, switches: Switches, reason: str) -> ScanPlan:
     """The plan for a message that no scanner may read: all recipients have both checks, and none is made."""
-    everybody = RecipientPolicy(True, True, reason, reason), tuple(range(recipients))
-    return ScanPlan((everybody,), _no_steps(reason))
+    everybody = RecipientPolicy(True, True, reason, reason), tuple(range(len(envelope.recipients)))
+    return ScanPlan((everybody,), _no_steps(reason), limit=_exceeded_limit(envelope, 0, kind, switches))
 
 
-def _exceeded_limit(recipients: int, size: int, origin: Origin, switches: Switches) -> str:
-    if origin.kind in _SMTP:
-        if switches.databytes and size > switches.databytes:
-            return f"databytes={switches.databytes}"
-        if switches.maxrecipients and recipients > switches.maxrecipients:
-            return f"maxrecipients={switches.maxrecipients}"
-    return ""
+def recipient_limit(kind: OriginKind, switches: Switches) -> int:
+    """The number of recipients that a message from such a client may have."""
+    configured = switches.maxrecipients if kind in _SMTP else 0
+    return min(configured or RECIPIENTS_MAX, RECIPIENTS_MAX)
+
+
+def _exceeded_limit(envelope: Envelope, size: int, kind: OriginKind, switches: Switches) -> str:
+    if kind in _SMTP and 0 < switches.databytes < size:
+        return f"databytes={switches.databytes}"
+    limit = recipient_limit(kind, switches)
+    return f"maxrecipients={limit}" if envelope.count > limit or envelope.surplus else ""
 
 
 def _no_steps(reason: str) -> tuple[PlanStep, ...]:

@@ -18,17 +18,19 @@ from collections.abc import Callable
 import msgspec
 
 from contentfilter.deadline import Deadline
-from contentfilter.doors.message import Spool, open_pair
+from contentfilter.doors.hook_socket import receive_request
 from contentfilter.doors.origin import PEER
-from contentfilter.errors import ProtocolError, RemoteProtocolError
+from contentfilter.errors import MessageError
+from contentfilter.model import Action
+from contentfilter.receiver.copies import check_sizes, copy_pair
 from contentfilter.wire import hook
+from contentfilter.wire.envelope import memory_cost
 
 REQUEST_WAIT = 5.0  # seconds from the connection to the whole request
 COPY_WAIT = 10.0  # seconds for receiving, copying and closing what was passed
 COPY_CPU = 10  # seconds of CPU for the whole child
 COMMIT_WAIT = 60.0  # seconds that a hook may take for its report after its budget
 ADDRESS_SPACE = 1024 * 1024 * 1024  # bytes
-_ANCILLARY = socket.CMSG_SPACE(4 * 4)
 
 
 def serve(
@@ -41,20 +43,27 @@ def serve(
 ) -> None:
     """Serve one connection. ``peer``: uid and pid; ``queue``: the workers' socket; ``spool``: where large copies go.
 
-    ``reserve`` asks the parent whether so many bytes may be under way; ``copied`` tells it that nothing of what the
-    peer passed is open any longer. Every error ends the connection, and the hook offers its message again.
+    ``reserve`` asks the parent for a number of bytes; ``copied`` reports to it that nothing of what the peer passed is
+    open any longer. Every error ends the connection, and the hook offers its message again; but what can never be
+    copied is deferred with the reason.
     """
     signal.setitimer(signal.ITIMER_REAL, REQUEST_WAIT + COPY_WAIT)  # SIGALRM's default action ends the process
     resource.setrlimit(resource.RLIMIT_CPU, (COPY_CPU, COPY_CPU + 1))
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     began = time.monotonic()
-    request, fds = _receive(connection, Deadline.after(REQUEST_WAIT))
-    if request is None:
-        raise RemoteProtocolError("no request")  # the kernel closes what was passed
-    if not reserve(request.message_size + request.envelope_size):
-        return  # the kernel closes what was passed
-    message, envelope = open_pair(fds, (request.message_size, request.envelope_size), trusted=False, spool=Spool(spool))
-    copies = (message.fd, _sealed_copy(envelope))
+    if not select.select([connection], [], [], REQUEST_WAIT)[0] or (received := receive_request(connection)) is None:
+        return
+    request, fds = received
+    sizes = (request.message_size, request.envelope_size)
+    try:
+        check_sizes(sizes)
+        if not reserve(sizes[0] + memory_cost(sizes[1])):
+            return  # the kernel closes what was passed
+        copies = copy_pair(fds, sizes, spool)
+    except MessageError as error:
+        text = f"message could not be taken over ({error}), please try again (#4.3.0)"
+        connection.send(hook.encode_answer(hook.Answer(Action.DEFER, text=text)).packet)
+        raise
     uid, pid = peer
     copied()
     spent = time.monotonic() - began
@@ -68,36 +77,6 @@ def serve(
         for fd in copies:
             os.close(fd)
         _relay(connection, worker)
-
-
-def _receive(connection: socket.socket, deadline: Deadline) -> tuple[hook.Request | None, list[int]]:
-    """The request and every descriptor that came with it. None: the peer sent something else, or nothing in time."""
-    if not select.select([connection], [], [], deadline.left())[0]:
-        return None, []
-    packet, ancillary, flags, _ = connection.recvmsg(hook.REQUEST_MAX + 1, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
-    fds = [
-        fd
-        for level, kind, data in ancillary
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS
-        for (fd,) in struct.iter_unpack("=i", data[: len(data) // 4 * 4])
-    ]
-    if not packet and not fds:
-        raise SystemExit  # it has closed without a request
-    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-        return None, fds
-    try:
-        return hook.decode_request(packet), fds
-    except ProtocolError:
-        return None, fds
-
-
-def _sealed_copy(data: bytes) -> int:
-    fd = os.memfd_create("envelope", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    with memoryview(data) as view:
-        at = 0
-        while at < len(view):
-            at += os.write(fd, view[at:])
-    return fd
 
 
 def _send(target: socket.socket, packet: bytes, fds: tuple[int, ...]) -> None:

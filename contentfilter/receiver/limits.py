@@ -40,7 +40,7 @@ class Usage:
 
     def misused(self, uid: int, now: float) -> None:
         """A connection of ``uid`` brought no sound request, or had to be ended: fewer are taken for it."""
-        self._tokens[uid] = (max(-float(self._limits.burst), self._left(uid, now) - self._limits.misuse), now)
+        self._tokens[uid] = (max(-self._limits.misuse, self._left(uid, now) - self._limits.misuse), now)
         self.refuse(uid)
 
     def _spend(self, uid: int, now: float) -> bool:
@@ -59,9 +59,13 @@ class Usage:
         return min(float(limits.burst), tokens + (now - since) * limits.rate)
 
     def reserve(self, uid: int, size: int) -> bool:
-        """Count ``size`` bytes for ``uid``. False: it would have too many, or there would be too many."""
+        """Count ``size`` bytes for ``uid``. False: it would have too many, or there would be too many.
+
+        One message of a user always fits into its own limit, and one into that of all users.
+        """
         limits = self._limits
-        if self._bytes[uid] + size > limits.bytes or self._bytes.total() + size > limits.all_bytes:
+        own, total = self._bytes[uid], self._bytes.total()
+        if (own and own + size > limits.bytes) or (total and total + size > limits.all_bytes):
             self.refuse(uid)
             return False
         self._bytes[uid] += size

@@ -72,7 +72,7 @@ def make_record(context: MessageContext, attempt: int, seconds: float) -> MailRe
         user=readable(context.origin.user[:256]),
         sender=readable(envelope.sender),
         recipients=tuple([readable(r) for r in envelope.recipients[:RECIPIENTS_SHOWN]]),
-        recipient_count=len(envelope.recipients),
+        recipient_count=envelope.count,
         size=context.message.size,
         scans=make_scans(context.outcomes),
         decision=decision.action.value,

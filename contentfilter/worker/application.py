@@ -3,21 +3,16 @@
 import asyncio
 import os
 import time
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
 import msgspec
 
 from contentfilter.bus.messages import CANARY_SEEN, CanarySeen, Event
 from contentfilter.config.runtime import Runtime
-from contentfilter.doors.admission import AcceptedMessage, PendingMessage, deferral
+from contentfilter.doors.admission import AcceptedMessage, PendingMessage
 from contentfilter.doors.canary import ASKED, CanaryMark, answer_for, recognise
-from contentfilter.doors.hook_answer import render
-from contentfilter.doors.message import read_envelope
-from contentfilter.errors import EnvelopeError, MessageError
-from contentfilter.model import Action, Envelope
+from contentfilter.model import Action, Envelope, OriginKind
+from contentfilter.policy.plan import recipient_limit
 from contentfilter.scanners.health import BackendHealth
 from contentfilter.store.release import load_secret
 from contentfilter.verdict.disposition import Disposition
@@ -32,17 +27,8 @@ from contentfilter.verdict.record import (
     steps,
     troubled,
 )
-from contentfilter.wire import envelope as envelope_format
-from contentfilter.wire import hook
 from contentfilter.worker.build import PipelineBundle
 from contentfilter.worker.lease import WorkerContext
-
-INLINE_ENVELOPE = 262_144  # bytes; a larger one is read and written off the event loop
-MAX_LOGGED_ENVELOPE = 65_536  # bytes; a larger one is not read for a message that is rejected as busy
-
-
-T = TypeVar("T")
-P = ParamSpec("P")
 
 
 class Application:
@@ -66,28 +52,27 @@ class Application:
             self._context.log.warning("quarantine.no-secret", why=str(error))
             return b""
 
-    async def handle(self, job: AcceptedMessage) -> hook.Answer:
-        """The answer for one message, with one record of it in the log and on the bus."""
-        try:
-            envelope = await _for_envelope(job, envelope_format.parse, job.envelope)
-        except EnvelopeError as error:  # the hook checks it too: the client is another program
-            self._context.log.warning("intake.bad-envelope", id=job.incident, why=str(error))
-            return deferral("the envelope is malformed", job.incident)
-        if (mark := self._canary(job)) is not None:
-            return await self._answer_canary(mark, job)
+    def recipient_limit(self, kind: OriginKind) -> int:
+        return recipient_limit(kind, self._bundle.pipeline.switches)
+
+    async def handle(self, accepted: AcceptedMessage) -> Disposition:
+        """The result for one message, with one record of it in the log and on the bus."""
+        if (mark := self._canary(accepted)) is not None:
+            return await self._answer_canary(mark, accepted)
         disposition, record, detail = await self._bundle.pipeline.handle(
-            job.incident, envelope, job.message, job.origin, job.deadline, job.request.attempt
+            accepted.incident,
+            accepted.envelope,
+            accepted.message,
+            accepted.origin,
+            accepted.deadline,
+            accepted.attempt,
         )
         self._emit(record, detail)
-        return await _for_envelope(job, render, disposition, job.message)
+        return disposition
 
-    async def isolate(self, job: AcceptedMessage, fingerprint: str) -> hook.Answer:
-        """The answer for a message that killed workers. A copy is kept, and it is logged like any other."""
-        try:
-            envelope = await _for_envelope(job, envelope_format.parse, job.envelope)
-        except EnvelopeError:
-            return deferral("the envelope is malformed", job.incident)
-        facts = (job.incident, envelope, job.message, job.origin, job.request.attempt, fingerprint)
+    async def isolate(self, accepted: AcceptedMessage, fingerprint: str) -> Disposition:
+        """The result for a message that killed workers. A copy is kept, and it is logged like any other."""
+        facts = (accepted.incident, accepted.envelope, accepted.message, accepted.origin, accepted.attempt, fingerprint)
         (disposition, record, detail), copy, error = await self._bundle.pipeline.isolate(*facts)
         log = self._context.log
         if error:
@@ -95,33 +80,27 @@ class Application:
         log.error("poison.isolated", id=record.id, fingerprint=fingerprint, decision=record.decision, kept=copy)
         self._context.emit(Event("poison.isolated", {"id": record.id}))
         self._emit(record, detail)
-        return await _for_envelope(job, render, disposition, job.message)
+        return disposition
 
-    def rejected_busy(self, offered: PendingMessage, why: str, answer: hook.Answer, seconds: float) -> None:
+    def rejected_busy(self, pending: PendingMessage, envelope: Envelope, why: str, text: str, seconds: float) -> None:
         """Log a message that was deferred unopened like decided ones, so that its incident can be found."""
-        envelope, size = Envelope(b"", ()), offered.request.envelope_size
-        if size <= MAX_LOGGED_ENVELOPE:
-            with suppress(MessageError, EnvelopeError, IndexError):
-                envelope = envelope_format.parse(read_envelope(offered.fds[-1], size))
-        rule = f"busy: {why}, {seconds:.0f} s without a free place"
-        size = offered.request.message_size
-        context = self._bundle.pipeline.unopened(offered.incident, envelope, offered.origin, size, rule)
-        self._emit(make_record(context, offered.request.attempt, seconds), make_detail(context, answer.text))
+        rule = f"busy: {why}, {seconds:.0f} s without a free slot"
+        context = self._bundle.pipeline.unopened(pending.incident, envelope, pending.origin, pending.size, rule)
+        self._emit(make_record(context, pending.attempt, seconds), make_detail(context, text))
 
-    def _canary(self, job: AcceptedMessage) -> CanaryMark | None:
+    def _canary(self, accepted: AcceptedMessage) -> CanaryMark | None:
         """The mark of a sample that our own supervisor sent; None for mail."""
-        if job.origin.uid != self._uid or job.origin.remote_ip:
+        if accepted.origin.uid != self._uid or accepted.origin.remote_ip:
             return None
-        return recognise(job.request.environ, self._secret, job.message.data, time.time())
+        return recognise(accepted.environ, self._secret, accepted.message.data, time.time())
 
-    async def _answer_canary(self, mark: CanaryMark, job: AcceptedMessage) -> hook.Answer:
+    async def _answer_canary(self, mark: CanaryMark, accepted: AcceptedMessage) -> Disposition:
         """Scan a sample. It is not queued, kept, logged or counted; the supervisor gets the result."""
-        outcomes = await self._bundle.pipeline.probe(job.message, ASKED[mark.sample], job.deadline)
+        outcomes = await self._bundle.pipeline.probe(accepted.message, ASKED[mark.sample], accepted.deadline)
         seen = CanarySeen(mark.nonce, mark.sample, make_scans(outcomes))
         self._context.emit(Event(CANARY_SEEN, msgspec.to_builtins(seen)))
         action = answer_for(seen.scans)
-        text = "" if action is Action.DROP else f"canary {mark.sample} [{job.incident}]"
-        return render(Disposition(action, text=text), job.message)
+        return Disposition(action, text="" if action is Action.DROP else f"canary {mark.sample} [{accepted.incident}]")
 
     def backends(self) -> tuple[BackendHealth, ...]:
         """The state of each backend of clamd and spamd."""
@@ -151,13 +130,6 @@ class Application:
         self._watching.cancel()
         await asyncio.gather(self._watching, return_exceptions=True)
         await self._bundle.aclose()
-
-
-async def _for_envelope(job: AcceptedMessage, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """The result of ``function``, whose work grows with the envelope: in a thread where that is large."""
-    if len(job.envelope) > INLINE_ENVELOPE:
-        return await asyncio.to_thread(function, *args, **kwargs)
-    return function(*args, **kwargs)
 
 
 async def build(blob: bytes, context: WorkerContext) -> Application:

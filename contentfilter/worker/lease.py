@@ -2,22 +2,23 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from contentfilter.bus.messages import Event
 from contentfilter.doors.admission import AcceptedMessage, IntakeLimits, PendingMessage
-from contentfilter.doors.message import Spool
 from contentfilter.doors.origin import resolve
 from contentfilter.doors.watermarks import Watermarks
 from contentfilter.log import Logger
+from contentfilter.model import Envelope, OriginKind
 from contentfilter.policy.overrides import AllowEntry, Bypass
 from contentfilter.scanners.cache import ScanCache
 from contentfilter.scanners.health import BackendHealth
 from contentfilter.settings import Settings
-from contentfilter.wire import hook
+from contentfilter.verdict.disposition import Disposition
 from contentfilter.worker.crashes import DEATH_LIMIT, CrashAttribution, WorkerSlot, fingerprint
 
 
@@ -26,15 +27,19 @@ class Application(Protocol):
 
     settings: Settings
 
-    async def handle(self, accepted: AcceptedMessage, /) -> hook.Answer: ...
+    def recipient_limit(self, kind: OriginKind, /) -> int:
+        """See doors.admission.Handler; as :meth:`rejected_busy`."""
+        ...
 
-    async def isolate(self, accepted: AcceptedMessage, fingerprint: str, /) -> hook.Answer:
+    async def handle(self, accepted: AcceptedMessage, /) -> Disposition: ...
+
+    async def isolate(self, accepted: AcceptedMessage, fingerprint: str, /) -> Disposition:
         """In place of :meth:`handle`, for a message that killed workers: decide without looking into it."""
         ...
 
-    def rejected_busy(self, pending: PendingMessage, why: str, answer: hook.Answer, seconds: float, /) -> None:
-        """See doors.admission.Handler."""
-        ...
+    def rejected_busy(
+        self, pending: PendingMessage, envelope: Envelope, why: str, text: str, seconds: float, /
+    ) -> None: ...
 
     def backends(self) -> tuple[BackendHealth, ...]:
         """State of the scanners that it uses, for the heartbeat."""
@@ -78,21 +83,29 @@ class ApplicationLease:
         self._unused = asyncio.Event()
         self._unused.set()
 
-    async def handle(self, accepted: AcceptedMessage) -> hook.Answer:
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Keep the application open meanwhile."""
         self._in_use += 1
         self._unused.clear()
         try:
-            key = fingerprint(accepted.message.data)
-            if self._slot.deaths(key) >= DEATH_LIMIT:
-                return await self.application.isolate(accepted, key.hex())
-            return await self._attribution.attribute(self.application.handle(accepted), key, accepted.incident)
+            yield
         finally:
             self._in_use -= 1
             if not self._in_use:
                 self._unused.set()
 
-    def rejected_busy(self, pending: PendingMessage, why: str, answer: hook.Answer, seconds: float) -> None:
-        self.application.rejected_busy(pending, why, answer, seconds)
+    def recipient_limit(self, kind: OriginKind) -> int:
+        return self.application.recipient_limit(kind)
+
+    async def handle(self, accepted: AcceptedMessage) -> Disposition:
+        key = fingerprint(accepted.message.data)
+        if self._slot.deaths(key) >= DEATH_LIMIT:
+            return await self.application.isolate(accepted, key.hex())
+        return await self._attribution.attribute(self.application.handle(accepted), key, accepted.incident)
+
+    def rejected_busy(self, pending: PendingMessage, envelope: Envelope, why: str, text: str, seconds: float) -> None:
+        self.application.rejected_busy(pending, envelope, why, text, seconds)
 
     async def release(self) -> None:
         """Close the application when its last message is answered. The doors must have another handler by now."""
@@ -105,7 +118,6 @@ class ApplicationLease:
         return IntakeLimits(
             self,
             origin,
-            Spool(service.state),
             service.budget,
             service.max_in_flight,
             service.max_waiting,

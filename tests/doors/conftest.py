@@ -5,7 +5,7 @@ import json
 import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from contentfilter.deadline import Deadline
 from contentfilter.doors.admission import AcceptedMessage, IntakeLimits, PendingMessage
 from contentfilter.doors.listener import Listener
 from contentfilter.doors.listening_socket import open_socket
-from contentfilter.doors.message import Spool
 from contentfilter.doors.origin import resolve
 from contentfilter.log import make_logger
-from contentfilter.model import Action
+from contentfilter.model import RECIPIENTS_MAX, Action, Envelope, OriginKind
 from contentfilter.settings import OriginSettings
+from contentfilter.verdict.disposition import AddHeader, Delivery, Disposition
 from contentfilter.wire import hook
+from contentfilter.wire.envelope import parse
 
 Handle = Callable[[AcceptedMessage], Awaitable[hook.Answer]]
 QUEUE = hook.Answer(Action.QUEUE, submissions=(hook.Submission(),))
@@ -44,12 +45,28 @@ class Bench:
 
 
 class Function:
-    def __init__(self, handle: Handle) -> None:
-        self.handle = handle
-        self.rejected: list[tuple[PendingMessage, str, float]] = []
+    """A handler around a function that returns the answer which the hook shall get."""
 
-    def rejected_busy(self, pending: PendingMessage, why: str, answer: hook.Answer, seconds: float) -> None:
-        self.rejected.append((pending, why, seconds))
+    def __init__(self, handle: Handle, limit: int) -> None:
+        self._handle, self._limit = handle, limit
+        self.rejected: list[tuple[PendingMessage, Envelope, str, float]] = []
+
+    def hold(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def recipient_limit(self, kind: OriginKind) -> int:
+        return self._limit
+
+    async def handle(self, accepted: AcceptedMessage) -> Disposition:
+        answer = await self._handle(accepted)
+        deliveries = tuple(
+            Delivery(None if each.envelope is None else parse(each.envelope), (AddHeader(each.prepend),))
+            for each in answer.submissions
+        )
+        return Disposition(answer.action, answer.reason, answer.text, deliveries)
+
+    def rejected_busy(self, pending: PendingMessage, envelope: Envelope, why: str, text: str, seconds: float) -> None:
+        self.rejected.append((pending, envelope, why, seconds))
 
 
 @pytest.fixture
@@ -58,15 +75,15 @@ def listening(tmp_path: Path) -> Callable[..., Any]:
 
     @asynccontextmanager
     async def run(
-        handle: Handle, *, budget: float = 30.0, max_in_flight: int = 64, **more: Any
+        handle: Handle, *, budget: float = 30.0, max_in_flight: int = 64, limit: int = RECIPIENTS_MAX, **more: Any
     ) -> AsyncIterator[Bench]:
         await asyncio.to_thread(os.getpid)  # the executor's own descriptors, if any, come before the count
         before = set(os.listdir("/proc/self/fd"))
         path, log_path = str(tmp_path / "q"), tmp_path / "log"
         log_fd = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC)
         rules, _ = resolve(OriginSettings(smtp_users=(str(os.getuid()),), bounce_users=()))
-        handler = Function(handle)
-        limits = IntakeLimits(handler, rules, Spool(str(tmp_path)), budget, max_in_flight, **more)
+        handler = Function(handle, limit)
+        limits = IntakeLimits(handler, rules, budget, max_in_flight, **more)
         own = open_socket(path, 0o600, 64)
         listener = Listener(
             socket.socket(fileno=os.dup(own.socket.fileno())), limits, make_logger("json", "debug", log_fd)

@@ -3,9 +3,7 @@
 import asyncio
 import os
 import socket
-import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,11 @@ import pytest
 from lab.offer import ENVELOPE, MESSAGE, Offer, offer, sealed
 
 from contentfilter.deadline import Deadline
-from contentfilter.doors import admission, queue
 from contentfilter.doors.admission import AcceptedMessage
 from contentfilter.model import Action
 from contentfilter.policy.admission import LARGE
 from contentfilter.wire import hook
+from contentfilter.wire.envelope import parse
 
 pytestmark = pytest.mark.asyncio
 
@@ -87,9 +85,10 @@ async def test_a_message_without_a_slot_in_time_is_deferred_as_busy_and_recorded
         assert late.action is Action.DEFER
         assert late.text.startswith("content filter busy, please try again [")
         assert late.text.endswith("] (#4.3.2)")
-        ((pending, why, seconds),) = bench.handler.rejected
+        ((pending, envelope, why, seconds),) = bench.handler.rejected
         assert pending.incident in late.text
         assert (why, pending.origin.remote_ip) == ("content filter busy", b"192.0.2.9")
+        assert envelope == parse(ENVELOPE)
         assert 0.1 <= seconds < 5
         assert bench.listener.counters.busy == 1
         handling.go.set()
@@ -222,82 +221,6 @@ async def test_aborted_ones_that_wait_close_without_an_answer(listening: Listeni
         assert await answers(offers) == [None] * 3
 
 
-# Local users at the socket
-
-FLOOD = """
-import os, socket, sys
-os.setgid(65534), os.setuid(65534)
-held = []
-for _ in range(int(sys.argv[2])):
-    one = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    one.connect(sys.argv[1])
-    held.append(one)
-print("connected", flush=True)
-closed = 0
-for one in held[int(sys.argv[3]):]:
-    one.settimeout(10)
-    closed += one.recv(1) == b""
-print(closed, flush=True)
-sys.stdin.read()
-"""
-
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
-
-
-def open_to_all(path: str) -> None:
-    """For another user; pytest's directories are its owner's."""
-    os.chmod(path, 0o666)
-    for parent in Path(path).parents:
-        if str(parent) not in ("/", "/tmp"):
-            parent.chmod(parent.stat().st_mode | 0o011)
-
-
-@as_root
-async def test_idle_connections_of_a_local_user_do_not_keep_mail_out(
-    listening: Listening, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def accept(accepted: AcceptedMessage) -> hook.Answer:
-        return QUEUE
-
-    monkeypatch.setattr(queue, "REQUEST_WAIT", 60.0)
-    async with listening(accept, max_in_flight=2, max_waiting=2) as bench:
-        open_to_all(bench.path)
-        words = [sys.executable, "-c", FLOOD, bench.path, "300", str(admission.MAX_IDLE)]
-        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as flood:
-            assert flood.stdout is not None
-            assert await asyncio.to_thread(flood.stdout.readline) == b"connected\n"
-            said = await asyncio.gather(*(asyncio.to_thread(offer, bench.path) for _ in range(4)))
-            assert said == [QUEUE] * 4
-            assert int(await asyncio.to_thread(flood.stdout.readline)) == 300 - admission.MAX_IDLE, (
-                "the rest were closed immediately"
-            )
-            assert len(bench.listener.connections) == admission.MAX_IDLE
-            assert bench.log("intake.garbage")[0]["uid"] == 65534
-            flood.communicate()
-        await bench.idle()
-        assert bench.listener._state._idle == {}, "no connection is counted any more"
-
-
-@as_root
-async def test_connections_with_half_a_request_are_not_counted_after_their_end(listening: Listening) -> None:
-    async def accept(accepted: AcceptedMessage) -> hook.Answer:
-        return QUEUE
-
-    async with listening(accept) as bench:
-        uid = 65534
-        for _ in range(3 * admission.MAX_IDLE):
-            assert bench.listener._state.track_idle(uid)
-            bench.listener._state.untrack_idle(uid)
-        for each in range(admission.MAX_IDLE_TOTAL):
-            assert bench.listener._state.track_idle(100_000 + each)
-        assert not bench.listener._state.track_idle(uid), "all local users together are limited, too"
-        assert bench.listener._state.track_idle(0), "but the system's users are not"
-        half = hook.encode_request(hook.Request(0, 60.0, len(MESSAGE), len(ENVELOPE), {}))[:-9]
-        with Offer(bench.path) as once:
-            assert await asyncio.to_thread(once.send_raw(half, []).answer) is None
-        assert await asyncio.to_thread(offer, bench.path) == QUEUE
-
-
 async def test_a_local_flood_of_whole_requests_gets_no_more_than_its_share(listening: Listening) -> None:
     handling = Handling()
     async with listening(handling, max_in_flight=1, max_waiting=8) as bench:
@@ -333,34 +256,3 @@ async def test_credentials_are_the_kernels_whatever_a_peer_sends(listening: List
             said = await asyncio.to_thread(once.answer)
         assert said == QUEUE
         assert (seen[0].origin.uid, seen[0].origin.pid) == (os.getuid(), os.getpid())
-
-
-async def test_messages_of_local_users_that_hang_while_being_opened_leave_nothing_and_hold_up_no_others(
-    listening: Listening, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    really, hang, local = queue.open_pair, threading.Event(), True
-    threads = admission.OPENING_THREADS
-
-    def open_pair(*arguments: Any, trusted: bool, **named: Any) -> Any:
-        if not trusted:
-            hang.wait(30)
-        return really(*arguments, trusted=trusted, **named)
-
-    monkeypatch.setattr(queue, "open_pair", open_pair)
-    monkeypatch.setattr(queue.IntakeState, "is_trusted", lambda state, uid: not local)
-
-    async def accept(accepted: AcceptedMessage) -> hook.Answer:
-        return QUEUE
-
-    async with listening(accept) as bench:
-        offers = [Offer(bench.path).send(budget=0.3) for _ in range(threads + 4)]
-        said = await asyncio.gather(*(asyncio.to_thread(each.answer) for each in offers))
-        assert {answer.action for answer in said if answer} == {Action.DEFER}
-        for each in offers:
-            each.close()
-        local = False
-        assert await asyncio.to_thread(offer, bench.path, b"x" * (queue.INLINE + 1)) == QUEUE
-        hang.set()
-        async with asyncio.timeout(10):  # the fixture counts descriptors
-            while bench.listener._state._untrusted_files._idle._value < threads:
-                await asyncio.sleep(0.001)

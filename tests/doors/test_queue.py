@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 from lab.offer import ENVELOPE, MESSAGE, Offer, offer, sealed, unnamed
 
-from contentfilter.doors import queue
+from contentfilter.doors import hook_work, queue
 from contentfilter.doors.admission import AcceptedMessage, new_incident
 from contentfilter.doors.queue import TRANSITIONS, Connection, Stage
 from contentfilter.errors import LocalProtocolError
 from contentfilter.log import RateLimiter
 from contentfilter.model import Action, OriginKind
 from contentfilter.wire import hook
+from contentfilter.wire.envelope import parse
 
 pytestmark = pytest.mark.asyncio
 
@@ -55,10 +56,10 @@ async def test_the_handler_gets_what_the_hook_sent(listening: Listening) -> None
         answer = await asyncio.to_thread(offer, bench.path, MESSAGE, ENVELOPE, environ=environ, attempt=3)
     assert answer == QUEUE
     accepted, content = seen[0]
-    assert (content, accepted.envelope) == (MESSAGE, ENVELOPE)
+    assert (content, accepted.envelope) == (MESSAGE, parse(ENVELOPE))
     assert (accepted.origin.kind, accepted.origin.remote_ip) == (OriginKind.RELAY, b"192.0.2.7")
     assert (accepted.origin.uid, accepted.origin.pid) == (os.getuid(), os.getpid())
-    assert accepted.request.attempt == 3
+    assert accepted.attempt == 3
     assert accepted.message.fd == -1, "the message is closed when the answer is out"
 
 
@@ -207,7 +208,7 @@ async def test_a_long_answer_travels_in_a_sealed_descriptor(listening: Listening
 
 
 async def test_a_large_message_is_taken_over_off_the_loop(listening: Listening) -> None:
-    large = b"x" * (queue.INLINE + 1)
+    large = b"x" * (hook_work.INLINE + 1)
     sizes = []
 
     async def look(accepted: AcceptedMessage) -> hook.Answer:
@@ -354,7 +355,7 @@ async def test_an_answer_that_finds_no_descriptor_closes_the_connection_and_the_
 
     async with listening(handle) as bench:
         with monkeypatch.context() as patch:
-            patch.setattr(queue.os, "memfd_create", none)
+            patch.setattr(os, "memfd_create", none)
             with Offer(bench.path) as refused:
                 await asyncio.to_thread(refused.send)
                 await bench.idle()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from lab.offer import ENVELOPE, MESSAGE, Offer, sealed
 
-from contentfilter.doors import admission, queue
+from contentfilter.doors import queue
 from contentfilter.doors.admission import AcceptedMessage
 from contentfilter.doors.queue import Stage
 from contentfilter.model import Action
@@ -111,21 +111,6 @@ async def test_the_wait_for_a_report_has_an_end(listening: Listening, monkeypatc
             assert await asyncio.to_thread(once.send(budget=0.3).answer) == SPLIT
             await bench.idle()
         assert bench.log("mail.report")[0]["results"] is None
-
-
-async def test_a_local_user_cannot_fill_the_worker_with_reports_that_never_come(
-    listening: Listening, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(queue.IntakeState, "is_trusted", lambda state, uid: False)
-    async with listening(split) as bench:
-        offers = [Offer(bench.path).send() for _ in range(admission.MAX_IDLE + 4)]
-        assert [await asyncio.to_thread(each.answer) for each in offers] == [SPLIT] * len(offers)
-        async with asyncio.timeout(10):
-            while len(bench.listener.connections) > admission.MAX_IDLE:
-                await asyncio.sleep(0.001)
-        assert len(bench.log("mail.report")) == 4
-        for each in offers:
-            each.close()
 
 
 async def test_a_connection_that_waits_for_its_report_does_not_keep_others_out(listening: Listening) -> None:

@@ -16,16 +16,16 @@ from contentfilter.bus.messages import Event
 from contentfilter.doors.admission import AcceptedMessage, PendingMessage
 from contentfilter.doors.listening_socket import SocketError
 from contentfilter.errors import ConfigError, Problem
-from contentfilter.model import Action
+from contentfilter.model import RECIPIENTS_MAX, Action, Envelope, OriginKind
 from contentfilter.scanners.health import BackendHealth
 from contentfilter.settings import Settings
 from contentfilter.supervisor.source import Loaded
 from contentfilter.supervisor.supervisor import Supervisor
-from contentfilter.wire import hook
+from contentfilter.verdict.disposition import Delivery, Disposition
 from contentfilter.worker.lease import WorkerContext
 from contentfilter.worker.main import main as worker_main
 
-QUEUE = hook.Answer(Action.QUEUE, submissions=(hook.Submission(),))
+QUEUE = Disposition(Action.QUEUE, deliveries=(Delivery(),))
 
 
 class Trivial:
@@ -35,8 +35,11 @@ class Trivial:
         self.settings = settings
         self._context = context
 
-    async def handle(self, accepted: AcceptedMessage) -> hook.Answer:
-        self._context.emit(Event("mail.done", {"id": accepted.incident, "attempt": accepted.request.attempt}))
+    def recipient_limit(self, kind: OriginKind) -> int:
+        return RECIPIENTS_MAX
+
+    async def handle(self, accepted: AcceptedMessage) -> Disposition:
+        self._context.emit(Event("mail.done", {"id": accepted.incident, "attempt": accepted.attempt}))
         words = bytes(accepted.message.data[:4096]).split(b"\n", 1)[0].decode("latin-1").split(" ")
         if words[0] == "WAIT":  # report to the test, and continue when it answers
             reader, writer = await asyncio.open_unix_connection(words[1])
@@ -49,16 +52,16 @@ class Trivial:
             while True:
                 time.sleep(1)
         elif words[0] == "WHO":
-            return hook.Answer(Action.DEFER, text=f"{os.getpid()} {self.settings.service.budget}")
+            return Disposition(Action.DEFER, text=f"{os.getpid()} {self.settings.service.budget}")
         return QUEUE
 
-    async def isolate(self, accepted: AcceptedMessage, fingerprint: str) -> hook.Answer:
-        return hook.Answer(Action.DEFER, text=f"isolated {fingerprint}")
+    async def isolate(self, accepted: AcceptedMessage, fingerprint: str) -> Disposition:
+        return Disposition(Action.DEFER, text=f"isolated {fingerprint}")
 
     def backends(self) -> tuple[BackendHealth, ...]:
         return ()
 
-    def rejected_busy(self, pending: PendingMessage, why: str, answer: hook.Answer, seconds: float) -> None:
+    def rejected_busy(self, pending: PendingMessage, envelope: Envelope, why: str, text: str, seconds: float) -> None:
         pass
 
     async def close(self) -> None:

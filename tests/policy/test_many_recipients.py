@@ -11,9 +11,12 @@ from contentfilter.deadline import Deadline
 from contentfilter.doors.message import message_of
 from contentfilter.model import Action, Envelope, Origin, OriginKind, Scanner, ScanOutcome, ScanStatus
 from contentfilter.pipeline import Handled, Pipeline, Scanners
-from contentfilter.policy.plan import Row, Switches
+from contentfilter.policy.admission import priority_of
+from contentfilter.policy.decide import decide
+from contentfilter.policy.plan import Row, Switches, make_plan, recipient_limit, unscanned_plan
 from contentfilter.settings import ClamdSettings, ServiceSettings, Settings, SpamdSettings
 from contentfilter.store.quarantine import Quarantine
+from contentfilter.wire.envelope import parse
 
 MANY = 100_000
 LONGEST = 0.05  # seconds of CPU time on the event loop, for all stages together
@@ -99,3 +102,42 @@ def test_a_poison_message_for_many_does_not_run_on_the_event_loop_either(tmp_pat
         return used
 
     assert asyncio.run(isolate()) < LONGEST
+
+
+@pytest.mark.parametrize(
+    ("kind", "maxrecipients", "count", "action"),
+    [
+        (OriginKind.STRANGER, 0, MANY, None),
+        (OriginKind.STRANGER, 0, MANY + 1, Action.REJECT),
+        (OriginKind.STRANGER, 5, 6, Action.REJECT),
+        (OriginKind.STRANGER, 2 * MANY, MANY + 1, Action.REJECT),
+        (OriginKind.LOCAL, 5, 6, None),
+        (OriginKind.LOCAL, 5, MANY + 1, Action.REJECT),
+        (OriginKind.BOUNCE, 5, MANY, None),
+        (OriginKind.BOUNCE, 5, MANY + 1, Action.DEFER),
+    ],
+)
+@pytest.mark.parametrize("lookup", [None, lambda recipient: (None, None)], ids=["no tables", "tables"])
+def test_too_many_recipients_are_rejected_and_a_bounce_never_is(
+    kind: OriginKind, maxrecipients: int, count: int, action: Action | None, lookup: Any
+) -> None:
+    switches = Switches(maxrecipients=maxrecipients)
+    block = b"Fs@x\0" + b"Ta@b\0" * count + b"\0"
+    envelope = parse(block, recipient_limit(kind, switches))
+    plans = [
+        make_plan(envelope, 10, Origin(kind, 1), Settings(), switches, lookup),
+        unscanned_plan(envelope, kind, switches, "it killed two workers"),
+    ]
+    for plan in plans:
+        assert bool(plan.limit) is (action is not None)
+        if action is not None:
+            decision = decide(plan, (), kind, envelope.count, Settings())
+            assert (decision.action, decision.rule) == (action, f"maxrecipients={recipient_limit(kind, switches)}")
+
+
+def test_a_message_is_charged_for_its_recipients_but_ranked_by_its_size() -> None:
+    few, many = (priority_of(ORIGIN, 1000, envelope) for envelope in (100, 20_000))
+    assert (few.rank, few.bytes_charged) == (1, 0)
+    assert many.rank == 1
+    assert many.bytes_charged > 20_000 * 500
+    assert priority_of(ORIGIN, 1000, 1 << 20).rank == 3

@@ -23,7 +23,7 @@ ROOMS: dict[str, str] = {
     "doors": "ground wire policy verdict",
     "receiver": "ground wire doors",
     "bus": "ground policy tables scanners verdict config",
-    "worker": "ground wire policy tables scanners verdict store config pipeline doors bus",
+    "worker": "ground policy tables scanners verdict store config pipeline doors bus",
     "monitor": "ground wire policy tables scanners verdict store doors bus",
     "supervisor": "ground policy tables store config doors bus worker monitor",
     "admin": "ground wire policy tables scanners",

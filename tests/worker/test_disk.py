@@ -7,25 +7,27 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
 from lab.offer import offer
 
 from contentfilter.deadline import Deadline
-from contentfilter.doors import queue
+from contentfilter.doors import hook_work
 from contentfilter.doors.admission import AcceptedMessage, IntakeLimits
 from contentfilter.doors.listener import Listener
 from contentfilter.doors.listening_socket import open_socket
-from contentfilter.doors.message import Spool, message_of
+from contentfilter.doors.message import message_of
 from contentfilter.doors.origin import ResolvedOrigin
 from contentfilter.log import make_logger
-from contentfilter.model import Action
+from contentfilter.model import RECIPIENTS_MAX, Action, OriginKind
 from contentfilter.scanners.content import THREAD_ABOVE, Content
 from contentfilter.scanners.signatures.engine import Engine
 from contentfilter.scanners.signatures.rules import default_signatures
 from contentfilter.store import quarantine as store
 from contentfilter.threads import DaemonExecutor
+from contentfilter.verdict.disposition import Disposition
 from contentfilter.wire import hook
 from contentfilter.worker.crashes import CrashAttribution, CrashTable, WorkerSlot
 
@@ -48,8 +50,14 @@ def hung(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Semaphore]:
 
 
 class Dropping:
-    async def handle(self, accepted: AcceptedMessage) -> hook.Answer:
-        return DROP
+    def hold(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def recipient_limit(self, kind: OriginKind) -> int:
+        return RECIPIENTS_MAX
+
+    async def handle(self, accepted: AcceptedMessage) -> Disposition:
+        return Disposition(Action.DROP)
 
 
 @pytest.mark.asyncio
@@ -70,11 +78,11 @@ async def test_scans_hashes_plans_and_openings_go_on(hung: threading.Semaphore, 
     await asyncio.gather(*(keep(number) for number in range(default + 8)))  # more than the default executor has threads
     assert all(hung.acquire(timeout=10) for _ in range(THREADS)), "every thread of the disk hangs"
 
-    large = message_of(b"Subject: x\n\n" + b"x" * (queue.INLINE + 1))
+    large = message_of(b"Subject: x\n\n" + b"x" * (hook_work.INLINE + 1))
     assert large.size > THREAD_ABOVE
     own = open_socket(str(tmp_path / "q"), 0o600, 64)
     origin = ResolvedOrigin(frozenset(), frozenset(), ())
-    listener = Listener(own.socket, IntakeLimits(Dropping(), origin, Spool(str(tmp_path)), 30.0, 8), log)
+    listener = Listener(own.socket, IntakeLimits(Dropping(), origin, 30.0, 8), log)
     listener.start()
     async with asyncio.timeout(20):
         assert await asyncio.to_thread(Engine(default_signatures(), ()).scan, large.data) is None

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,19 @@ import pytest
 from lab.offer import offer
 
 from contentfilter.deadline import Deadline
-from contentfilter.doors import queue
+from contentfilter.doors import hook_work
 from contentfilter.doors.admission import AcceptedMessage, PendingMessage
 from contentfilter.doors.listener import Listener
 from contentfilter.doors.listening_socket import open_socket
 from contentfilter.log import make_logger
-from contentfilter.model import Action
+from contentfilter.model import RECIPIENTS_MAX, Action, Envelope, OriginKind
 from contentfilter.settings import OriginSettings, ServiceSettings, Settings
+from contentfilter.verdict.disposition import Disposition
 from contentfilter.wire import hook
 from contentfilter.worker.crashes import CrashAttribution, CrashTable, WorkerSlot
 from contentfilter.worker.lease import ApplicationLease
 
-SIZES = (50, 70_000, queue.INLINE - 20, queue.INLINE + 1, 3 * queue.INLINE)
+SIZES = (50, 70_000, hook_work.INLINE - 20, hook_work.INLINE + 1, 3 * hook_work.INLINE)
 
 
 class Closable:
@@ -30,16 +32,20 @@ class Closable:
         self.settings = settings
         self.closed = False
 
-    async def handle(self, accepted: AcceptedMessage) -> hook.Answer:
+    def recipient_limit(self, kind: OriginKind) -> int:
+        assert not self.closed
+        return RECIPIENTS_MAX
+
+    async def handle(self, accepted: AcceptedMessage) -> Disposition:
         for _ in range(3):
             assert not self.closed
             await asyncio.sleep(0)
-        return hook.Answer(Action.DROP)
+        return Disposition(Action.DROP)
 
-    async def isolate(self, accepted: AcceptedMessage, fingerprint: str) -> hook.Answer:
+    async def isolate(self, accepted: AcceptedMessage, fingerprint: str) -> Disposition:
         raise NotImplementedError
 
-    def rejected_busy(self, pending: PendingMessage, why: str, answer: hook.Answer, seconds: float) -> None:
+    def rejected_busy(self, pending: PendingMessage, envelope: Envelope, why: str, text: str, seconds: float) -> None:
         assert not self.closed
 
     def backends(self) -> tuple[()]:
@@ -50,19 +56,14 @@ class Closable:
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("trusted", [True, False])
-async def test_no_message_reaches_a_closed_application(
-    trusted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    really = queue.open_pair
+async def test_no_message_reaches_a_closed_application(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    really = hook_work.open_pair
 
     def slowly(*arguments: Any, **named: Any) -> Any:
-        queue.time.sleep(0.01)  # a copy of a large message, or a busy disk: several reloads long
+        time.sleep(0.01)  # a copy of a large message, or a busy disk: several reloads long
         return really(*arguments, **named)
 
-    monkeypatch.setattr(queue, "open_pair", slowly)
-    if not trusted:  # as from a local user, whose messages are always opened in a thread
-        monkeypatch.setattr(queue.IntakeState, "is_trusted", lambda state, uid: False)
+    monkeypatch.setattr(hook_work, "open_pair", slowly)
     origin = OriginSettings(smtp_users=(str(os.getuid()),), bounce_users=())
     settings = Settings(service=ServiceSettings(state=str(tmp_path)), origin=origin)
     log = make_logger("json", "error")

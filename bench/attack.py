@@ -53,7 +53,6 @@ from observe import Observer  # noqa: E402
 
 from contentfilter.config.keys import public, read_secret, write_secret  # noqa: E402
 
-RATE = 50.0  # honest messages per second
 WARM_UP, SETTLE = 2.0, 3.0  # seconds
 SPARE_DESCRIPTORS = 12
 NOBODY_NAME = pwd.getpwuid(NOBODY).pw_name
@@ -112,6 +111,12 @@ class Bounds:
 
 
 @dataclass(frozen=True, slots=True)
+class Course:
+    seconds: float  # of the attack; each quiet phase lasts half of it
+    rate: float  # honest messages per second
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One honest message."""
 
@@ -148,7 +153,7 @@ class Trial:
         self._scratch.chmod(0o1777)
         self.row = Row(name)
 
-    def run(self, seconds: float, bounds: Bounds) -> Row:
+    def run(self, course: Course, bounds: Bounds) -> Row:
         with ExitStack() as stack:
             if "small disk" in self._attack.needs:
                 stack.enter_context(small_disk(self._directory / "system" / "state"))
@@ -158,7 +163,7 @@ class Trial:
             place = self._place(system)
             observer = Observer(system.daemon.pid).start()
             stack.callback(observer.stop)
-            samples, seen = self._measure(system, place, observer, seconds)
+            samples, seen = self._measure(system, place, observer, course)
             self._judge(samples, seen, bounds)
             self._judge_daemon(system, place, observer, seen, bounds)
         return self.row
@@ -245,10 +250,11 @@ class Trial:
 
     # The phases
 
-    def _measure(self, system: System, place: Place, observer: Observer, seconds: float) -> tuple[list[Sample], Seen]:
+    def _measure(self, system: System, place: Place, observer: Observer, course: Course) -> tuple[list[Sample], Seen]:
         out = self._directory / "honest"
         seen = Seen()
-        with self._load(system, place, out) as load:
+        seconds = course.seconds
+        with self._load(place, out, course.rate) as load:
             time.sleep(WARM_UP)
             used = observer.cpu()
             seen.quiet.append(_phase(seconds / 2))
@@ -273,13 +279,13 @@ class Trial:
         return [Sample(float(due), float(took), int(code), int(n)) for due, took, code, n in words], seen
 
     @contextmanager
-    def _load(self, system: System, place: Place, out: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    def _load(self, place: Place, out: Path, rate: float) -> Iterator["subprocess.Popen[bytes]"]:
         queued = self._directory / "queued"
         queued.mkdir()
         queued.chmod(0o1777)
         protected = "1" if self._attack.protected else "0"
         words = [sys.executable, str(ROOT / "bench" / "honest.py")]
-        words += [place.hook, place.hook_conf, str(queued), str(RATE), protected, str(out)]
+        words += [place.hook, place.hook_conf, str(queued), str(rate), protected, str(out)]
         with _group(words, subprocess.PIPE) as process:
             yield process
 
@@ -412,6 +418,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="an attack, or a part of its name")
     parser.add_argument("--seconds", type=float, default=60.0, help="duration of each attack (60)")
+    parser.add_argument("--rate", type=float, default=50.0, help="honest messages per second (50)")
     parser.add_argument("--floor", type=float, default=0.0, metavar="MS", help="a p99 below it is never too high (0)")
     parser.add_argument("--memory", type=int, default=512, metavar="MIB", help="bound for each process (512)")
     parser.add_argument("--list", action="store_true", help="list the attacks")
@@ -424,6 +431,7 @@ def main() -> int:
         return 0
     if os.geteuid():
         parser.error("only root can act as another user, mount file systems, and stop clamd")
+    course, bounds = Course(options.seconds, options.rate), Bounds(options.floor, options.memory)
     broken = 0
     with tempfile.TemporaryDirectory(prefix="cf-attack-", dir="/tmp") as name:
         directory = Path(name)
@@ -432,7 +440,7 @@ def main() -> int:
         with Clamd(directory / "clamd") as clamd:
             for number, attack in enumerate(chosen):
                 place = directory / str(number)
-                row = Trial(attack, place, clamd).run(options.seconds, Bounds(options.floor, options.memory))
+                row = Trial(attack, place, clamd).run(course, bounds)
                 print(json.dumps(asdict(row)) if options.json else row.text(), flush=True)
                 broken += bool(row.broken) and not ATTACKS[attack].recorded_only
                 shutil.rmtree(place, ignore_errors=True)

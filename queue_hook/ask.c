@@ -11,6 +11,7 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/time.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -189,16 +190,26 @@ static bool answer_parse(const char *from, size_t size, int body, uint64_t messa
   return sound;
 }
 
-/* One attempt. With a non-blocking socket a full listen queue is EAGAIN immediately: the daemon is busy, not gone. */
+/* A full listen queue: the daemon is busy, not gone. The kernel lets those that wait for room in first come, first
+ * served; whoever came back from time to time would lose to a flood of connections that comes back more often. */
+static bool reach(int connection, const struct sockaddr_un *to, int64_t end)
+{
+  int left = left_ms(end) + 1; /* 0 would be without limit */
+  struct timeval wait = {.tv_sec = left / 1000, .tv_usec = left % 1000 * 1000};
+  return !setsockopt(connection, SOL_SOCKET, SO_SNDTIMEO, &wait, sizeof wait) &&
+         !connect(connection, (const struct sockaddr *)to, sizeof *to) && !fcntl(connection, F_SETFL, O_NONBLOCK);
+}
+
+/* One attempt. */
 static bool offer(const struct conf *conf, unsigned attempt, const struct store *message, const struct store *envelope,
                   int64_t end, char *packet, struct answer *answer)
 {
   struct sockaddr_un to = {.sun_family = AF_UNIX};
   int body = -1;
-  int connection = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+  int connection = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
   if (connection < 0) return false;
   memcpy(to.sun_path, conf->socket, strlen(conf->socket));
-  if (!connect(connection, (struct sockaddr *)&to, sizeof to)) {
+  if (reach(connection, &to, end)) {
     size_t size = write_request(packet, conf, attempt, end, message->size, envelope->size);
     if (send_request(connection, packet, size, message->shared, envelope->shared) &&
         (size = receive(connection, packet, end, &body)) &&

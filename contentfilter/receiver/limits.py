@@ -40,7 +40,7 @@ class Usage:
 
     def misused(self, uid: int, now: float) -> None:
         """A connection of ``uid`` brought no sound request, or had to be ended: fewer are taken for it."""
-        self._tokens[uid] = (max(-float(self._limits.burst), self._left(uid, now) - self._limits.misuse), now)
+        self._tokens[uid] = (max(-self._limits.misuse, self._left(uid, now) - self._limits.misuse), now)
         self.refuse(uid)
 
     def _spend(self, uid: int, now: float) -> bool:

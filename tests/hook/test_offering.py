@@ -178,12 +178,46 @@ def test_a_full_listen_queue_means_wait(lab: HookLab) -> None:
         if client.connect_ex(str(lab.socket)):
             break
     hook = lab.start()
-    until(lambda: "poll" in Path(f"/proc/{hook.pid}/wchan").read_text(), "waits")
+    until(lambda: "unix_wait" in Path(f"/proc/{hook.pid}/wchan").read_text(), "waits")
     listener.close()
     for client in waiting:
         client.close()
     lab.daemon(accepted())
     assert hook.wait().status == 0
+
+
+def test_at_a_full_listen_queue_a_flood_does_not_overtake_the_hook(lab: HookLab) -> None:
+    """Who comes back every millisecond got each free place, as long as hooks came back less often than that."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(str(lab.socket))
+    listener.listen(4)
+    over = threading.Event()
+
+    def flood() -> None:
+        while not over.is_set():
+            client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+            full = client.connect_ex(str(lab.socket)) != 0
+            client.close()
+            if full:
+                time.sleep(0.001)
+
+    flooding = threading.Thread(target=flood)
+    flooding.start()
+    time.sleep(0.1)
+    hook = lab.start(budget=30)
+    until(lambda: "unix_wait" in Path(f"/proc/{hook.pid}/wchan").read_text(), "waits")
+    peers = []
+    while hook.pid not in peers and len(peers) < 30:
+        connection, _ = listener.accept()
+        peers.append(struct.unpack("=iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
+        connection.close()
+        time.sleep(0.05)
+    over.set()
+    flooding.join()
+    listener.close()
+    lab.daemon(accepted())
+    assert hook.wait().status == 0
+    assert hook.pid in peers
 
 
 def test_the_budget_ends_with_a_deferral_that_says_why(both: HookLab) -> None:

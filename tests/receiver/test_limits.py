@@ -1,5 +1,7 @@
 """What one user may have under way in the receiver."""
 
+from dataclasses import replace
+
 from contentfilter.receiver.limits import ReceiverLimits, Usage
 
 LIMITS = ReceiverLimits(connections=3, all_connections=5, bytes=100, all_bytes=150, rate=10.0, burst=4)
@@ -42,12 +44,13 @@ def test_new_connections_come_at_a_rate_after_a_burst() -> None:
 
 
 def test_who_brings_no_request_is_given_fewer_connections_for_a_while() -> None:
-    usage = Usage(LIMITS)
+    usage = Usage(replace(LIMITS, misuse=4.0))
     assert usage.connect(1, 0.0)
     usage.disconnect(1, 0)
-    usage.misused(1, 0.0)
-    assert usage.take_refused() == {1: 1}
-    assert not usage.connect(1, 0.4), "a burst below zero at most"
+    for _ in range(3):
+        usage.misused(1, 0.0)
+    assert usage.take_refused() == {1: 3}
+    assert not usage.connect(1, 0.4), "four below zero at most, and ten come in a second"
     assert usage.connect(2, 0.4), "another user pays nothing for it"
     assert usage.connect(1, 0.6)
 

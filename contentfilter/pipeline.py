@@ -48,7 +48,7 @@ from contentfilter.scanners.spamd import SpamdScanner
 from contentfilter.settings import Settings
 from contentfilter.store.poison import keep_poison
 from contentfilter.store.quarantine import Quarantine
-from contentfilter.store.release_token import UsedTokens, has_token, verify
+from contentfilter.store.release_token import UsedTokens
 from contentfilter.verdict.context import MessageContext
 from contentfilter.verdict.disposition import Disposition
 from contentfilter.verdict.headers import HEADER_LIMIT, exceeds_limit, is_long
@@ -108,8 +108,7 @@ class Pipeline:
     ) -> None:
         """``lookup``: None while there are no tables. ``owners``: None where no recipient has preferences.
 
-        ``bypasses`` and ``allowed`` are called for each message and return those in force.
-        ``cache`` has the results for equal messages; None: every scan is made.
+        ``bypasses`` and ``allowed`` return those in force. ``cache`` has results of equal messages; None: no reuse.
         ``disk``: threads for calls that a hung disk may block; None: the event loop's.
         ``secret`` verifies release tokens; empty: none is valid.
         """
@@ -186,9 +185,8 @@ class Pipeline:
         try:
             released = await self._released(envelope, message, origin, deadline)
         except (OSError, TimeoutError) as error:
-            rule = f"quarantine: the release token cannot be marked as used: {error or 'out of time'}"
-            deferred = Decision(Action.DEFER, Reason.NONE, rule)
-            return MessageContext(incident, origin, envelope, message, self.settings, self.switches, plan, (), deferred)
+            why = f"quarantine: the release token cannot be marked as used: {error or 'out of time'}"
+            return self._undecided(incident, envelope, message, origin, plan, why)
         if released:
             plan = plan.released_by(released)
         outcomes: tuple[ScanOutcome, ...] = ()
@@ -245,7 +243,11 @@ class Pipeline:
 
     def unopened(self, incident: str, envelope: Envelope, origin: Origin, size: int, rule: str) -> MessageContext:
         """A message of ``size`` bytes that is deferred by ``rule`` before it is opened."""
-        message, plan = Message(-1, size, b""), ScanPlan((), ())
+        return self._undecided(incident, envelope, Message(-1, size, b""), origin, ScanPlan((), ()), rule)
+
+    def _undecided(
+        self, incident: str, envelope: Envelope, message: Message, origin: Origin, plan: ScanPlan, rule: str
+    ) -> MessageContext:
         decision = Decision(Action.DEFER, Reason.NONE, rule)
         return MessageContext(incident, origin, envelope, message, self.settings, self.switches, plan, (), decision)
 
@@ -269,20 +271,10 @@ class Pipeline:
         return plan
 
     async def _released(self, envelope: Envelope, message: Message, origin: Origin, deadline: Deadline) -> str:
-        """The incident of a message released from quarantine whose token is used now; empty: no valid token.
-
-        No token counts over SMTP. Raises OSError or TimeoutError if its use cannot be stored.
-        """
-        smtp = origin.remote_ip or origin.helo
-        if smtp or origin.kind not in (OriginKind.LOCAL, OriginKind.STRANGER) or not has_token(message.data):
+        """The incident whose release token is used now; empty: no valid token, or over SMTP. Raises OSError or TimeoutError if its use cannot be stored."""
+        if origin.remote_ip or origin.helo or origin.kind not in (OriginKind.LOCAL, OriginKind.STRANGER):
             return ""
-        now = time.time()
-        token = await asyncio.to_thread(verify, message.data, self.secret, now, envelope.recipients)
-        if token is None:
-            return ""
-        async with deadline.timeout():
-            first = await asyncio.get_running_loop().run_in_executor(self._disk, self._used.use, token, now)
-        return token.incident if first else ""
+        return await self._used.accept(message.data, self.secret, envelope.recipients, self._disk, deadline)
 
     def _stages(self) -> tuple[tuple[tuple[Scanner, ...], "_Ask"], ...]:
         """Each stage with the method that asks its scanners."""

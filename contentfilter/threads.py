@@ -1,7 +1,9 @@
 """Blocking work off the event loop, in threads that nobody joins: a call that never returns delays no shutdown."""
 
 import asyncio
+import errno
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from contextlib import suppress
@@ -39,16 +41,24 @@ class DaemonExecutor(Executor):
     ``concurrent.futures.ThreadPoolExecutor`` joins its threads at exit; with a hung disk that wait has no end.
     """
 
-    def __init__(self, name: str, limit: int) -> None:
-        self._name, self._limit = name, limit
+    def __init__(self, name: str, limit: int, patience: float = float("inf")) -> None:
+        """``patience``: seconds for which all threads may be busy without completing a call; then calls fail fast."""
+        self._name, self._limit, self._patience = name, limit, patience
+        self._progress = time.monotonic()
         self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
         self._idle = threading.Semaphore(0)
         self._lock = threading.Lock()
-        self._started = 0
+        self._started = self._running = 0
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> "Future[T]":
-        """As Executor.submit. A call that no thread has begun can be cancelled."""
+        """As Executor.submit. A call that no thread has begun can be cancelled.
+
+        The future fails with OSError while all threads hang.
+        """
         future: Future[T] = Future()
+        if self._hangs():
+            future.set_exception(OSError(errno.ETIMEDOUT, f"{self._name}: no call has completed for a while"))
+            return future
         self._calls.put((future, partial(fn, *args, **kwargs)))
         if self._idle.acquire(blocking=False):
             return future
@@ -57,6 +67,13 @@ class DaemonExecutor(Executor):
                 self._started += 1
                 threading.Thread(target=self._run, name=self._name, daemon=True).start()
         return future
+
+    def _hangs(self) -> bool:
+        """True if all threads have calls, and none has completed one within ``patience``."""
+        with self._lock:
+            if self._running < self._limit:
+                return False
+        return time.monotonic() - self._progress > self._patience
 
     def _run(self) -> None:
         while True:
@@ -68,9 +85,19 @@ class DaemonExecutor(Executor):
         future, call = self._calls.get()
         if not future.set_running_or_notify_cancel():
             return
+        with self._lock:
+            self._running += 1
+            self._progress = time.monotonic()
         try:
             result = call()
         except BaseException as error:  # it is for the caller
+            self._completed()
             future.set_exception(error)
         else:
+            self._completed()
             future.set_result(result)
+
+    def _completed(self) -> None:
+        with self._lock:
+            self._running -= 1
+            self._progress = time.monotonic()

@@ -1,1 +1,1 @@
-"""What is kept: quarantine, journal, overrides, isolated messages."""
+"""Storage: quarantine, journal, overrides, release tokens, copies of isolated messages."""

@@ -27,7 +27,7 @@ from contentfilter.verdict.record import MailDetail
 VERSION = 1
 FILE = "journal.sqlite"
 SET_ASIDE = FILE + ".set-aside"
-"""Where a file goes that cannot be used. There is room for one: it may be large."""
+"""Name for a file that cannot be used. Only one is kept: it may be large."""
 VALUE_MAX = 300
 """Characters of a value that are compared."""
 CHUNK = 50
@@ -75,7 +75,7 @@ class Mail:
     time: float  # when it was decided; seconds since 1970
     fields: dict[str, Any]  # those of the log line
     account: MailDetail
-    report: tuple[str, ...] | None  # exit status of each submission, + if committed; empty: the hook never told
+    report: tuple[str, ...] | None  # exit status of each submission, + if committed; empty: no report
 
     @property
     def incident(self) -> str:
@@ -107,8 +107,8 @@ class Journal:
 
     @classmethod
     def open(cls, path: Path) -> "Journal":
-        """For writing. A missing file is made. Raises JournalError."""
-        with _told(path):
+        """Open for writing; create a missing file. Raises JournalError."""
+        with _own_errors(path):
             _make_private(path)
             journal = cls(path, sqlite3.connect(path, timeout=_WAIT, isolation_level=None))
             try:
@@ -121,7 +121,7 @@ class Journal:
     @classmethod
     def reading(cls, path: Path) -> "Journal":
         """For searching only, whether a daemon writes or none runs. Raises JournalError."""
-        with _told(path):
+        with _own_errors(path):
             if not path.exists():
                 raise JournalError(f"{path}: there is no journal yet")
             address = f"file:{quote(str(path))}?mode=ro"
@@ -141,7 +141,7 @@ class Journal:
     def __enter__(self) -> "Journal":
         return self
 
-    def __exit__(self, *trouble: object) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _prepare(self) -> None:
@@ -171,7 +171,7 @@ class Journal:
         ``mail.done`` makes a row and its words, ``mail.report`` completes one.
         """
         bad = 0
-        with _told(self.path), self._transaction() as cursor:
+        with _own_errors(self.path), self._transaction() as cursor:
             for at, name, fields, account in events:
                 try:
                     if name == "mail.report":
@@ -195,7 +195,7 @@ class Journal:
         than ``max_size`` bytes. In short transactions: readers and writers need not wait. Returns the count.
         """
         removed = 0
-        with _told(self.path):
+        with _own_errors(self.path):
             while True:
                 newest = self._connection.execute(
                     "SELECT max(key) FROM (SELECT key FROM mail ORDER BY key LIMIT ?)", (CHUNK,)
@@ -234,7 +234,7 @@ class Journal:
 
     def find(self, query: Query, limit: int) -> list[Mail]:
         """Yield matching messages, newest first. Raises JournalError."""
-        with _told(self.path):
+        with _own_errors(self.path):
             return [_mail(*row) for row in self._connection.execute(*statement(query, limit))]
 
 
@@ -265,7 +265,7 @@ def words_of(fields: dict[str, Any], account: MailDetail) -> set[tuple[str, str]
 def set_aside(path: Path) -> Path:
     """Move a file that cannot be used out of the way, over the one that lies there. Raises JournalError."""
     aside = path.with_name(SET_ASIDE)
-    with _told(path):
+    with _own_errors(path):
         os.replace(path, aside)
         for end in ("-wal", "-shm"):  # they belong to that file, and would spoil the new one
             path.with_name(FILE + end).unlink(missing_ok=True)
@@ -311,8 +311,8 @@ def _make_private(path: Path) -> None:
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """Faults of SQLite and the system as our own."""
+def _own_errors(path: Path) -> Iterator[None]:
+    """Raise faults of SQLite and the system as JournalError."""
     try:
         yield
     except sqlite3.Error as error:

@@ -225,18 +225,18 @@ class Quarantine:
         limits = self._limits if aged else replace(self._limits, retention=float("inf"))
         gone, used = outdated(found, now, limits, room)
         if dry_run:
-            return Expired(gone, len(found.stray) + len(unreferenced(self.directory, now)), used)
+            return Expired(gone, len(found.orphans) + len(unreferenced(self.directory, now)), used)
         stray = 0
-        for path in found.stray:
+        for path in found.orphans:
             path.unlink(missing_ok=True)
             stray += 1
-        removed = tuple(incident for incident in gone if self._went(incident))
+        removed = tuple(incident for incident in gone if self._try_delete(incident))
         for path in unreferenced(self.directory, now):
             path.unlink(missing_ok=True)
             stray += 1
         return Expired(removed, stray, used)
 
-    def _went(self, incident: str) -> bool:
+    def _try_delete(self, incident: str) -> bool:
         """Delete; False where it is gone, or is being released just now: then the next expiry takes it."""
         try:
             self.delete(incident)

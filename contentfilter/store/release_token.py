@@ -12,17 +12,21 @@ of a released message. qmail-local sends a forwarded copy through the hook again
   message, and an operator can release it again.
 """
 
+import asyncio
 import hashlib
 import hmac
 import os
 import re
 import secrets
 import threading
+import time
 from collections.abc import Iterable
+from concurrent.futures import Executor
 from pathlib import Path
 
 import msgspec
 
+from contentfilter.deadline import Deadline
 from contentfilter.files import sync_directory
 from contentfilter.model import BytesLike
 
@@ -100,6 +104,23 @@ class UsedTokens:
         self._directory = state / USED_DIRECTORY
         self._lock = threading.Lock()
         self._count, self._cleaned = 0, float("-inf")
+
+    async def accept(
+        self, data: BytesLike, secret: bytes, recipients: tuple[bytes, ...], disk: Executor | None, deadline: Deadline
+    ) -> str:
+        """Verify and use the token of ``data``; returns its incident, or an empty string if there is no valid one.
+
+        Raises OSError or TimeoutError if its use cannot be stored.
+        """
+        if not has_token(data):
+            return ""
+        now = time.time()
+        token = await asyncio.to_thread(verify, data, secret, now, recipients)
+        if token is None:
+            return ""
+        async with deadline.timeout():
+            first = await asyncio.get_running_loop().run_in_executor(disk, self.use, token, now)
+        return token.incident if first else ""
 
     def use(self, token: ReleaseToken, now: float) -> bool:
         """Mark as used; False if it was used before, or if too many are remembered. Durable on return.

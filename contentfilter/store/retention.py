@@ -13,7 +13,7 @@ from typing import NamedTuple
 from contentfilter.store.sidecar import valid_incident
 
 NEW = ".new-"
-"""How the name of an unfinished file begins."""
+"""Prefix of the name of an unfinished file."""
 STALE = 3_600.0
 """Seconds after which an unfinished file belongs to nobody: far above the budget of a message."""
 
@@ -43,7 +43,7 @@ class Survey:
     entries: list[StoredEntry] = field(default_factory=list)
     sizes: dict[int, int] = field(default_factory=dict)  # of the messages, by inode
     links: Counter[int] = field(default_factory=Counter)  # entries, by inode
-    stray: list[Path] = field(default_factory=list)  # old and without a sidecar, or unfinished
+    orphans: list[Path] = field(default_factory=list)  # old and without a sidecar, or unfinished
     used: int = 0  # bytes of all entries
 
 
@@ -62,14 +62,14 @@ def survey(directory: Path, now: float) -> Survey:
             found.entries.append(StoredEntry(status.st_mtime, incident, status.st_size, inode))
             found.used += status.st_size
         elif now - status.st_ctime > STALE and (name.startswith(NEW) or f"{incident}.json" not in files):
-            found.stray.append(entries / name)
+            found.orphans.append(entries / name)
     found.used += sum(found.sizes.values())
     found.entries.sort()
     return found
 
 
 def unreferenced(directory: Path, now: float) -> list[Path]:
-    """Messages that no entry links to, and unfinished ones. Who links to one meanwhile keeps its bytes by that link."""
+    """Messages that no entry links to, and unfinished ones. An entry that links to one meanwhile keeps its bytes."""
     messages = directory / "messages"
     return [
         messages / folder / name

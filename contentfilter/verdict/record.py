@@ -118,7 +118,7 @@ def ordinary(record: MailRecord) -> bool:
 
 
 class MailDetail(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What is too long for the record."""
+    """Audit detail of a message: the facts that are too long for the record."""
 
     story: tuple[tuple[str, str], ...] = ()  # the trace: stage and text
     text: str = ""  # the reply to the client

@@ -41,6 +41,7 @@ from contentfilter.worker.load import Load
 SHOWN = 8  # messages in flight that a heartbeat names
 ABORT_WAIT = 2.0  # seconds for cancelled handlings to end
 DISK_THREADS = 8
+DISK_PATIENCE = 10.0  # seconds without progress after which calls for a hung disk fail immediately
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ class ApplicationFactory:
         self._build = build
         self._slot = WorkerSlot(options.suspects, options.place)
         self._attribution = CrashAttribution(self._slot, loop)
-        self._disk = self._attribution.executor(DaemonExecutor("disk", DISK_THREADS))
+        self._disk = self._attribution.executor(DaemonExecutor("disk", DISK_THREADS, DISK_PATIENCE))
         self.events = EventSender(bus, loop)
         self.load = Load(log)
         self.cache = ScanCache(lambda key, kept: bus.send(CacheUpdate(key, kept)), self._late_scan)

@@ -271,7 +271,7 @@ class Pipeline:
         return plan
 
     async def _released(self, envelope: Envelope, message: Message, origin: Origin, deadline: Deadline) -> str:
-        """The incident whose release token is used now; empty: no valid token, or over SMTP. Raises OSError or TimeoutError if its use cannot be stored."""
+        """The incident whose release token is used now; empty: no valid token, or over SMTP."""
         if origin.remote_ip or origin.helo or origin.kind not in (OriginKind.LOCAL, OriginKind.STRANGER):
             return ""
         return await self._used.accept(message.data, self.secret, envelope.recipients, self._disk, deadline)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 
+import aiofiles
+
 from contentfilter.deadline import Deadline
 from contentfilter.errors import ContentFilterError, QuarantineError
 from contentfilter.model import readable
@@ -178,8 +180,9 @@ async def _feed(
     loop = asyncio.get_running_loop()
     try:
         await loop.sock_sendall(to_message, line)
-        while piece := message.read(_PIECE):
-            await loop.sock_sendall(to_message, piece)
+        async with aiofiles.open(message.fileno(), "rb", closefd=False) as file:
+            while piece := await file.read(_PIECE):
+                await loop.sock_sendall(to_message, piece)
         to_message.close()
         await loop.sock_sendall(to_envelope, envelope)
         to_envelope.close()

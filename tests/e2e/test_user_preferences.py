@@ -24,8 +24,9 @@ from contentfilter.pipeline import Pipeline, Scanners
 from contentfilter.policy.admission import Priority
 from contentfilter.policy.plan import Row, Switches
 from contentfilter.scanners.clamd import ClamdScanner
-from contentfilter.scanners.limiter import NEUTRAL, Attempts
+from contentfilter.scanners.limiter import NEUTRAL
 from contentfilter.scanners.spamd import SpamdScanner
+from contentfilter.scanners.stream import Owner
 from contentfilter.settings import ServiceSettings, Settings
 from contentfilter.settings import SpamdSettings as Section
 from contentfilter.store.quarantine import Quarantine
@@ -231,7 +232,7 @@ def test_all_owners_are_asked_at_the_same_time_and_a_fault_is_its_owners_alone(t
             message: Message,
             deadline: Deadline,
             priority: Priority = NEUTRAL,
-            attempts: Attempts | None = None,
+            owner: Owner | None = None,
             *,
             user: bytes = b"",
             want: Want = Want.CHECK,

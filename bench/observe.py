@@ -1,4 +1,4 @@
-"""What the processes of a daemon cost: memory, descriptors and restarts, sampled by a thread."""
+"""Cost of the processes of a daemon: memory, descriptors and restarts, sampled by a thread."""
 
 import os
 import re

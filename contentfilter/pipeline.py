@@ -6,7 +6,6 @@ detail; the caller logs and answers. The daemon never queues a message by itself
 """
 
 import asyncio
-import contextlib
 import hashlib
 import time
 from collections.abc import Awaitable, Callable
@@ -42,8 +41,8 @@ from contentfilter.policy.overrides import AllowEntry, Bypass, apply_allowlist, 
 from contentfilter.policy.plan import Lookup, Owners, PlanStep, ScanPlan, Switches, disabled, make_plan, unscanned_plan
 from contentfilter.scanners.cache import ScanCache, ScanRequest
 from contentfilter.scanners.clamd import ClamdScanner
-from contentfilter.scanners.signatures.engine import Detection, Engine
-from contentfilter.scanners.signatures.work import OutOfWorkError
+from contentfilter.scanners.programs import scan_programs
+from contentfilter.scanners.signatures.engine import Engine
 from contentfilter.scanners.spamd import SpamdScanner
 from contentfilter.settings import Settings
 from contentfilter.store.poison import keep_poison
@@ -295,7 +294,7 @@ class Pipeline:
             return tuple(ScanOutcome(scanner, ScanStatus.SKIPPED, detail="no rules") for scanner in asked)
         started = time.monotonic()
         try:
-            finding = await self._scanned(engine, message, deadline)
+            finding = await scan_programs(engine, message, self.settings.signatures.thread_above, deadline)
         except TimeoutError:
             spent = time.monotonic() - started
             return (_unchecked(asked[0], BackendError(Cause.TIMEOUT, "", "out of time"), spent),)
@@ -307,14 +306,6 @@ class Pipeline:
             return (ScanOutcome(finding.scanner, ScanStatus.FOUND, finding.rule, where, seconds=spent),)
         first, *others = (ScanOutcome(scanner, ScanStatus.CLEAN, seconds=spent) for scanner in asked)
         return (first, *(replace(other, seconds=0.0, detail="in the same pass") for other in others))
-
-    async def _scanned(self, engine: Engine, message: Message, deadline: Deadline) -> Detection | None:
-        """Scan on the event loop what takes milliseconds; anything else in a thread."""
-        if message.size <= self.settings.signatures.thread_above:
-            with contextlib.suppress(OutOfWorkError):
-                return engine.scan(message.data, inline=True)
-        async with deadline.timeout():
-            return await asyncio.to_thread(engine.scan, message.data)
 
     async def _clamd(
         self, message: Message, plan: ScanPlan, priority: Priority, deadline: Deadline, reuse: bool

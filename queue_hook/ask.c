@@ -191,7 +191,7 @@ static bool answer_parse(const char *from, size_t size, int body, uint64_t messa
 }
 
 /* A full listen queue: the daemon is busy, not gone. The kernel lets those that wait for room in first come, first
- * served; whoever came back from time to time would lose to a flood of connections that comes back more often. */
+ * served; a hook that came back from time to time would lose to a flood of connections that comes back more often. */
 static bool reach(int connection, const struct sockaddr_un *to, int64_t end)
 {
   int left = left_ms(end) + 1; /* 0 would be without limit */

@@ -114,7 +114,7 @@ def request(
 
 
 def file(data: bytes = ENVELOPE, size: int = 0) -> int:
-    """An unsealed memfd. ``size``: extended with a hole to so many bytes."""
+    """An unsealed memfd. ``size``: extended with a hole to this size."""
     fd = os.memfd_create("x")
     view = memoryview(data)
     while view:

@@ -61,8 +61,8 @@ MEANINGS: Mapping[Cause, Meaning] = MappingProxyType(
             "the message is above max_size in [clamd], or above clamd's StreamMaxLength", (Scanner.CLAMD,)
         ),
         Cause.LIMITS: Meaning(
-            "clamd stopped at a limit of its own (Heuristics.Limits.*), or the signatures at one of theirs (hundreds "
-            "of thousands of parts); the message was not scanned completely",
+            "clamd stopped at a limit of its own (Heuristics.Limits.*), or the signatures at one of theirs; "
+            "the message was not scanned completely",
             (Scanner.CLAMD, Scanner.SIGNATURES, Scanner.LOADERTYPES),
         ),
         Cause.BAD_REPLY: Meaning("a response that is truncated, malformed, or reports an internal error", _DAEMONS),

@@ -37,7 +37,7 @@ from contentfilter.receiver.sink import Sink
 from contentfilter.receiver.starter import Starter, Work
 
 OOM_SCORE = 600  # before a worker
-NICE = 5  # of the children: a flood must not take the processor from the mail of others
+NICE = 5  # a flood must not take the processor from the mail of others
 LIFETIME = 3700.0  # seconds after which a child is killed, whatever it waits for
 COPY_LIMIT = REQUEST_WAIT + COPY_WAIT + 1.0  # seconds after which a child that has not made its copies is killed
 ORPHANED = 2.0  # seconds after which it is checked whether the worker that handed connections over is still there
@@ -216,7 +216,6 @@ def serve_connection(queue: str, spool: str, pipe: socket.socket) -> None:
     def copied() -> None:
         pipe.send(COPIED)
 
-    give_way(OOM_SCORE, NICE)
     peer = _PEER.unpack(packet)
     outcome = DONE
     try:
@@ -248,7 +247,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("handover", "lifeline", "report"):
         parser.add_argument(f"--{name}", type=int, required=True)
     options = parser.parse_args(arguments)
-    give_way(OOM_SCORE)
+    give_way(OOM_SCORE, NICE)
     give_up_privileges()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(OSError):  # the service's unit forbids it, and has set enough

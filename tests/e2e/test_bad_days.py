@@ -12,7 +12,7 @@ from e2e.trouble import Load, kill_everything, open_files, targets, waiting_in
 from lab.clamd import Clamd
 from lab.hook import until
 from lab.offer import Offer
-from lab.peers import Peer, floods, in_turn, read_clamd, read_spamd, says, says_and_stays
+from lab.peers import Peer, alive, floods, in_turn, read_clamd, read_spamd, says, says_and_stays
 
 TOLD = 82
 CLEAN = says(b"fd[10]: OK\0")
@@ -24,7 +24,7 @@ ONE = b"virus-only@mixed.example"
 
 @pytest.mark.parametrize("victim", ["worker", "everything"])
 def test_killed_while_it_holds_a_message(make_system, tmp_path: Path, victim: str) -> None:
-    with Peer(tmp_path, in_turn(says_and_stays(b""), CLEAN), read_clamd) as peer:
+    with Peer(tmp_path, alive(in_turn(says_and_stays(b""), CLEAN)), read_clamd) as peer:
         system = make_system(clamd=peer)
         process, standin = system.start_hook(PLAIN, (ONE,))
         waiting_in(system.daemon, peer)

@@ -83,7 +83,7 @@ def test_a_reload_that_meets_a_hung_file_names_it_and_changes_nothing(start: Cal
     hung = start(below)
     hung.refuses_the_virus()
     hung.hang()
-    for _ in range(2):  # the second time at once: the first one's thread still hangs
+    for _ in range(2):  # the second time immediately: the first one's thread still hangs
         done = hung.reload()
         assert not done.ok
         assert any(below in problem and "did not answer within" in problem for problem in done.problems), done

@@ -26,7 +26,7 @@ KNOWN = PATIENCE + 3.0  # seconds until the prober and the workers know
 ONE = b"virus-only@mixed.example"
 SPAM_ONLY = b"spam-only@mixed.example"
 NOBODY = b"none@elsewhere.example"
-SESSIONS, EVERY, LASTS = 40, 0.25, 14.0  # at most so many at once; one protected and one other message each time
+SESSIONS, EVERY, LASTS = 40, 0.25, 14.0  # simultaneous sessions at most; one protected and one other message each time
 MakeSystem = Callable[..., System]
 
 

@@ -14,7 +14,7 @@ from contentfilter.errors import BackendError, Cause
 from contentfilter.scanners.signatures import decoders as decoding
 from contentfilter.scanners.signatures import mime
 from contentfilter.scanners.signatures.engine import Engine, default_loadertypes, default_signatures
-from contentfilter.scanners.signatures.marks import Marks
+from contentfilter.scanners.signatures.markers import Markers
 from contentfilter.scanners.signatures.work import Work
 from contentfilter.store import release_token, sidecar
 from contentfilter.verdict import headers
@@ -23,7 +23,7 @@ UNITS = 60.0  # of CPU time for any input of a fuzzer's size: some hundred times
 SECRET = b"0123456789abcdef0123456789abcdef"
 TO = (b"a@x",)
 NOW = 1_700_000_000
-MARKS = Marks((b"TV", b"UE"))
+MARKERS = Markers((b"TV", b"UE"))
 FREE = Work(1 << 40)
 BOTH = Engine(default_signatures(), default_loadertypes())
 WARLORD = Engine(default_signatures(), default_loadertypes(), "compatible")
@@ -36,7 +36,7 @@ TOP = b"Content-Type: multipart/mixed; boundary=frontier\n\n"
 def scan(data: bytes) -> None:
     """The walk stays inside the message; a program behind hostile bytes is found, or the scan says why not."""
     started = time.thread_time()
-    for leaf in mime.leaves(data, MARKS, Work(len(data))):
+    for leaf in mime.leaves(data, MARKERS, Work(len(data))):
         assert 0 <= leaf.start < leaf.end <= len(data)
         assert len(leaf.path) <= mime.NESTED + 1
     WARLORD.scan(data)

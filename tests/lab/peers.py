@@ -229,10 +229,11 @@ def answers_early(answer: bytes) -> Talk:
 
 
 def in_turn(*talks: Talk) -> Talk:
-    """The first connection gets the first talk, and so on; the last one serves all that follow."""
+    """The first connection that comes here gets the first talk, and so on; the last one serves all that follow."""
+    turns = itertools.count()
 
     def talk(peer: Peer, sock: socket.socket) -> None:
-        talks[min(peer.connections, len(talks)) - 1](peer, sock)
+        talks[min(next(turns), len(talks) - 1)](peer, sock)
 
     return talk
 

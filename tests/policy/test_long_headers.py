@@ -1,4 +1,4 @@
-"""Hostile headers of up to a mebibyte do not hold the event loop: the watchdog of all tests would notice (conftest)."""
+"""Hostile headers, delivered or rejected, do not hold the event loop: the watchdog of all tests would notice."""
 
 import asyncio
 from pathlib import Path
@@ -11,6 +11,7 @@ from contentfilter.doors.hook_work import answer_with
 from contentfilter.doors.message import message_of
 from contentfilter.model import Action, Envelope, Origin, OriginKind, Scanner, ScanOutcome, ScanStatus
 from contentfilter.settings import SpamdSettings
+from contentfilter.verdict.headers import HEADER_LIMIT
 
 SHAPES = {
     "our fields": b"X-Spam-:\n",
@@ -24,7 +25,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("size", [47 << 10, 255 << 10, 1 << 20, 3 << 20])
+@pytest.mark.parametrize("size", [47 << 10, 255 << 10, (1 << 20) - 100, 3 << 20])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_hostile_header_leaves_the_loop_free(tmp_path: Path, shape: str, size: int) -> None:
     unit = SHAPES[shape]
@@ -40,4 +41,4 @@ def test_a_hostile_header_leaves_the_loop_free(tmp_path: Path, shape: str, size:
         message.close()
         return disposition.action
 
-    assert asyncio.run(handle()) is Action.QUEUE
+    assert asyncio.run(handle()) is (Action.REJECT if size > HEADER_LIMIT else Action.QUEUE)

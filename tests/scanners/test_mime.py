@@ -14,16 +14,16 @@ from lab.wrappings import HQX, binhex, xx, yenc
 
 from contentfilter.scanners.signatures import decoders, mime
 from contentfilter.scanners.signatures.lines import PIECE
-from contentfilter.scanners.signatures.marks import Mark, Marks
+from contentfilter.scanners.signatures.markers import Marker, Markers
 from contentfilter.scanners.signatures.mime import Kind, Leaf
 from contentfilter.scanners.signatures.work import Work
 
-MARKS = Marks((b"TV",))
+MARKERS = Markers((b"TV",))
 FREE = Work(1 << 40)
 
 
 def walk(text: bytes) -> list[Leaf]:
-    return list(mime.leaves(text, MARKS, Work(len(text))))
+    return list(mime.leaves(text, MARKERS, Work(len(text))))
 
 
 def contents(text: bytes) -> list[tuple[str, Kind, bytes]]:
@@ -188,11 +188,11 @@ def test_headers_in_headers_end_at_a_depth() -> None:
 def test_marks_are_found_across_pieces() -> None:
     for place in range(PIECE - 40, PIECE + 4):
         text = b"x" * place + b"\n--b\nbegin 644 x\n=ybegin line=1\nTransfer-ENCODING" + b"y" * 100
-        assert list(MARKS.find(text, Work(len(text)), lambda: False)) == [
-            (Mark.DELIMITER, place + 1),
-            (Mark.BEGIN, place + 5),
-            (Mark.YENC, place + 17),
-            (Mark.ENCODING, place + 39),
+        assert list(MARKERS.find(text, Work(len(text)), lambda: False)) == [
+            (Marker.DELIMITER, place + 1),
+            (Marker.BEGIN, place + 5),
+            (Marker.YENC, place + 17),
+            (Marker.ENCODING, place + 39),
         ]
 
 

@@ -107,7 +107,7 @@ LARGE = {"aiomysql", "click", "clamd", "multiprocessing", "prometheus_client", "
     [
         ("contentfilter.worker.application, contentfilter.worker.main", set()),
         ("contentfilter.receiver.main", set()),
-        ("contentfilter.bus.remote_feed", set()),
+        ("contentfilter.bus.publisher", set()),
         ("contentfilter.cli.serve", {"click", "prometheus_client", "wsgiref"}),
         ("contentfilter.cli.status", {"click"}),
     ],

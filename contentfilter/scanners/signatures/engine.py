@@ -22,7 +22,7 @@ from contentfilter.errors import BackendError, Cause
 from contentfilter.model import BytesLike, Scanner, readable
 from contentfilter.scanners.signatures import compatible, decoders, mime, smime
 from contentfilter.scanners.signatures.lines import Text, base64_run
-from contentfilter.scanners.signatures.marks import Marks
+from contentfilter.scanners.signatures.markers import Markers
 from contentfilter.scanners.signatures.mime import Kind, Leaf
 from contentfilter.scanners.signatures.programs import DEFAULT_FORMATS, Format, Formats
 from contentfilter.scanners.signatures.rules import (
@@ -132,7 +132,7 @@ class Engine:
         self.names = ahocorasick_rs.BytesAhoCorasick(sorted(needles))
         starts = {rule.pattern[:3].partition("*")[0].encode() for rule in first}
         starts |= {pybase64.b64encode(start)[: len(start) * 4 // 3] for start in (b"MZ", *self.formats.starts)}
-        self.marks = Marks(tuple(sorted(start for start in starts if len(start) > 1)))
+        self.marks = Markers(tuple(sorted(start for start in starts if len(start) > 1)))
 
     def scan(self, data: BytesLike, *, inline: bool = False) -> Detection | None:
         """Return the first detection, or None. Synchronous; keeps no reference to ``data``.

@@ -32,7 +32,7 @@ from contentfilter.scanners.signatures.lines import (
     end_of,
     header_end,
 )
-from contentfilter.scanners.signatures.marks import Mark, Marks
+from contentfilter.scanners.signatures.markers import Marker, Markers
 from contentfilter.scanners.signatures.work import Work
 
 NESTED = 30  # headers directly nested in each other
@@ -130,7 +130,7 @@ class _Section:
                 yield Leaf(start, end, kind, self.path, self.declared)
 
 
-def leaves(data: Text, marks: Marks, work: Work) -> Iterator[Leaf]:
+def leaves(data: Text, marks: Markers, work: Work) -> Iterator[Leaf]:
     """Yield every leaf of a message or of decoded content, in the order of their ends.
 
     ``work`` belongs to the message and is shared by all content nested in it. Raises OutOfWorkError.
@@ -154,7 +154,7 @@ class _Walker:
         "_work",
     )
 
-    def __init__(self, data: Text, marks: Marks, work: Work) -> None:
+    def __init__(self, data: Text, marks: Markers, work: Work) -> None:
         self._data = data
         self._marks = marks
         self._work = work
@@ -174,17 +174,17 @@ class _Walker:
         data, work = self._data, self._work
         for mark, at in self._marks.find(data, work, self._inside_base64):
             work.spend(_MARK)
-            if mark is Mark.DELIMITER:
+            if mark is Marker.DELIMITER:
                 yield from self._delimiter(at)
-            elif mark is Mark.BLOB:
+            elif mark is Marker.BLOB:
                 if at >= self._blob_end and not self._is_start(at, _BASE64):
                     self._blob_end = _blob_end(data, at)
                     if self._blob_end - at >= RUN:
                         yield Leaf(at, len(data), int(Kind.RUN), self._newest.path, declared=False)
-            elif mark is Mark.PROGRAM:
+            elif mark is Marker.PROGRAM:
                 if not self._is_start(at, 0):
                     yield Leaf(at, len(data), 0, self._newest.path, declared=False)
-            elif mark is Mark.ENCODING:
+            elif mark is Marker.ENCODING:
                 if at >= self._fields_until and bytes(data[max(0, at - 7) : at + 10]).lower() == b"transfer-encoding":
                     yield from self._encoding(at)
             else:
@@ -347,10 +347,10 @@ class _Walker:
         return any(start == at and kind & flag == flag for start, kind in self._newest.starts)
 
 
-def _encoded(data: Text, at: int, mark: Mark, path: tuple[int, ...]) -> Iterator[Leaf]:
+def _encoded(data: Text, at: int, mark: Marker, path: tuple[int, ...]) -> Iterator[Leaf]:
     """Yield the content after a begin line, a =ybegin line or the banner of BinHex."""
-    kind = {Mark.YENC: Kind.YENC, Mark.BINHEX: Kind.BINHEX}.get(mark, Kind.UUENCODE)
-    if mark is Mark.BEGIN:
+    kind = {Marker.YENC: Kind.YENC, Marker.BINHEX: Kind.BINHEX}.get(mark, Kind.UUENCODE)
+    if mark is Marker.BEGIN:
         begin = _BEGIN.match(data, at)
         if begin is None:
             return

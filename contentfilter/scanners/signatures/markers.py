@@ -1,4 +1,4 @@
-"""Marks: the places of a text at which the walk has something to do, found in one search."""
+"""Markers: the places of a text at which the walk has something to do, found in one search."""
 
 import enum
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ from contentfilter.scanners.signatures.work import Work
 _PIECE_BYTE = 1  # work
 
 
-class Mark(enum.IntEnum):
+class Marker(enum.IntEnum):
     """What may start at a mark."""
 
     DELIMITER = 0
@@ -23,7 +23,7 @@ class Mark(enum.IntEnum):
     ENCODING = 6  # the words transfer-encoding, anywhere
 
 
-class Marks:
+class Markers:
     """Search for marks: line starts with ``--``, ``begin`` and so on, and the name of a field in any case.
 
     Immutable; one instance per configuration. ``blobs``: first letters of base64 blobs, at least two each.
@@ -31,15 +31,15 @@ class Marks:
 
     def __init__(self, blobs: tuple[bytes, ...]) -> None:
         starts = {
-            b"--": Mark.DELIMITER,
-            b"begin": Mark.BEGIN,
-            b"=ybegin ": Mark.YENC,
-            b"(This file must be": Mark.BINHEX,
-            **dict.fromkeys(blobs, Mark.BLOB),
-            b"MZ": Mark.PROGRAM,
+            b"--": Marker.DELIMITER,
+            b"begin": Marker.BEGIN,
+            b"=ybegin ": Marker.YENC,
+            b"(This file must be": Marker.BINHEX,
+            **dict.fromkeys(blobs, Marker.BLOB),
+            b"MZ": Marker.PROGRAM,
         }
         patterns = {newline + start: mark for start, mark in starts.items() for newline in (b"\n", b"\r")}
-        patterns |= dict.fromkeys((b"r-e", b"R-e", b"r-E", b"R-E"), Mark.ENCODING)
+        patterns |= dict.fromkeys((b"r-e", b"R-e", b"r-E", b"R-E"), Marker.ENCODING)
         self._starts = tuple(starts.items())
         self._kinds = tuple(patterns.values())
         self._overlap = max(map(len, patterns)) - 1
@@ -48,12 +48,12 @@ class Marks:
         # as fast. Only BLOB marks are lost, inside base64, where they mean nothing.
         self._lively = ahocorasick_rs.BytesAhoCorasick([b"--", b" ", b"\t"])
 
-    def find(self, data: Text, work: Work, inside_base64: Callable[[], bool]) -> Iterator[tuple[Mark, int]]:
+    def find(self, data: Text, work: Work, inside_base64: Callable[[], bool]) -> Iterator[tuple[Marker, int]]:
         """Yield each mark and its position after the newline, in order. Skip dull pieces while ``inside_base64()``."""
         kinds, size = self._kinds, len(data)
         head = bytes(data[:20])
         for first, mark in self._starts:
-            if mark not in (Mark.BLOB, Mark.PROGRAM) and head.startswith(first):
+            if mark not in (Marker.BLOB, Marker.PROGRAM) and head.startswith(first):
                 yield mark, 0
         for base in range(0, size, PIECE):
             piece = data if size <= PIECE else data[base : base + PIECE + self._overlap]
@@ -63,7 +63,7 @@ class Marks:
             for pattern, start, _ in self._all.find_matches_as_indexes(piece):
                 if start < PIECE:
                     mark = kinds[pattern]
-                    yield mark, base + start + (mark < Mark.ENCODING)
+                    yield mark, base + start + (mark < Marker.ENCODING)
 
     def any(self, before: bytes, piece: bytes) -> bool:
         """True if ``piece`` contains a mark, or one starts in ``before``, the bytes in front of it."""

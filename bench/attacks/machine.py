@@ -15,7 +15,7 @@ HANG = "hang"  # file in the scratch directory, for tests/lab/refuse.c
 
 
 def hung_disk(place: Place) -> None:
-    """State disk: every call that writes hangs, while mail that must be quarantined arrives (six and more simultaneously)."""
+    """State disk: every call that writes hangs, while mail that must be quarantined arrives, six at a time and more."""
     with open(f"{place.scratch}/{HANG}", "w") as order:
         order.write("hang")
     submit(place, lambda n: b"Subject: q%d\n\n%b" % (n, EICAR), (b"kept@mixed.example",))

@@ -88,6 +88,10 @@ class BackendError(ContentFilterError):
         self.detail = detail
 
 
+class UnresponsiveError(BackendError):
+    """A backend that was asked shows no sign of life for longer than `[failure] patience`: nobody waits for it."""
+
+
 class QuarantineError(ContentFilterError):
     """An entry of the quarantine that is not there, is damaged, or could not be released."""
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -38,6 +38,10 @@ from contentfilter.policy.overrides import SCANNERS
 from contentfilter.scanners.health import ProbeResult
 from contentfilter.settings import Settings
 from contentfilter.store.journal import Journal, Query, journal_path
+from contentfilter.threads import in_thread
+
+if TYPE_CHECKING:
+    from contentfilter.monitor.http_server import HttpServer
 
 MEASURE_EVERY = 30.0  # seconds between two measurements of the disk
 WINDOW, RECENT = 900.0, 120.0  # seconds that the status covers
@@ -177,12 +181,11 @@ class Monitor:
             self._end.wait(MEASURE_EVERY)
 
     async def _serve(self, host: str, port: int) -> None:
-        from contentfilter.monitor.http_server import HttpServer  # uvicorn: a large import, for those who use it
-
+        server_class = await in_thread(_http_server)
         pages: dict[str, Page] = {"/metrics": self._page_metrics, "/live": self._page_live, "/ready": self._page_ready}
         if self._settings().http.page == "on":
             pages |= make_pages(self._look, self.history)
-        server = HttpServer(Application(pages, self._log, private=PATHS, names=(host,)))
+        server = server_class(Application(pages, self._log, private=PATHS, names=(host,)))
         reported = False
         try:
             while True:
@@ -308,6 +311,13 @@ class Monitor:
         yield "contentfilter_quarantine_quota_bytes", (), settings.quarantine.quota
         yield "contentfilter_refused_connections_total", (), status.refused_total
         yield "contentfilter_journal_lost_total", (), status.not_recorded
+
+
+def _http_server() -> "type[HttpServer]":
+    """Load uvicorn, which is large, only for those who use it, and off the loop."""
+    from contentfilter.monitor.http_server import HttpServer
+
+    return HttpServer
 
 
 def _read_journal(path: Path, history: History, done: Callable[[], None]) -> None:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from contentfilter.deadline import Deadline
-from contentfilter.errors import BackendError, Cause
+from contentfilter.errors import BackendError, Cause, UnresponsiveError
 from contentfilter.model import Message, ScanOutcome, ScanStatus
 from contentfilter.scanners.cache_entries import SURE, CacheEntry, CacheKey, Memory
 from contentfilter.scanners.content import Content, Digest
@@ -133,9 +133,11 @@ class ScanCache:
         self._in_flight.setdefault(place, []).append(flight)
         try:
             outcome = await scan(flight)
-        except BackendError:
+        except BackendError as error:
             if flight.entry is not None:  # an attempt that was given up had the answer, and the next one has not
                 return flight.entry.outcome
+            if isinstance(error, UnresponsiveError):
+                self._resolve(flight, None)
             raise
         else:
             entry = self._complete(flight, outcome)

@@ -19,7 +19,7 @@ from typing import Any
 
 from contentfilter.deadline import Deadline
 from contentfilter.endpoint import Address
-from contentfilter.errors import BackendError, Cause
+from contentfilter.errors import BackendError, Cause, UnresponsiveError
 from contentfilter.model import Scanner, ScanOutcome
 from contentfilter.policy.admission import UNLIMITED, AdmissionQueue, Priority, QueueEntry
 from contentfilter.policy.shedding import expected_wait, mean_with, patience, what_is_shed
@@ -113,7 +113,7 @@ class ScannerLimiter:
         except TimeoutError:
             if scope.when() != end:
                 text = f"no sign of life for {self.clock() - backend.silent_since:.0f} s"
-                raise BackendError(backend.cause, str(backend.address), text) from None
+                raise UnresponsiveError(backend.cause, str(backend.address), text) from None
             late = progress.timed_out()
             self._failed(backend, late, began, deadline)
             raise late from None

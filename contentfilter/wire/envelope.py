@@ -33,7 +33,7 @@ def parse(data: bytes | memoryview, limit: int = RECIPIENTS_MAX) -> Envelope:
         raise EnvelopeError("envelope starts with a wrong letter", WRONG_LETTER)
     sender, complete, _ = head[1:].partition(b"\0")
     if not complete:
-        raise _unfinished(head)
+        raise _unfinished(head, b"F")
     recipients: list[bytes] = []
     surplus, at, letter = 0, len(sender) + 2, b"F"
     while True:
@@ -43,7 +43,7 @@ def parse(data: bytes | memoryview, limit: int = RECIPIENTS_MAX) -> Envelope:
         end = window.find(b"\0\0")
         block = window[: end if end >= 0 else max(0, window.rfind(b"\0"))]
         if not block:
-            raise _unfinished(window)
+            raise _unfinished(window, b"TQ")
         at += len(block) + 1
         letter = block[block.rfind(b"\0") + 1 :]
         if surplus:
@@ -70,9 +70,9 @@ def _recipients(block: bytes) -> list[bytes]:
     return [record[1:] for record in records if record[0] == 0x54]  # T
 
 
-def _unfinished(record: bytes) -> EnvelopeError:
+def _unfinished(record: bytes, letters: bytes) -> EnvelopeError:
     """The fault of a record without its NUL, of which the first bytes are here."""
-    if record and record[0] not in b"FTQ":
+    if record and record[0] not in letters:
         return EnvelopeError("envelope record starts with a wrong letter", WRONG_LETTER)
     if len(record) > ADDRESS_MAX + 1:
         return EnvelopeError(f"envelope with an address over {ADDRESS_MAX} bytes", TOO_LONG)

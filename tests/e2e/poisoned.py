@@ -19,7 +19,7 @@ from contentfilter.worker import application
 from contentfilter.worker.main import main
 
 
-def scan(engine: Engine, data: mmap.mmap | bytes) -> Detection | None:
+def scan(engine: Engine, data: mmap.mmap | bytes, *, inline: bool = False) -> Detection | None:
     """As the message says: follow a wild pointer, search without end holding the GIL, or take all memory."""
     if b"\nPOISON segfault" in data:
         ctypes.string_at(0)
@@ -29,7 +29,7 @@ def scan(engine: Engine, data: mmap.mmap | bytes) -> Detection | None:
         held = bytearray(64 << 20)
         os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does where there is no more
         del held
-    return real(engine, data)
+    return real(engine, data, inline=inline)
 
 
 real = Engine.scan

@@ -371,7 +371,7 @@ def test_a_good_mark_in_another_users_hands_is_mail(make: Make) -> None:
     aviary = make()
     mark = marked(aviary, MAIL)
     environ = {canary.VARIABLE.encode(): mark.encode()}
-    assert offer(aviary.daemon.socket, MAIL, environ=environ).action is Action.DROP  # ours: it is a canary
+    assert offer(aviary.daemon.socket, MAIL, b"F\0\0", environ=environ).action is Action.DROP  # ours: it is a canary
     if os.geteuid():
         pytest.skip("only root can be somebody else")
     conf = aviary.directory / "theirs.conf"
@@ -392,6 +392,7 @@ def test_a_good_mark_in_another_users_hands_is_mail(make: Make) -> None:
     os.close(ends[0])
     assert done.returncode == 120, done.stderr  # it was to be queued, and /dev/null cannot be started
     assert aviary.daemon.wait_for("mail.done")[0]["origin"] == "local"
+    assert offer(aviary.daemon.socket, MAIL, environ=environ).action is Action.QUEUE  # with recipients it is mail
 
 
 def test_spamassassin_learns_nothing_from_it(make: Make, lab_directory: Path) -> None:

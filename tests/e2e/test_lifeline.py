@@ -17,12 +17,16 @@ from pathlib import Path
 from lab import process
 from lab.daemon import Daemon
 
+class Sleeper(process.Daemon):
+    def start(self):
+        self.launch(["sh", "-c", "sleep 600 & wait"], lambda: True)
+        return self
+
 directory, exits = Path(sys.argv[1]), sys.argv[2] == "exits"
 if exits:
     process.exit_on_sigterm()
 try:
-    sleeper = process.Daemon(directory)
-    sleeper.launch(["sh", "-c", "sleep 600 & wait"], lambda: True)
+    sleeper = Sleeper(directory).start()
     served = Daemon(directory=directory, settings={"service": {"workers": 1}}).start()
     print(sleeper.pid, served.pid, *served.workers(), flush=True)
     time.sleep(600)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lab import watchdog
 from lab.daemon import Daemon
+from lab.hook import until
 from lab.offer import offer
 
 
@@ -35,6 +36,7 @@ def test_a_worker_of_a_daemon_is_watched(daemon: Callable[..., Daemon]) -> None:
     report = Path(os.environ[watchdog.REPORT])
     with daemon() as running:
         assert offer(running.socket, b"BURN\n") is not None
+        until(lambda: "Connection._serve" in report.read_text(), "no report")  # it comes after the answer
         held = report.read_text().splitlines()
     (line,) = [each for each in held if "Trivial.handle" in each or "Connection._serve" in each]
     assert "worker" in line

@@ -29,6 +29,7 @@ from contentfilter.supervisor.systemd import Notifier, listen_fds, watchdog_inte
 SOCKET_NAME = "queue"  # FileDescriptorName= in the socket unit; a single unnamed socket will do too
 DRAIN_GRACE = 5.0  # seconds on top of service.drain before workers are killed
 LAST_REPORTS = 0.1  # seconds of silence after which workers that have ended have reported everything
+REPORTS_IN_A_ROW = 20  # before others get their turn on the event loop
 RECORD_WAIT = 5.0  # seconds for the journal to be written at the end
 FOREVER = Deadline(float("inf"))
 
@@ -137,6 +138,7 @@ class Daemon:
                     task.cancel()
             while await parts.bus.waiting(LAST_REPORTS):
                 await self._read_report()
+                await asyncio.sleep(0)
         finally:
             parts.pool.kill()
             parts.receiver.close()
@@ -171,7 +173,9 @@ class Daemon:
 
     async def _read_reports(self) -> None:
         while True:
-            await self._read_report()
+            for _ in range(REPORTS_IN_A_ROW):
+                await self._read_report()
+            await asyncio.sleep(0)  # reports that are there already are read without a wait
 
     async def _read_report(self) -> None:
         parts = self._parts

@@ -96,7 +96,7 @@ def test_a_flood_from_one_network_does_not_delay_the_mail_of_others(make_system,
 
 
 def test_spamd_is_skipped_before_clamd_large_mail_first_and_the_signatures_never(make_system, tmp_path: Path) -> None:
-    answer = b"SPAMD/1.1 0 EX_OK\r\nSpam: False ; 0.0 / 5.0\r\n\r\n"
+    answer = b"SPAMD/1.1 0 EX_OK\r\nContent-length: 2\r\nSpam: False ; 0.0 / 5.0\r\n\r\n\r\n"
     with (
         Peer(tmp_path, slow(0.02, b"fd[10]: OK\0"), read_clamd, backlog=64) as clamd,
         Peer(tmp_path, slow(0.5, answer), read_spamd, backlog=64) as spamd,

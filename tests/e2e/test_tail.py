@@ -122,7 +122,7 @@ def test_it_follows_the_daemon_into_its_next_life_and_says_so(follow: Callable[.
     follower.until(lambda: any("the event feed has stopped" in line for line in follower.errors))
     before = len(follower.lines)
     system.daemon.start()
-    follower.until(lambda: any("the daemon is back" in line for line in follower.errors))
+    follower.until(lambda: any("the event feed is back" in line for line in follower.errors))
     assert "contentfilter why --since" in follower.errors[-1]
     deliver_until(system, follower, lambda: len(follower.lines) > before)
     assert follower.process.poll() is None

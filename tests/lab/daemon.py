@@ -139,7 +139,7 @@ class Daemon:
         """Command line of :meth:`start`, and its environment."""
         environ = {**os.environ, "NOTIFY_SOCKET": str(self.directory / "notify.sock"), **self._environ}
         watched = str(Path(__file__).with_name("watched")) if watchdog.REPORT in environ else ""
-        paths = (watched, environ.get("PYTHONPATH", ""), str(PACKAGE))
+        paths = (environ.get("PYTHONPATH", ""), watched, str(PACKAGE))  # a test may have a sitecustomize of its own
         environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         if self._watchdog:
             environ["WATCHDOG_USEC"] = str(int(self._watchdog * 1_000_000))

@@ -58,7 +58,7 @@ def test_a_supervisor_that_is_killed_alone_lets_its_worker_finish(make_system, t
 
 
 def test_a_worker_that_hangs_is_replaced_and_its_message_goes_on(make_system, tmp_path: Path) -> None:
-    with Peer(tmp_path, in_turn(says_and_stays(b""), CLEAN), read_clamd) as peer:
+    with Peer(tmp_path, alive(in_turn(says_and_stays(b""), CLEAN)), read_clamd) as peer:
         system = make_system(clamd=peer, settings={"service": {"stuck_after": 2.0}})
         process, standin = system.start_hook(PLAIN, (ONE,))
         waiting_in(system.daemon, peer)

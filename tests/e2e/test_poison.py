@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from e2e.mails import PLAIN
 from e2e.trouble import waiting_in
-from lab.peers import Peer, in_turn, read_clamd, says, says_and_stays
+from lab.peers import Peer, alive, in_turn, read_clamd, says, says_and_stays
 from lab.system import System
 
 from contentfilter.bus import messages, sockets
@@ -82,7 +82,7 @@ def test_a_thread_that_kills_is_found_too(poisoned) -> None:
 
 
 def test_messages_that_only_waited_are_not_suspected_and_pass(poisoned, tmp_path: Path) -> None:
-    with Peer(tmp_path, in_turn(says_and_stays(b""), CLEAN), read_clamd) as peer:
+    with Peer(tmp_path, alive(in_turn(says_and_stays(b""), CLEAN)), read_clamd) as peer:
         system = poisoned(clamd=peer, settings={"service": {"workers": 1}})
         process, standin = system.start_hook(PLAIN, (ONE,))
         waiting_in(system.daemon, peer)
@@ -95,7 +95,7 @@ def test_messages_that_only_waited_are_not_suspected_and_pass(poisoned, tmp_path
 
 
 def test_a_worker_that_is_killed_while_all_messages_wait_leaves_no_suspect(poisoned, tmp_path: Path) -> None:
-    with Peer(tmp_path, in_turn(says_and_stays(b""), says_and_stays(b""), CLEAN), read_clamd) as peer:
+    with Peer(tmp_path, alive(in_turn(says_and_stays(b""), says_and_stays(b""), CLEAN)), read_clamd) as peer:
         system = poisoned(clamd=peer, settings={"service": {"workers": 1}})
         process, standin = system.start_hook(PLAIN, (ONE,))
         for served in (1, 2):

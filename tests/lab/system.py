@@ -6,6 +6,7 @@ Without pytest, so that tests, demo and bench start the same.
 import itertools
 import os
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -92,6 +93,8 @@ class System:
         self.program = program or hook_lab.build(directory)
         self.queue_program = build_standin(directory)
         self._runs = itertools.count(1)
+        self._queued = Path(tempfile.mkdtemp(prefix="queued-", dir=self.directory))  # not of a system before us
+        self._queued.chmod(0o755)
 
     def control(self, name: str, text: str) -> None:
         (self.directory / "control" / name).write_text(text)
@@ -116,7 +119,7 @@ class System:
         **conf: object,
     ) -> tuple[HookProcess, Standin]:
         """A hook under way, and where its stand-in records. ``block``: the envelope's bytes as they are."""
-        standin = Standin(self.queue_program, self.directory / "queued" / str(next(self._runs)))
+        standin = Standin(self.queue_program, self._queued / str(next(self._runs)))
         environ = {"CONTENTFILTER_QUEUE_CONF": str(self.queue_conf(**conf)), **SMTP}
         environ |= standin.environ(**(knobs or {})) | dict(env or {})
         given: dict[int, Kind] = {6: "pipe", **(fds or {})}

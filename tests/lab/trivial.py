@@ -52,7 +52,7 @@ class Trivial:
             while True:
                 time.sleep(1)
         elif words[0] == "BURN":
-            end = time.thread_time() + 0.1
+            end = time.thread_time() + 0.3
             while time.thread_time() < end:
                 pass
         elif words[0] == "WHO":

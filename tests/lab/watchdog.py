@@ -1,6 +1,6 @@
 """Watchdog of the event loop: reports each callback that used more CPU time than LIMIT, in tests and in daemons.
 
-CPU time of the loop's thread, not wall time: it does not depend on the other jobs of the machine. Collections of
+CPU time of the loop's thread, not wall time: it depends little on the other jobs of the machine. Collections of
 garbage, imports and everything else that a callback sets off count as well. In a daemon it is installed by
 ``watched/sitecustomize.py``; the reports go to the file that the environment variable REPORT names.
 """
@@ -13,7 +13,7 @@ from asyncio import events
 from collections.abc import Callable
 from typing import Any
 
-LIMIT = 0.05  # seconds
+LIMIT = 0.1  # seconds: twice the promise, because the same work takes up to twice the time beside a busy hyperthread
 REPORT = "CONTENTFILTER_LOOP_REPORT"
 held: list[str] = []
 """Reports of this process, in tests."""

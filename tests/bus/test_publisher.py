@@ -307,7 +307,7 @@ async def test_a_local_message_without_end_ends_the_process_at_its_memory_limit(
     before, memory = place.pid, resident()
     with pytest.raises(ConnectionError):
         await asyncio.to_thread(by_hand, place, ENDLESS, MEMORY_MAX >> 20)
-    async with asyncio.timeout(WAIT):
+    async with asyncio.timeout(3 * WAIT):
         while place.feed.pid in (None, before):
             await asyncio.sleep(0.01)
     assert resident() < memory + 50_000_000

@@ -98,7 +98,7 @@ def test_a_full_state_directory_costs_entries_and_no_mail(
 
         ballast.unlink()
         system.daemon.reload()
-        system.daemon.wait_for("service.reload")
+        system.daemon.wait_for("worker.reload", len(workers))
         d = system.deliver(VIRUS, b"late@elsewhere.example")
         assert (d.status, d.queued) == (0, ())
         assert len(list((state / "quarantine" / "entries").glob("*.eml"))) == 1

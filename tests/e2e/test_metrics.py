@@ -131,8 +131,8 @@ def test_the_configuration_in_force_is_seen(make_system) -> None:
     assert (samples.value("generation"), samples.value("configuration_problems")) == (2, 0)
     system.daemon.write_config("[nonsense]\n")
     system.daemon.reload()
-    samples = scrape_until(system.daemon, lambda s: s.value("loads_total", result="failed") == 1)
-    assert (samples.value("generation"), samples.value("configuration_problems")) == (2, 1)
+    samples = scrape_until(system.daemon, lambda s: s.value("configuration_problems") == 1)
+    assert (samples.value("generation"), samples.value("loads_total", result="failed")) == (2, 1)
     assert samples.value("table_rows", table="clamavclients") == 3
     assert abs(time.time() - samples.value("tables_checked_timestamp_seconds")) < 60
 

@@ -206,9 +206,7 @@ class _Scan:
                 readings.append(("base64", decoders.base64(data, start, end, work, "joined")))
                 readings.append(("base64", decoders.base64(data, start, end, work, "zero")))
         elif base64_run(head) >= mime.RUN:
-            run = base64_run(data, start, end)
-            work.spend(2 * (run - start))
-            readings.append(("base64", decoders.base64(data, start, run, work)))
+            readings.append(("base64", decoders.base64(data, start, end, work)))
         if head.startswith(engine.raw_starts):
             readings.append(("8bit", decoders.raw(data, start, end, work)))
         if kind & _QUOTED or head.startswith(engine.quoted_starts):
@@ -250,7 +248,12 @@ class _Scan:
             return self._documents(next(signed, b""), signed, layers + 1)
         if not (binary or (leaf.kind & _QUOTED and encoding == "quoted-printable")):
             return None
-        text = binary and b"\0" not in head and not head.startswith(b"%PDF-") and (leaf.declared or _is_text(first))
+        text = (
+            binary
+            and b"\0" not in head
+            and not head.startswith(b"%PDF-")
+            and (leaf.kind & (_BASE64 | _UUENCODE) or _is_text(first))
+        )
         if text or leaf.kind & _COMPOSITE or _FIELD.match(first) or base64_run(first) >= mime.RUN:
             return self._documents(first, windows, layers + 1)
         return None

@@ -41,7 +41,7 @@ from contentfilter.policy.overrides import AllowEntry, Bypass, apply_allowlist, 
 from contentfilter.policy.plan import Lookup, Owners, PlanStep, ScanPlan, Switches, disabled, make_plan, unscanned_plan
 from contentfilter.scanners.cache import ScanCache, ScanRequest
 from contentfilter.scanners.clamd import ClamdScanner
-from contentfilter.scanners.programs import scan_programs
+from contentfilter.scanners.signature_scan import scan_programs
 from contentfilter.scanners.signatures.engine import Engine
 from contentfilter.scanners.spamd import SpamdScanner
 from contentfilter.settings import Settings

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lab.descriptors import rights
+
 from contentfilter.wire import hook
 
 MESSAGE = b"Subject: x\n\nhello\n"
@@ -99,8 +101,7 @@ def connect(path: str, kind: int = socket.SOCK_SEQPACKET, seconds: float = 5.0) 
 
 
 def send(connection: socket.socket, packet: bytes, *fds: int) -> None:
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"={len(fds)}i", *fds))] if fds else []
-    connection.sendmsg([packet], rights)
+    connection.sendmsg([packet], rights(*fds) if fds else [])
 
 
 def request(
@@ -137,26 +138,6 @@ def offer(place: Place, message: bytes, envelope: bytes = ENVELOPE, budget: floa
         for fd in fds:
             os.close(fd)
     return connection
-
-
-def lingering() -> tuple[socket.socket, socket.socket]:
-    """A TCP socket whose close() blocks for an hour, because its peer (the second one) reads nothing."""
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-    listener.bind(("127.0.0.1", 0))
-    listener.listen(1)
-    here = socket.socket()
-    here.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    here.connect(listener.getsockname())
-    there, _ = listener.accept()
-    listener.close()
-    here.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 3600))
-    here.setblocking(False)
-    try:
-        while True:
-            here.send(b"x" * 65536)
-    except BlockingIOError:
-        return here, there
 
 
 def abandon(*fds: int) -> None:

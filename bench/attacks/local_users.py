@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from lab.clamd import EICAR
+from lab.descriptors import lingering
 
 from attacks.kit import (
     ENVELOPE,
@@ -24,7 +25,6 @@ from attacks.kit import (
     connect,
     file,
     forever,
-    lingering,
     nested,
     offer,
     reap,

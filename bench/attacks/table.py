@@ -52,62 +52,50 @@ def _as_root(act: Act, **more: Any) -> Attack:
 
 
 def _against_clamd(act: Act, **more: Any) -> Attack:
-    return _as_root(_with_mail(act), needs=frozenset({"clamd"}), protected=False, **more)
+    return _as_root(_Beside(act, senders.victims, act), needs=frozenset({"clamd"}), protected=False, **more)
 
 
 def _against_spamd(act: Act, **more: Any) -> Attack:
-    return _as_root(_with_mail(act), needs=frozenset({"spamd"}), protected=False, **more)
+    return _as_root(_Beside(act, senders.victims, act), needs=frozenset({"spamd"}), protected=False, **more)
 
 
-class _with_mail:  # noqa: N801 - used as a function
-    """A hostile server, and mail that needs it: 5 MB now and then, the rest small."""
+class _Beside:
+    """``server`` in a process of its own, and ``act`` at the same time; the attack has the name of ``named``."""
 
-    def __init__(self, server: Act) -> None:
-        self._server = server
-        self.__doc__ = server.__doc__
+    def __init__(self, server: Act, act: Act, named: Act) -> None:
+        self._server, self._act, self.named = server, act, named
+        self.__doc__ = named.__doc__
 
     def __call__(self, place: Place) -> None:
         if not os.fork():
             self._server(place)
-        senders.victims(place)
+        self._act(place)
 
 
 def _mails_with_spamd(mails: Act, **more: Any) -> Attack:
     """Hostile mail that a spamd calls spam."""
-    return _as_root(_AllSpam(mails), needs=frozenset({"spamd"}), settings={"spamd": {"subject_tag": "[SPAM] "}}, **more)
+    return _as_root(
+        _Beside(peers.all_spam, mails, mails),
+        needs=frozenset({"spamd"}),
+        settings={"spamd": {"subject_tag": "[SPAM] "}},
+        **more,
+    )
 
 
-class _AllSpam:
-    def __init__(self, mails: Act) -> None:
-        self._mails = mails
-        self.__doc__ = mails.__doc__
-
-    def __call__(self, place: Place) -> None:
-        if not os.fork():
-            peers.all_spam(place)
-        self._mails(place)
-
-
-class _WithDatabase:
-    """A hostile database: the configuration begins to name it, and is reloaded again and again."""
-
-    def __init__(self, server: Act) -> None:
-        self._server = server
-        self.__doc__ = server.__doc__
-
-    def __call__(self, place: Place) -> None:
-        if not os.fork():
-            self._server(place)
-        path = Path(place.config)
-        path.write_text(path.read_text().replace('source = "files"', 'source = "mariadb"'))
-        while True:
-            os.kill(place.daemon, signal.SIGHUP)
-            time.sleep(2.0)
+def _name_database(place: Place) -> None:
+    """Begin to name the database in the configuration, and reload it again and again."""
+    path = Path(place.config)
+    path.write_text(path.read_text().replace('source = "files"', 'source = "mariadb"'))
+    while True:
+        os.kill(place.daemon, signal.SIGHUP)
+        time.sleep(2.0)
 
 
 def _database(server: Act) -> Attack:
     needs = frozenset({"mariadb"})
-    return _as_root(_WithDatabase(server), needs=needs, check=peers.password_taken, metrics=("loads_total",))
+    return _as_root(
+        _Beside(server, _name_database, server), needs=needs, check=peers.password_taken, metrics=("loads_total",)
+    )
 
 
 def _by_name(*attacks: Attack) -> dict[str, Attack]:
@@ -115,7 +103,7 @@ def _by_name(*attacks: Attack) -> dict[str, Attack]:
 
 
 def _name(attack: Attack) -> str:
-    inner = getattr(attack.act, "_server", None) or getattr(attack.act, "_mails", None) or attack.act
+    inner = getattr(attack.act, "named", attack.act)
     return str(inner.__name__).replace("_", "-")
 
 

@@ -120,7 +120,7 @@ class Engine:
             )
         self.signatures = tuple(Signature.compile(rule) for rule in first)
         self.prefixes = tuple(signature.prefix for signature in self.signatures)
-        self.formats = Formats.of(formats if signatures else ())
+        self.formats = Formats(frozenset(formats if signatures else ()))
         binary = (signature.prefix for signature in self.signatures if not signature.text)
         self.raw_starts = (b"MZ", *self.formats.starts, *smime.STARTS, *binary)
         self.quoted_starts = (b"=", *{prefix[:1] for prefix in self.raw_starts})

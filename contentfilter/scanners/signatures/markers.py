@@ -45,7 +45,7 @@ class Markers:
         self._overlap = max(map(len, patterns)) - 1
         self._all = ahocorasick_rs.BytesAhoCorasick(list(patterns))
         # Whatever starts at a mark has two hyphens or a blank near it: a piece without is dull, and found five times
-        # as fast. Only BLOB marks are lost, inside base64, where they mean nothing.
+        # as fast. Only BLOB and PROGRAM marks are lost: inside base64 they mean nothing.
         self._lively = ahocorasick_rs.BytesAhoCorasick([b"--", b" ", b"\t"])
 
     def find(self, data: Text, work: Work, inside_base64: Callable[[], bool]) -> Iterator[tuple[Marker, int]]:

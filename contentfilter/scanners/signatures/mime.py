@@ -92,6 +92,9 @@ class Kind(enum.IntFlag):
 _BASE64, _QUOTED, _COMPOSITE = int(Kind.BASE64), int(Kind.QUOTED), int(Kind.COMPOSITE)
 
 
+_KINDS = {Marker.BEGIN: Kind.UUENCODE, Marker.YENC: Kind.YENC, Marker.BINHEX: Kind.BINHEX}
+
+
 class Leaf(NamedTuple):
     """Bytes ``start`` to ``end`` of the text, and the encodings (flags of Kind) that readers may apply."""
 
@@ -349,7 +352,7 @@ class _Walker:
 
 def _encoded(data: Text, at: int, mark: Marker, path: tuple[int, ...]) -> Iterator[Leaf]:
     """Yield the content after a begin line, a =ybegin line or the banner of BinHex."""
-    kind = {Marker.YENC: Kind.YENC, Marker.BINHEX: Kind.BINHEX}.get(mark, Kind.UUENCODE)
+    kind = _KINDS[mark]
     if mark is Marker.BEGIN:
         begin = _BEGIN.match(data, at)
         if begin is None:

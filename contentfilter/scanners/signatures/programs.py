@@ -5,7 +5,6 @@ header begins with ``PE\\0\\0`` (Windows), ``NE`` (16 bits) or ``LE``/``LX`` (dr
 rest of the first header, so this rule does as well.
 """
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -34,10 +33,6 @@ class Formats:
     """Formats that are searched for."""
 
     wanted: frozenset[Format]
-
-    @classmethod
-    def of(cls, names: Collection[Format]) -> "Formats":
-        return cls(frozenset(names))
 
     @property
     def starts(self) -> tuple[bytes, ...]:
